@@ -1,0 +1,72 @@
+"""Ask a small vision-language model about a picture, on a machine with no GPU.
+
+    from edgevlm import VLM
+
+    vlm = VLM("SmolVLM-256M-Instruct-int4")
+    print(vlm.generate("photo.jpg", "What is in this picture?").text)
+
+Names are resolved on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.errors import (
+    DamagedModelError,
+    DeviceError,
+    EdgeVLMError,
+    ExportError,
+    ImageError,
+    ModelError,
+    ModelNotFoundError,
+    OptionError,
+    PromptError,
+    SourceError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from edgevlm.device import RuntimeConfig
+    from edgevlm.generate import Answer, GenerationConfig, Piece
+    from edgevlm.model import VLM
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VLM",
+    "Answer",
+    "DamagedModelError",
+    "DeviceError",
+    "EdgeVLMError",
+    "ExportError",
+    "GenerationConfig",
+    "ImageError",
+    "ModelError",
+    "ModelNotFoundError",
+    "OptionError",
+    "Piece",
+    "PromptError",
+    "RuntimeConfig",
+    "SourceError",
+    "VerificationError",
+]
+
+_LAZY = {
+    "VLM": "edgevlm.model",
+    "RuntimeConfig": "edgevlm.device",
+    "Answer": "edgevlm.generate",
+    "GenerationConfig": "edgevlm.generate",
+    "Piece": "edgevlm.generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'edgevlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,102 @@
+"""OpenVINO's core, devices and compile options, in one place; OpenVINO's telemetry is cut off here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgevlm.errors import DamagedModelError, DeviceError, OptionError
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+Device = Literal["AUTO", "CPU", "GPU", "NPU"]
+InferencePrecision = Literal["auto", "f32", "bf16", "f16"]
+PRECISIONS = ("auto", "f32", "bf16", "f16")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a model is run on this machine."""
+
+    device: str = "AUTO"
+    """`AUTO` is the GPU where OpenVINO sees one, else the CPU."""
+    threads: int | None = None
+    """CPU threads; None leaves it to OpenVINO."""
+    inference_precision: InferencePrecision = "auto"
+    """`auto` is OpenVINO's own choice; `f32` also keeps the KV cache and the activations in float32."""
+    cache: bool = True
+    """Keep compiled models on disk, so that the next start is fast."""
+    cache_limit_bytes: int = 2 * 2**30
+    """The oldest compiled models are deleted beyond this."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise OptionError(f"threads must be between 1 and 1024, not {self.threads}")
+        if self.inference_precision not in PRECISIONS:
+            raise OptionError(f"inference precision must be one of {', '.join(PRECISIONS)}")
+
+    def properties(self, device: str) -> dict[str, Any]:
+        """Return OpenVINO's properties for a part without a KV cache."""
+        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if self.threads is not None and device.startswith("CPU"):
+            properties["INFERENCE_NUM_THREADS"] = self.threads
+        if self.inference_precision != "auto":
+            properties["INFERENCE_PRECISION_HINT"] = self.inference_precision
+        if self.inference_precision == "f32" and device.startswith("CPU"):
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        return properties
+
+    def language_properties(self, device: str) -> dict[str, Any]:
+        """Return OpenVINO's properties for the language model."""
+        properties = self.properties(device)
+        if self.inference_precision == "f32" and device.startswith("CPU"):
+            properties["KV_CACHE_PRECISION"] = "f32"
+        return properties
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would otherwise try the network at every import.
+
+    OpenVINO and NNCF take a missing `openvino_telemetry` for "none installed".
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+@cache
+def core() -> ov.Core:
+    """Return the process's OpenVINO core."""
+    return import_openvino().Core()
+
+
+def resolve_device(name: str) -> str:
+    """Return the OpenVINO device that `name` means on this machine. Raises `DeviceError`."""
+    available = list(core().available_devices)
+    wanted = name.upper()
+    if wanted == "AUTO":
+        return next((device for device in available if device.startswith("GPU")), "CPU")
+    if wanted in available or any(device.split(".")[0] == wanted for device in available):
+        return wanted
+    raise DeviceError(f"no device {name} here; OpenVINO sees {', '.join(available) or 'none'}")
+
+
+def read_ir(path: Path) -> ov.Model:
+    """Read an OpenVINO IR, its weights mapped from the file. Raises `DamagedModelError`."""
+    try:
+        return core().read_model(path)
+    except RuntimeError as error:
+        raise DamagedModelError(f"{path} cannot be read by OpenVINO: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the telling line of an OpenVINO error, which come as a stack of source locations."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or [type(error).__name__])[-1].replace(os.linesep, " ")

@@ -1,0 +1,74 @@
+"""Every error that a user can cause, each with one line that says what is wrong and what to do.
+
+    EdgeVLMError
+    ├── ImageError             the picture: missing, unreadable, truncated, too large
+    ├── PromptError            the question: too long for the context, or it holds the image placeholder
+    ├── OptionError            a generation option out of its range
+    ├── ModelError             the exported folder
+    │   ├── ModelNotFoundError
+    │   └── DamagedModelError
+    ├── DeviceError            no such device, or the device refuses the model
+    └── ExportError            the exporter
+        ├── SourceError        the checkpoint: missing, not cached, of an unknown family
+        └── VerificationError  an exported part differs from the reference
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DamagedModelError",
+    "DeviceError",
+    "EdgeVLMError",
+    "ExportError",
+    "ImageError",
+    "ModelError",
+    "ModelNotFoundError",
+    "OptionError",
+    "PromptError",
+    "SourceError",
+    "VerificationError",
+]
+
+
+class EdgeVLMError(Exception):
+    """Base of all errors that edgevlm raises on purpose; `str()` of it is one line for the user."""
+
+
+class ImageError(EdgeVLMError):
+    """The picture cannot be used."""
+
+
+class PromptError(EdgeVLMError):
+    """The question cannot be used."""
+
+
+class OptionError(EdgeVLMError):
+    """An option has a value outside its range."""
+
+
+class ModelError(EdgeVLMError):
+    """The exported model folder cannot be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """There is no exported model under that name or path."""
+
+
+class DamagedModelError(ModelError):
+    """The exported model folder is incomplete, changed, or not an export at all."""
+
+
+class DeviceError(EdgeVLMError):
+    """OpenVINO has no such device, or the device cannot run the model."""
+
+
+class ExportError(EdgeVLMError):
+    """The export cannot be done; the target folder is as it was before."""
+
+
+class SourceError(ExportError):
+    """The checkpoint to export is missing, incomplete or of an unknown family."""
+
+
+class VerificationError(ExportError):
+    """An exported part differs from the reference by more than its tolerance."""

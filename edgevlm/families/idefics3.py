@@ -1,0 +1,162 @@
+"""Idefics3 and SmolVLM: split a large picture into square tiles, add a global view, name each in the prompt.
+
+Geometry, resampling and arithmetic follow transformers' Pillow-based `Idefics3ImageProcessor` step for step, and
+the prompt follows `Idefics3Processor` (both of transformers 4.57), so that `detail="high"` gives equal arrays and
+equal token ids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from edgevlm.errors import OptionError
+from edgevlm.families.base import Detail, Tiles
+from edgevlm.image import RGB
+
+MAX_SIDE = 4096
+"""No picture is resized beyond this side: `MAX_IMAGE_SIZE` of the reference."""
+
+
+class Idefics3:
+    """The family's rules, from the facts that the exporter took from the checkpoint."""
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        preprocessing = facts["preprocessing"]
+        self.longest_edge = int(preprocessing["longest_edge"])
+        self.tile = int(preprocessing["tile"])
+        self.tile_size = (self.tile, self.tile)
+        self.split = bool(preprocessing["do_image_splitting"])
+        self.resample = Image.Resampling(int(preprocessing["resample"]))
+        self.lookup = _normalisation(
+            float(preprocessing["rescale_factor"]), preprocessing["image_mean"], preprocessing["image_std"]
+        )
+        self.patch_size = int(facts["patch_size"])
+        self.position_grid = int(facts["position_grid"])
+        self.image_token = str(facts["image_token"])
+        self.image_token_id = int(facts["image_token_id"])
+        self.fake_token = str(facts["fake_image_token"])
+        self.global_token = str(facts["global_image_token"])
+        self.tokens_per_tile = int(facts["image_seq_len"])
+
+    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Tiles:
+        """Return the tiles of a picture `(H, W, 3)`.
+
+        `high` is what the checkpoint's own processor does, which enlarges a small picture to the full grid; `auto`
+        never enlarges the longer side; `low` is the global view only. `max_tiles` lowers the grid until it fits.
+        """
+        if max_tiles is not None and max_tiles < 1:
+            raise OptionError(f"max_tiles must be at least 1, not {max_tiles}")
+        height, width = image.shape[:2]
+        longest_edge = self._longest_edge(height, width, detail, max_tiles)
+        whole = Image.fromarray(image)
+        if longest_edge is None:
+            # The reference resizes twice here too, first to the longest edge and then to the square.
+            small = self._resize(whole, *_fit(height, width, self.longest_edge))
+            return Tiles(self._normalise([self._resize(small, self.tile, self.tile)]), 0, 0)
+        small = self._resize(whole, *_fit(height, width, longest_edge))
+        grid_height, grid_width = _to_grid(small.height, small.width, self.tile)
+        gridded = self._resize(small, grid_height, grid_width)
+        rows, cols = grid_height // self.tile, grid_width // self.tile
+        if rows == cols == 1:
+            return Tiles(self._normalise([gridded]), 0, 0)
+        crops = [
+            gridded.crop((c * self.tile, r * self.tile, (c + 1) * self.tile, (r + 1) * self.tile))
+            for r in range(rows)
+            for c in range(cols)
+        ]
+        return Tiles(self._normalise([*crops, self._resize(gridded, self.tile, self.tile)]), rows, cols)
+
+    def image_text(self, tiles: Tiles) -> str:
+        """Return the image block of the prompt: each tile named by row and column, the global view last."""
+        image_tokens = self.image_token * self.tokens_per_tile
+        lines = [
+            "".join(f"{self.fake_token}<row_{r + 1}_col_{c + 1}>{image_tokens}" for c in range(tiles.cols)) + "\n"
+            for r in range(tiles.rows)
+        ]
+        separator = "\n" if lines else ""
+        return "".join(lines) + f"{separator}{self.fake_token}{self.global_token}{image_tokens}{self.fake_token}"
+
+    def vision_inputs(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the mask and position ids of one full tile: `(1, P, P)` bool and `(1, P * P)` int64.
+
+        A tile of P x P patches takes its positions from a G x G table: patch i lands in the bucket of i / P.
+        """
+        patches = self.tile // self.patch_size
+        fractions = np.arange(patches, dtype=np.float32) / np.float32(patches) * np.float32(1 - 1e-6)
+        edges = np.arange(1, self.position_grid, dtype=np.float32) / np.float32(self.position_grid)
+        buckets = np.searchsorted(edges, fractions, side="right").astype(np.int64)
+        positions = (buckets[:, None] * self.position_grid + buckets[None, :]).reshape(1, -1)
+        return {"patch_attention_mask": np.ones((1, patches, patches), np.bool_), "patch_position_ids": positions}
+
+    def _longest_edge(self, height: int, width: int, detail: Detail, max_tiles: int | None) -> int | None:
+        """Return the longer side to resize to before splitting, or None for the global view only."""
+        if not self.split or detail == "low" or max_tiles == 1:
+            return None
+        longest_edge = self.longest_edge
+        if detail == "auto":
+            longest_edge = min(longest_edge, max(height, width) // self.tile * self.tile)
+        while max_tiles is not None and longest_edge > self.tile:
+            if self._tile_count(height, width, longest_edge) <= max_tiles:
+                break
+            longest_edge -= self.tile
+        lowered = detail == "auto" or max_tiles is not None
+        return None if lowered and longest_edge <= self.tile else longest_edge
+
+    def _tile_count(self, height: int, width: int, longest_edge: int) -> int:
+        grid_height, grid_width = _to_grid(*_fit(height, width, longest_edge), self.tile)
+        tiles = (grid_height // self.tile) * (grid_width // self.tile)
+        return tiles + 1 if tiles > 1 else 1
+
+    def _resize(self, image: Image.Image, height: int, width: int) -> Image.Image:
+        return image.resize((width, height), resample=self.resample)
+
+    def _normalise(self, tiles: list[Image.Image]) -> npt.NDArray[np.float32]:
+        """Turn RGB tiles into `pixel_values` (T, 3, H, W) through the lookup table of each channel."""
+        pixels = np.stack([np.asarray(tile) for tile in tiles])  # (T, H, W, 3)
+        return np.stack([self.lookup[channel][pixels[..., channel]] for channel in range(3)], axis=1)
+
+
+def _normalisation(rescale_factor: float, mean: list[float], std: list[float]) -> npt.NDArray[np.float32]:
+    """Return `(3, 256)`: every uint8 value rescaled in float64, then normalised in float32, as the reference does."""
+    levels = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
+    mean32, std32 = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (levels[None, :] - mean32[:, None]) / std32[:, None]
+
+
+def _fit(height: int, width: int, longest_edge: int) -> tuple[int, int]:
+    """Return the size with the longer side at `longest_edge`, the shorter made even, neither beyond `MAX_SIDE`."""
+    aspect_ratio = width / height
+    if width >= height:
+        width = longest_edge
+        height = int(width / aspect_ratio)
+        height += height % 2
+    else:
+        height = longest_edge
+        width = int(height * aspect_ratio)
+        width += width % 2
+    height, width = max(height, 1), max(width, 1)
+    if max(height, width) > MAX_SIDE:
+        aspect_ratio = width / height
+        if width >= height:
+            height, width = int(MAX_SIDE / aspect_ratio), MAX_SIDE
+        else:
+            height, width = MAX_SIDE, int(MAX_SIDE * aspect_ratio)
+    return max(height, 1), max(width, 1)
+
+
+def _to_grid(height: int, width: int, tile: int) -> tuple[int, int]:
+    """Return the size with both sides raised to multiples of `tile`, the longer first, as the reference rounds."""
+    aspect_ratio = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / aspect_ratio) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * aspect_ratio) / tile) * tile
+    return height, width

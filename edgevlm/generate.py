@@ -1,0 +1,207 @@
+"""The one generator: a prompt's embeddings in, pieces of text out; everything else is a view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.errors import OptionError
+from edgevlm.families.base import Detail
+from edgevlm.language_model import Session
+from edgevlm.metrics import Stopwatch, Timings, peak_memory
+from edgevlm.sampling import Sampler, make_sampler
+from edgevlm.tokenizer import Tokenizer
+
+FinishReason: TypeAlias = Literal["stop", "length", "context"]
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage's name, the steps done and the steps in all."""
+DETAILS = ("auto", "low", "high")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How an answer is made; greedy by default."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    detail: Detail = "auto"
+    """`low`: the global view only; `auto`: as many tiles as the picture's pixels fill; `high`: as the checkpoint's own
+    processor does, which enlarges small pictures."""
+    max_tiles: int | None = None
+    """At most this many tiles for each picture, its global view included."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.detail not in DETAILS:
+            raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise OptionError("stop must be a sequence of texts, none of them empty")
+        make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer and what it took."""
+
+    text: str
+    finish_reason: FinishReason
+    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full."""
+    prompt_tokens: int
+    image_tokens: int
+    generated_tokens: int
+    tiles: int
+    token_ids: tuple[int, ...]
+    timings: Timings
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm run --json` prints."""
+        timings = asdict(self.timings) | {"tokens_per_s": self.timings.tokens_per_s}
+        return {
+            "answer": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "image_tokens": self.image_tokens,
+            "generated_tokens": self.generated_tokens,
+            "tiles": self.tiles,
+            "timings": {name: round(value, 6) if value is not None else None for name, value in timings.items()}
+            | {"peak_memory_bytes": self.peak_memory_bytes},
+        }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of an answer's text; the last one carries the whole answer."""
+
+    text: str
+    answer: Answer | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt ready for the language model."""
+
+    inputs_embeds: npt.NDArray[np.float32]  # (1, n, hidden)
+    image_tokens: int
+    tiles: int
+
+    def __len__(self) -> int:
+        return int(self.inputs_embeds.shape[1])
+
+
+def stream_tokens(
+    session: Session, prompt: Prompt, sampler: Sampler, max_tokens: int, watch: Stopwatch
+) -> Iterator[int]:
+    """Yield up to `max_tokens` token ids after the prompt; the caller stops when it has seen the end."""
+    with watch.stage("prefill"):
+        logits = session.prefill(prompt.inputs_embeds)[-1]
+    for count in range(1, max_tokens + 1):
+        token = sampler(logits)
+        watch.first_token = watch.first_token or perf_counter()
+        yield token
+        if count < max_tokens:
+            logits = session.step(token)
+
+
+def stream_answer(
+    session: Session,
+    prompt: Prompt,
+    config: GenerationConfig,
+    *,
+    tokenizer: Tokenizer,
+    eos_token_ids: Sequence[int],
+    context_length: int,
+    watch: Stopwatch,
+    load_s: float,
+) -> Iterator[Piece]:
+    """Yield the answer's pieces; the last one carries the `Answer`."""
+    room = context_length - len(prompt)
+    budget = min(config.max_new_tokens, room)
+    sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
+    detokenizer, text = tokenizer.detokenizer(), StopText(config.stop)
+    ids: list[int] = []
+    reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
+    for token in stream_tokens(session, prompt, sampler, budget, watch):
+        ids.append(token)
+        if token in eos_token_ids:
+            reason = "stop"
+            break
+        if piece := text.add(detokenizer.add(token)):
+            yield Piece(piece)
+        if text.stopped:
+            reason = "stop"
+            break
+    rest = text.finish(detokenizer.finish())
+    if text.stopped:
+        reason = "stop"
+    timings = watch.timings(load_s, len(ids))
+    answer = Answer(
+        text=text.shown,
+        finish_reason=reason,
+        prompt_tokens=len(prompt),
+        image_tokens=prompt.image_tokens,
+        generated_tokens=len(ids),
+        tiles=prompt.tiles,
+        token_ids=tuple(ids),
+        timings=timings,
+        peak_memory_bytes=peak_memory(),
+    )
+    yield Piece(rest, answer)
+
+
+class StopText:
+    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.shown = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """Take new text and return what may be shown of it now."""
+        if self.stopped:
+            return ""
+        self._held += text
+        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            self.stopped = True
+            return self._show(min(ends))
+        return self._show(len(self._held) - self._possible_beginning())
+
+    def finish(self, text: str = "") -> str:
+        """Take the last text and return all that was still held back."""
+        shown = self.add(text)
+        return shown if self.stopped else shown + self._show(len(self._held))
+
+    def _show(self, length: int) -> str:
+        text, self._held = self._held[:length], self._held[length:]
+        self.shown += text
+        return text
+
+    def _possible_beginning(self) -> int:
+        """Return the length of the longest end of the held text that begins some stop text."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        return next(
+            (n for n in range(min(longest, len(self._held)), 0, -1) if self._begins_stop(self._held[-n:])),
+            0,
+        )
+
+    def _begins_stop(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stops)

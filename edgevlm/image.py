@@ -1,0 +1,116 @@
+"""A picture in any form a user may have it, to one uint8 RGB array.
+
+The reference for a plain file is transformers' `load_image`: EXIF orientation applied, then RGB. Transparency is
+laid over white, as the Idefics3 image processor does with an RGBA picture; 16-bit samples keep their high byte.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from edgevlm.errors import ImageError
+
+RGB: TypeAlias = npt.NDArray[np.uint8]
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]"
+
+MAX_PIXELS = 100_000_000
+"""A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
+
+_SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+
+
+def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
+    """Return `source` as a uint8 array `(H, W, 3)`, upright, transparency laid over white.
+
+    `source` is a path, the bytes of an image file, a PIL image, or a uint8 array `(H, W, 3)`. Of an animation the
+    first frame is taken. Raises `ImageError`.
+    """
+    if isinstance(source, np.ndarray):
+        return _check_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image", max_pixels)
+    if isinstance(source, bytes):
+        return _decode(BytesIO(source), "the image", max_pixels)
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+    path = Path(source)
+    if path.is_dir():
+        raise ImageError(f"{path} is a folder, not an image file")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"no such image file: {path}") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    return _decode(BytesIO(data), str(path), max_pixels)
+
+
+def _check_array(array: npt.NDArray[Any], max_pixels: int) -> RGB:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise ImageError(f"an image array must be uint8 of shape (H, W, 3), not {array.dtype} of {array.shape}")
+    _check_size(array.shape[1], array.shape[0], "the image", max_pixels)
+    return np.ascontiguousarray(array)
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first")
+
+
+def _decode(stream: BytesIO, name: str, max_pixels: int) -> RGB:
+    if not stream.getbuffer().nbytes:
+        raise ImageError(f"{name} is empty, not an image")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit, stated in our own words, comes right after.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(stream)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, …)") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name} has more pixels than the limit of {max_pixels:,}; shrink it first") from None
+    except Exception as error:  # a decoder may raise anything on hostile bytes
+        raise ImageError(f"{name} cannot be opened as an image: {_one_line(error)}") from None
+    with image:
+        return _to_rgb(image, name, max_pixels)
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RGB:
+    _check_size(*image.size, name, max_pixels)
+    if 0 in image.size:
+        raise ImageError(f"{name} has no pixels")
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return np.asarray(_flatten(upright))
+    except ImageError:
+        raise
+    except Exception as error:  # as above: truncated or hostile data
+        raise ImageError(f"{name} cannot be decoded, it may be truncated: {_one_line(error)}") from None
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Return the image in mode RGB."""
+    if image.mode == "F":
+        raise ImageError("the image has floating-point pixels; convert it to 8 bits a channel first")
+    if image.mode in _SIXTEEN_BIT:
+        samples = np.asarray(image)
+        high_byte = (np.clip(samples, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,127 @@
+"""The contract between exporter and runtime: `edgevlm.json` in an exported folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import DamagedModelError
+from edgevlm.paths import MANIFEST
+
+SCHEMA_VERSION = 1
+VISION, TEXT_EMBEDDINGS, LANGUAGE = "vision_embeddings", "text_embeddings", "language"
+PART_NAMES = (VISION, TEXT_EMBEDDINGS, LANGUAGE)
+_HASHED_AT_LOAD = 16 * 2**20
+"""Files up to this many bytes are hashed at every load; larger ones by `check_files(full=True)`."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One IR file pair of the export."""
+
+    file: str
+    precision: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of the export must be."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime has to know about an exported folder."""
+
+    source: str
+    revision: str | None
+    family: str
+    family_facts: Mapping[str, Any]
+    parts: Mapping[str, Part]
+    files: Mapping[str, File]
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+    special_tokens: Mapping[str, str]
+    chat_template: str
+    tool_versions: Mapping[str, str]
+    export_options: Mapping[str, Any] = field(default_factory=dict)
+    verification: Mapping[str, Any] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk of the whole export."""
+        return sum(file.size_bytes for file in self.files.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for this exact export: a hash over its files' hashes."""
+        text = json.dumps({name: file.sha256 for name, file in sorted(self.files.items())})
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write `edgevlm.json` into `folder`."""
+        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check `edgevlm.json`. Raises `DamagedModelError`."""
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedModelError(
+            f"{folder} has no {MANIFEST}, so it is no edgevlm export; make one with `edgevlm export SOURCE`"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DamagedModelError(f"{path} cannot be read ({error}); export the model again") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DamagedModelError(
+            f"{path} has schema version {version}, this edgevlm reads {SCHEMA_VERSION}; export the model again"
+        )
+    try:
+        data["parts"] = {name: Part(**part) for name, part in data["parts"].items()}
+        data["files"] = {name: File(**file) for name, file in data["files"].items()}
+        data["eos_token_ids"] = tuple(data["eos_token_ids"])
+        manifest = Manifest(**data)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DamagedModelError(f"{path} is incomplete ({error}); export the model again") from None
+    missing = [name for name in PART_NAMES if name not in manifest.parts]
+    if missing:
+        raise DamagedModelError(f"{path} names no {missing[0]} part; export the model again")
+    return manifest
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(folder: Path, manifest: Manifest, *, full: bool = False) -> None:
+    """Compare the folder's files with the manifest: every size, and the hash of all (`full`) or of the smaller ones.
+
+    Raises `DamagedModelError` naming the first file that differs.
+    """
+    for name, expected in manifest.files.items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise DamagedModelError(f"{folder} lacks its file {name}; export the model again") from None
+        if size != expected.size_bytes:
+            raise DamagedModelError(
+                f"{path} has {size:,} bytes instead of {expected.size_bytes:,}: truncated or replaced; export again"
+            )
+        if (full or size <= _HASHED_AT_LOAD) and hash_file(path) != expected.sha256:
+            raise DamagedModelError(f"{path} is not what was exported (SHA-256 differs); export the model again")

@@ -1,0 +1,42 @@
+"""What stands before the models: pictures to tiles, a conversation to token ids. No OpenVINO here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgevlm.chat import ChatTemplate, Message
+from edgevlm.errors import DamagedModelError, PromptError
+from edgevlm.families import Tiles, make_family
+from edgevlm.generate import GenerationConfig
+from edgevlm.image import ImageInput, load_image
+from edgevlm.manifest import Manifest
+from edgevlm.tokenizer import Tokenizer
+
+
+class Processor:
+    """Family, tokenizer and chat template of one exported folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.family = make_family(manifest.family, manifest.family_facts)
+        self.tokenizer = Tokenizer(folder)
+        self.template = ChatTemplate(_read_text(folder / manifest.chat_template), manifest.special_tokens)
+
+    def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Tiles]:
+        """Return each picture's tiles. Raises `ImageError`."""
+        return [self.family.preprocess(load_image(image), config.detail, config.max_tiles) for image in images]
+
+    def prompt_ids(self, messages: Sequence[Message], tiles: Sequence[Tiles]) -> list[int]:
+        """Return the prompt's token ids, each image placeholder replaced by its picture's block."""
+        first, *rest = self.template.render(messages).split(self.family.image_token)
+        if len(rest) != len(tiles):
+            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(tiles)} images")
+        blocks = [self.family.image_text(each) for each in tiles]
+        return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedModelError(f"{path} cannot be read: {error}; export the model again") from None

@@ -1,0 +1,67 @@
+"""Choosing the next token from its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.errors import OptionError
+
+Logits: TypeAlias = npt.NDArray[np.float32]
+Sampler: TypeAlias = Callable[[Logits], int]
+
+
+def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int | None = None) -> Sampler:
+    """Return a function from logits `(V,)` to a token id; greedy at temperature 0.
+
+    Order as in transformers: temperature, then top-k (0 keeps all), then top-p. Raises `OptionError`.
+    """
+    if not temperature >= 0:
+        raise OptionError(f"temperature must be 0 or more, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise OptionError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if top_k < 0:
+        raise OptionError(f"top_k must be 0 (all) or more, not {top_k}")
+    if temperature == 0:
+        return greedy
+    if seed is not None and seed < 0:
+        raise OptionError(f"seed must be 0 or more, not {seed}")
+    random = np.random.default_rng(seed)
+
+    def sample(logits: Logits) -> int:
+        probabilities = _top_p(_softmax(_top_k(logits.astype(np.float64) / temperature, top_k)), top_p)
+        return int(random.choice(len(probabilities), p=probabilities))
+
+    return sample
+
+
+def greedy(logits: Logits) -> int:
+    """Return the likeliest token, the lowest id among equals."""
+    return int(np.argmax(logits))
+
+
+def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    exponentials = np.exp(logits - logits.max())
+    return np.asarray(exponentials / exponentials.sum())
+
+
+def _top_k(logits: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
+    if k in (0, len(logits)) or k > len(logits):
+        return logits
+    threshold = np.partition(logits, -k)[-k]
+    return np.where(logits < threshold, -np.inf, logits)
+
+
+def _top_p(probabilities: npt.NDArray[Any], p: float) -> npt.NDArray[Any]:
+    """Keep the smallest set of likeliest tokens whose mass reaches `p`."""
+    if p >= 1:
+        return probabilities
+    order = np.argsort(-probabilities, kind="stable")
+    mass_before = np.cumsum(probabilities[order]) - probabilities[order]
+    kept = np.zeros_like(probabilities)
+    chosen = order[mass_before < p]
+    kept[chosen] = probabilities[chosen]
+    return np.asarray(kept / kept.sum())

@@ -1,0 +1,92 @@
+"""Pictures and questions to calibrate on: the shipped set, a folder, or a JSONL of a user's own.
+
+A JSONL line is `{"image": "photo.jpg", "question": "...", "answer": "..."}`; the image may be absent, and so may the
+answer. Paths are relative to the file. A folder holds a `calibration.jsonl`, or just pictures, which are then asked
+general questions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgevlm.chat import user_message
+from edgevlm.errors import ExportError
+from edgevlm.generate import GenerationConfig
+from edgevlm.language_model import TextEmbeddings
+from edgevlm.model import merge
+from edgevlm.parts import PartLoader
+from edgevlm.processor import Processor
+from edgevlm.vision import VisionEncoder
+
+SHIPPED = Path(__file__).parent / "calibration"
+_JSONL = "calibration.jsonl"
+_QUESTIONS = ("Describe this picture.", "What is in this picture?", "What does the text say?", "How many are there?")
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question, about a picture or not, and maybe its answer."""
+
+    question: str
+    image: Path | None = None
+    answer: str = ""
+
+
+def load_pairs(source: Path | None = None) -> list[Pair]:
+    """Return the pairs of `source`, a folder or JSONL; None is the shipped set. Raises `ExportError`."""
+    source = source or SHIPPED
+    if source.is_dir() and (source / _JSONL).is_file():
+        source = source / _JSONL
+    if source.is_file():
+        pairs = list(_read_jsonl(source))
+    elif source.is_dir():
+        pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
+        pairs = [Pair(_QUESTIONS[i % len(_QUESTIONS)], path) for i, path in enumerate(pictures)]
+    else:
+        raise ExportError(f"no calibration set {source}: neither a folder nor a JSONL file")
+    if not pairs:
+        raise ExportError(f"the calibration set {source} is empty")
+    return pairs
+
+
+def _read_jsonl(path: Path) -> Iterator[Pair]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            image = path.parent / row["image"] if row.get("image") else None
+            pair = Pair(str(row["question"]), image, str(row.get("answer") or ""))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ExportError(f'{path}, line {number}: not {{"image": ..., "question": ...}}') from None
+        if image is not None and not image.is_file():
+            raise ExportError(f"{path}, line {number}: no such picture: {image}")
+        yield pair
+
+
+def language_samples(processor: Processor, loader: PartLoader, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """Return the language model's inputs for every pair, prompt and answer in one sequence; pictures at one tile."""
+    vision, embeddings = loader.vision(processor.family), loader.text_embeddings()
+    return [_sample(processor, vision, embeddings, pair) for pair in pairs]
+
+
+def _sample(processor: Processor, vision: VisionEncoder, embeddings: TextEmbeddings, pair: Pair) -> dict[str, Any]:
+    tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
+    prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
+    ids = np.asarray(prompt + processor.tokenizer.encode(pair.answer), np.int64)
+    table = embeddings.embed(ids)
+    image_embeds = [vision.encode(each).reshape(-1, table.shape[-1]) for each in tiles]
+    joined = np.concatenate([np.empty((0, table.shape[-1]), np.float32), *image_embeds])
+    return {
+        "inputs_embeds": merge(table, ids, processor.family.image_token_id, joined),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, np.int32),
+    }

@@ -1,0 +1,157 @@
+"""The checkpoint to export: a local folder in Hugging Face layout, or a hub id through the local cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgevlm.errors import SourceError
+
+_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_COPIED = (".json", ".jinja", ".txt", ".model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, its small files read."""
+
+    folder: Path
+    source: str
+    revision: str | None
+    config: Mapping[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in the Hugging Face config."""
+        return str(self.config.get("model_type", ""))
+
+    def read(self, name: str) -> dict[str, Any]:
+        """Return a JSON file of the checkpoint, empty when there is none."""
+        path = self.folder / name
+        return _read_json(path) if path.is_file() else {}
+
+    @property
+    def chat_template(self) -> str:
+        """The Jinja source, from the first place where Hugging Face keeps it."""
+        jinja = self.folder / "chat_template.jinja"
+        if jinja.is_file():
+            return jinja.read_text(encoding="utf-8")
+        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+            template = self.read(name).get("chat_template")
+            if isinstance(template, list):
+                template = next((each["template"] for each in template if each.get("name") == "default"), None)
+            if template:
+                return str(template)
+        raise SourceError(f"{self.folder} has no chat template; edgevlm needs a chat (instruct) checkpoint")
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The special tokens that a chat template may name, as text."""
+        found = self.read("tokenizer_config.json") | self.read("special_tokens_map.json")
+        texts = {name: found.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        plain = {name: token["content"] if isinstance(token, dict) else token for name, token in texts.items()}
+        return {name: str(token) for name, token in plain.items() if token}
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer, from the first file that states any."""
+        for holder in (self.read("generation_config.json"), self.config, self.config.get("text_config", {})):
+            ids = holder.get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        raise SourceError(f"{self.folder} states no eos_token_id, in neither generation_config.json nor config.json")
+
+    def small_files(self) -> list[Path]:
+        """Return the files that go into the export unchanged: configs, tokenizer, licence and model card."""
+        return [
+            path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and (path.suffix in _COPIED or path.name.startswith("LICENSE") or path.name == "README.md")
+            and not path.name.endswith(".safetensors.index.json")
+        ]
+
+
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Return the checkpoint that `source` names. Raises `SourceError`."""
+    folder = Path(source)
+    if folder.is_dir():
+        return _open_folder(folder, folder.resolve().name, None)
+    if folder.exists():
+        raise SourceError(f"{source} is a file; give the checkpoint's folder or a hub id")
+    snapshot = _fetch(str(source), revision)
+    return _open_folder(snapshot, str(source), snapshot.name)
+
+
+def _open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        raise SourceError(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
+    checkpoint = Checkpoint(folder, source, revision, _read_json(folder / "config.json"))
+    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
+        raise SourceError(f"{folder} has no model.safetensors; only safetensors weights are read")
+    if not (folder / "tokenizer.json").is_file():
+        raise SourceError(f"{folder} has no tokenizer.json; save the checkpoint's fast tokenizer there first")
+    _check_weights(folder)
+    return checkpoint
+
+
+def _check_weights(folder: Path) -> None:
+    """Open every weight file, which reads its header and compares it with the file's length."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="np"):
+                pass
+        except FileNotFoundError:
+            raise SourceError(f"{folder} lacks {name}, which its index names") from None
+        except (SafetensorError, OSError) as error:
+            raise SourceError(f"{folder / name} is damaged or truncated: {error}") from None
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
+    """Return the hub repository's snapshot in the Hugging Face cache, downloading what is missing."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
+    except HFValidationError:
+        raise SourceError(f"no folder {repo!r} here, and it is no hub id of the form owner/name") from None
+    except GatedRepoError:
+        raise SourceError(f"{repo} is gated; accept its terms on the hub and log in with `hf auth login`") from None
+    except RevisionNotFoundError:
+        raise SourceError(f"{repo} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise SourceError(f"no folder {repo!r} here and no such model on the hub") from None
+    except LocalEntryNotFoundError:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise SourceError(f"no folder {repo!r} here, it is not in the Hugging Face cache, and {why}") from None
+    except (HfHubHTTPError, OSError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(f"{repo} cannot be fetched: {line}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path} is not a JSON object")
+    return data

@@ -1,0 +1,65 @@
+"""NNCF weight compression of one part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.device import import_openvino
+from edgevlm_export.options import UNCOMPRESSED, Int4Recipe, Precision
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+def compress(
+    model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None = None
+) -> ov.Model:
+    """Return `model` with compressed weights; `samples` are model inputs for the recipes that need data."""
+    if precision in UNCOMPRESSED:
+        return model
+    with redirect_stdout(StringIO()):  # NNCF draws progress bars and tables there
+        return _compress(model, precision, recipe, samples)
+
+
+def _compress(
+    model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None
+) -> ov.Model:
+    nncf = _import_nncf()
+    if precision == "int8":
+        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
+    mode = nncf.CompressWeightsMode.INT4_SYM if recipe.sym else nncf.CompressWeightsMode.INT4_ASYM
+    dataset = nncf.Dataset(list(samples)) if samples else None
+    return nncf.compress_weights(
+        model,
+        mode=mode,
+        ratio=recipe.ratio,
+        group_size=recipe.group_size,
+        all_layers=recipe.all_layers,
+        dataset=dataset,
+        subset_size=len(samples) if samples else 1,
+        awq=recipe.awq or None,
+        scale_estimation=(recipe.scale_estimation and dataset is not None) or None,
+        gptq=(recipe.gptq and dataset is not None) or None,
+        advanced_parameters=_fall_back(nncf),
+    )
+
+
+def _fall_back(nncf: Any) -> Any:
+    """A group size that does not divide the channels is lowered until it does, and given up for INT8 below 32."""
+    advanced = nncf.AdvancedCompressionParameters
+    from nncf.quantization.advanced_parameters import GroupSizeFallbackMode
+
+    return advanced(group_size_fallback_mode=GroupSizeFallbackMode.ADJUST)
+
+
+def _import_nncf() -> Any:
+    """Import NNCF after OpenVINO's telemetry, which it would use too, has been cut off."""
+    import_openvino()
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    return nncf

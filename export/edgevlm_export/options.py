@@ -1,0 +1,77 @@
+"""What a user can choose about an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from edgevlm.errors import OptionError
+from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION
+
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
+UNCOMPRESSED = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class Int4Recipe:
+    """How weights become INT4."""
+
+    group_size: int = 64
+    """Weights that share a scale; lowered where it does not divide the channels, -1 for one scale a channel."""
+    ratio: float = 1.0
+    """Share of the weights that become INT4, the most sensitive layers staying INT8."""
+    sym: bool = False
+    """Symmetric: no zero point."""
+    all_layers: bool = False
+    """Also the token embeddings and the LM head, which otherwise stay INT8."""
+    awq: bool = False
+    scale_estimation: bool = False
+    gptq: bool = False
+
+    def __post_init__(self) -> None:
+        if self.group_size != -1 and self.group_size < 2:
+            raise OptionError(f"group size must be -1 (one group a channel) or at least 2, not {self.group_size}")
+        if not 0 <= self.ratio <= 1:
+            raise OptionError(f"ratio must be between 0 and 1, not {self.ratio}")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration pictures and questions are read."""
+        return self.awq or self.scale_estimation or self.gptq
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """All choices of one export."""
+
+    precision: Precision = "int8"
+    vision_precision: Precision | None = None
+    """None: as `precision`, but INT8 where that is INT4, which buys no speed in the vision tower."""
+    lm_precision: Precision | None = None
+    """None: as `precision`."""
+    int4: Int4Recipe = Int4Recipe()
+    calibration: Path | None = None
+    """A folder or JSONL of pictures and questions; None is the set that ships with the exporter."""
+    verify: bool = True
+    force: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The element type to convert in: what the parts will have, or the checkpoint's own if all are compressed."""
+        plain = [precision for part in PART_NAMES if (precision := self.part_precision(part)) in UNCOMPRESSED]
+        return min(plain, key=UNCOMPRESSED.index, default="auto")
+
+    def part_precision(self, part: str) -> Precision:
+        """Return the precision of one part."""
+        language = self.lm_precision or self.precision
+        if part == LANGUAGE:
+            return language
+        if part == TEXT_EMBEDDINGS:
+            return "int8" if language == "int4" and not self.int4.all_layers else language
+        if part == VISION:
+            return self.vision_precision or ("int8" if self.precision == "int4" else self.precision)
+        raise AssertionError(part)

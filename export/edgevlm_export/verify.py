@@ -1,0 +1,126 @@
+"""The exported folder against the reference: each part on real inputs, then greedy tokens end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.errors import VerificationError
+from edgevlm.families import Tiles
+from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
+from edgevlm.model import VLM, merge
+from edgevlm_export.options import UNCOMPRESSED, Precision
+
+Array: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = Mapping[str, Array]
+
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2}
+"""Largest absolute error of an uncompressed part, relative to the reference's largest absolute value."""
+
+
+@dataclass(frozen=True)
+class PartFigures:
+    """How near one part comes to the reference."""
+
+    precision: str
+    max_abs_error: float
+    cosine: float
+    """Of all outputs together, flattened."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All figures of one export; computed in float32 arithmetic, so that they show the weights alone."""
+
+    parts: Mapping[str, PartFigures]
+    greedy_agreement: float
+    """Share of positions where the export's likeliest next token is the reference's, the reference's text given."""
+    kl_divergence: float
+    """Mean over those positions of KL(reference || export), in nats."""
+    positions: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what goes into the manifest."""
+        return asdict(self)
+
+
+def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
+    """Compare the export `vlm`, loaded in float32, with the reference's outputs on `cases`."""
+    embeds: list[tuple[Array, Array]] = []
+    logits: list[tuple[Array, Array]] = []
+    table: list[tuple[Array, Array]] = []
+    for name in sorted({key.split(".")[0] for key in cases}):
+        image_embeds = np.empty((0, vlm.manifest.hidden_size), np.float32)
+        if f"{name}.pixel_values" in cases:
+            expected = reference[f"{name}.image_embeds"]
+            embeds.append((expected, vlm.vision.encode(Tiles(cases[f"{name}.pixel_values"], 0, 0))))
+            image_embeds = expected.reshape(-1, vlm.manifest.hidden_size)
+        ids = np.concatenate([cases[f"{name}.input_ids"], reference[f"{name}.token_ids"][:-1]])
+        logits.append((reference[f"{name}.logits"], _logits(vlm, ids, image_embeds, reference[f"{name}.logits"])))
+        table.append((reference[f"{name}.text_embeds"], vlm.language_model.session().embed(ids)[0]))
+    pairs = {VISION: embeds, TEXT_EMBEDDINGS: table, LANGUAGE: logits}
+    parts = {
+        part: PartFigures(vlm.manifest.parts[part].precision, *_compare(each)) for part, each in pairs.items() if each
+    }
+    agreement = np.concatenate([want.argmax(-1) == got.argmax(-1) for want, got in logits])
+    divergence = np.concatenate([_kl(want, got) for want, got in logits])
+    return Verification(parts, float(agreement.mean()), float(divergence.mean()), len(agreement))
+
+
+def _logits(vlm: VLM, ids: Array, image_embeds: Array, like: Array) -> Array:
+    """Return the logits of the last positions, as many as `like` has, in one pass over prompt and answer."""
+    session = vlm.language_model.session()
+    inputs_embeds = merge(session.embed(ids), ids, vlm.processor.family.image_token_id, image_embeds)
+    return session.prefill(inputs_embeds, logits_to_keep=len(like))
+
+
+def _compare(pairs: Sequence[tuple[Array, Array]]) -> tuple[float, float]:
+    """Return the largest absolute error and the cosine of all outputs together."""
+    want = np.concatenate([each.ravel() for each, _ in pairs]).astype(np.float64)
+    got = np.concatenate([each.ravel() for _, each in pairs]).astype(np.float64)
+    return float(np.abs(want - got).max()), float(want @ got / (np.linalg.norm(want) * np.linalg.norm(got)))
+
+
+def _kl(want: Array, got: Array) -> Array:
+    """Return KL(softmax(want) || softmax(got)) of each row, in nats."""
+    log_p, log_q = _log_softmax(want), _log_softmax(got)
+    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(-1))
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
+
+
+def check(figures: Verification, scales: Mapping[str, float]) -> None:
+    """Raise `VerificationError` when an uncompressed part is out of tolerance; `scales` are the largest values."""
+    for part, each in figures.parts.items():
+        if each.precision not in UNCOMPRESSED:
+            continue
+        limit = TOLERANCE[each.precision] * scales[part]  # type: ignore[index]
+        if not each.max_abs_error <= limit:
+            raise VerificationError(
+                f"the {each.precision} {part} part differs from the reference by {each.max_abs_error:.2g}, more than"
+                f" {limit:.2g}; nothing was written (use --no-verify to export all the same)"
+            )
+
+
+def scales(reference: Arrays) -> dict[str, float]:
+    """Return each part's largest absolute reference value, at least 1."""
+    names = {VISION: "image_embeds", TEXT_EMBEDDINGS: "text_embeds", LANGUAGE: "logits"}
+    return {part: max(1.0, *_maxima(reference, name)) for part, name in names.items()}
+
+
+def _maxima(reference: Arrays, name: str) -> Iterable[float]:
+    return [float(np.abs(array).max()) for key, array in reference.items() if key.endswith(f".{name}")] or [1.0]
+
+
+def load_arrays(path: Path) -> dict[str, Array]:
+    """Return all arrays of an npz file."""
+    with np.load(path) as arrays:
+        return dict(arrays)
