@@ -1,16 +1,16 @@
 """Every error that a user can cause, each with one line that says what is wrong and what to do.
 
-    EdgeVLMError
-    ├── ImageError             the picture: missing, unreadable, truncated, too large
-    ├── PromptError            the question: too long for the context, or it holds the image placeholder
-    ├── OptionError            a generation option out of its range
-    ├── ModelError             the exported folder
-    │   ├── ModelNotFoundError
-    │   └── DamagedModelError
-    ├── DeviceError            no such device, or the device refuses the model
-    └── ExportError            the exporter
-        ├── SourceError        the checkpoint: missing, not cached, of an unknown family
-        └── VerificationError  an exported part differs from the reference
+EdgeVLMError
+├── ImageError             the picture: missing, unreadable, truncated, too large
+├── PromptError            the question: too long for the context, or it holds the image placeholder
+├── OptionError            a generation option out of its range
+├── ModelError             the exported folder
+│   ├── ModelNotFoundError
+│   └── DamagedModelError
+├── DeviceError            no such device, or the device refuses the model
+└── ExportError            the exporter
+    ├── SourceError        the checkpoint: missing, not cached, of an unknown family
+    └── VerificationError  an exported part differs from the reference
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class GenerationConfig:
             raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise OptionError("stop must be a sequence of texts, none of them empty")
+        if not isinstance(self.stop, tuple) or not all(self.stop):
+            raise OptionError("stop must be a tuple of texts, none of them empty")
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
 
 

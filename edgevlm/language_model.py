@@ -99,4 +99,5 @@ class Session:
 
     def step(self, token_id: int) -> npt.NDArray[np.float32]:
         """Feed one token; return the next token's logits `(V,)`."""
-        return self.prefill(self.embed([token_id]))[0]
+        logits: npt.NDArray[np.float32] = self.prefill(self.embed([token_id]))[0]
+        return logits

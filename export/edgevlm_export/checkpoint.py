@@ -108,7 +108,7 @@ def _check_weights(folder: Path) -> None:
     names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     for name in names:
         try:
-            with safe_open(folder / name, framework="np"):
+            with safe_open(folder / name, framework="np"):  # type: ignore[no-untyped-call]
                 pass
         except FileNotFoundError:
             raise SourceError(f"{folder} lacks {name}, which its index names") from None

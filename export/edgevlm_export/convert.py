@@ -20,7 +20,7 @@ from edgevlm.metrics import peak_memory
 JOB, CASES, REFERENCE, RESULT = "job.json", "cases.npz", "reference.npz", "result.json"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The checkpoint cannot be converted; the message is for the user."""
 
 
@@ -38,7 +38,7 @@ def main() -> None:
         say("convert")
         convert(job, job_dir)
         result["versions"] = versions()
-    except Refused as error:
+    except RefusedError as error:
         result["error"] = str(error)
     result["peak_memory_bytes"] = peak_memory()
     (job_dir / RESULT).write_text(json.dumps(result), encoding="utf-8")
@@ -64,12 +64,14 @@ def load(job: dict[str, Any], dtype: Any) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise Refused(f"transformers cannot load the checkpoint: {_one_line(error)}") from error
+        raise RefusedError(f"transformers cannot load the checkpoint: {_one_line(error)}") from error
     if info["missing_keys"]:
-        raise Refused(f"the checkpoint lacks weights that its config asks for, such as {min(info['missing_keys'])}")
+        raise RefusedError(
+            f"the checkpoint lacks weights that its config asks for, such as {min(info['missing_keys'])}"
+        )
     if info["mismatched_keys"]:
         name, stored, wanted = min(info["mismatched_keys"])
-        raise Refused(f"weight {name} has shape {tuple(stored)}, its config asks for {tuple(wanted)}")
+        raise RefusedError(f"weight {name} has shape {tuple(stored)}, its config asks for {tuple(wanted)}")
     return model.eval()
 
 
@@ -133,7 +135,7 @@ def convert(job: dict[str, Any], job_dir: Path) -> None:
             preprocessors=[],
         )
     except Exception as error:
-        raise Refused(f"optimum-intel cannot convert the checkpoint: {_one_line(error)}") from error
+        raise RefusedError(f"optimum-intel cannot convert the checkpoint: {_one_line(error)}") from error
 
 
 def versions() -> dict[str, str]:

@@ -43,7 +43,14 @@ def _sibling_key(node: ov.Node) -> _Key | None:
     source = node.input_value(0)
     inner = weight.shape[1 if transpose_b else 0]
     has_bias = _bias_add(node) is not None
-    return (source.get_node().get_name(), source.get_index(), transpose_b, inner, str(weight.get_element_type()), has_bias)
+    return (
+        source.get_node().get_name(),
+        source.get_index(),
+        transpose_b,
+        inner,
+        str(weight.get_element_type()),
+        has_bias,
+    )
 
 
 def _weight(node: ov.Node) -> Any | None:

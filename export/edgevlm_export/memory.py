@@ -13,8 +13,9 @@ _INTERVAL_S = 0.1
 class PeakMemory:
     """Samples the resident memory of the process tree while the block runs; shared pages count in each process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, include_self: bool = True) -> None:
         self.bytes = 0
+        self._include_self = include_self
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -31,14 +32,15 @@ class PeakMemory:
     def _watch(self) -> None:
         process = psutil.Process()
         while True:
-            self.bytes = max(self.bytes, _resident(process))
+            children = process.children(recursive=True)
+            self.bytes = max(self.bytes, _resident([process, *children] if self._include_self else children))
             if self._done.wait(_INTERVAL_S):
                 return
 
 
-def _resident(process: psutil.Process) -> int:
+def _resident(processes: list[psutil.Process]) -> int:
     total = 0
-    for each in [process, *process.children(recursive=True)]:
+    for each in processes:
         try:
             total += each.memory_info().rss
         except psutil.Error:  # it ended meanwhile

@@ -59,6 +59,18 @@ class ExportReport:
     peak_memory_bytes: int
     """Of this process and its children together, sampled."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm export --json` prints."""
+        return {
+            "folder": str(self.folder),
+            "parts": {name: asdict(part) for name, part in self.manifest.parts.items()},
+            "size_bytes": self.manifest.size_bytes,
+            "verification": self.verification.to_dict() if self.verification else None,
+            "seconds": round(self.seconds, 2),
+            "stages": {name: round(seconds, 2) for name, seconds in self.stages.items()},
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
 
 def export(
     source: str | os.PathLike[str],

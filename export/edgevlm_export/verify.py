@@ -68,7 +68,7 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
         part: PartFigures(vlm.manifest.parts[part].precision, *_compare(each)) for part, each in pairs.items() if each
     }
     agreement = np.concatenate([want.argmax(-1) == got.argmax(-1) for want, got in logits])
-    divergence = np.concatenate([_kl(want, got) for want, got in logits])
+    divergence = np.concatenate([kl(want, got) for want, got in logits])
     return Verification(parts, float(agreement.mean()), float(divergence.mean()), len(agreement))
 
 
@@ -86,7 +86,7 @@ def _compare(pairs: Sequence[tuple[Array, Array]]) -> tuple[float, float]:
     return float(np.abs(want - got).max()), float(want @ got / (np.linalg.norm(want) * np.linalg.norm(got)))
 
 
-def _kl(want: Array, got: Array) -> Array:
+def kl(want: Array, got: Array) -> Array:
     """Return KL(softmax(want) || softmax(got)) of each row, in nats."""
     log_p, log_q = _log_softmax(want), _log_softmax(got)
     return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(-1))

@@ -1,0 +1,255 @@
+"""The command line: a command parses, calls one function, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgevlm import __version__
+from edgevlm.errors import EdgeVLMError, ExportError, ImageError
+
+if TYPE_CHECKING:
+    from edgevlm_export.options import ExportOptions
+
+_PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
+
+
+class Commands(click.Group):
+    """Turns the errors a user can cause into one line and an exit code: 1, or 130 after Ctrl-C."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EdgeVLMError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nInterrupted.", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, package_name="edgevlm")
+def main() -> None:
+    """Ask a small vision-language model about a picture, on a machine with no GPU.
+
+    \b
+    edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
+    edgevlm run photo.jpg "What is in this picture?"
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+@main.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
+@click.option("-m", "--model", help="Exported folder or short name; may be left out while there is only one.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied.")
+@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass.")
+@click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all.")
+@click.option("--seed", type=int, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
+@click.option(
+    "--detail",
+    type=click.Choice(["auto", "low", "high"]),
+    default="auto",
+    show_default=True,
+    help="low: the global view only; auto: as many tiles as the pixels fill; high: the checkpoint's own tiling.",
+)
+@click.option("--max-tiles", type=int, help="At most this many tiles a picture, the global view included.")
+@click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU.")
+@click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out.")
+@click.option(
+    "--inference-precision",
+    type=click.Choice(["auto", "f32", "bf16", "f16"]),
+    default="auto",
+    show_default=True,
+    help="auto is OpenVINO's choice for the device; f32 is the most exact.",
+)
+@click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+@click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer.")
+def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
+    """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
+
+    \b
+    edgevlm run photo.jpg "What is in this picture?"
+    edgevlm run before.png after.png "What has changed?"
+    edgevlm run "What is the capital of France?"
+    cat photo.jpg | edgevlm run - "Describe it." --json
+    """
+    from edgevlm.device import RuntimeConfig
+    from edgevlm.generate import GenerationConfig
+
+    *images, question = arguments
+    generation = GenerationConfig(
+        **{name: options[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")},
+        detail=options["detail"],
+        max_tiles=options["max_tiles"],
+    )
+    runtime = RuntimeConfig(
+        device=options["device"],
+        threads=options["threads"],
+        inference_precision=options["inference_precision"],
+        cache=not options["no_cache"],
+    )
+    _check_question(question)
+    _answer([_image(name) for name in images], question, options["model"], generation, runtime, as_json, stats)
+
+
+def _check_question(question: str) -> None:
+    """Catch the likeliest slip: a picture and no question."""
+    if question == "-" or (Path(question).suffix and Path(question).is_file()):
+        raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
+
+
+def _image(name: str) -> bytes | str:
+    return sys.stdin.buffer.read() if name == "-" else name
+
+
+def _answer(
+    images: list[bytes | str],
+    question: str,
+    model: str | None,
+    generation: Any,
+    runtime: Any,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    from edgevlm.image import load_image
+    from edgevlm.terminal import Progress, print_stats
+
+    pictures = [load_image(image) for image in images]  # a bad picture is told before the model is loaded
+    with Progress() as progress:
+        progress.stage("loading the model")
+        from edgevlm.model import VLM
+
+        vlm = VLM(model, runtime)
+        answer = None
+        for piece in vlm.stream(pictures, question, generation, progress.step):
+            progress.clear()
+            if not as_json:
+                click.echo(piece.text, nl=False)
+            answer = piece.answer
+    assert answer is not None
+    if as_json:
+        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+        return
+    click.echo()
+    if answer.finish_reason != "stop":
+        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
+        click.echo(f"(cut: {why})", err=True)
+    if stats:
+        print_stats(answer)
+
+
+@main.command()
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make; default: a short name.")
+@click.option("--int4", "precision", flag_value="int4", help="INT4 language model, the rest INT8: the smallest.")
+@click.option("--int8", "precision", flag_value="int8", default="int8", help="INT8 weights (the default).")
+@click.option("--fp16", "precision", flag_value="fp16", help="FP16 weights, no compression.")
+@click.option("--fp32", "precision", flag_value="fp32", help="FP32 weights: equal to the reference.")
+@click.option("--vision-precision", type=_PRECISION, help="Vision encoder and connector only.")
+@click.option("--lm-precision", type=_PRECISION, help="Language model only.")
+@click.option("--group-size", type=int, help="INT4: weights that share a scale.  [default: 64]")
+@click.option("--ratio", type=float, help="INT4: share of the weights; the rest stays INT8.  [default: 1.0]")
+@click.option("--sym/--asym", "sym", default=None, help="INT4 without or with a zero point.  [default: asym]")
+@click.option("--all-layers", is_flag=True, help="INT4 also for the embeddings and the LM head.")
+@click.option("--awq/--no-awq", default=None, help="INT4: activation-aware scaling.")
+@click.option("--scale-estimation/--no-scale-estimation", default=None, help="INT4: fit the scales to real inputs.")
+@click.option("--gptq/--no-gptq", default=None, help="INT4: correct each layer's error on real inputs (slow).")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Your own pictures and questions.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the PyTorch reference.")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def export(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Turn the checkpoint SOURCE, a folder or a hub id, into a folder of OpenVINO IR.
+
+    \b
+    edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
+    edgevlm export ./my-checkpoint --int8 -o ./my-model
+    edgevlm export ./my-checkpoint --int4 --gptq --calibration ./pictures
+    """
+    missing = [name for name in ("torch", "transformers", "optimum", "nncf") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"exporting needs {', '.join(missing)}; install it with: pip install 'edgevlm[export]'")
+    from edgevlm.terminal import Progress, print_report
+
+    with Progress() as progress:
+        progress.stage("starting")
+        from edgevlm_export import export as export_checkpoint
+
+        report = export_checkpoint(source, output, _export_options(options), progress.stage)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        print_report(report)
+
+
+def _export_options(options: dict[str, Any]) -> ExportOptions:
+    from edgevlm_export.options import ExportOptions, Int4Recipe
+
+    names = ("group_size", "ratio", "sym", "awq", "scale_estimation", "gptq")
+    chosen = {name: options[name] for name in names if options[name] is not None}
+    return ExportOptions(
+        precision=options["precision"],
+        vision_precision=options["vision_precision"],
+        lm_precision=options["lm_precision"],
+        int4=Int4Recipe(all_layers=options["all_layers"], **chosen),
+        calibration=options["calibration"],
+        verify=not options["no_verify"],
+        force=options["force"],
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Compare every file with its SHA-256 in the manifest.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+def models(check: bool, as_json: bool) -> None:
+    """List the exported models, with size and precision.
+
+    \b
+    edgevlm models
+    edgevlm models --check
+    """
+    from edgevlm.inventory import describe_models
+    from edgevlm.paths import models_dir
+    from edgevlm.terminal import print_models
+
+    found = describe_models(full_check=check)
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False))
+    elif found:
+        print_models(found)
+    else:
+        click.echo(f"No models under {models_dir()} yet; make one with `edgevlm export SOURCE --int4`.", err=True)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Print what a bug report needs: versions, CPU, devices, folders, memory."""
+    from edgevlm.inventory import diagnose
+    from edgevlm.terminal import print_facts
+
+    facts = diagnose()
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        print_facts(facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What is on this machine: exported models, and the facts that a bug report needs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from edgevlm import __version__
+from edgevlm.cache import folder_size
+from edgevlm.device import core
+from edgevlm.errors import ModelError
+from edgevlm.manifest import check_files, load_manifest
+from edgevlm.paths import cache_dir, list_models, models_dir
+
+_ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+_RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "jinja2", "click")
+_EXPORT = ("torch", "transformers", "optimum-intel", "nncf", "onnx", "onnxruntime")
+
+
+def describe_models(*, full_check: bool = False) -> list[dict[str, Any]]:
+    """Return name, family, precision, size and state of every exported model, damaged ones included."""
+    return [_describe(folder, full_check) for folder in list_models()]
+
+
+def _describe(folder: Any, full_check: bool) -> dict[str, Any]:
+    known: dict[str, Any] = {"name": folder.name, "path": str(folder)}
+    try:
+        manifest = load_manifest(folder)
+        known |= {
+            "source": manifest.source,
+            "family": manifest.family,
+            "precision": ", ".join(f"{name} {part.precision}" for name, part in manifest.parts.items()),
+            "size_bytes": manifest.size_bytes,
+        }
+        check_files(folder, manifest, full=full_check)
+    except ModelError as error:
+        return known | {"state": f"damaged: {error}"}
+    return known | {"state": "checked" if full_check else "ok"}
+
+
+def diagnose() -> dict[str, Any]:
+    """Return the facts for `edgevlm doctor`."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cache = cache_dir()
+    return {
+        "edgevlm": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(),
+        "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip(),
+        "cores": f"{psutil.cpu_count(logical=False)} physical, {psutil.cpu_count()} logical",
+        "isa": cpu_features(),
+        "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available",
+        "devices": {
+            name: f"{core().get_property(name, 'FULL_DEVICE_NAME').strip()}"
+            f" ({', '.join(core().get_property(name, 'OPTIMIZATION_CAPABILITIES'))})"
+            for name in core().available_devices
+        },
+        "models folder": str(models_dir()),
+        "cache folder": f"{cache} ({folder_size(cache) / 1e6:.0f} MB)" if cache.is_dir() else str(cache),
+        "runtime": _versions(_RUNTIME),
+        "export extra": _versions(_EXPORT),
+    }
+
+
+def cpu_features() -> list[str]:
+    """Return those of the instruction sets that matter here which this CPU has."""
+    from archspec.cpu.detect import detected_info
+
+    features = detected_info().features
+    return [name for name in _ISA if name in features]
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    return {package: _version(package) for package in packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

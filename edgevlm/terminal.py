@@ -1,0 +1,123 @@
+"""What people see: progress on stderr, tables on stdout. Programs use `--json` instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from edgevlm.generate import Answer
+    from edgevlm_export.pipeline import ExportReport
+
+
+class Progress:
+    """One line on stderr that says what takes time; silent when stderr is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._status: Status | None = Status("", console=console) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+
+    def stage(self, name: str) -> None:
+        """Show what is being done now."""
+        if self._status:
+            self._status.update(f"{name} …")
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """Show a counted stage; the last step of vision means that the prompt is being read."""
+        label = f"looking at the picture, tile {done + 1} of {total}" if done < total else "reading the question"
+        self.stage(label if stage == "vision" else f"{stage} {done}/{total}")
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+
+def print_stats(answer: Answer) -> None:
+    """Print tokens, timings and memory of an answer, on stderr so that stdout holds the answer alone."""
+    timings = answer.timings
+    speed = f"{timings.tokens_per_s:.1f} tokens/s" if timings.tokens_per_s else "-"
+    rows = {
+        "prompt": f"{answer.prompt_tokens} tokens, {answer.image_tokens} of them from {answer.tiles} tiles",
+        "answer": f"{answer.generated_tokens} tokens ({answer.finish_reason})",
+        "load": f"{timings.load_s:.2f} s",
+        "preprocess": f"{timings.preprocess_s:.3f} s",
+        "vision": f"{timings.vision_s:.3f} s",
+        "prefill": f"{timings.prefill_s:.3f} s",
+        "TTFT": f"{timings.ttft_s:.3f} s",
+        "TPOT": f"{timings.tpot_s * 1000:.1f} ms ({speed})" if timings.tpot_s else "-",
+        "peak memory": f"{answer.peak_memory_bytes / 2**20:,.0f} MiB",
+    }
+    _print_pairs(rows, Console(stderr=True))
+
+
+def print_report(report: ExportReport) -> None:
+    """Print what an export made: parts, figures against the reference, cost."""
+    console = Console()
+    verified = report.verification
+    table = Table("part", "precision", "size", "max abs error", "cosine")
+    for name, part in report.manifest.parts.items():
+        figures = verified.parts.get(name) if verified else None
+        errors = (f"{figures.max_abs_error:.2g}", f"{figures.cosine:.6f}") if figures else ("-", "-")
+        table.add_row(name, part.precision, megabytes(part.size_bytes), *errors)
+    console.print(table)
+    if verified:
+        console.print(
+            f"greedy tokens equal to the reference: {verified.greedy_agreement:.1%} of {verified.positions}, "
+            f"KL {verified.kl_divergence:.2g} nats",
+            highlight=False,
+        )
+    else:
+        console.print("not verified against the reference")
+    console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB", highlight=False)
+    console.print(f"{report.folder}", highlight=False, soft_wrap=True)
+
+
+def print_models(models: Sequence[Mapping[str, Any]]) -> None:
+    """Print the models that are there."""
+    table = Table("name", "family", "precision", "size", "state")
+    for each in models:
+        size = megabytes(each["size_bytes"]) if each.get("size_bytes") else "-"
+        texts = (each["name"], each.get("family", "-"), each.get("precision", "-"), size, each["state"])
+        table.add_row(*(Text(text) for text in texts))
+    Console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print nested facts, a line each."""
+    rows: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name}: {key}": str(each) for key, each in value.items()}
+        else:
+            rows[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    _print_pairs(rows, Console())
+
+
+def megabytes(size: int) -> str:
+    """Return a size for people, in MB of a million bytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _print_pairs(rows: Mapping[str, str], console: Console) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(name), Text(value))  # plain text: a path or an error may hold brackets
+    console.print(table)

@@ -1,0 +1,196 @@
+"""Tiny seeded checkpoints, made on the spot, and their exports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm import VLM, RuntimeConfig
+
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+    "{% if message['content'][0]['type'] == 'image' %}:{% else %}: {% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<global-img>",
+    *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)),
+    "<fake_token_around_image>",
+    "<image>",
+    "<end_of_utterance>",
+]
+CORPUS = [
+    "User: What is in this picture? Assistant: A red circle above a blue square, and the number 42.7.",
+    "Describe the gauge, the display and the label. Größe, naïve, 東京, 🙂.",
+    "How many parts are there? There are twelve of them on the left and none on the right.",
+]
+F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
+TILE, LONGEST_EDGE = 64, 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep models and caches of the tests apart from the user's, and the network out."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGEVLM_HOME", str(folder))
+        patch.setenv("HF_HOME", str(folder / "hf"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("NO_COLOR", "1")
+        yield folder
+
+
+def make_tokenizer() -> Any:
+    """Return a small byte-level BPE tokenizer with the family's special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+        additional_special_tokens=SPECIAL_TOKENS[3:],
+    )
+
+
+def make_checkpoint(folder: Path, family: str) -> Path:
+    """Write a seeded Idefics3 or SmolVLM checkpoint of some hundred thousand parameters."""
+    import torch
+    import transformers
+
+    tokenizer = make_tokenizer()
+    names = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}
+    config_class = getattr(transformers, f"{names[family]}Config")
+    model_class = getattr(transformers, f"{names[family]}ForConditionalGeneration")
+    config = config_class(
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        scale_factor=4,
+        tie_word_embeddings=family == "smolvlm",
+        text_config={
+            "model_type": "llama",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 160,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": family == "smolvlm",
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": TILE,
+            "patch_size": 8,
+        },
+    )
+    torch.manual_seed(7)
+    model = model_class(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:  # transformers' own initialisation gives logits too flat to compare
+                weight.normal_(0.0, 0.5 if "embed" in name else weight[0].numel() ** -0.5)
+        model.lm_head.weight.mul_(3.0)
+    model.tie_weights()
+    model.generation_config = transformers.GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    image_processor(family).save_pretrained(folder)
+    return folder
+
+
+def image_processor(family: str, **options: Any) -> Any:
+    """Return the reference's image processor with the tiny checkpoint's sizes."""
+    import transformers
+
+    kind = {"idefics3": transformers.Idefics3ImageProcessor, "smolvlm": transformers.SmolVLMImageProcessor}[family]
+    sizes = {"size": {"longest_edge": LONGEST_EDGE}, "max_image_size": {"longest_edge": TILE}}
+    return kind(**sizes, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.6, 0.4], **options)
+
+
+@pytest.fixture(scope="session")
+def idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Idefics3 checkpoint, head untied."""
+    return make_checkpoint(tmp_path_factory.mktemp("idefics3") / "tiny-idefics3", "idefics3")
+
+
+@pytest.fixture(scope="session")
+def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SmolVLM checkpoint, head tied."""
+    return make_checkpoint(tmp_path_factory.mktemp("smolvlm") / "tiny-smolvlm", "smolvlm")
+
+
+def export_tiny(checkpoint: Path, folder: Path, precision: Any) -> Path:
+    """Export and return the folder."""
+    from edgevlm_export import ExportOptions, export
+
+    return export(checkpoint, folder, ExportOptions(precision=precision)).folder
+
+
+@pytest.fixture(scope="session")
+def exported(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Idefics3 checkpoint exported without compression. Tests must not change it."""
+    return export_tiny(idefics3, tmp_path_factory.mktemp("exports") / "tiny-fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_smolvlm(smolvlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SmolVLM checkpoint exported without compression. Tests must not change it."""
+    return export_tiny(smolvlm, tmp_path_factory.mktemp("exports") / "tiny-smolvlm-fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_int4(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Idefics3 checkpoint exported to INT4. Tests must not change it."""
+    return export_tiny(idefics3, tmp_path_factory.mktemp("exports") / "tiny-int4", "int4")
+
+
+@pytest.fixture(scope="session")
+def vlm(exported: Path) -> VLM:
+    """The uncompressed export, in float32."""
+    return VLM(exported, F32)
+
+
+def photograph(name: str) -> np.ndarray:
+    """Return one of scikit-learn's photographs, uint8 `(H, W, 3)`."""
+    from sklearn.datasets import load_sample_image
+
+    return np.asarray(load_sample_image(name))
+
+
+@pytest.fixture(scope="session")
+def china(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real photograph of 640x427 pixels, on disk."""
+    path = tmp_path_factory.mktemp("pictures") / "china.png"
+    Image.fromarray(photograph("china.jpg")).save(path)
+    return path
