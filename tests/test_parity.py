@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Idefics3Processor
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.chat import user_message
@@ -23,42 +23,19 @@ TOKENS = 40
 class Reference:
     """transformers' model, image processor and tokenizer on one checkpoint, greedy and in float32."""
 
-    def __init__(self, checkpoint: Path, family: str) -> None:
-        from transformers import AutoModelForImageTextToText, AutoTokenizer
-
+    def __init__(self, checkpoint: Path) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.image_processor = image_processor(family)
-        self.family = family
 
     def inputs(self, images: list[Any], question: str) -> dict[str, Any]:
         """Return the processor's inputs for one question about `images`."""
         messages = [user_message(question, len(images))]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if self.family == "smolvlm":
-            return self._smolvlm_inputs(images, text)
-        from transformers import Idefics3Processor
-
-        processor = Idefics3Processor(self.image_processor, self.tokenizer, image_seq_len=4)
+        # SmolVLMProcessor cannot be imported without torchvision, for its video part; on pictures it is this one,
+        # and `test_preprocess` compares the two image processors.
+        processor = Idefics3Processor(image_processor("idefics3"), self.tokenizer, image_seq_len=4)
         pictures = {"images": [images]} if images else {}
         return dict(processor(text=[text], return_tensors="pt", **pictures))
-
-    def _smolvlm_inputs(self, images: list[Any], text: str) -> dict[str, Any]:
-        """Do what SmolVLMProcessor does, which cannot be made without torchvision for its video part."""
-        from transformers import SmolVLMProcessor
-
-        pictures: dict[str, Any] = {}
-        if images:
-            pictures = dict(self.image_processor([images], return_row_col_info=True, return_tensors="pt"))
-            names = SimpleNamespace(
-                image_seq_len=4,
-                image_token="<image>",
-                fake_image_token="<fake_token_around_image>",
-                global_image_token="<global-img>",
-            )
-            rows, cols = pictures.pop("rows"), pictures.pop("cols")
-            [text] = SmolVLMProcessor.expand_text_with_image_tokens(names, [text], rows, cols)
-        return dict(self.tokenizer([text], return_tensors="pt")) | pictures
 
     def generate(self, images: list[Any], question: str) -> list[int]:
         """Return up to TOKENS greedy token ids."""
@@ -77,7 +54,7 @@ class Reference:
 def pair(request: pytest.FixtureRequest) -> tuple[Reference, VLM]:
     """A reference and the float32 export of the same checkpoint."""
     folder = request.getfixturevalue({"idefics3": "exported", "smolvlm": "exported_smolvlm"}[request.param])
-    return Reference(request.getfixturevalue(request.param), request.param), VLM(folder, F32)
+    return Reference(request.getfixturevalue(request.param)), VLM(folder, F32)
 
 
 def pictures(case: str) -> list[np.ndarray]:
