@@ -28,7 +28,7 @@ def compress(
 def _compress(
     model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None
 ) -> ov.Model:
-    nncf = _import_nncf()
+    nncf = import_nncf()
     if precision == "int8":
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     mode = nncf.CompressWeightsMode.INT4_SYM if recipe.sym else nncf.CompressWeightsMode.INT4_ASYM
@@ -56,7 +56,7 @@ def _fall_back(nncf: Any) -> Any:
     return advanced(group_size_fallback_mode=GroupSizeFallbackMode.ADJUST)
 
 
-def _import_nncf() -> Any:
+def import_nncf() -> Any:
     """Import NNCF after OpenVINO's telemetry, which it would use too, has been cut off."""
     import_openvino()
     import nncf

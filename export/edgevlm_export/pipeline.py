@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from threading import Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +18,7 @@ import numpy as np
 
 import edgevlm
 from edgevlm.chat import user_message
-from edgevlm.device import RuntimeConfig, first_line, import_openvino, read_ir
+from edgevlm.device import RuntimeConfig, import_openvino, read_ir
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.generate import GenerationConfig
 from edgevlm.manifest import LANGUAGE, PART_NAMES, File, Manifest, Part, hash_file
@@ -27,7 +28,7 @@ from edgevlm.paths import MANIFEST, models_dir
 from edgevlm.processor import Processor
 from edgevlm_export.calibration import Pair, language_samples, load_pairs
 from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
-from edgevlm_export.compress import compress
+from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.convert import CASES, JOB, REFERENCE, RESULT
 from edgevlm_export.draft import draft_folder
 from edgevlm_export.families import family_facts
@@ -180,6 +181,7 @@ def convert(
     ):
         assert child.stdout is not None
         try:
+            Thread(target=import_nncf, daemon=True).start()  # takes seconds, and the child leaves a core idle
             for line in child.stdout:
                 if line.startswith("@ "):
                     clock.begin(line[2:].strip())
@@ -190,8 +192,10 @@ def convert(
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         raise ExportError(f"the conversion ended with exit code {child.returncode}: {lines[-1] if lines else 'killed'}")
     result = json.loads((work / RESULT).read_text(encoding="utf-8"))
-    if "error" in result:
-        raise SourceError(result["error"])
+    if "refused" in result:
+        raise SourceError(result["refused"])
+    if "unwritten" in result:
+        raise OSError(result["unwritten"])
     return {"edgevlm": edgevlm.__version__, **result["versions"]}
 
 
@@ -219,7 +223,7 @@ def save_ir(model: ov.Model, path: Path, precision: Precision) -> None:
     try:
         import_openvino().save_model(model, path, compress_to_fp16=precision == "fp16")
     except RuntimeError as error:
-        raise OSError(f"OpenVINO could not write {path.name}: {first_line(error)}") from error
+        raise OSError(f"OpenVINO could not write {path.name}; the disk may be full") from error
 
 
 def copy_small_files(work: Path, draft: Path) -> None:

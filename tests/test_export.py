@@ -1,0 +1,182 @@
+"""The exporter: what a folder holds, and that it holds true."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edgevlm import VLM, GenerationConfig, OptionError, VerificationError
+from edgevlm.chat import user_message
+from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, hash_file, load_manifest
+from edgevlm_export import ExportOptions, export
+from edgevlm_export.convert import greedy
+from edgevlm_export.options import Int4Recipe
+from edgevlm_export.verify import check, scales, verify
+from tests.conftest import F32, photograph
+
+
+def test_the_manifest_tells_what_was_exported(exported: Path, idefics3: Path) -> None:
+    manifest = load_manifest(exported)
+    data = json.loads((exported / "edgevlm.json").read_text(encoding="utf-8"))
+    assert data["schema_version"] == 1
+    assert (manifest.source, manifest.revision, manifest.family) == ("tiny-idefics3", None, "idefics3")
+    assert {name: part.precision for name, part in manifest.parts.items()} == {
+        VISION: "fp32",
+        TEXT_EMBEDDINGS: "fp32",
+        LANGUAGE: "fp32",
+    }
+    assert set(manifest.tool_versions) == {"edgevlm", "openvino", "optimum-intel", "transformers", "torch", "nncf"}
+    assert manifest.verification is not None
+    assert manifest.verification["greedy_agreement"] == 1.0
+    assert manifest.context_length == 512
+    assert manifest.eos_token_ids == (json.loads((idefics3 / "config.json").read_text())["image_token_id"] + 1,)
+
+
+def test_the_manifest_names_every_file_and_its_hash(exported: Path) -> None:
+    manifest = load_manifest(exported)
+    assert set(manifest.files) | {"edgevlm.json"} == {path.name for path in exported.iterdir()}
+    for name, file in manifest.files.items():
+        assert file.sha256 == hash_file(exported / name)
+    check_files(exported, manifest, full=True)
+
+
+def test_nothing_of_this_machine_is_in_the_folder(exported: Path, idefics3: Path) -> None:
+    for path in exported.iterdir():
+        assert str(idefics3.parent).encode() not in path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (ExportOptions("fp32"), ("fp32", "fp32", "fp32")),
+        (ExportOptions("fp16"), ("fp16", "fp16", "fp16")),
+        (ExportOptions("int8"), ("int8", "int8", "int8")),
+        (ExportOptions("int4"), ("int8", "int8", "int4")),
+        (ExportOptions("int4", int4=Int4Recipe(all_layers=True)), ("int8", "int4", "int4")),
+        (ExportOptions("int8", vision_precision="fp16"), ("fp16", "int8", "int8")),
+        (ExportOptions("fp32", lm_precision="int4"), ("fp32", "int8", "int4")),
+    ],
+)
+def test_precision_of_each_part(options: ExportOptions, wanted: tuple[str, str, str]) -> None:
+    assert tuple(options.part_precision(part) for part in (VISION, TEXT_EMBEDDINGS, LANGUAGE)) == wanted
+
+
+@pytest.mark.parametrize("recipe", [{"group_size": 0}, {"group_size": -2}, {"ratio": 1.5}, {"ratio": -0.1}])
+def test_a_recipe_out_of_range_is_refused(recipe: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        Int4Recipe(**recipe)
+
+
+def weight_types(folder: Path) -> set[str]:
+    """Return the element types of the language part's large constants."""
+    from edgevlm.device import read_ir
+
+    model = read_ir(folder / load_manifest(folder).parts[LANGUAGE].file)
+    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+    return {node.get_element_type().get_type_name() for node in constants if np.prod(list(node.shape)) >= 4096}
+
+
+def test_int4_is_smaller_and_still_answers(exported: Path, exported_int4: Path) -> None:
+    full, small = load_manifest(exported), load_manifest(exported_int4)
+    assert small.parts[LANGUAGE].precision == "int4"
+    assert small.parts[LANGUAGE].size_bytes < full.parts[LANGUAGE].size_bytes / 2
+    assert {"u4", "i4"} & weight_types(exported_int4)
+    assert small.verification is not None
+    assert 0 < small.verification["greedy_agreement"] <= 1
+    assert VLM(exported_int4, F32).generate(photograph("china.jpg"), "What?").generated_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Int4Recipe(group_size=128, sym=True),  # divides no channel here, so it falls back
+        Int4Recipe(all_layers=True, ratio=0.7),
+        Int4Recipe(awq=True, scale_estimation=True, group_size=32),
+        Int4Recipe(gptq=True, group_size=32),
+    ],
+)
+def test_every_recipe_exports(idefics3: Path, tmp_path: Path, recipe: Int4Recipe) -> None:
+    report = export(idefics3, tmp_path / "out", ExportOptions("int4", int4=recipe))
+    assert report.manifest.export_options["int4"]["group_size"] == recipe.group_size
+    assert report.verification is not None
+    assert report.verification.parts[LANGUAGE].cosine > 0.9
+    assert report.peak_memory_bytes > 0
+    assert report.seconds >= sum(report.stages.values()) * 0.99
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_fp16_and_int8_stay_near_the_reference(idefics3: Path, tmp_path: Path, precision: Any) -> None:
+    report = export(idefics3, tmp_path / precision, ExportOptions(precision))
+    assert report.verification is not None
+    assert report.verification.parts[LANGUAGE].cosine > 0.999
+    assert report.verification.greedy_agreement > 0.9
+
+
+def test_without_verification_the_manifest_says_so(exported: Path, idefics3: Path, tmp_path: Path) -> None:
+    report = export(idefics3, tmp_path / "out", ExportOptions("fp32", verify=False))
+    assert report.verification is None
+    assert load_manifest(tmp_path / "out").verification is None
+    same = [path.name for path in exported.glob("openvino_*.bin")]
+    assert [hash_file(tmp_path / "out" / name) for name in same] == [hash_file(exported / name) for name in same]
+
+
+def test_another_models_outputs_fail_the_verification(idefics3: Path, exported_smolvlm: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    vlm = VLM(exported_smolvlm, F32)
+    tiles = vlm.processor.preprocess([photograph("china.jpg")], GenerationConfig(detail="low"))
+    ids = np.asarray(vlm.processor.prompt_ids([user_message("What?", 1)], tiles), np.int64)
+    cases = {"picture.input_ids": ids, "picture.pixel_values": tiles[0].pixel_values}
+    model = AutoModelForImageTextToText.from_pretrained(idefics3, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        embeds = model.model.get_image_features(torch.from_numpy(tiles[0].pixel_values)[None])
+        tokens, logits = greedy(model, torch.from_numpy(ids)[None], {"image_hidden_states": embeds}, 8)
+        text_embeds = model.get_input_embeddings()(torch.from_numpy(np.concatenate([ids, tokens[:-1]])))
+    reference = {
+        "picture.image_embeds": embeds.numpy(),
+        "picture.token_ids": tokens,
+        "picture.logits": logits,
+        "picture.text_embeds": text_embeds.numpy(),
+    }
+    figures = verify(vlm, cases, reference)
+    assert figures.kl_divergence > 0.01
+    with pytest.raises(VerificationError, match=r"differs from the reference by .*; nothing was written"):
+        check(figures, scales(reference))
+
+
+def test_the_folder_loads_with_optimum_intel(exported: Path, vlm: VLM) -> None:
+    from optimum.intel import OVModelForVisualCausalLM
+
+    model = OVModelForVisualCausalLM.from_pretrained(
+        exported, ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "CACHE_DIR": ""}
+    )
+    config = GenerationConfig(max_new_tokens=32, detail="high")
+    image = photograph("china.jpg")
+    answer = vlm.generate(image, "What is this?", config)
+    tiles = vlm.processor.preprocess([image], config)
+    ids = torch.tensor([vlm.processor.prompt_ids([user_message("What is this?", 1)], tiles)])
+    pixel_values = torch.from_numpy(tiles[0].pixel_values)[None]
+    outputs = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixel_values,
+        do_sample=False,
+        max_new_tokens=32,
+    )
+    assert tuple(outputs[0, ids.shape[1] :].tolist()) == answer.token_ids
+
+
+def test_a_hub_id_is_taken_from_the_local_cache(idefics3: Path, home: Path, tmp_path: Path) -> None:
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repo = home / "hf" / "hub" / "models--someone--tiny"
+    shutil.copytree(idefics3, repo / "snapshots" / revision)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(revision, encoding="utf-8")
+    report = export("someone/tiny", tmp_path / "out", ExportOptions("int8", verify=False))
+    assert (report.manifest.source, report.manifest.revision) == ("someone/tiny", revision)

@@ -1,0 +1,235 @@
+"""What can go wrong with an export: one clear line, and the folder as it was before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from edgevlm import ExportError, SourceError
+from edgevlm_export import ExportOptions, export
+from edgevlm_export.calibration import load_pairs
+from edgevlm_export.draft import draft_folder
+
+QUICK = ExportOptions("int8", verify=False)
+posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
+
+
+def edit_config(folder: Path, name: str, **changes: object) -> None:
+    path = folder / name
+    data = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(data | changes), encoding="utf-8")
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
+
+
+def drop_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.text_model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def rename_index(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "gone.safetensors")
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no config": (lambda f: (f / "config.json").unlink(), "has no config.json, so it is no Hugging Face checkpoint"),
+    "bad config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read: "),
+    "no weights": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "has no model.safetensors; only safetensors weights are read",
+    ),
+    "no tokenizer": (
+        lambda f: (f / "tokenizer.json").unlink(),
+        "has no tokenizer.json; save the checkpoint's fast tokenizer there first",
+    ),
+    "no template": (no_template, "has no chat template; edgevlm needs a chat (instruct) checkpoint"),
+    "truncated weights": (truncate, "model.safetensors is damaged or truncated: "),
+    "missing shard": (rename_index, "lacks model-00001-of-00002.safetensors, which its index names"),
+    "missing tensor": (
+        drop_weight,
+        "the checkpoint lacks weights that its config asks for, such as model.text_model.layers.1.mlp.up_proj.weight",
+    ),
+    "unknown family": (
+        lambda f: edit_config(f, "config.json", model_type="llava"),
+        "is of family 'llava'; edgevlm exports idefics3, smolvlm",
+    ),
+    "no image token": (
+        lambda f: edit_config(f, "config.json", image_token_id=None),
+        "config.json states no image_token_id",
+    ),
+    "contradiction": (
+        lambda f: (f / "processor_config.json").write_text('{"image_seq_len": 9}'),
+        "processor_config.json says 9 image tokens a tile, the sizes in config.json and preprocessor_config.json "
+        "make 4",
+    ),
+    "no resize": (
+        lambda f: edit_config(f, "preprocessor_config.json", do_resize=False),
+        "preprocessor_config.json sets do_resize to false, which edgevlm does not support",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_checkpoint_is_refused(case: str, idefics3: Path, tmp_path: Path) -> None:
+    damage, line = BROKEN[case]
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(idefics3, checkpoint)
+    damage(checkpoint)
+    with pytest.raises(SourceError) as caught:
+        export(checkpoint, tmp_path / "out", QUICK)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        (
+            "someone/nothing",
+            "no folder 'someone/nothing' here, it is not in the Hugging Face cache, and HF_HUB_OFFLINE is set",
+        ),
+        ("no such/folder/at all", "no folder 'no such/folder/at all' here, and it is no hub id of the form owner/name"),
+    ],
+)
+def test_a_source_that_is_not_there(source: str, line: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        export(source, tmp_path / "out", QUICK)
+    assert str(caught.value) == line
+
+
+def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.touch()
+    with pytest.raises(SourceError, match="is a file; give the checkpoint's folder or a hub id"):
+        export(path, tmp_path / "out", QUICK)
+
+
+def test_an_existing_folder_needs_force(exported: Path, idefics3: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ExportError, match="exists already; use --force to replace it, or -o for another folder"):
+        export(idefics3, target, QUICK)
+    assert (target / "mine.txt").read_text(encoding="utf-8") == "mine"
+    export(idefics3, target, ExportOptions("int8", verify=False, force=True))
+    assert not (target / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failing_export_leaves_the_old_folder(idefics3: Path, tmp_path: Path) -> None:
+    target, checkpoint = tmp_path / "out", tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    shutil.copytree(idefics3, checkpoint)
+    drop_weight(checkpoint)
+    with pytest.raises(SourceError):
+        export(checkpoint, target, ExportOptions("int8", verify=False, force=True))
+    assert (target / "mine.txt").read_text(encoding="utf-8") == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def start_export(checkpoint: Path, target: Path, **options: object) -> subprocess.Popen[str]:
+    """Start a forced export in a process of its own and wait until it has begun to convert."""
+    code = (
+        "import sys; from pathlib import Path; from edgevlm_export import ExportOptions, export;"
+        "export(sys.argv[1], Path(sys.argv[2]), ExportOptions('int8', force=True, verify=False),"
+        " on_stage=lambda stage: print(stage, flush=True))"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(target)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.strip() == "convert":
+            break
+    return process
+
+
+@posix
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_export_leaves_the_old_folder(kill: int, idefics3: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    process = start_export(idefics3, target)
+    os.killpg(process.pid, kill)
+    process.communicate()
+    assert process.returncode != 0
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    leftovers = [path for path in tmp_path.iterdir() if path.name != "out"]
+    assert len(leftovers) == (1 if kill == signal.SIGKILL else 0)
+    with draft_folder(target, force=True) as draft:  # the next export clears them away
+        assert [path.name for path in tmp_path.iterdir() if path not in (target, draft)] == []
+
+
+@posix
+def test_a_full_disk_leaves_the_old_folder(idefics3: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file fails the same writes that a full disk fails."""
+    import resource
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    target = tmp_path / "out"
+    target.mkdir()
+    process = start_export(idefics3, target, preexec_fn=limit)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert "ExportError: writing the export failed: " in errors.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert list(target.iterdir()) == []
+
+
+def test_a_target_that_cannot_be_made(idefics3: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"cannot write to .*file"):
+        export(idefics3, tmp_path / "file" / "out", QUICK)
+    with pytest.raises(ExportError, match="is a file; an export is a folder"):
+        export(idefics3, tmp_path / "file", ExportOptions("int8", force=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("", "is empty"),
+        ("not json\n", 'line 1: not {"image": ..., "question": ...}'),
+        ('{"question": "What?"}\n{"image": "gone.png", "question": "What?"}\n', "line 2: no such picture: "),
+        ('{"image": "gone.png"}\n', 'line 1: not {"image": ..., "question": ...}'),
+    ],
+)
+def test_a_bad_calibration_set_is_refused_before_any_work(text: str, line: str, idefics3: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ExportError) as caught:
+        export(idefics3, tmp_path / "out", ExportOptions("int4", calibration=path))
+    assert line in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_folder_of_pictures_is_enough(china: Path) -> None:
+    pairs = load_pairs(china.parent)
+    assert [pair.image for pair in pairs] == [china]
+    assert pairs[0].question
+    with pytest.raises(ExportError, match="neither a folder nor a JSONL file"):
+        load_pairs(china.parent / "gone")
