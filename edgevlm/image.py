@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from edgevlm.errors import ImageError
 
@@ -25,6 +28,17 @@ MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What stands an image of each EXIF orientation upright."""
+_ONE_AT_A_TIME = Lock()
 
 
 def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
@@ -36,21 +50,25 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     if isinstance(source, np.ndarray):
         return _check_array(source, max_pixels)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image", max_pixels)
+        with _quiet():
+            return _to_rgb(source, "the image", max_pixels)
     if isinstance(source, bytes):
-        return _decode(BytesIO(source), "the image", max_pixels)
+        return _decode(source, "the image", max_pixels)
     if not isinstance(source, str | os.PathLike):
         raise ImageError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
-    path = Path(source)
-    if path.is_dir():
-        raise ImageError(f"{path} is a folder, not an image file")
+    name = _printable(os.fspath(source))
+    return _decode(_read(Path(source), name), name, max_pixels)
+
+
+def _read(path: Path, name: str) -> bytes:
     try:
-        data = path.read_bytes()
+        if path.is_dir():
+            raise ImageError(f"{name} is a folder, not an image file")
+        return path.read_bytes()
     except FileNotFoundError:
-        raise ImageError(f"no such image file: {path}") from None
+        raise ImageError(f"no such image file: {name}") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return _decode(BytesIO(data), str(path), max_pixels)
+        raise ImageError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _check_array(array: npt.NDArray[Any], max_pixels: int) -> RGB:
@@ -65,51 +83,78 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise ImageError(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first")
 
 
-def _decode(stream: BytesIO, name: str, max_pixels: int) -> RGB:
-    if not stream.getbuffer().nbytes:
+def _decode(data: bytes, name: str, max_pixels: int) -> RGB:
+    if not data:
         raise ImageError(f"{name} is empty, not an image")
+    with _quiet(), _open(data, name, max_pixels) as image:
+        return _to_rgb(image, name, max_pixels)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings, of many pixels or a broken EXIF block: what matters of them is an `ImageError`.
+
+    The filters belong to the whole process, so one picture is decoded at a time.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Our own limit, stated in our own words, comes right after.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(stream)
+        return Image.open(BytesIO(data))
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, …)") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{name} has more pixels than the limit of {max_pixels:,}; shrink it first") from None
+        # Pillow's own limit may be the lower one, and it does not tell the size apart.
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageError(f"{name} has more pixels than the limit of {limit:,}; shrink it first") from None
     except Exception as error:  # a decoder may raise anything on hostile bytes
         raise ImageError(f"{name} cannot be opened as an image: {_one_line(error)}") from None
-    with image:
-        return _to_rgb(image, name, max_pixels)
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RGB:
     _check_size(*image.size, name, max_pixels)
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels")
+    if image.mode == "F":
+        raise ImageError(f"{name} has floating-point pixels; convert it to 8 bits a channel first")
     try:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return np.asarray(_flatten(upright))
-    except ImageError:
-        raise
+        return np.asarray(_flatten(_upright(image)))
     except Exception as error:  # as above: truncated or hostile data
         raise ImageError(f"{name} cannot be decoded, it may be truncated: {_one_line(error)}") from None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF orientation asks; `ImageOps.exif_transpose` fails where EXIF is broken."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the pixels are good all the same
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
 def _flatten(image: Image.Image) -> Image.Image:
     """Return the image in mode RGB."""
-    if image.mode == "F":
-        raise ImageError("the image has floating-point pixels; convert it to 8 bits a channel first")
     if image.mode in _SIXTEEN_BIT:
         samples = np.asarray(image)
         high_byte = (np.clip(samples, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            high_byte[samples == image.info["transparency"]] = 255
         return Image.fromarray(high_byte).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _printable(path: str) -> str:
+    """Return a path for a message of one line: neither control characters nor a whole picture in base64."""
+    short = path if len(path) <= 300 else path[:299] + "…"
+    return short if short and short.isprintable() else repr(short)
 
 
 def _one_line(error: Exception) -> str:

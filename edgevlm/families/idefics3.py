@@ -122,10 +122,15 @@ class Idefics3:
         return np.stack([self.lookup[channel][pixels[..., channel]] for channel in range(3)], axis=1)
 
 
-def _normalisation(rescale_factor: float, mean: list[float], std: list[float]) -> npt.NDArray[np.float32]:
-    """Return `(3, 256)`: every uint8 value rescaled in float64, then normalised in float32, as the reference does."""
+def _normalisation(
+    rescale_factor: float, mean: float | list[float], std: float | list[float]
+) -> npt.NDArray[np.float32]:
+    """Return `(3, 256)`: every uint8 value rescaled in float64, then normalised in float32, as the reference does.
+
+    `mean` and `std` are one number for each channel, or one for all.
+    """
     levels = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
-    mean32, std32 = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    mean32, std32 = (np.broadcast_to(np.asarray(each, np.float32), 3) for each in (mean, std))
     return (levels[None, :] - mean32[:, None]) / std32[:, None]
 
 
