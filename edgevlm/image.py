@@ -27,6 +27,9 @@ ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDAr
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
+"""Pixel formats only: Pillow would also take, say, PostScript, and run an interpreter on a stranger's program."""
+
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,6 +67,8 @@ def _read(path: Path, name: str) -> bytes:
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image file")
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{name} is a device or a pipe, not an image file; use - for stdin")
         return path.read_bytes()
     except FileNotFoundError:
         raise ImageError(f"no such image file: {name}") from None
@@ -103,9 +108,9 @@ def _quiet() -> Iterator[None]:
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     try:
-        return Image.open(BytesIO(data))
+        return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image in a format that Pillow reads (JPEG, PNG, WebP, …)") from None
+        raise ImageError(f"{name} is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)") from None
     except Image.DecompressionBombError:
         # Pillow's own limit may be the lower one, and it does not tell the size apart.
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))

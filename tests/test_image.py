@@ -388,7 +388,7 @@ def float_tiff() -> bytes:
     return encode(Image.fromarray(np.ones((3, 4), np.float32)), "TIFF")
 
 
-UNKNOWN = "is not an image in a format that Pillow reads (JPEG, PNG, WebP, …)"
+UNKNOWN = "is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)"
 ARRAY = "an image array must be uint8 of shape (H, W, 3), not"
 SOURCE = "an image must be a path, bytes, a PIL image or a uint8 array, not"
 FLOATS = "has floating-point pixels; convert it to 8 bits a channel first"
@@ -534,3 +534,17 @@ def test_threads_at_once_let_no_warning_out_and_leave_the_filters_alone() -> Non
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(both, range(200)))
     assert list(warnings.filters) == before
+
+
+def test_a_program_is_not_run_as_an_image() -> None:
+    """Pillow hands PostScript to Ghostscript, where that is installed."""
+    program = encode(Image.new("RGB", (8, 8)), "EPS")
+    with pytest.raises(ImageError, match="is not an image in a format that edgevlm reads"):
+        load_image(program)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageError, match=r"pipe.png is a device or a pipe, not an image file; use - for stdin"):
+        load_image(tmp_path / "pipe.png")
