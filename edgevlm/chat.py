@@ -34,15 +34,15 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise DamagedModelError(f"the model's chat template does not parse: {error}") from None
+        except (TemplateError, RecursionError) as error:
+            raise DamagedModelError(f"the model's chat template does not parse: {_one_line(error)}") from None
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt for `messages`, opened for the assistant's answer. Raises `PromptError`."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
-        except TemplateError as error:
-            raise PromptError(f"the model's chat template refuses the conversation: {error}") from None
+        except Exception as error:  # a template is a program: it may divide by zero or add a number to a text
+            raise PromptError(f"the model's chat template refuses the conversation: {_one_line(error)}") from None
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -51,6 +51,10 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _now(pattern: str) -> str:

@@ -16,6 +16,7 @@ from edgevlm.errors import EdgeVLMError, ExportError, ImageError
 if TYPE_CHECKING:
     from edgevlm_export.options import ExportOptions
 
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 
 
@@ -106,12 +107,21 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
 
 def _check_question(question: str) -> None:
     """Catch the likeliest slip: a picture and no question."""
-    if question == "-" or (Path(question).suffix and Path(question).is_file()):
+    from edgevlm.paths import is_there
+
+    names_image = question.lower().endswith(_IMAGE_SUFFIXES) and len(question.split()) == 1
+    is_file = Path(question).suffix and is_there(Path(question)) and Path(question).is_file()
+    if question == "-" or names_image or is_file:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
 
 
 def _image(name: str) -> bytes | str:
-    return sys.stdin.buffer.read() if name == "-" else name
+    if name != "-":
+        return name
+    data = sys.stdin.buffer.read() if sys.stdin else b""  # None: started with stdin closed
+    if not data:
+        raise ImageError("no image came on stdin, where an IMAGE of - is read from")
+    return data
 
 
 def _answer(
@@ -123,17 +133,18 @@ def _answer(
     as_json: bool,
     stats: bool,
 ) -> None:
-    from edgevlm.image import load_image
+    from edgevlm.image import probe_image
     from edgevlm.terminal import Progress, print_stats
 
-    pictures = [load_image(image) for image in images]  # a bad picture is told before the model is loaded
+    for image in images:  # a bad picture is told before the model is loaded
+        probe_image(image)
     with Progress() as progress:
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
         vlm = VLM(model, runtime)
         answer = None
-        for piece in vlm.stream(pictures, question, generation, progress.step):
+        for piece in vlm.stream(images, question, generation, progress.step):
             progress.clear()
             if not as_json:
                 click.echo(piece.text, nl=False)
@@ -159,12 +170,14 @@ def _answer(
 @click.option("--fp32", "precision", flag_value="fp32", help="FP32 weights: equal to the reference.")
 @click.option("--vision-precision", type=_PRECISION, help="Vision encoder and connector only.")
 @click.option("--lm-precision", type=_PRECISION, help="Language model only.")
-@click.option("--group-size", type=int, help="INT4: weights that share a scale.  [default: 64]")
-@click.option("--ratio", type=float, help="INT4: share of the weights; the rest stays INT8.  [default: 1.0]")
+@click.option("--group-size", type=int, help="INT4: weights that share a scale.  [default: 32]")
+@click.option("--ratio", type=float, help="INT4: share of the weights; the rest stays INT8.  [default: 0.8]")
 @click.option("--sym/--asym", "sym", default=None, help="INT4 without or with a zero point.  [default: asym]")
 @click.option("--all-layers", is_flag=True, help="INT4 also for the embeddings and the LM head.")
-@click.option("--awq/--no-awq", default=None, help="INT4: activation-aware scaling.")
-@click.option("--scale-estimation/--no-scale-estimation", default=None, help="INT4: fit the scales to real inputs.")
+@click.option("--awq/--no-awq", default=None, help="INT4: activation-aware scaling.  [default: no]")
+@click.option(
+    "--scale-estimation/--no-scale-estimation", default=None, help="INT4: fit scales to inputs.  [default: yes]"
+)
 @click.option("--gptq/--no-gptq", default=None, help="INT4: correct each layer's error on real inputs (slow).")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Your own pictures and questions.")
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the PyTorch reference.")
@@ -215,9 +228,10 @@ def _export_options(options: dict[str, Any]) -> ExportOptions:
 
 
 @main.command()
-@click.option("--check", is_flag=True, help="Compare every file with its SHA-256 in the manifest.")
+@click.option("--check", is_flag=True, help="Compare every file with its SHA-256; exit 1 if one differs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
-def models(check: bool, as_json: bool) -> None:
+@click.pass_context
+def models(ctx: click.Context, check: bool, as_json: bool) -> None:
     """List the exported models, with size and precision.
 
     \b
@@ -235,12 +249,19 @@ def models(check: bool, as_json: bool) -> None:
         print_models(found)
     else:
         click.echo(f"No models under {models_dir()} yet; make one with `edgevlm export SOURCE --int4`.", err=True)
+    if check and any(each["state"].startswith("damaged") for each in found):
+        ctx.exit(1)
 
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
-    """Print what a bug report needs: versions, CPU, devices, folders, memory."""
+    """Print what a bug report needs: versions, CPU, devices, folders, memory.
+
+    \b
+    edgevlm doctor
+    edgevlm doctor --json
+    """
     from edgevlm.inventory import diagnose
     from edgevlm.terminal import print_facts
 

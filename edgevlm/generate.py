@@ -47,7 +47,7 @@ class GenerationConfig:
             raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
-        if not isinstance(self.stop, tuple) or not all(self.stop):
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError("stop must be a tuple of texts, none of them empty")
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
 
@@ -179,10 +179,11 @@ class StopText:
         if self.stopped:
             return ""
         self._held += text
-        ends = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if ends:
+        # The stop text that is whole first ends the answer, however the text was cut into pieces.
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return self._show(min(ends))
+            return self._show(min(found)[1])
         return self._show(len(self._held) - self._possible_beginning())
 
     def finish(self, text: str = "") -> str:

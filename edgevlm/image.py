@@ -63,6 +63,16 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     return _decode(_read(Path(source), name), name, max_pixels)
 
 
+def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise the `ImageError` that the file's first bytes already call for; nothing is decoded."""
+    data, name = source, "the image"
+    if not isinstance(data, bytes):
+        name = _printable(os.fspath(data))
+        data = _read(Path(data), name)
+    with _quiet(), _open(data, name, max_pixels) as image:
+        _check_size(*image.size, name, max_pixels)
+
+
 def _read(path: Path, name: str) -> bytes:
     try:
         if path.is_dir():
@@ -89,8 +99,6 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
 
 
 def _decode(data: bytes, name: str, max_pixels: int) -> RGB:
-    if not data:
-        raise ImageError(f"{name} is empty, not an image")
     with _quiet(), _open(data, name, max_pixels) as image:
         return _to_rgb(image, name, max_pixels)
 
@@ -107,6 +115,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError(f"{name} is empty, not an image")
     try:
         return Image.open(BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from edgevlm import __version__
 from edgevlm.cache import folder_size
 from edgevlm.device import core
 from edgevlm.errors import ModelError
+from edgevlm.families import make_family
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.paths import cache_dir, list_models, models_dir
 
@@ -24,7 +26,7 @@ def describe_models(*, full_check: bool = False) -> list[dict[str, Any]]:
     return [_describe(folder, full_check) for folder in list_models()]
 
 
-def _describe(folder: Any, full_check: bool) -> dict[str, Any]:
+def _describe(folder: Path, full_check: bool) -> dict[str, Any]:
     known: dict[str, Any] = {"name": folder.name, "path": str(folder)}
     try:
         manifest = load_manifest(folder)
@@ -34,6 +36,7 @@ def _describe(folder: Any, full_check: bool) -> dict[str, Any]:
             "precision": ", ".join(f"{name} {part.precision}" for name, part in manifest.parts.items()),
             "size_bytes": manifest.size_bytes,
         }
+        make_family(manifest.family, manifest.family_facts)
         check_files(folder, manifest, full=full_check)
     except ModelError as error:
         return known | {"state": f"damaged: {error}"}

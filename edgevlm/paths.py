@@ -32,6 +32,14 @@ def list_models() -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
 
 
+def is_there(path: Path) -> bool:
+    """Tell whether there is a file or folder; there is none under a name that is too long for one."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def find_model(name: str | os.PathLike[str] | None) -> Path:
     """Return the exported folder that `name` means: a folder, a short name, or, for None, the only model there is.
 
@@ -40,9 +48,9 @@ def find_model(name: str | os.PathLike[str] | None) -> Path:
     if name is None:
         return _only_model()
     for folder in (Path(name), models_dir() / name):
-        if folder.is_dir():
+        if is_there(folder) and folder.is_dir():
             return folder
-    if Path(name).is_file():
+    if is_there(Path(name)):
         raise ModelNotFoundError(f"{name} is a file; a model is the folder that `edgevlm export` writes")
     raise ModelNotFoundError(
         f"no model {str(name)!r}: not a folder here and not under {models_dir()}; `edgevlm models` lists what is there"

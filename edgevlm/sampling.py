@@ -25,14 +25,14 @@ def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, s
         raise OptionError(f"top_p must be above 0 and at most 1, not {top_p}")
     if top_k < 0:
         raise OptionError(f"top_k must be 0 (all) or more, not {top_k}")
-    if temperature == 0:
-        return greedy
     if seed is not None and seed < 0:
         raise OptionError(f"seed must be 0 or more, not {seed}")
+    if temperature == 0:
+        return greedy
     random = np.random.default_rng(seed)
 
     def sample(logits: Logits) -> int:
-        probabilities = _top_p(_softmax(_top_k(logits.astype(np.float64) / temperature, top_k)), top_p)
+        probabilities = _top_p(_softmax(_top_k(_heat(logits, temperature), top_k)), top_p)
         return int(random.choice(len(probabilities), p=probabilities))
 
     return sample
@@ -41,6 +41,12 @@ def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, s
 def greedy(logits: Logits) -> int:
     """Return the likeliest token, the lowest id among equals."""
     return int(np.argmax(logits))
+
+
+def _heat(logits: Logits, temperature: float) -> npt.NDArray[Any]:
+    """Return the logits below their maximum, over the temperature: zero stays zero however cold it is."""
+    with np.errstate(over="ignore"):
+        return np.asarray((logits.astype(np.float64) - logits.max()) / temperature)
 
 
 def _softmax(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -117,7 +117,7 @@ def megabytes(size: int) -> str:
 
 
 def _print_pairs(rows: Mapping[str, str], console: Console) -> None:
-    table = Table.grid(padding=(0, 2))
+    width = max(map(len, rows))
     for name, value in rows.items():
-        table.add_row(Text(name), Text(value))  # plain text: a path or an error may hold brackets
-    console.print(table)
+        # Plain text, for a path may hold brackets; and unwrapped, for it may be copied.
+        console.print(Text(f"{name:<{width}}  {value}"), soft_wrap=True)

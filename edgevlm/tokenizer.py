@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
-from edgevlm.errors import DamagedModelError
+from edgevlm.errors import DamagedModelError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -25,8 +25,14 @@ class Tokenizer:
         self._fast.no_truncation()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, special tokens recognised and added as the checkpoint says."""
-        return list(self._fast.encode(text).ids)
+        """Return the ids of `text`, special tokens recognised and added as the checkpoint says.
+
+        Raises `PromptError` for a text with surrogates, which stand for bytes that are not UTF-8.
+        """
+        try:
+            return list(self._fast.encode(text).ids)
+        except TypeError:
+            raise PromptError("the question is not valid Unicode text; write it in UTF-8") from None
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens."""

@@ -1,0 +1,345 @@
+"""Every mistake a user can make: one exact line on stderr, an exit code, and no traceback."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from edgevlm import VLM
+from edgevlm.chat import user_message
+from edgevlm.device import core
+from tests.damage import copy_export, edit_manifest, flip, reseal, truncate
+from tests.test_cli import COMMAND, POSIX, cli
+
+QUESTION = "What is in this picture?"
+
+
+def error(*arguments: object, stdin: bytes | None = None, code: int = 1) -> str:
+    """Run a command that must fail with one line on stderr; return that line without its `Error: `."""
+    result = cli(*arguments, stdin=stdin)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("Error: ").removesuffix("\n")
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the test's own, without models."""
+    home = tmp_path / "own-home"
+    monkeypatch.setenv("EDGEVLM_HOME", str(home))
+    return home
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A copy of the export, to be damaged."""
+    return copy_export(exported, tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, not 0"),
+        (["--temperature", "-0.5"], "temperature must be 0 or more, not -0.5"),
+        (["--temperature", "nan"], "temperature must be 0 or more, not nan"),
+        (["--top-p", "0"], "top_p must be above 0 and at most 1, not 0.0"),
+        (["--top-p", "1.5"], "top_p must be above 0 and at most 1, not 1.5"),
+        (["--top-p", "nan"], "top_p must be above 0 and at most 1, not nan"),
+        (["--top-k", "-1"], "top_k must be 0 (all) or more, not -1"),
+        (["--seed", "-1"], "seed must be 0 or more, not -1"),
+        (["--seed", "-1", "--temperature", "1"], "seed must be 0 or more, not -1"),
+        (["--stop", ""], "stop must be a tuple of texts, none of them empty"),
+        (["--stop", "a", "--stop", ""], "stop must be a tuple of texts, none of them empty"),
+        (["--max-tiles", "0"], "max_tiles must be at least 1, not 0"),
+        (["--threads", "0"], "threads must be between 1 and 1024, not 0"),
+        (["--threads", "1025"], "threads must be between 1 and 1024, not 1025"),
+    ],
+)
+def test_option_out_of_range(options: list[str], line: str) -> None:
+    assert error("run", QUESTION, *options) == line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run"], "Missing argument '[IMAGE]... QUESTION'."),
+        (["run", "--max-new-tokens", "many", "hi"], "'many' is not a valid integer"),
+        (["run", "--detail", "medium", "hi"], "'medium' is not one of 'auto', 'low', 'high'."),
+        (["run", "--nonesuch", "hi"], "No such option"),
+        (["nonesuch"], "No such command 'nonesuch'."),
+        (["models", "surplus"], "Got unexpected extra argument (surplus)"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], line: str) -> None:
+    result = cli(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert line in result.stderr.splitlines()[-1]
+
+
+def test_no_such_image(tmp_path: Path) -> None:
+    path = tmp_path / "nonesuch.png"
+    assert error("run", path, QUESTION) == f"no such image file: {path}"
+
+
+def test_not_an_image(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("these are notes", encoding="utf-8")
+    assert error("run", path, QUESTION) == f"{path} is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)"
+
+
+def test_a_folder_for_an_image(tmp_path: Path) -> None:
+    assert error("run", tmp_path, QUESTION) == f"{tmp_path} is a folder, not an image file"
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_truncated_image(china: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"china.{suffix}"
+    Image.open(china).save(path)
+    truncate(path)
+    assert error("run", path, QUESTION).startswith(f"{path} cannot be decoded, it may be truncated: ")
+
+
+def test_an_empty_image(tmp_path: Path) -> None:
+    path = tmp_path / "empty.png"
+    path.touch()
+    assert error("run", path, QUESTION) == f"{path} is empty, not an image"
+
+
+def test_a_bad_second_image(china: Path, tmp_path: Path) -> None:
+    assert error("run", china, tmp_path / "b.png", QUESTION) == f"no such image file: {tmp_path / 'b.png'}"
+
+
+def test_nothing_on_stdin() -> None:
+    line = "no image came on stdin, where an IMAGE of - is read from"
+    assert error("run", "-", QUESTION, stdin=b"") == line
+
+
+def test_only_one_image_comes_on_stdin(china: Path) -> None:
+    line = "no image came on stdin, where an IMAGE of - is read from"
+    assert error("run", "-", "-", QUESTION, stdin=china.read_bytes()) == line
+
+
+def test_text_on_stdin() -> None:
+    line = "the image is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)"
+    assert error("run", "-", QUESTION, stdin=b"hello") == line
+
+
+@POSIX
+def test_a_closed_stdin() -> None:
+    run = [*COMMAND, "run", "-", QUESTION]
+    done = subprocess.run(["/bin/sh", "-c", 'exec "$@" <&-', "sh", *run], capture_output=True, check=False)
+    line = b"Error: no image came on stdin, where an IMAGE of - is read from\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", line)
+
+
+def test_a_picture_and_no_question(china: Path) -> None:
+    line = "no question: {} is an image; put the question after it, in quotes"
+    assert error("run", china) == line.format(china)
+    assert error("run", QUESTION, china) == line.format(china)
+    assert error("run", "misspelt.jpeg") == line.format("misspelt.jpeg")
+    assert error("run", "-", stdin=china.read_bytes()) == line.format("-")
+
+
+@pytest.mark.parametrize("question", ["Is this photo.jpg", "Read the display. " * 20 + "It shows 42.7"])
+def test_a_question_that_resembles_a_file_name_is_a_question(exported: Path, question: str) -> None:
+    result = cli("run", question, "-m", exported, "--max-new-tokens", 1, "--json")
+    assert result.exit_code == 0, result.exception
+
+
+def test_the_image_placeholder_in_a_question(exported: Path) -> None:
+    line = "the question may not contain <image>, which stands for a picture"
+    assert error("run", "What is <image>?", "-m", exported) == line
+
+
+def test_a_question_that_is_not_utf_8(exported: Path) -> None:
+    line = "the question is not valid Unicode text; write it in UTF-8"
+    assert error("run", "What is \udcff?", "-m", exported) == line
+
+
+def test_a_prompt_longer_than_the_context(exported: Path) -> None:
+    question = "what is " * 200
+    tokens = len(VLM(exported).processor.prompt_ids([user_message(question, 0)], []))
+    assert tokens > 512
+    assert error("run", question, "-m", exported) == (
+        f"the prompt has {tokens:,} tokens and the model's context holds 512;"
+        " shorten the question, or use fewer pictures, max_tiles or a lower detail"
+    )
+
+
+def test_no_model_at_all(own_home: Path) -> None:
+    line = "no model has been exported yet; make one with `edgevlm export SOURCE --int4`"
+    assert error("run", QUESTION) == line
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "folder/nonesuch", "n" * 300])
+def test_no_such_model(own_home: Path, name: str) -> None:
+    assert error("run", QUESTION, "-m", name) == (
+        f"no model {name!r}: not a folder here and not under {own_home / 'models'};"
+        " `edgevlm models` lists what is there"
+    )
+
+
+def test_several_models_and_none_named(exported: Path, own_home: Path) -> None:
+    for name in ("b", "a"):
+        copy_export(exported, own_home / "models" / name)
+    assert error("run", QUESTION) == "several models are there, name one with -m: a, b"
+
+
+def test_a_file_for_a_model(china: Path) -> None:
+    line = f"{china} is a file; a model is the folder that `edgevlm export` writes"
+    assert error("run", QUESTION, "-m", china) == line
+
+
+def test_a_folder_without_a_manifest(tmp_path: Path) -> None:
+    assert error("run", QUESTION, "-m", tmp_path) == (
+        f"{tmp_path} has no edgevlm.json, so it is no edgevlm export; make one with `edgevlm export SOURCE`"
+    )
+
+
+def test_no_such_device(exported: Path) -> None:
+    line = f"no device TPU here; OpenVINO sees {', '.join(core().available_devices)}"
+    assert error("run", QUESTION, "-m", exported, "--device", "TPU") == line
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        (lambda data: data.update(schema_version=99), "has schema version 99, this edgevlm reads 1"),
+        (lambda data: data.pop("schema_version"), "has schema version None, this edgevlm reads 1"),
+        (lambda data: data["parts"].pop("language"), "names no language part"),
+        (lambda data: data.pop("parts"), "is incomplete ('parts')"),
+        (lambda data: data.update(files=[]), "is incomplete ('list' object has no attribute 'items')"),
+        (lambda data: data.update(context_length="512"), "is incomplete (context_length is no int)"),
+        (lambda data: data.update(special_tokens=None), "is incomplete (special_tokens is no dict)"),
+        (lambda data: data.update(chat_template=5), "is incomplete (chat_template is no str)"),
+        (lambda data: data["parts"]["language"].update(file=None), "is incomplete (parts.language.file is no str)"),
+        (
+            lambda data: data["files"]["tokenizer.json"].update(size_bytes="21 kB"),
+            "is incomplete (files.tokenizer.json.size_bytes is no int)",
+        ),
+    ],
+)
+def test_a_manifest_that_does_not_hold(folder: Path, edit: Callable[[dict[str, Any]], Any], line: str) -> None:
+    edit_manifest(folder, edit)
+    assert error("run", QUESTION, "-m", folder) == f"{folder / 'edgevlm.json'} {line}; export the model again"
+
+
+def test_a_manifest_without_a_field(folder: Path) -> None:
+    edit_manifest(folder, lambda data: data.pop("family"))
+    line = error("run", QUESTION, "-m", folder)
+    assert line.startswith(f"{folder / 'edgevlm.json'} is incomplete (")
+    assert "'family'" in line
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (b"", "Expecting value: line 1 column 1 (char 0)"),
+        (b"\xff\xfe", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
+    ],
+)
+def test_a_manifest_that_is_no_json(folder: Path, data: bytes, why: str) -> None:
+    (folder / "edgevlm.json").write_bytes(data)
+    line = f"{folder / 'edgevlm.json'} cannot be read ({why}); export the model again"
+    assert error("run", QUESTION, "-m", folder) == line
+
+
+def test_a_manifest_that_is_no_object(folder: Path) -> None:
+    (folder / "edgevlm.json").write_text("[]", encoding="utf-8")
+    line = f"{folder / 'edgevlm.json'} has schema version None, this edgevlm reads 1; export the model again"
+    assert error("run", QUESTION, "-m", folder) == line
+
+
+def test_an_unknown_family_is_told_with_the_known_ones(folder: Path) -> None:
+    edit_manifest(folder, lambda data: data.update(family="llava"))
+    line = "the model's family 'llava' is unknown to this edgevlm; it knows idefics3, smolvlm"
+    assert error("run", QUESTION, "-m", folder) == line
+
+
+def test_incomplete_facts_about_the_family(folder: Path) -> None:
+    edit_manifest(folder, lambda data: data["family_facts"].pop("image_seq_len"))
+    line = "the manifest's facts about family 'idefics3' are incomplete: KeyError('image_seq_len')"
+    assert error("run", QUESTION, "-m", folder) == line
+
+
+@pytest.mark.parametrize("name", ["openvino_language_model.bin", "tokenizer.json"])
+def test_a_missing_file(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    assert error("run", QUESTION, "-m", folder) == f"{folder} lacks its file {name}; export the model again"
+
+
+@pytest.mark.parametrize("name", ["openvino_vision_embeddings_model.bin", "openvino_language_model.xml"])
+def test_a_truncated_file(folder: Path, name: str) -> None:
+    path = folder / name
+    size = path.stat().st_size
+    truncate(path)
+    assert error("run", QUESTION, "-m", folder) == (
+        f"{path} has {size // 2:,} bytes instead of {size:,}: truncated or replaced; export again"
+    )
+
+
+@pytest.mark.parametrize("name", ["openvino_language_model.bin", "preprocessor_config.json", "chat_template.jinja"])
+def test_a_changed_file(folder: Path, name: str) -> None:
+    flip(folder / name)
+    line = f"{folder / name} is not what was exported (SHA-256 differs); export the model again"
+    assert error("run", QUESTION, "-m", folder) == line
+
+
+def test_a_folder_in_place_of_a_file(folder: Path) -> None:
+    path = folder / "config.json"
+    path.unlink()
+    path.mkdir()
+    edit_manifest(folder, lambda data: data["files"]["config.json"].update(size_bytes=path.stat().st_size))
+    assert error("run", QUESTION, "-m", folder).startswith(f"{path} cannot be read: ")
+
+
+def test_a_damaged_tokenizer(folder: Path) -> None:
+    truncate(folder / "tokenizer.json")
+    reseal(folder)
+    line = error("run", QUESTION, "-m", folder)
+    assert line.startswith(f"{folder / 'tokenizer.json'} cannot be read as a tokenizer: ")
+    assert line.endswith("; export the model again")
+
+
+def test_a_chat_template_that_is_no_text(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    reseal(folder)
+    line = error("run", QUESTION, "-m", folder)
+    assert line.startswith(f"{folder / 'chat_template.jinja'} cannot be read: 'utf-8' codec can't decode")
+
+
+@pytest.mark.parametrize("part", ["vision_embeddings", "text_embeddings", "language"])
+def test_a_part_that_is_no_ir(folder: Path, part: str) -> None:
+    path = folder / f"openvino_{part}_model.xml"
+    path.write_text("<net", encoding="utf-8")
+    reseal(folder)
+    assert error("run", QUESTION, "-m", folder).startswith(f"{path} cannot be read by OpenVINO: ")
+
+
+def test_a_part_without_its_weights(folder: Path) -> None:
+    name = "openvino_language_model.bin"
+    (folder / name).unlink()
+    edit_manifest(folder, lambda data: data["files"].pop(name))
+    line = error("run", QUESTION, "-m", folder)
+    assert line.startswith(f"{folder / 'openvino_language_model.xml'} cannot be read by OpenVINO: ")
+
+
+def test_the_real_command_prints_one_line(folder: Path) -> None:
+    shutil.rmtree(folder)
+    run = [*COMMAND, "run", QUESTION, "-m", str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [f"Error: {error('run', QUESTION, '-m', folder)}"]
+    usage = subprocess.run([*COMMAND, "run"], capture_output=True, text=True, encoding="utf-8", check=False)
+    assert (usage.returncode, usage.stdout) == (2, "")
+    assert "Traceback" not in usage.stderr

@@ -1,0 +1,278 @@
+"""The Python API on the tiny export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm import (
+    VLM,
+    Answer,
+    DamagedModelError,
+    DeviceError,
+    GenerationConfig,
+    ImageError,
+    ModelNotFoundError,
+    OptionError,
+    PromptError,
+    RuntimeConfig,
+)
+from edgevlm.chat import user_message
+from edgevlm.device import core
+from tests.conftest import F32, photograph
+from tests.damage import copy_export, edit_manifest
+
+QUESTION = "What is in this picture?"
+SHORT = GenerationConfig(max_new_tokens=16)
+
+
+def facts(answer: Answer) -> tuple[Any, ...]:
+    """Return what of an answer does not depend on the clock."""
+    return answer.text, answer.token_ids, answer.finish_reason, answer.prompt_tokens, answer.image_tokens, answer.tiles
+
+
+@pytest.mark.parametrize("stop", [(), ("he", "zzz")])
+def test_a_stream_s_pieces_are_the_answer(vlm: VLM, china: Path, stop: tuple[str, ...]) -> None:
+    config = GenerationConfig(max_new_tokens=60, stop=stop)
+    *pieces, last = vlm.stream(china, QUESTION, config)
+    assert len(pieces) > 5
+    assert all(piece.answer is None and piece.text for piece in pieces)
+    assert last.answer is not None
+    assert "".join(map(str, [*pieces, last])) == last.answer.text
+    assert facts(vlm.generate(china, QUESTION, config)) == facts(last.answer)
+
+
+def test_an_answer_adds_up(vlm: VLM, china: Path) -> None:
+    answer = vlm.generate([china, photograph("flower.jpg")], QUESTION, SHORT)
+    messages = [user_message(QUESTION, 2)]
+    tiles = vlm.processor.preprocess([china, photograph("flower.jpg")], SHORT)
+    assert answer.prompt_tokens == len(vlm.processor.prompt_ids(messages, tiles))
+    assert (answer.tiles, answer.image_tokens) == (26, 26 * 4)
+    assert answer.generated_tokens == len(answer.token_ids) == 16
+    timings = answer.timings
+    assert timings.load_s == vlm.load_s
+    assert timings.preprocess_s + timings.vision_s + timings.prefill_s <= timings.ttft_s <= timings.total_s
+    assert timings.tpot_s is not None
+    assert timings.ttft_s + 15 * timings.tpot_s == pytest.approx(timings.total_s)
+    assert timings.tokens_per_s == pytest.approx(1 / timings.tpot_s)
+
+
+def test_a_picture_in_any_form_gives_the_same_answer(vlm: VLM, china: Path) -> None:
+    with Image.open(china) as opened:
+        image = opened.copy()
+    forms = [china, str(china), china.read_bytes(), image, np.asarray(image), [china], (image,)]
+    answers = {facts(vlm.generate(form, QUESTION, SHORT)) for form in forms}
+    assert len(answers) == 1
+    assert facts(vlm.generate(photograph("flower.jpg"), QUESTION, SHORT)) not in answers
+
+
+def test_no_picture_is_none_or_an_empty_list(vlm: VLM) -> None:
+    assert facts(vlm.generate(None, QUESTION, SHORT)) == facts(vlm.generate([], QUESTION, SHORT))
+
+
+def test_the_order_of_pictures_matters(vlm: VLM) -> None:
+    pictures = [photograph("china.jpg"), photograph("flower.jpg")]
+    assert vlm.generate(pictures, QUESTION, SHORT).text != vlm.generate(pictures[::-1], QUESTION, SHORT).text
+
+
+def test_threads_at_once_answer_as_one_after_another(vlm: VLM) -> None:
+    jobs = [(photograph("china.jpg"), "What?"), (photograph("flower.jpg"), QUESTION), (None, "How many parts?")]
+    config = GenerationConfig(max_new_tokens=60)
+    wanted = [facts(vlm.generate(image, question, config)) for image, question in jobs]
+    assert len(set(wanted)) == len(jobs)
+    start = Barrier(len(jobs))
+
+    def ask(job: tuple[Any, str]) -> list[tuple[Any, ...]]:
+        start.wait(timeout=60)
+        return [facts(vlm.generate(*job, config)) for _ in range(3)]
+
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        found = list(pool.map(ask, jobs))
+    assert found == [[each] * 3 for each in wanted]
+
+
+def test_an_abandoned_stream_does_not_disturb_the_next(vlm: VLM, china: Path) -> None:
+    wanted = facts(vlm.generate(china, QUESTION, SHORT))
+    abandoned = vlm.stream(china, "Describe the gauge.", GenerationConfig(max_new_tokens=100))
+    for _ in range(5):
+        next(abandoned)
+    assert facts(vlm.generate(china, QUESTION, SHORT)) == wanted
+    next(abandoned)
+    del abandoned
+    assert facts(vlm.generate(china, QUESTION, SHORT)) == wanted
+
+
+def test_interleaved_streams_keep_apart(vlm: VLM, china: Path) -> None:
+    questions = ["What?", "How many parts are there?"]
+    wanted = [vlm.generate(china, question, SHORT).text for question in questions]
+    streams = [vlm.stream(china, question, SHORT) for question in questions]
+    texts = ["", ""]
+    while streams[0] or streams[1]:
+        for index, stream in enumerate(streams):
+            piece = next(stream, None) if stream else None
+            if piece is None:
+                streams[index] = None
+            else:
+                texts[index] += piece.text
+    assert texts == wanted
+
+
+def test_length_ends_an_answer(vlm: VLM) -> None:
+    answer = vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=3))
+    assert (answer.finish_reason, answer.generated_tokens) == ("length", 3)
+
+
+def test_the_context_ends_an_answer(vlm: VLM) -> None:
+    question = "what is " * 80
+    config = GenerationConfig(max_new_tokens=10_000)
+    answer = vlm.generate(None, question, config)
+    assert answer.finish_reason == "context"
+    assert answer.prompt_tokens + answer.generated_tokens == vlm.manifest.context_length == 512
+    exact = GenerationConfig(max_new_tokens=answer.generated_tokens)
+    assert vlm.generate(None, question, exact).finish_reason == "length"
+    assert vlm.generate(None, question, exact).text == answer.text
+
+
+def test_the_end_token_stops_an_answer_and_is_not_shown(vlm: VLM, exported: Path, tmp_path: Path) -> None:
+    ids = vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=40)).token_ids
+    end = next(token for token in ids[5:] if token not in ids[:5])
+    folder = copy_export(exported, tmp_path / "ends-early")
+    edit_manifest(folder, lambda data: data.update(eos_token_ids=[419, end]))
+    answer = VLM(folder, F32).generate(None, QUESTION, GenerationConfig(max_new_tokens=40))
+    assert answer.finish_reason == "stop"
+    assert answer.token_ids == ids[: ids.index(end) + 1]
+    assert answer.text == vlm.processor.tokenizer.decode(list(answer.token_ids[:-1]))
+
+
+def test_a_stop_text_ends_an_answer_before_it(vlm: VLM) -> None:
+    whole = vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=60))
+    stop = whole.text[20:24]
+    answer = vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=60, stop=("\0", stop)))
+    assert answer.finish_reason == "stop"
+    assert answer.text == whole.text[: whole.text.find(stop)]
+    assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
+    assert len(answer.token_ids) < 60
+
+
+def test_a_seed_repeats_a_sampled_answer(vlm: VLM, china: Path) -> None:
+    def sampled(seed: int | None, **options: Any) -> str:
+        config = GenerationConfig(max_new_tokens=24, temperature=1.5, seed=seed, **options)
+        return vlm.generate(china, QUESTION, config).text
+
+    assert sampled(3) == sampled(3)
+    assert len({sampled(seed) for seed in (3, 4, None)}) == 3
+    greedy = vlm.generate(china, QUESTION, GenerationConfig(max_new_tokens=24)).text
+    assert sampled(3, top_k=1) == greedy
+    assert sampled(3, top_p=1e-9) == greedy
+
+
+def test_progress_counts_the_tiles(vlm: VLM, china: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    vlm.generate([china, china], QUESTION, SHORT, lambda *step: steps.append(step))
+    assert steps == [("vision", done, 26) for done in range(27)]
+    steps.clear()
+    vlm.generate(None, QUESTION, SHORT, lambda *step: steps.append(step))
+    assert steps == []
+
+
+def test_a_session_that_is_reset_forgets(vlm: VLM) -> None:
+    session = vlm.language_model.session()
+    embeds = session.embed(range(60, 90))
+    wanted = session.prefill(embeds)
+    assert np.abs(session.prefill(embeds) - wanted).max() > 0.1
+    session.reset()
+    assert session.length == 0
+    np.testing.assert_allclose(session.prefill(embeds), wanted, atol=1e-5)
+
+
+def test_int4_answers_too(exported_int4: Path, china: Path) -> None:
+    answer = VLM(exported_int4, F32).generate(china, QUESTION, SHORT)
+    assert (answer.generated_tokens, answer.tiles) == (16, 13)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "line"),
+    [
+        (lambda vlm: vlm.generate("nonesuch.png", QUESTION), ImageError, "no such image file: nonesuch.png"),
+        (
+            lambda vlm: vlm.generate(None, "an <image>"),
+            PromptError,
+            "the question may not contain <image>, which stands for a picture",
+        ),
+        (
+            lambda vlm: vlm.generate([photograph("china.jpg")] * 12, QUESTION),
+            PromptError,
+            "the prompt has 1,014 tokens and the model's context holds 512;"
+            " shorten the question, or use fewer pictures, max_tiles or a lower detail",
+        ),
+    ],
+)
+def test_a_bad_request_leaves_the_model_usable(
+    vlm: VLM, ask: Callable[[VLM], Answer], error: type[Exception], line: str
+) -> None:
+    with pytest.raises(error) as caught:
+        ask(vlm)
+    assert str(caught.value) == line
+    assert vlm.generate(None, QUESTION, SHORT).generated_tokens == 16
+
+
+def test_the_cpu_is_what_auto_means_without_a_gpu(vlm: VLM, exported: Path) -> None:
+    if any(device.startswith("GPU") for device in core().available_devices):
+        pytest.skip("OpenVINO sees a GPU")
+    config = RuntimeConfig(device="auto", inference_precision="f32", cache=False)
+    found = VLM(exported, config)
+    assert found.device == "CPU"
+    assert facts(found.generate(None, QUESTION, SHORT)) == facts(vlm.generate(None, QUESTION, SHORT))
+
+
+def test_threads_do_not_change_an_exact_answer(vlm: VLM, exported: Path, china: Path) -> None:
+    one = VLM(exported, RuntimeConfig(device="CPU", threads=1, inference_precision="f32", cache=False))
+    assert one.generate(china, QUESTION, SHORT).token_ids == vlm.generate(china, QUESTION, SHORT).token_ids
+
+
+def test_no_such_device_or_model(exported: Path) -> None:
+    with pytest.raises(DeviceError, match=r"^no device NPU7 here; OpenVINO sees "):
+        VLM(exported, RuntimeConfig(device="NPU7"))
+    with pytest.raises(ModelNotFoundError, match=r"^no model 'nonesuch': not a folder here and not under "):
+        VLM("nonesuch")
+    with pytest.raises(DamagedModelError, match=r"has no edgevlm\.json"):
+        VLM(exported.parent)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"max_tiles": 0}, "max_tiles must be at least 1, not 0"),
+        ({"detail": "medium"}, "detail must be one of auto, low, high, not 'medium'"),
+        ({"stop": ("a", "")}, "stop must be a tuple of texts, none of them empty"),
+        ({"stop": "a"}, "stop must be a tuple of texts, none of them empty"),
+        ({"stop": ["a"]}, "stop must be a tuple of texts, none of them empty"),
+        ({"stop": (1,)}, "stop must be a tuple of texts, none of them empty"),
+    ],
+)
+def test_generation_options_out_of_range(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        GenerationConfig(**options)
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"threads": 0}, "threads must be between 1 and 1024, not 0"),
+        ({"threads": 1025}, "threads must be between 1 and 1024, not 1025"),
+        ({"inference_precision": "f8"}, "inference precision must be one of auto, f32, bf16, f16"),
+    ],
+)
+def test_runtime_options_out_of_range(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        RuntimeConfig(**options)
+    assert str(caught.value) == line
