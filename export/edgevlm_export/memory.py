@@ -7,7 +7,7 @@ from types import TracebackType
 
 import psutil
 
-_INTERVAL_S = 0.1
+_INTERVAL_S = 0.2
 
 
 class PeakMemory:

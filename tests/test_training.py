@@ -1,0 +1,179 @@
+"""What the default model learns from: pictures that are what their answers say, rows that train as single questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.data import IGNORED, Drawer, collate, shrink
+from training.draw import font_files
+from training.evaluate import Score, judge
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, save_checkpoint
+from training.scene import QA
+from training.scenes import SCENES
+from training.tokenizer import train_tokenizer
+from training.train import Settings, batches, loss_of, rate_at, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fonts() -> None:
+    """Skip where the fonts that the pictures are written in are not installed."""
+    try:
+        font_files()
+    except SystemExit as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> object:
+    """The tokenizer, trained for these tests."""
+    return train_tokenizer(seed=3)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_scene_is_its_seeds_alone(name: str) -> None:
+    first, again, other = (SCENES[name](np.random.default_rng((5, seed))) for seed in (1, 1, 2))
+    assert np.array_equal(first.image, again.image)
+    assert first.pairs == again.pairs
+    assert first.image.size != other.image.size or not np.array_equal(first.image, other.image)
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_every_scene_asks_and_answers(name: str) -> None:
+    for seed in range(60):
+        scene = SCENES[name](np.random.default_rng((6, seed)))
+        assert scene.pairs
+        assert 1 <= len(scene.pairs) <= 8
+        assert all(pair.question.endswith(("?", ".")) and pair.answer.strip() == pair.answer for pair in scene.pairs)
+        assert all(judge(pair, pair.answer) for pair in scene.pairs)
+        if name == "count":
+            assert 0 <= int(scene.pairs[0].answer) <= 12
+
+
+def test_presence_questions_are_answered_no_often_enough() -> None:
+    answers = [
+        pair.answer
+        for name in ("light", "count", "shape")
+        for seed in range(120)
+        for pair in SCENES[name](np.random.default_rng((7, seed))).pairs
+        if pair.task == "presence"
+    ]
+    assert 0.3 < answers.count("no") / len(answers) < 0.8
+
+
+def test_text_survives_the_tokenizer(tokenizer: object) -> None:
+    for text in ("-42.7 °C", "LOT 7C-1184-B", "row 2, column 5", "red, green and blue"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        assert tokenizer.decode(ids) == text  # type: ignore[attr-defined]
+    digits = tokenizer("1184", add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+    assert len(digits) == 4
+
+
+def test_a_row_trains_each_question_as_if_it_stood_alone(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=8)
+    scene = next(scene for index in range(100) if len((scene := drawer.scene(index)).pairs) >= 3)
+    model = make_model(make_config(tokenizer, 64, 1, 2), seed=2).eval()
+    packed, _ = loss_of(model, collate([drawer.row(scene)]), "cpu")
+    pixels = torch.from_numpy(shrink(scene.image)).permute(2, 0, 1)[None, None].float() / 127.5 - 1
+    total, count = 0.0, 0
+    for pair in scene.pairs:
+        prompt = "<fake_token_around_image><global-img>" + "<image>" * IMAGE_TOKENS + "<fake_token_around_image>"
+        head = tokenizer(f"<|user|>{prompt}{pair.question}<|end|><|assistant|>")["input_ids"]  # type: ignore[operator]
+        tail = tokenizer(f"{pair.answer}<|end|>")["input_ids"]  # type: ignore[operator]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=torch.tensor([head + tail]), pixel_values=pixels).logits[0].float()
+        wanted = logits[len(head) - 1 : -1].log_softmax(-1)
+        total -= float(wanted[range(len(tail)), tail].sum())
+        count += len(tail)
+    assert float(packed) == pytest.approx(total / count, rel=0.02)
+
+
+def test_labels_are_the_answers_and_nothing_else(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=9)
+    scene = drawer.scene(4)
+    _, _, labels, _, segments = drawer.row(scene)
+    for number, pair in enumerate(scene.pairs, 1):
+        ids = [label for label, segment in zip(labels, segments, strict=True) if segment == number and label != IGNORED]
+        assert tokenizer.decode(ids) == f"{pair.answer}<|end|>"  # type: ignore[attr-defined]
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = Settings(
+        tmp_path / "run", pictures=24, batch=4, width=64, vision_layers=1, text_layers=1, stop_minutes=0
+    )
+    for _ in range(6):
+        train(settings)
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["seen"] == 24
+    whole = Settings(tmp_path / "whole", pictures=24, batch=4, width=64, vision_layers=1, text_layers=1)
+    train(whole)
+    once = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
+    for name, weight in once["model"].items():
+        torch.testing.assert_close(state["model"][name], weight, rtol=1e-2, atol=1e-3)
+    assert (tmp_path / "whole" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_batches_come_in_order_whatever_the_workers(tokenizer: object, tmp_path: Path) -> None:
+    def pixels(workers: int) -> Iterator[np.ndarray]:
+        settings = Settings(tmp_path, pictures=12, batch=4, workers=workers, seed=4)
+        return (batch.pixels for batch in batches(settings, tokenizer, 0))
+
+    for one, two in zip(pixels(1), pixels(2), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_the_rate_warms_up_stays_and_falls() -> None:
+    settings = Settings(Path(), pictures=1, warmup=0.1, decay=0.2)
+    assert [round(rate_at(share, settings), 3) for share in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)] == [
+        0,
+        0.5,
+        1,
+        1,
+        1,
+        0.5,
+        0,
+    ]
+
+
+def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp_path: Path) -> None:
+    from edgevlm.families.idefics3 import Idefics3
+    from edgevlm_export.checkpoint import open_checkpoint
+    from edgevlm_export.families import family_facts
+
+    save_checkpoint(make_model(make_config(tokenizer, 64, 1, 1), seed=1), tokenizer, tmp_path / "panel")
+    family = Idefics3(family_facts(open_checkpoint(tmp_path / "panel")))
+    for index in range(6):
+        image = Drawer(tokenizer, seed=11).scene(index).image
+        tiles = family.preprocess(np.asarray(image), "auto", None)
+        assert len(tiles) == 1
+        trained = shrink(image).astype(np.float32) / 127.5 - 1
+        np.testing.assert_allclose(tiles.pixel_values[0], trained.transpose(2, 0, 1), atol=1e-6)
+    assert family.tokens_per_tile == IMAGE_TOKENS
+    assert family.tile_size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "tolerance", "answer", "right"),
+    [
+        ("42.7", None, "42.7", True),
+        ("42.7", None, "42.70", False),
+        ("42", 2.0, "43.9", True),
+        ("42", 2.0, "44.1", False),
+        ("-3.0", 0.5, "3.0", False),
+        ("42", 2.0, "about", False),
+        ("x 10, y 20", 6.0, "x 15, y 15", True),
+        ("x 10, y 20", 6.0, "x 15", False),
+    ],
+)
+def test_answers_are_judged(wanted: str, tolerance: float | None, answer: str, right: bool) -> None:
+    assert judge(QA("task", "What?", wanted, tolerance), answer) is right
+
+
+def test_the_interval_is_wilsons() -> None:
+    low, high = Score("task", 8, 10).interval
+    assert (round(low, 4), round(high, 4)) == (0.4902, 0.9433)  # a textbook's example

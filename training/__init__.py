@@ -1,0 +1,1 @@
+"""How the default model `panel` is made: pictures, trainer, evaluation. Not installed."""

@@ -1,0 +1,68 @@
+"""`python -m training …`: look at pictures, train, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+def main() -> None:
+    """Make the default model: draw pictures, train on them, evaluate."""
+
+
+@main.command()
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--seed", default=99)
+@click.option("--count", default=24, help="Pictures on the sheet.")
+@click.option("--only", help="One kind of scene.")
+def show(output: Path, seed: int, count: int, only: str | None) -> None:
+    """Draw a contact sheet of scenes with their questions into OUTPUT.
+
+    \b
+    python -m training show sheet.png --only gauge
+    """
+    from training.sheet import contact_sheet
+
+    contact_sheet(seed, count, only).save(output)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--pictures", default=1_000_000, help="Pictures in the whole run.")
+@click.option("--batch", default=32)
+@click.option("--workers", default=1, help="Processes that draw.")
+@click.option("--seed", default=1)
+@click.option("--width", default=192)
+@click.option("--stop-minutes", type=float, help="Save and end after this time.")
+def train(folder: Path, stop_minutes: float | None, **options: int) -> None:
+    """Train in FOLDER, or go on with what is there.
+
+    \b
+    python -m training train runs/panel --pictures 2000000 --workers 14 --batch 256
+    """
+    from training.train import Settings
+    from training.train import train as run
+
+    limit = {} if stop_minutes is None else {"stop_minutes": stop_minutes}
+    run(Settings(folder, **options, **limit))
+
+
+@main.command()
+@click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--pictures", default=300, help="Pictures of each kind.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the figures as JSON lines.")
+def evaluate(exports: tuple[Path, ...], pictures: int, output: Path | None) -> None:
+    """Print how often the EXPORTS answer right, by task, on held-out pictures and on the second renderer's.
+
+    \b
+    python -m training evaluate build/panel-fp32 build/panel-int8 build/panel-int4
+    """
+    from training.evaluate import run
+
+    run(list(exports), pictures, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Batches: pictures drawn by seed, several questions about each sharing its encoding.
+
+A row is one picture's prompt prefix followed by its questions and answers. Each question sees the prefix and itself,
+not the other questions, and its positions continue the prefix, so that every one is trained as if it stood alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from training.degrade import degrade
+from training.model import IMAGE_SIZE, IMAGE_TOKENS
+from training.scene import Scene
+from training.scenes import SCENES
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch as NumPy arrays; B pictures, S positions."""
+
+    pixels: np.ndarray  # (B, H, W, 3) uint8
+    input_ids: np.ndarray  # (B, S) int64
+    labels: np.ndarray  # (B, S) int64, already shifted: the id to predict at each position
+    positions: np.ndarray  # (B, S) int64
+    segments: np.ndarray  # (B, S) int16: 0 the prefix, k the k-th question, -1 padding
+
+
+class Drawer:
+    """Draws picture number `index` of a seed, always the same."""
+
+    def __init__(
+        self, tokenizer: Any, seed: int, weights: dict[str, float] | None = None, strength: float = 1.0
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._names = list(SCENES)
+        share = np.array([(weights or {}).get(name, 1.0) for name in self._names])
+        self._share = share / share.sum()
+        self._strength = strength
+        self._ids: dict[str, list[int]] = {}
+        image_tokens = "<image>" * IMAGE_TOKENS
+        block = f"<fake_token_around_image><global-img>{image_tokens}<fake_token_around_image>"
+        self._prefix = self._encode(f"<|user|>{block}")
+
+    def scene(self, index: int, name: str | None = None) -> Scene:
+        """Return the scene, its picture as a camera saw it."""
+        random = np.random.default_rng((self._seed, index))
+        scene = SCENES[name or str(random.choice(self._names, p=self._share))](random)
+        scene.image = degrade(scene.image, random, self._strength)
+        return scene
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Return pictures `first` to `first + count - 1`."""
+        return collate([self.row(self.scene(first + offset)) for offset in range(count)])
+
+    def row(self, scene: Scene) -> tuple[np.ndarray, list[int], list[int], list[int], list[int]]:
+        """Return pixels, ids, labels, positions and segments of one picture."""
+        ids, labels = list(self._prefix), [IGNORED] * len(self._prefix)
+        positions, segments = list(range(len(ids))), [0] * len(ids)
+        for number, pair in enumerate(scene.pairs, 1):
+            question = self._encode(f"{pair.question}<|end|><|assistant|>")
+            answer = self._encode(f"{pair.answer}<|end|>")
+            text = question + answer[:-1]
+            ids += text
+            labels += [IGNORED] * (len(question) - 1) + answer
+            positions += range(len(self._prefix), len(self._prefix) + len(text))
+            segments += [number] * len(text)
+        return shrink(scene.image), ids, labels, positions, segments
+
+    def _encode(self, text: str) -> list[int]:
+        found = self._ids.get(text)
+        if found is None:
+            found = self._ids[text] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(self._ids) > 20_000:
+                self._ids.clear()
+        return found
+
+
+def shrink(image: Image.Image) -> np.ndarray:
+    """Return the picture as the checkpoint's processor makes it: longer side first, then the square."""
+    width, height = image.size
+    if width >= height:
+        side = int(IMAGE_SIZE / (width / height))
+        size = (IMAGE_SIZE, side + side % 2)
+    else:
+        side = int(IMAGE_SIZE * (width / height))
+        size = (side + side % 2, IMAGE_SIZE)
+    small = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
+
+
+def collate(rows: list[tuple[np.ndarray, list[int], list[int], list[int], list[int]]]) -> Batch:
+    """Pad rows to the longest."""
+    longest = -(-max(len(row[1]) for row in rows) // 16) * 16
+
+    def pad(part: int, value: int, kind: type) -> np.ndarray:
+        return np.array([row[part] + [value] * (longest - len(row[part])) for row in rows], kind)
+
+    return Batch(
+        np.stack([row[0] for row in rows]),
+        pad(1, 0, np.int64),
+        pad(2, IGNORED, np.int64),
+        pad(3, 0, np.int64),
+        pad(4, -1, np.int16),
+    )

@@ -1,0 +1,179 @@
+"""What all scenes draw with: colours, fonts, backgrounds, clutter, bevels."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from training.scene import Random, between, chance, pick
+
+Colour: TypeAlias = tuple[int, int, int]
+Box: TypeAlias = tuple[float, float, float, float]
+
+COLOURS: dict[str, Colour] = {
+    "red": (214, 39, 40),
+    "green": (44, 160, 44),
+    "blue": (31, 90, 200),
+    "yellow": (245, 215, 30),
+    "orange": (250, 130, 20),
+    "purple": (140, 60, 180),
+    "white": (245, 245, 245),
+    "black": (22, 22, 22),
+    "gray": (130, 130, 130),
+}
+FONT_FOLDERS = (Path(__file__).parent / "fonts", Path("/usr/share/fonts/truetype"), Path("/usr/share/fonts/opentype"))
+FAMILIES = ("dejavu", "liberation", "lato", "open-sans", "hack", "courier-prime", "inconsolata", "cantarell")
+"""Fonts of this renderer; the second one draws with others (`second.FAMILIES`)."""
+_UNREADABLE = ("Light", "Hairline", "Thin", "ExtraLight", "Math", "Symbols", "Mono-BoldOblique")
+
+
+@cache
+def font_files(families: tuple[str, ...] = FAMILIES) -> tuple[Path, ...]:
+    """Return the font files of `families`, in a fixed order."""
+    found = [
+        path
+        for folder in FONT_FOLDERS
+        for family in families
+        for path in sorted((folder / family).glob("*.[ot]tf"))
+        if not any(word in path.stem for word in _UNREADABLE)
+    ]
+    if not found:
+        raise SystemExit(f"no fonts of {', '.join(families)}; training/README.md names the packages that carry them")
+    return tuple(found)
+
+
+@cache
+def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
+    """Return a font, loaded once for each size."""
+    return ImageFont.truetype(str(path), size)
+
+
+def font(random: Random, size: float) -> ImageFont.FreeTypeFont:
+    """Return some font of about `size` pixels."""
+    return load_font(pick(random, font_files()), max(7, round(size)))
+
+
+def jitter(random: Random, colour: Colour, amount: int = 22) -> Colour:
+    """Return a colour near `colour` that still bears its name."""
+    return tuple(int(np.clip(c + random.integers(-amount, amount + 1), 0, 255)) for c in colour)  # type: ignore[return-value]
+
+
+def named(random: Random, name: str) -> Colour:
+    """Return some colour called `name`."""
+    return jitter(random, COLOURS[name])
+
+
+def shade(colour: Colour, factor: float) -> Colour:
+    """Return a colour made darker (below 1) or lighter (above 1)."""
+    return tuple(int(np.clip(c * factor, 0, 255)) for c in colour)  # type: ignore[return-value]
+
+
+def luminance(colour: Colour) -> float:
+    """Return the perceived brightness, 0 to 255 (ITU-R BT.601)."""
+    return 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+
+
+def ink(random: Random, background: Colour) -> Colour:
+    """Return a colour that can be read on `background`."""
+    dark = luminance(background) > 125
+    base = int(random.integers(0, 60)) if dark else int(random.integers(195, 256))
+    return jitter(random, (base, base, base), 12)
+
+
+def size(random: Random) -> tuple[int, int]:
+    """Return a picture's width and height."""
+    longer = int(random.integers(170, 400))
+    aspect = between(random, 0.62, 1.0)
+    shorter = max(130, round(longer * aspect))
+    return (longer, shorter) if chance(random, 0.65) else (shorter, longer)
+
+
+def background(random: Random, width: int, height: int, base: Colour | None = None) -> tuple[Image.Image, Colour]:
+    """Return a plain, graded or textured ground and its mean colour."""
+    if base is None:
+        level = int(random.integers(15, 245))
+        base = jitter(random, (level, level, level), 26)
+    kind = random.random()
+    if kind < 0.4:
+        return Image.new("RGB", (width, height), base), base
+    first, second = np.array(shade(base, between(random, 0.75, 1.0))), np.array(shade(base, between(random, 1.0, 1.25)))
+    if kind < 0.75:
+        angle = between(random, 0, 2 * np.pi)
+        xs, ys = np.linspace(-0.5, 0.5, width) * np.cos(angle), np.linspace(-0.5, 0.5, height) * np.sin(angle)
+        ramp = np.clip(xs[None, :] + ys[:, None] + 0.5, 0, 1)[..., None]
+    else:
+        coarse = random.random(
+            (max(2, height // int(random.integers(4, 40))), max(2, width // int(random.integers(4, 40))))
+        )
+        grain = Image.fromarray((coarse * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BILINEAR)
+        ramp = np.asarray(grain, np.float32)[..., None] / 255
+    return Image.fromarray((first + (second - first) * ramp).astype(np.uint8)), base
+
+
+def canvas(random: Random, base: Colour | None = None) -> tuple[Image.Image, ImageDraw.ImageDraw, Colour]:
+    """Return a fresh picture, its pen and its mean colour."""
+    image, colour = background(random, *size(random), base)
+    return image, ImageDraw.Draw(image), colour
+
+
+def panel(random: Random, pen: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+    """Draw a plate with a rim, and sometimes screws."""
+    x0, y0, x1, y1 = box
+    radius = between(random, 0, 0.12) * min(x1 - x0, y1 - y0)
+    rim = max(1, round(between(random, 0.005, 0.025) * (x1 - x0)))
+    pen.rounded_rectangle(box, radius, fill=colour, outline=shade(colour, pick(random, (0.5, 0.7, 1.4))), width=rim)
+    if chance(random, 0.3):
+        r = 0.02 * (x1 - x0) + 1
+        for x, y in (
+            (x0 + 3 * r, y0 + 3 * r),
+            (x1 - 3 * r, y0 + 3 * r),
+            (x0 + 3 * r, y1 - 3 * r),
+            (x1 - 3 * r, y1 - 3 * r),
+        ):
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=shade(colour, 0.6))
+
+
+def text(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    words: str,
+    face: ImageFont.FreeTypeFont,
+    fill: Colour,
+    anchor: str = "mm",
+) -> None:
+    """Write one line."""
+    pen.text(at, words, font=face, fill=fill, anchor=anchor)
+
+
+def fit(random: Random, words: str, width: float, height: float) -> ImageFont.FreeTypeFont:
+    """Return a font in which `words` fill the space without leaving it."""
+    path = pick(random, font_files())
+    at_100 = load_font(path, 100)
+    wide, high = at_100.getlength(words), sum(at_100.getmetrics())
+    return load_font(path, max(7, int(100 * min(width / max(wide, 1), height / high))))
+
+
+def clutter(random: Random, pen: ImageDraw.ImageDraw, free: list[Box], ground: Colour) -> None:
+    """Draw things that mean nothing into the free boxes: lines, plates, a word."""
+    for box in free:
+        if chance(random, 0.5):
+            continue
+        x0, y0, x1, y1 = box
+        if x1 - x0 < 12 or y1 - y0 < 12:
+            continue
+        colour = shade(ground, between(random, 0.6, 1.5))
+        kind = random.random()
+        if kind < 0.4:
+            y = between(random, y0, y1)
+            pen.line((x0, y, x1, y + between(random, -4, 4)), fill=colour, width=int(random.integers(1, 4)))
+        elif kind < 0.7:
+            pen.rectangle((x0 + 2, y0 + 2, x1 - 2, y1 - 2), outline=colour, width=int(random.integers(1, 3)))
+        else:
+            word = pick(random, ("PUMP", "MODEL A", "SERIES", "MADE IN EU", "CAUTION", "UNIT", "ACME", "TYPE K"))
+            text(
+                pen, ((x0 + x1) / 2, (y0 + y1) / 2), word, fit(random, word, (x1 - x0) * 0.8, min(16, y1 - y0)), colour
+            )

@@ -1,0 +1,51 @@
+"""A drawn picture and what is true about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+Random: TypeAlias = np.random.Generator
+
+
+@dataclass(frozen=True)
+class QA:
+    """A question, its answer, and how an answer is judged."""
+
+    task: str
+    question: str
+    answer: str
+    tolerance: float | None = None
+    """Largest error of a numeric answer; None asks for the exact text."""
+
+
+@dataclass
+class Scene:
+    """A picture with everything that may be asked about it."""
+
+    image: Image.Image
+    pairs: list[QA] = field(default_factory=list)
+
+    def ask(
+        self, task: str, questions: tuple[str, ...], answer: str, random: Random, tolerance: float | None = None
+    ) -> None:
+        """Add one question, worded in one of several ways."""
+        self.pairs.append(QA(task, pick(random, questions), answer, tolerance))
+
+
+def pick(random: Random, choices):  # type: ignore[no-untyped-def]
+    """Return one of `choices`, all equally likely."""
+    return choices[int(random.integers(len(choices)))]
+
+
+def chance(random: Random, probability: float) -> bool:
+    """Return True with `probability`."""
+    return bool(random.random() < probability)
+
+
+def between(random: Random, low: float, high: float) -> float:
+    """Return a number drawn evenly from an interval."""
+    return float(random.uniform(low, high))

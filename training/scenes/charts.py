@@ -1,0 +1,129 @@
+"""Simple bar and line charts: the highest bar, a value, a spike and where."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from training.draw import canvas, fit, font_files, ink, load_font, named, text
+from training.scene import Random, Scene, between, chance, pick
+
+CATEGORIES = (
+    ("A", "B", "C", "D", "E", "F"),
+    ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat"),
+    ("Jan", "Feb", "Mar", "Apr", "May", "Jun"),
+    ("P1", "P2", "P3", "P4", "P5", "P6"),
+)
+TOPS = (10, 20, 50, 100)
+
+
+def scene(random: Random) -> Scene:
+    """Draw a bar or a line chart."""
+    return bar_chart(random) if chance(random, 0.55) else line_chart(random)
+
+
+def axes(random: Random):  # type: ignore[no-untyped-def]
+    """Return picture, pen, the box of the plot and the ink, the axes drawn."""
+    image, pen, ground = canvas(random, None if chance(random, 0.3) else (250, 250, 250))
+    width, height = image.size
+    box = (
+        width * between(random, 0.11, 0.16),
+        height * between(random, 0.06, 0.14),
+        width * 0.97,
+        height * between(random, 0.82, 0.88),
+    )
+    colour = ink(random, ground)
+    pen.line((box[0], box[3], box[2], box[3]), fill=colour, width=2)
+    if chance(random, 0.8):
+        pen.line((box[0], box[1], box[0], box[3]), fill=colour, width=2)
+    return image, pen, box, colour
+
+
+def scale(random: Random, pen, box, top: int, colour) -> None:  # type: ignore[no-untyped-def]
+    """Write the numbers of the vertical axis, sometimes with grid lines."""
+    face = fit(random, "100", box[0] * 0.7, (box[3] - box[1]) * 0.08)
+    steps = pick(random, (2, 4, 5))
+    grid = chance(random, 0.5)
+    for index in range(steps + 1):
+        y = box[3] - (box[3] - box[1]) * index / steps
+        text(pen, (box[0] * 0.85, y), f"{top * index / steps:g}", face, colour, "rm")
+        if grid and index:
+            pen.line((box[0], y, box[2], y), fill=(150, 150, 150), width=1)
+
+
+def bar_chart(random: Random) -> Scene:
+    """Draw bars with names below, and maybe values above."""
+    image, pen, box, colour = axes(random)
+    count = int(random.integers(2, 7))
+    names = pick(random, CATEGORIES)[:count]
+    top = pick(random, TOPS)
+    while True:
+        values = random.integers(round(top * 0.05) or 1, top + 1, count)
+        order = np.sort(values)
+        if order[-1] - order[-2] >= 0.06 * top and order[1] - order[0] >= 0.06 * top:
+            break
+    scale(random, pen, box, top, colour)
+    shown = chance(random, 0.6)
+    slot = (box[2] - box[0]) / count
+    wide = slot * between(random, 0.45, 0.8)
+    one = named(random, pick(random, ("blue", "green", "orange", "purple", "red")))
+    many = chance(random, 0.3)
+    face = fit(random, "Wed" if len(names[0]) > 2 else "P1", slot * 0.8, box[3] * 0.09)
+    for index, value in enumerate(values):
+        x = box[0] + slot * (index + 0.5)
+        y = box[3] - (box[3] - box[1]) * 0.94 * int(value) / top
+        fill = named(random, pick(random, ("blue", "green", "orange", "purple", "red"))) if many else one
+        pen.rectangle((x - wide / 2, y, x + wide / 2, box[3]), fill=fill)
+        text(pen, (x, (box[3] + image.height) / 2), names[index], face, colour)
+        if shown:
+            text(pen, (x, max(y - face.size * 0.6, face.size * 0.5)), str(value), face, colour)
+    result = Scene(image)
+    highest, lowest = names[int(values.argmax())], names[int(values.argmin())]
+    result.ask(
+        "chart",
+        ("Which bar is the highest?", "Which category has the highest value?", "What has the largest bar?"),
+        highest,
+        random,
+    )
+    if count > 2:
+        result.ask("chart", ("Which bar is the lowest?", "Which category has the smallest value?"), lowest, random)
+    index = int(random.integers(count))
+    questions = (f"What is the value of {names[index]}?", f"How high is the bar {names[index]}?")
+    result.ask("chart", questions, str(values[index]), random, tolerance=0.0 if shown else 0.05 * top)
+    return result
+
+
+def line_chart(random: Random) -> Scene:
+    """Draw a series, calm or with one spike or dip."""
+    image, pen, box, colour = axes(random)
+    count = int(random.integers(24, 60))
+    level, swing = between(random, 0.25, 0.5), between(random, 0.02, 0.1)
+    xs = np.linspace(0, 1, count)
+    ys = level + swing * np.sin(xs * between(random, 3, 25) + between(random, 0, 6)) + between(random, -0.15, 0.15) * xs
+    ys += random.normal(0, between(random, 0.003, 0.015), count)
+    spike = int(random.integers(1, count - 1)) if chance(random, 0.6) else None
+    if spike is not None:
+        ys[spike] += between(random, 0.3, 0.45)
+    scale(random, pen, box, pick(random, TOPS), colour)
+    face = load_font(pick(random, font_files()), max(8, round(box[3] * 0.07)))
+    for index in range(0, 11, 2):
+        x = box[0] + (box[2] - box[0]) * index / 10
+        text(pen, (min(x, image.width - 8), (box[3] + image.height) / 2), str(index * 10), face, colour)
+    points = [
+        (box[0] + (box[2] - box[0]) * x, box[3] - (box[3] - box[1]) * y) for x, y in zip(xs, ys.clip(0, 1), strict=True)
+    ]
+    pen.line(
+        points, fill=named(random, pick(random, ("blue", "red", "green", "purple"))), width=int(random.integers(1, 4))
+    )
+    result = Scene(image)
+    questions = (
+        "Is there a spike in the curve?",
+        "Does the line have a spike?",
+        "Is there an anomaly in the time series?",
+    )
+    result.ask("chart", questions, "yes" if spike is not None else "no", random)
+    if spike is not None:
+        where = round(100 * spike / (count - 1))
+        result.ask(
+            "chart", ("Where is the spike?", "At which position is the spike?"), str(where), random, tolerance=5.0
+        )
+    return result

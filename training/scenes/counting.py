@@ -1,0 +1,48 @@
+"""Counting parts of one kind, 0 to 12, among others."""
+
+from __future__ import annotations
+
+from training.draw import canvas, named
+from training.scene import Random, Scene, chance, pick
+from training.scenes.things import PARTS, SHAPES, Thing, draw, places, plural
+
+METALS = ("gray", "yellow", "black", "orange")
+
+
+def scene(random: Random) -> Scene:
+    """Draw scattered things and ask how many there are of one kind."""
+    image, pen, ground = canvas(random)
+    width, height = image.size
+    kinds = PARTS if chance(random, 0.6) else SHAPES
+    target = pick(random, kinds)
+    others = [kind for kind in kinds if kind != target]
+    wanted = int(random.integers(0, 13))
+    distractors = int(random.integers(0, 7)) if wanted else int(random.integers(1, 8))
+    scale = min(width, height)
+    total = wanted + distractors
+    top = min(0.11, 0.42 / max(total, 1) ** 0.5)
+    spots = places(random, total, width, height, scale * min(0.055, top * 0.75), scale * top)
+    wanted = min(wanted, len(spots))
+    colours = METALS if kinds is PARTS else ("red", "green", "blue", "yellow", "orange", "purple")
+    contrast = [name for name in colours if _differs(named(random, name), ground)] or ["red"]
+    things = [
+        Thing(target if index < wanted else pick(random, others), pick(random, contrast), *spot)
+        for index, spot in enumerate(spots)
+    ]
+    for thing in things:
+        draw(random, pen, thing, named(random, thing.colour), ground)
+    result = Scene(image)
+    many = plural(target)
+    questions = (f"How many {many} are there?", f"Count the {many}.", f"What is the number of {many}?")
+    result.ask("count", questions, str(wanted), random)
+    kind = pick(random, kinds)
+    there = any(thing.kind == kind for thing in things)
+    result.ask("presence", (f"Is there a {kind}?", f"Do you see any {plural(kind)}?"), "yes" if there else "no", random)
+    other = pick(random, others)
+    count = sum(thing.kind == other for thing in things)
+    result.ask("count", (f"How many {plural(other)} are there?", f"Count the {plural(other)}."), str(count), random)
+    return result
+
+
+def _differs(colour: tuple[int, int, int], ground: tuple[int, int, int]) -> bool:
+    return sum(abs(a - b) for a, b in zip(colour, ground, strict=True)) > 130

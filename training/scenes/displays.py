@@ -1,0 +1,177 @@
+"""Seven-segment and dot-matrix displays: digits, decimal point, minus sign, unit."""
+
+from __future__ import annotations
+
+from PIL import Image, ImageDraw
+
+from training.draw import Colour, canvas, clutter, fit, font_files, jitter, load_font, panel, shade, text
+from training.scene import Random, Scene, between, chance, pick
+
+QUESTIONS = (
+    "What does the display read?",
+    "What is shown on the display?",
+    "Read the display.",
+    "Which value does the display show?",
+    "What number is on the screen?",
+)
+UNIT_QUESTIONS = (
+    "Which unit does the display show?",
+    "What is the unit on the display?",
+    "In which unit is the reading?",
+)
+UNITS = ("°C", "V", "A", "kg", "bar", "mm", "%", "Hz", "kW", "rpm", "g", "m")
+SEGMENTS = {
+    "0": "abcdef",
+    "1": "bc",
+    "2": "abged",
+    "3": "abgcd",
+    "4": "fgbc",
+    "5": "afgcd",
+    "6": "afgedc",
+    "7": "abc",
+    "8": "abcdefg",
+    "9": "abcdfg",
+    "-": "g",
+}
+LIT: tuple[Colour, ...] = (
+    (255, 60, 40),
+    (60, 255, 90),
+    (90, 190, 255),
+    (255, 180, 30),
+    (240, 250, 255),
+    (255, 240, 60),
+)
+
+
+def value(random: Random) -> str:
+    """Return a reading of one to five digits."""
+    digits = int(random.integers(1, 6))
+    decimals = int(random.integers(0, min(3, digits))) if chance(random, 0.65) else 0
+    number = int(random.integers(0, 10**digits))
+    body = f"{number:0{decimals + 1}d}"
+    body = f"{body[:-decimals]}.{body[-decimals:]}" if decimals else body
+    return f"-{body}" if chance(random, 0.2) and number else body
+
+
+def scene(random: Random) -> Scene:
+    """Draw a device with one display."""
+    image, pen, ground = canvas(random)
+    width, height = image.size
+    wide = between(random, 0.5, 0.94) * width
+    high = (
+        min(between(random, 0.26, 0.5) * width, 0.8 * height)
+        if chance(random, 0.8)
+        else between(random, 0.2, 0.8) * height
+    )
+    x0, y0 = between(random, 0.02, 0.98) * (width - wide), between(random, 0.02, 0.98) * (height - high)
+    box = (x0, y0, x0 + wide, y0 + high)
+    clutter(random, pen, [(0, 0, width, y0), (0, y0 + high, width, height)], ground)
+    reading, unit = value(random), pick(random, UNITS) if chance(random, 0.5) else ""
+    if chance(random, 0.75):
+        lit, dark = jitter(random, pick(random, LIT)), jitter(random, (16, 16, 18), 14)
+    else:
+        lit, dark = jitter(random, (25, 30, 25), 15), jitter(random, (165, 185, 150), 20)
+    panel(random, pen, box, dark)
+    inner = (x0 + wide * 0.06, y0 + high * 0.14, x0 + wide * 0.94, y0 + high * 0.86)
+    unit_width = 0.2 * (inner[2] - inner[0]) if unit else 0.0
+    area = (inner[0], inner[1], inner[2] - unit_width, inner[3])
+    (seven_segment if chance(random, 0.6) else dot_matrix)(random, pen, area, reading, lit, dark)
+    if unit:
+        face = fit(random, unit, unit_width * 0.8, (inner[3] - inner[1]) * 0.5)
+        text(pen, (inner[2] - unit_width * 0.45, between(random, inner[1] + 8, inner[3] - 8)), unit, face, lit)
+    result = Scene(image)
+    answer = f"{reading} {unit}" if unit else reading
+    result.ask("display", QUESTIONS, answer, random)
+    if unit:
+        result.ask("display", UNIT_QUESTIONS, unit, random)
+    return result
+
+
+def seven_segment(
+    random: Random,
+    pen: ImageDraw.ImageDraw,
+    area: tuple[float, float, float, float],
+    reading: str,
+    lit: Colour,
+    dark: Colour,
+) -> None:
+    """Draw the reading in slanted bars, unlit ones faintly there."""
+    x0, y0, x1, y1 = area
+    cells = len(reading.replace(".", ""))
+    high = y1 - y0
+    wide = min((x1 - x0) / cells, high * between(random, 0.5, 0.75))
+    start = x1 - wide * cells if chance(random, 0.6) else x0 + between(random, 0, 1) * (x1 - x0 - wide * cells)
+    slant = between(random, -0.02, 0.14)
+    thick = between(random, 0.1, 0.17) * wide / 0.62
+    ghost = between(random, 0, 0.12) if chance(random, 0.5) else 0.0
+    off: Colour = tuple(round(d + (c - d) * ghost) for c, d in zip(lit, dark, strict=True))  # type: ignore[assignment]
+    at = 0
+    for symbol in reading:
+        left = start + at * wide
+        if symbol == ".":
+            r = thick * 0.62
+            x, y = left - wide * 0.06, y1 - r
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=lit)
+            continue
+        for name, points in bars(left, y0, wide * 0.74, high, thick, slant).items():
+            if name in SEGMENTS[symbol]:
+                pen.polygon(points, fill=lit)
+            elif ghost:
+                pen.polygon(points, fill=off)
+        at += 1
+
+
+def bars(x: float, y: float, w: float, h: float, t: float, slant: float) -> dict[str, list[tuple[float, float]]]:
+    """Return the polygons of the seven segments of one cell."""
+    g = t * 0.12
+
+    def across(top: float) -> list[tuple[float, float]]:
+        m, half = top + t / 2, t / 2
+        points = [(x + g, m), (x + half + g, top), (x + w - half - g, top), (x + w - g, m)]
+        return [*points, (x + w - half - g, top + t), (x + half + g, top + t)]
+
+    def down(left: float, top: float, bottom: float) -> list[tuple[float, float]]:
+        m, half = left + t / 2, t / 2
+        points = [(m, top + g), (left + t, top + half + g), (left + t, bottom - half - g), (m, bottom - g)]
+        return [*points, (left, bottom - half - g), (left, top + half + g)]
+
+    middle = y + h / 2
+    shapes = {
+        "a": across(y),
+        "g": across(middle - t / 2),
+        "d": across(y + h - t),
+        "f": down(x, y, middle),
+        "b": down(x + w - t, y, middle),
+        "e": down(x, middle, y + h),
+        "c": down(x + w - t, middle, y + h),
+    }
+    return {name: [(px + (middle - py) * slant, py) for px, py in points] for name, points in shapes.items()}
+
+
+def dot_matrix(
+    random: Random,
+    pen: ImageDraw.ImageDraw,
+    area: tuple[float, float, float, float],
+    reading: str,
+    lit: Colour,
+    dark: Colour,
+) -> None:
+    """Draw the reading as a grid of dots, its glyphs taken from a small font without smoothing."""
+    x0, y0, x1, y1 = area
+    mono = [path for path in font_files() if "Mono" in path.stem and "Oblique" not in path.stem]
+    face = load_font(pick(random, mono), int(random.integers(10, 14)))
+    left, top, right, bottom = (round(v) for v in face.getbbox(reading))
+    bitmap = Image.new("1", (right - left, bottom - top))
+    ImageDraw.Draw(bitmap).text((-left, -top), reading, font=face, fill=1)
+    cell = min((x1 - x0) / bitmap.width, (y1 - y0) / bitmap.height)
+    start = x0 + between(random, 0, 1) * (x1 - x0 - cell * bitmap.width)
+    dot = cell * between(random, 0.38, 0.5)
+    faint = shade(dark, 1.5) if chance(random, 0.4) else None
+    draw = pen.ellipse if chance(random, 0.6) else pen.rectangle
+    for row in range(bitmap.height):
+        for column in range(bitmap.width):
+            on = bitmap.getpixel((column, row))
+            if not on and faint is None:
+                continue
+            x, y = start + (column + 0.5) * cell, y0 + (row + 0.5) * cell
+            draw((x - dot, y - dot, x + dot, y + dot), fill=lit if on else faint)

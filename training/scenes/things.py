@@ -1,0 +1,143 @@
+"""Small things of a named kind, colour and size, placed so that they do not touch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from PIL import ImageDraw
+
+from training.draw import Colour, shade
+from training.scene import Random, between
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "hexagon", "ring")
+PARTS = ("nut", "washer", "screw", "gear")
+PLURAL = {"cross": "crosses"}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One thing in a picture; `x`, `y` and `r` in pixels."""
+
+    kind: str
+    colour: str
+    x: float
+    y: float
+    r: float
+
+
+def plural(kind: str) -> str:
+    """Return the plural of a kind."""
+    return PLURAL.get(kind, f"{kind}s")
+
+
+def places(
+    random: Random, count: int, width: int, height: int, low: float, high: float
+) -> list[tuple[float, float, float]]:
+    """Return up to `count` places `(x, y, r)` that keep apart, r between `low` and `high`."""
+    found: list[tuple[float, float, float]] = []
+    for _ in range(count * 40):
+        if len(found) == count:
+            break
+        r = between(random, low, high)
+        x, y = between(random, r + 3, width - r - 3), between(random, r + 3, height - r - 3)
+        if all(math.hypot(x - u, y - v) > (r + q) * 1.12 for u, v, q in found):
+            found.append((x, y, r))
+    return found
+
+
+def polygon(x: float, y: float, r: float, corners: int, turn: float, inner: float = 1.0) -> list[tuple[float, float]]:
+    """Return a regular polygon, or a star when `inner` is below 1."""
+    count = corners if inner == 1.0 else corners * 2
+    radii = [r if inner == 1.0 or i % 2 == 0 else r * inner for i in range(count)]
+    return [
+        (
+            x + radii[i] * math.cos(turn + 2 * math.pi * i / count),
+            y + radii[i] * math.sin(turn + 2 * math.pi * i / count),
+        )
+        for i in range(count)
+    ]
+
+
+def draw(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    """Draw one thing."""
+    _DRAW[thing.kind](random, pen, thing, colour, ground)
+
+
+def _round(x: float, y: float, r: float) -> tuple[float, float, float, float]:
+    return x - r, y - r, x + r, y + r
+
+
+def _circle(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    pen.ellipse(_round(thing.x, thing.y, thing.r), fill=colour)
+
+
+def _ring(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    thick = 0.28 if thing.kind == "ring" else 0.5
+    pen.ellipse(_round(thing.x, thing.y, thing.r), outline=colour, width=max(2, round(thing.r * thick)))
+
+
+def _square(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    pen.rectangle(_round(thing.x, thing.y, thing.r * 0.86), fill=colour)
+
+
+def _triangle(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    pen.polygon(polygon(thing.x, thing.y + thing.r * 0.15, thing.r, 3, _UP), fill=colour)
+
+
+def _star(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    pen.polygon(polygon(thing.x, thing.y, thing.r, 5, _UP, 0.42), fill=colour)
+
+
+def _diamond(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    x, y, r = thing.x, thing.y, thing.r
+    pen.polygon([(x, y - r), (x + r * 0.66, y), (x, y + r), (x - r * 0.66, y)], fill=colour)
+
+
+def _hexagon(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    pen.polygon(polygon(thing.x, thing.y, thing.r, 6, 0.0), fill=colour)
+
+
+def _cross(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    x, y, long, short = thing.x, thing.y, thing.r * 0.95, thing.r * 0.32
+    pen.rectangle((x - short, y - long, x + short, y + long), fill=colour)
+    pen.rectangle((x - long, y - short, x + long, y + short), fill=colour)
+
+
+def _nut(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    edge = shade(colour, 0.65)
+    pen.polygon(polygon(thing.x, thing.y, thing.r, 6, between(random, 0, 1)), fill=colour, outline=edge)
+    pen.ellipse(_round(thing.x, thing.y, thing.r * 0.48), fill=ground, outline=edge)
+
+
+def _gear(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    pen.polygon(polygon(thing.x, thing.y, thing.r, 9, between(random, 0, 1), 0.74), fill=colour)
+    pen.ellipse(_round(thing.x, thing.y, thing.r * 0.3), fill=ground)
+
+
+def _screw(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+    x, y, r = thing.x, thing.y, thing.r
+    turn = between(random, 0, 2 * math.pi)
+    dx, dy = math.cos(turn) * r, math.sin(turn) * r
+    pen.line((x - dx * 0.3, y - dy * 0.3, x + dx, y + dy), fill=colour, width=max(2, round(r * 0.3)))
+    hx, hy, edge = x - dx * 0.5, y - dy * 0.5, shade(colour, 0.65)
+    pen.ellipse(_round(hx, hy, r * 0.45), fill=colour, outline=edge)
+    ends = (hx - dy * 0.3, hy + dx * 0.3, hx + dy * 0.3, hy - dx * 0.3)
+    pen.line(ends, fill=edge, width=max(1, round(r * 0.12)))
+
+
+_UP = -math.pi / 2
+_DRAW = {
+    "circle": _circle,
+    "ring": _ring,
+    "washer": _ring,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "diamond": _diamond,
+    "hexagon": _hexagon,
+    "cross": _cross,
+    "nut": _nut,
+    "gear": _gear,
+    "screw": _screw,
+}
