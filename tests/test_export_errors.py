@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -180,6 +181,18 @@ def test_a_killed_export_leaves_the_old_folder(kill: int, idefics3: Path, tmp_pa
     assert len(leftovers) == (1 if kill == signal.SIGKILL else 0)
     with draft_folder(target, force=True) as draft:  # the next export clears them away
         assert [path.name for path in tmp_path.iterdir() if path not in (target, draft)] == []
+
+
+@posix
+def test_a_child_killed_for_memory_is_named_as_such(idefics3: Path, tmp_path: Path) -> None:
+    def kill_child(stage: str) -> None:
+        if stage == "convert":
+            for child in psutil.Process().children():
+                child.kill()
+
+    with pytest.raises(ExportError, match="the conversion was killed, most likely for lack of memory"):
+        export(idefics3, tmp_path / "out", QUICK, kill_child)
+    assert list(tmp_path.iterdir()) == []
 
 
 @posix

@@ -189,14 +189,21 @@ def convert(
             child.kill()
             raise
     if not (work / RESULT).is_file():
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise ExportError(f"the conversion ended with exit code {child.returncode}: {lines[-1] if lines else 'killed'}")
+        raise ExportError(_why_it_ended(child.returncode, log))
     result = json.loads((work / RESULT).read_text(encoding="utf-8"))
     if "refused" in result:
         raise SourceError(result["refused"])
     if "unwritten" in result:
         raise OSError(result["unwritten"])
     return {"edgevlm": edgevlm.__version__, **result["versions"]}
+
+
+def _why_it_ended(returncode: int, log: Path) -> str:
+    """Return the reason why the child wrote no result, for the user."""
+    if returncode == -9:
+        return "the conversion was killed, most likely for lack of memory; close other programs or use a larger machine"
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"the conversion ended with exit code {returncode}: {lines[-1] if lines else 'it said nothing'}"
 
 
 def compress_parts(
