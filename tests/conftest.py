@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +36,23 @@ CORPUS = [
     "Describe the gauge, the display and the label. Größe, naïve, 東京, 🙂.",
     "How many parts are there? There are twelve of them on the left and none on the right.",
 ]
+# Models and caches of the tests stay apart from the user's, and the network out. Set before any test module is read:
+# huggingface_hub looks at the environment once, when it is imported.
+_HOME = tempfile.TemporaryDirectory(prefix="edgevlm-tests-", ignore_cleanup_errors=True)
+os.environ |= {
+    "EDGEVLM_HOME": _HOME.name,
+    "HF_HOME": str(Path(_HOME.name) / "hf"),
+    "HF_HUB_OFFLINE": "1",
+    "NO_COLOR": "1",
+}
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 TILE, LONGEST_EDGE = 64, 256
 
 
-@pytest.fixture(scope="session", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep models and caches of the tests apart from the user's, and the network out."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDGEVLM_HOME", str(folder))
-        patch.setenv("HF_HOME", str(folder / "hf"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("NO_COLOR", "1")
-        yield folder
+@pytest.fixture(scope="session")
+def home() -> Path:
+    """The folder of the tests' own models and caches."""
+    return Path(_HOME.name)
 
 
 def make_tokenizer() -> Any:
@@ -181,6 +186,11 @@ def vlm(exported: Path) -> VLM:
     return VLM(exported, F32)
 
 
+def heed_interrupts() -> None:
+    """Run in a new process before its program: a shell starts background jobs, and all below them, deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def photograph(name: str) -> np.ndarray:
     """Return one of scikit-learn's photographs, uint8 `(H, W, 3)`."""
     from sklearn.datasets import load_sample_image
@@ -194,3 +204,8 @@ def china(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "china.png"
     Image.fromarray(photograph("china.jpg")).save(path)
     return path
+
+
+def pytest_unconfigure() -> None:
+    """Delete the tests' folder."""
+    _HOME.cleanup()

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from edgevlm import VLM, GenerationConfig, __version__
 from edgevlm.cli import main
-from tests.conftest import photograph
+from tests.conftest import heed_interrupts, photograph
 from tests.damage import copy_export, edit_manifest, flip, truncate
 
 COMMAND = [sys.executable, "-m", "edgevlm.cli"]
@@ -247,7 +247,8 @@ def test_version() -> None:
 def generating(exported: Path, *options: str) -> subprocess.Popen[bytes]:
     """Start an answer of some hundred tokens."""
     arguments = ["run", "what", "-m", str(exported), "--max-new-tokens", "500", *options]
-    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heed = {} if sys.platform == "win32" else {"preexec_fn": heed_interrupts}
+    return subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **heed)
 
 
 @POSIX

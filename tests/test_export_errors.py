@@ -19,6 +19,7 @@ from edgevlm import ExportError, SourceError
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.calibration import load_pairs
 from edgevlm_export.draft import draft_folder
+from tests.conftest import heed_interrupts
 
 QUICK = ExportOptions("int8", verify=False)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
@@ -172,7 +173,7 @@ def test_a_killed_export_leaves_the_old_folder(kill: int, idefics3: Path, tmp_pa
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine.txt").write_text("mine", encoding="utf-8")
-    process = start_export(idefics3, target)
+    process = start_export(idefics3, target, preexec_fn=heed_interrupts)
     os.killpg(process.pid, kill)
     process.communicate()
     assert process.returncode != 0

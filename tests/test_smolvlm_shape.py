@@ -29,8 +29,9 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("question", "word"),
     [
         ("What is the capital of France?", "Paris"),
-        ("Which planet is known as the Red Planet?", "Mars"),
-        ("Who wrote Romeo and Juliet?", "Shakespeare"),
+        ("What is the capital of Italy?", "Rome"),
+        ("What is the largest ocean on Earth?", "Pacific"),
+        ("What is the chemical symbol for water?", "H2O"),
     ],
 )
 def test_int4_answers_text_questions_sensibly(int4: Path, question: str, word: str) -> None:

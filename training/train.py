@@ -142,7 +142,6 @@ def train(settings: Settings) -> None:
     bases = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     state = settings.folder / "state.pt"
     seen = resume(state, model, optimisers, device)
-    log = (settings.folder / "log.jsonl").open("a", encoding="utf-8")
     started = saved = reported = time.time()
     losses: list[tuple[float, float]] = []
     since = seen
@@ -165,8 +164,8 @@ def train(settings: Settings) -> None:
             row = {"pictures": seen, "loss": round(mean[0], 4), "right": round(mean[1], 4)}
             row |= {"per_s": round((seen - since) / (now - reported), 1), "minutes": round((now - started) / 60, 1)}
             print(json.dumps(row), flush=True)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            with (settings.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
             losses, since, reported = [], seen, now
         over = now - started > settings.stop_minutes * 60
         if now - saved > settings.save_minutes * 60 or over:
