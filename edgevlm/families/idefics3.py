@@ -85,7 +85,9 @@ class Idefics3:
     def vision_inputs(self) -> dict[str, npt.NDArray[Any]]:
         """Return the mask and position ids of one full tile: `(1, P, P)` bool and `(1, P * P)` int64.
 
-        A tile of P x P patches takes its positions from a G x G table: patch i lands in the bucket of i / P.
+        A tile of P x P patches takes its positions from a G x G table: patch i lands in the bucket of i / P. The
+        reference lowers i / P by a factor of 1 - 1e-6, which in float32 puts every patch but the first one bucket
+        lower (0, 0, 1, 2, …); in bfloat16 the factor rounds away (0, 1, 2, 3, …). float32 is the reference here.
         """
         patches = self.tile // self.patch_size
         fractions = np.arange(patches, dtype=np.float32) / np.float32(patches) * np.float32(1 - 1e-6)
