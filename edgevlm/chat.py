@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from edgevlm.errors import DamagedModelError, PromptError
+from edgevlm.errors import DamagedModelError, PromptError, one_line
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`, as in Hugging Face chats."""
@@ -35,14 +35,14 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (TemplateError, RecursionError) as error:
-            raise DamagedModelError(f"the model's chat template does not parse: {_one_line(error)}") from None
+            raise DamagedModelError(f"the model's chat template does not parse: {one_line(error)}") from None
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt for `messages`, opened for the assistant's answer. Raises `PromptError`."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except Exception as error:  # a template is a program: it may divide by zero or add a number to a text
-            raise PromptError(f"the model's chat template refuses the conversation: {_one_line(error)}") from None
+            raise PromptError(f"the model's chat template refuses the conversation: {one_line(error)}") from None
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -51,10 +51,6 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 
 def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _now(pattern: str) -> str:

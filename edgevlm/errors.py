@@ -72,3 +72,8 @@ class SourceError(ExportError):
 
 class VerificationError(ExportError):
     """An exported part differs from the reference by more than its tolerance."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return another library's error as one line, its type's name when it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from edgevlm.errors import ImageError
+from edgevlm.errors import ImageError, one_line
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]"
@@ -126,7 +126,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
         raise ImageError(f"{name} has more pixels than the limit of {limit:,}; shrink it first") from None
     except Exception as error:  # a decoder may raise anything on hostile bytes
-        raise ImageError(f"{name} cannot be opened as an image: {_one_line(error)}") from None
+        raise ImageError(f"{name} cannot be opened as an image: {one_line(error)}") from None
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RGB:
@@ -139,7 +139,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RGB:
         image.load()
         return np.asarray(_flatten(_upright(image)))
     except Exception as error:  # as above: truncated or hostile data
-        raise ImageError(f"{name} cannot be decoded, it may be truncated: {_one_line(error)}") from None
+        raise ImageError(f"{name} cannot be decoded, it may be truncated: {one_line(error)}") from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -170,7 +170,3 @@ def _printable(path: str) -> str:
     """Return a path for a message of one line: neither control characters nor a whole picture in base64."""
     short = path if len(path) <= 300 else path[:299] + "…"
     return short if short and short.isprintable() else repr(short)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.device import import_openvino
+from edgevlm.errors import one_line
 from edgevlm.metrics import peak_memory
 
 JOB, CASES, REFERENCE, RESULT = "job.json", "cases.npz", "reference.npz", "result.json"
@@ -70,7 +71,7 @@ def load(job: dict[str, Any], dtype: Any) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
-        raise RefusedError(f"transformers cannot load the checkpoint: {_one_line(error)}") from error
+        raise RefusedError(f"transformers cannot load the checkpoint: {one_line(error)[:300]}") from error
     if info["missing_keys"]:
         raise RefusedError(
             f"the checkpoint lacks weights that its config asks for, such as {min(info['missing_keys'])}"
@@ -147,7 +148,7 @@ def convert(job: dict[str, Any], job_dir: Path) -> None:
     except Exception as error:
         if is_write_error(error):
             raise UnwrittenError("OpenVINO could not write the model; the disk may be full") from error
-        raise RefusedError(f"optimum-intel cannot convert the checkpoint: {_one_line(error)}") from error
+        raise RefusedError(f"optimum-intel cannot convert the checkpoint: {one_line(error)[:300]}") from error
 
 
 def is_write_error(error: Exception) -> bool:
@@ -160,10 +161,6 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("openvino", "optimum-intel", "transformers", "torch", "nncf")}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 if __name__ == "__main__":
