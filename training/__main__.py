@@ -31,7 +31,7 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--pictures", default=1_000_000, help="Pictures in the whole run.")
-@click.option("--batch", default=32)
+@click.option("--batch", default=64)
 @click.option("--workers", default=1, help="Processes that draw.")
 @click.option("--seed", default=1)
 @click.option("--width", default=192)
