@@ -180,7 +180,7 @@ def _thing(sheet: Sheet, thing: Thing, fill: Any, random: Random) -> None:
     """Draw one thing with matplotlib's own marker shapes where it has them."""
     x, y, r = thing.x, thing.y, thing.r
     if thing.kind in MARKERS:
-        area = {"o": 2.0, "s": 1.7, "*": 2.5, "P": 2.1, "d": 2.4, "h": 2.2, "^": 2.1}[MARKERS[thing.kind]]
+        area = {"o": 2.0, "s": 1.7, "*": 2.5, "P": 2.1, "d": 1.9, "h": 2.2, "^": 2.1}[MARKERS[thing.kind]]
         size = (r * area * 0.72) ** 2
         sheet.axes.scatter([x], [y], s=size, marker=MARKERS[thing.kind], color=[fill], linewidths=0)
     elif thing.kind in {"ring", "washer"}:
