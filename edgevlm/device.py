@@ -14,7 +14,6 @@ from edgevlm.errors import DamagedModelError, DeviceError, OptionError
 if TYPE_CHECKING:
     import openvino as ov
 
-Device = Literal["AUTO", "CPU", "GPU", "NPU"]
 InferencePrecision = Literal["auto", "f32", "bf16", "f16"]
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 

@@ -43,10 +43,18 @@ class TextEmbeddings:
     def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
 
+    def request(self) -> ov.InferRequest:
+        """Return an inference request, one for each session."""
+        return self._compiled.create_infer_request()
+
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
-        tokens = np.asarray(ids, np.int64).reshape(1, -1)
-        return np.array(self._compiled.create_infer_request().infer([tokens])[0], np.float32)
+        return _embed(self.request(), ids)
+
+
+def _embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    tokens = np.asarray(ids, np.int64).reshape(1, -1)
+    return np.array(request.infer([tokens])[0], np.float32)
 
 
 class LanguageModel:
@@ -58,13 +66,13 @@ class LanguageModel:
 
     def session(self) -> Session:
         """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
-        return Session(self._compiled.create_infer_request(), self._embeddings)
+        return Session(self._compiled.create_infer_request(), self._embeddings.request())
 
 
 class Session:
     """One sequence being decoded, with its own KV cache; sessions of one model may run in several threads."""
 
-    def __init__(self, request: ov.InferRequest, embeddings: TextEmbeddings) -> None:
+    def __init__(self, request: ov.InferRequest, embeddings: ov.InferRequest) -> None:
         self._request = request
         self._embeddings = embeddings
         self._beam = np.zeros(1, np.int32)
@@ -78,7 +86,7 @@ class Session:
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
-        return self._embeddings.embed(ids)
+        return _embed(self._embeddings, ids)
 
     def prefill(self, inputs_embeds: npt.NDArray[np.float32], logits_to_keep: int = 1) -> npt.NDArray[np.float32]:
         """Feed `(1, n, hidden)` after what the cache holds; return the last positions' logits `(logits_to_keep, V)`."""

@@ -52,11 +52,6 @@ def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size)
 
 
-def font(random: Random, size: float) -> ImageFont.FreeTypeFont:
-    """Return some font of about `size` pixels."""
-    return load_font(pick(random, font_files()), max(7, round(size)))
-
-
 def jitter(random: Random, colour: Colour, amount: int = 22) -> Colour:
     """Return a colour near `colour` that still bears its name."""
     return tuple(int(np.clip(c + random.integers(-amount, amount + 1), 0, 255)) for c in colour)  # type: ignore[return-value]

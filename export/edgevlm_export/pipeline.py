@@ -89,15 +89,15 @@ def export(
         clock.begin("checkpoint")
         checkpoint = open_checkpoint(source, options.revision)
         facts = family_facts(checkpoint)
-        load_pairs(options.calibration)  # a bad set is refused before the work begins
+        pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
         target = output or models_dir() / default_name(checkpoint, options)
         with draft_folder(target, force=options.force) as draft:
             work = draft / "work"
             work.mkdir()
             manifest = start_folder(work, checkpoint, facts)
-            versions = convert(checkpoint, manifest, options, work, clock)
+            versions = convert(checkpoint, manifest, pairs, options, work, clock)
             manifest = replace(manifest, tool_versions=versions, export_options=_as_json(options))
-            precisions = compress_parts(draft, manifest, work, options, clock)
+            precisions = compress_parts(draft, manifest, pairs, work, options, clock)
             copy_small_files(work, draft)
             manifest = seal(draft, manifest, precisions)
             verification = None
@@ -160,11 +160,16 @@ def write_cases(work: Path, manifest: Manifest, pairs: Sequence[Pair]) -> None:
 
 
 def convert(
-    checkpoint: Checkpoint, manifest: Manifest, options: ExportOptions, work: Path, clock: StageClock
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    pairs: Sequence[Pair],
+    options: ExportOptions,
+    work: Path,
+    clock: StageClock,
 ) -> dict[str, str]:
     """Run the torch side in a child process; return the versions of what it used. Raises `ExportError`."""
     if options.verify:
-        write_cases(work, manifest, load_pairs(options.calibration))
+        write_cases(work, manifest, pairs)
     job = {
         "checkpoint": str(checkpoint.folder),
         "trust_remote_code": options.trust_remote_code,
@@ -207,7 +212,7 @@ def _why_it_ended(returncode: int, log: Path) -> str:
 
 
 def compress_parts(
-    draft: Path, manifest: Manifest, work: Path, options: ExportOptions, clock: StageClock
+    draft: Path, manifest: Manifest, pairs: Sequence[Pair], work: Path, options: ExportOptions, clock: StageClock
 ) -> dict[str, Precision]:
     """Fuse, compress and save each part from `work` into `draft`; return the precision of each."""
     precisions = {part: options.part_precision(part) for part in PART_NAMES}
@@ -215,7 +220,7 @@ def compress_parts(
     if options.int4.needs_data and precisions[LANGUAGE] == "int4":
         clock.begin("calibrate")
         loader = PartLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
-        samples = language_samples(Processor(work, manifest), loader, load_pairs(options.calibration))
+        samples = language_samples(Processor(work, manifest), loader, pairs)
     for part, precision in precisions.items():
         clock.begin(f"compress {part}")
         model = read_ir(work / FILE_NAMES[part])
