@@ -8,15 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw
 
-from training.data import IGNORED, Drawer, collate, shrink
+from training.data import IGNORED, MARKS, Drawer, collate, marked_patches, shrink
+from training.degrade import tilt
 from training.draw import font_files
 from training.evaluate import Score, judge
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, save_checkpoint
-from training.scene import QA
+from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
 from training.tokenizer import train_tokenizer
-from training.train import Settings, batches, loss_of, rate_at, train
+from training.train import Guide, Settings, batches, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,7 +97,7 @@ def test_a_row_trains_each_question_as_if_it_stood_alone(tokenizer: object) -> N
 def test_labels_are_the_answers_and_nothing_else(tokenizer: object) -> None:
     drawer = Drawer(tokenizer, seed=9)
     scene = drawer.scene(4)
-    _, _, labels, _, segments = drawer.row(scene)
+    _, _, labels, _, segments, _ = drawer.row(scene)
     for number, pair in enumerate(scene.pairs, 1):
         ids = [label for label, segment in zip(labels, segments, strict=True) if segment == number and label != IGNORED]
         assert tokenizer.decode(ids) == f"{pair.answer}<|end|>"  # type: ignore[attr-defined]
@@ -121,15 +123,15 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_batches_come_in_order_whatever_the_workers(tokenizer: object, tmp_path: Path) -> None:
     def pixels(workers: int) -> Iterator[np.ndarray]:
         settings = Settings(tmp_path, pictures=12, batch=4, workers=workers, seed=4)
-        return (batch.pixels for batch in batches(settings, tokenizer, 0))
+        return (half.pixels for batch in batches(settings, tokenizer, 0) for half in batch)
 
     for one, two in zip(pixels(1), pixels(2), strict=True):
         assert np.array_equal(one, two)
 
 
 def test_the_rate_warms_up_stays_and_falls() -> None:
-    settings = Settings(Path(), pictures=1, warmup=0.1, decay=0.2)
-    assert [round(rate_at(share, settings), 3) for share in (0.0, 0.05, 0.1, 0.5, 0.8, 0.9, 1.0)] == [
+    settings = Settings(Path(), pictures=1000, warmup=100, decay=0.2)
+    assert [round(rate_at(seen, settings), 3) for seen in (0, 50, 100, 500, 800, 900, 1000)] == [
         0,
         0.5,
         1,
@@ -157,6 +159,43 @@ def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp
     assert family.tile_size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
+def test_marks_move_with_the_picture() -> None:
+    for seed in range(20):
+        image = Image.new("RGB", (300, 200), "black")
+        ImageDraw.Draw(image).ellipse((216, 46, 224, 54), fill="white")
+        scene = Scene(image, [Mark(220, 50, "circle")])
+        tilt(scene, np.random.default_rng(seed), 1.0)
+        ys, xs = np.nonzero(np.asarray(scene.image.convert("L")) > 128)
+        [mark] = scene.marks
+        assert (mark.x, mark.y) == pytest.approx((xs.mean(), ys.mean()), abs=1.5)
+
+
+def test_marks_are_named_patches_of_the_small_picture() -> None:
+    marks = [Mark(299, 0, "A"), Mark(10, 199, "needle"), Mark(301, 5, "A"), Mark(5, -1, "A"), Mark(5, 5, "€")]
+    scene = Scene(Image.new("RGB", (300, 200)), marks)
+    assert marked_patches(scene) == [(11, MARKS.index("A")), (132, MARKS.index("needle"))]
+
+
+def test_the_guide_scores_the_marks(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=12)
+    model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
+    guide = Guide(model, "cpu")
+    batch = collate([drawer.row(drawer.scene(index)) for index in range(2)])
+    assert len(batch.marks)
+    assert set(batch.marks[:, 0]) == {0, 1}
+    loss_of(model, batch, "cpu")
+    before = guide.loss(batch)
+    torch.nn.init.constant_(guide.layer.weight, 0.0)
+    guide.layer.bias.data.fill_(-20.0)
+    for name in set(batch.marks[:, 2].tolist()):
+        guide.layer.bias.data[name] = 0.0
+    loss_of(model, batch, "cpu")
+    patches = (IMAGE_SIZE // 16) ** 2
+    named = len(set(batch.marks[:, 2].tolist()))
+    assert float(guide.loss(batch).detach()) == pytest.approx(2 * patches * named * np.log(2) / len(batch.marks), rel=1e-3)
+    assert float(before.detach()) > 0
+
+
 @pytest.mark.parametrize(
     ("wanted", "tolerance", "answer", "right"),
     [
@@ -168,6 +207,8 @@ def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp
         ("42", 2.0, "about", False),
         ("x 10, y 20", 6.0, "x 15, y 15", True),
         ("x 10, y 20", 6.0, "x 15", False),
+        ("a gauge from 0 to 10, reading 5", 0.2, "a gauge from 0 to 10, reading 5.1", True),
+        ("a gauge from 0 to 10, reading 5", 0.2, "a chart from 0 to 10, reading 5", False),
     ],
 )
 def test_answers_are_judged(wanted: str, tolerance: float | None, answer: str, right: bool) -> None:

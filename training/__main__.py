@@ -31,12 +31,12 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--pictures", default=1_000_000, help="Pictures in the whole run.")
-@click.option("--batch", default=64)
+@click.option("--batch", default=48)
 @click.option("--workers", default=1, help="Processes that draw.")
 @click.option("--seed", default=1)
-@click.option("--width", default=192)
+@click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
 @click.option("--stop-minutes", type=float, help="Save and end after this time.")
-def train(folder: Path, stop_minutes: float | None, **options: int) -> None:
+def train(folder: Path, stop_minutes: float | None, start: Path | None, **options: int) -> None:
     """Train in FOLDER, or go on with what is there.
 
     \b
@@ -46,14 +46,15 @@ def train(folder: Path, stop_minutes: float | None, **options: int) -> None:
     from training.train import train as run
 
     limit = {} if stop_minutes is None else {"stop_minutes": stop_minutes}
-    run(Settings(folder, **options, **limit))
+    run(Settings(folder, start=start, **options, **limit))
 
 
 @main.command()
 @click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--pictures", default=300, help="Pictures of each kind.")
+@click.option("--processes", default=2, help="Processes that ask, one thread each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the figures as JSON lines.")
-def evaluate(exports: tuple[Path, ...], pictures: int, output: Path | None) -> None:
+def evaluate(exports: tuple[Path, ...], pictures: int, processes: int, output: Path | None) -> None:
     """Print how often the EXPORTS answer right, by task, on held-out pictures and on the second renderer's.
 
     \b
@@ -61,7 +62,16 @@ def evaluate(exports: tuple[Path, ...], pictures: int, output: Path | None) -> N
     """
     from training.evaluate import run
 
-    run(list(exports), pictures, output)
+    run(list(exports), pictures, processes, output)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("examples"))
+def examples(folder: Path) -> None:
+    """Draw the example pictures and their questions into FOLDER."""
+    from training.examples import write_examples
+
+    write_examples(folder)
 
 
 if __name__ == "__main__":

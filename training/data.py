@@ -7,17 +7,32 @@ not the other questions, and its positions continue the prefix, so that every on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from training.degrade import degrade
-from training.model import IMAGE_SIZE, IMAGE_TOKENS
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH
 from training.scene import Scene
 from training.scenes import SCENES
 
 IGNORED = -100
+MARKS = (
+    *"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.-%°",
+    *("circle", "square", "triangle", "star", "cross", "diamond", "hexagon", "ring", "nut", "washer", "screw", "gear"),
+    *("red", "green", "blue", "yellow", "orange", "purple", "white", "black", "gray"),
+    *("on", "off", "part", "gap", "needle", "hub", "top", "spike"),
+)
+"""What the vision tower is told about single patches while it learns."""
+_MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
+LONGEST = 112
+"""Tokens of a row; a question that would make it longer is left out."""
+WEIGHTS = {"display": 1.8, "label": 2.2, "gauge": 1.4, "light": 0.7, "missing": 0.7, "shape": 0.8}
+"""How often a kind of scene is drawn: more of those that learn slowly."""
+
+
+Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -29,20 +44,19 @@ class Batch:
     labels: np.ndarray  # (B, S) int64, already shifted: the id to predict at each position
     positions: np.ndarray  # (B, S) int64
     segments: np.ndarray  # (B, S) int16: 0 the prefix, k the k-th question, -1 padding
+    marks: np.ndarray  # (n, 3) int64: picture, patch, what is drawn there (index into MARKS)
 
 
 class Drawer:
     """Draws picture number `index` of a seed, always the same."""
 
-    def __init__(
-        self, tokenizer: Any, seed: int, weights: dict[str, float] | None = None, strength: float = 1.0
-    ) -> None:
+    def __init__(self, tokenizer: Any, seed: int, ramp: int = 0) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
         self._names = list(SCENES)
-        share = np.array([(weights or {}).get(name, 1.0) for name in self._names])
+        share = np.array([WEIGHTS.get(name, 1.0) for name in self._names])
         self._share = share / share.sum()
-        self._strength = strength
+        self._ramp = ramp
         self._ids: dict[str, list[int]] = {}
         image_tokens = "<image>" * IMAGE_TOKENS
         block = f"<fake_token_around_image><global-img>{image_tokens}<fake_token_around_image>"
@@ -52,26 +66,37 @@ class Drawer:
         """Return the scene, its picture as a camera saw it."""
         random = np.random.default_rng((self._seed, index))
         scene = SCENES[name or str(random.choice(self._names, p=self._share))](random)
-        scene.image = degrade(scene.image, random, self._strength)
+        strength = 1.0 if index >= self._ramp else 0.2 + 0.8 * index / self._ramp
+        degrade(scene, random, strength)
         return scene
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Return pictures `first` to `first + count - 1`."""
-        return collate([self.row(self.scene(first + offset)) for offset in range(count)])
+    def batch(self, first: int, count: int) -> list[Batch]:
+        """Return pictures `first` to `first + count - 1` in two halves: the shorter rows, the longer ones."""
+        rows = [self.row(self._shuffled(index)) for index in range(first, first + count)]
+        rows.sort(key=lambda row: len(row[1]))
+        half = -(-count // 2)
+        return [collate(part) for part in (rows[:half], rows[half:]) if part]
 
-    def row(self, scene: Scene) -> tuple[np.ndarray, list[int], list[int], list[int], list[int]]:
-        """Return pixels, ids, labels, positions and segments of one picture."""
+    def _shuffled(self, index: int) -> Scene:
+        scene = self.scene(index)
+        np.random.default_rng((self._seed, index, 1)).shuffle(scene.pairs)
+        return scene
+
+    def row(self, scene: Scene) -> Row:
+        """Return pixels, ids, labels, positions, segments and marks of one picture, without what makes it too long."""
         ids, labels = list(self._prefix), [IGNORED] * len(self._prefix)
         positions, segments = list(range(len(ids))), [0] * len(ids)
         for number, pair in enumerate(scene.pairs, 1):
             question = self._encode(f"{pair.question}<|end|><|assistant|>")
             answer = self._encode(f"{pair.answer}<|end|>")
             text = question + answer[:-1]
+            if len(ids) + len(text) > LONGEST and number > 1:
+                continue
             ids += text
             labels += [IGNORED] * (len(question) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
-        return shrink(scene.image), ids, labels, positions, segments
+        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene)
 
     def _encode(self, text: str) -> list[int]:
         found = self._ids.get(text)
@@ -95,7 +120,19 @@ def shrink(image: Image.Image) -> np.ndarray:
     return np.asarray(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
 
 
-def collate(rows: list[tuple[np.ndarray, list[int], list[int], list[int], list[int]]]) -> Batch:
+def marked_patches(scene: Scene) -> list[tuple[int, int]]:
+    """Return patch and index into `MARKS` of every mark inside the picture."""
+    side = IMAGE_SIZE // PATCH
+    width, height = scene.image.size
+    found = []
+    for mark in scene.marks:
+        column, row = int(mark.x / width * side), int(mark.y / height * side)
+        if mark.name in _MARK_INDEX and 0 <= column < side and 0 <= row < side and min(mark.x, mark.y) >= 0:
+            found.append((row * side + column, _MARK_INDEX[mark.name]))
+    return found
+
+
+def collate(rows: list[Row]) -> Batch:
     """Pad rows to the longest."""
     longest = -(-max(len(row[1]) for row in rows) // 16) * 16
 
@@ -108,4 +145,5 @@ def collate(rows: list[tuple[np.ndarray, list[int], list[int], list[int], list[i
         pad(2, IGNORED, np.int64),
         pad(3, 0, np.int64),
         pad(4, -1, np.int16),
+        np.array([(index, *mark) for index, row in enumerate(rows) for mark in row[5]], np.int64).reshape(-1, 3),
     )

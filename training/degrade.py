@@ -7,15 +7,16 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from training.scene import Random, between, chance
+from training.scene import Mark, Random, Scene, between, chance
 
 
-def degrade(image: Image.Image, random: Random, strength: float = 1.0) -> Image.Image:
-    """Return the scene as a camera might have seen it; `strength` 0 leaves it alone."""
+def degrade(scene: Scene, random: Random, strength: float = 1.0) -> None:
+    """Turn the scene's picture into what a camera might have seen; `strength` 0 leaves it alone."""
     if strength <= 0 or chance(random, 0.12):
-        return image
+        return
     if chance(random, 0.55):
-        image = tilt(image, random, strength)
+        tilt(scene, random, strength)
+    image = scene.image
     if chance(random, 0.3):
         image = shadow(image, random)
     if chance(random, 0.5):
@@ -29,11 +30,12 @@ def degrade(image: Image.Image, random: Random, strength: float = 1.0) -> Image.
         image = noise(image, random, between(random, 1, 4 + 8 * strength))
     if chance(random, 0.4):
         image = jpeg(image, int(random.integers(35, 92)))
-    return image
+    scene.image = image
 
 
-def tilt(image: Image.Image, random: Random, strength: float) -> Image.Image:
-    """Return the picture a little rotated and seen a little from the side."""
+def tilt(scene: Scene, random: Random, strength: float) -> None:
+    """Turn the picture a little and see it a little from the side; its marks move along."""
+    image = scene.image
     width, height = image.size
     angle = np.deg2rad(random.normal(0, 2.2 * strength))
     cos, sin = np.cos(angle), np.sin(angle)
@@ -45,9 +47,13 @@ def tilt(image: Image.Image, random: Random, strength: float) -> Image.Image:
     w = g * cx + h * cy + 1
     c, f = cx * w - a * cx - b * cy, cy * w - d * cx - e * cy
     fill = tuple(int(v) for v in np.asarray(image)[0, 0])
-    return image.transform(
+    scene.image = image.transform(
         image.size, Image.Transform.PERSPECTIVE, (a, b, c, d, e, f, g, h), Image.Resampling.BILINEAR, fillcolor=fill
     )
+    back = np.linalg.inv(np.array([[a, b, c], [d, e, f], [g, h, 1.0]]))
+    for index, mark in enumerate(scene.marks):
+        x, y, w = back @ (mark.x, mark.y, 1.0)
+        scene.marks[index] = Mark(x / w, y / w, mark.name)
 
 
 def shadow(image: Image.Image, random: Random) -> Image.Image:

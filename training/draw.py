@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from training.scene import Random, between, chance, pick
+from training.scene import Mark, Random, between, chance, pick
 
 Colour: TypeAlias = tuple[int, int, int]
 Box: TypeAlias = tuple[float, float, float, float]
@@ -109,13 +109,25 @@ def background(random: Random, width: int, height: int, base: Colour | None = No
     return Image.fromarray((first + (second - first) * ramp).astype(np.uint8)), base
 
 
-def canvas(random: Random, base: Colour | None = None) -> tuple[Image.Image, ImageDraw.ImageDraw, Colour]:
+class Pen(ImageDraw.ImageDraw):
+    """Pillow's pen, which also remembers what was drawn where."""
+
+    def __init__(self, image: Image.Image) -> None:
+        super().__init__(image)
+        self.marks: list[Mark] = []
+
+    def mark(self, x: float, y: float, *names: str) -> None:
+        """Remember what is at `(x, y)`."""
+        self.marks += [Mark(x, y, name) for name in names]
+
+
+def canvas(random: Random, base: Colour | None = None) -> tuple[Image.Image, Pen, Colour]:
     """Return a fresh picture, its pen and its mean colour."""
     image, colour = background(random, *size(random), base)
-    return image, ImageDraw.Draw(image), colour
+    return image, Pen(image), colour
 
 
-def panel(random: Random, pen: ImageDraw.ImageDraw, box: Box, colour: Colour) -> None:
+def panel(random: Random, pen: Pen, box: Box, colour: Colour) -> None:
     """Draw a plate with a rim, and sometimes screws."""
     x0, y0, x1, y1 = box
     radius = between(random, 0, 0.12) * min(x1 - x0, y1 - y0)
@@ -133,15 +145,18 @@ def panel(random: Random, pen: ImageDraw.ImageDraw, box: Box, colour: Colour) ->
 
 
 def text(
-    pen: ImageDraw.ImageDraw,
+    pen: Pen,
     at: tuple[float, float],
     words: str,
     face: ImageFont.FreeTypeFont,
     fill: Colour,
     anchor: str = "mm",
 ) -> None:
-    """Write one line."""
+    """Write one line, each sign marked."""
     pen.text(at, words, font=face, fill=fill, anchor=anchor)
+    left = at[0] - face.getlength(words) * (0.5 if anchor == "mm" else 1.0)
+    for index, sign in enumerate(words):
+        pen.mark(left + face.getlength(words[:index]) + face.getlength(sign) / 2, at[1], sign)
 
 
 def fit(random: Random, words: str, width: float, height: float) -> ImageFont.FreeTypeFont:
@@ -152,7 +167,7 @@ def fit(random: Random, words: str, width: float, height: float) -> ImageFont.Fr
     return load_font(path, max(7, int(100 * min(width / max(wide, 1), height / high))))
 
 
-def clutter(random: Random, pen: ImageDraw.ImageDraw, free: list[Box], ground: Colour) -> None:
+def clutter(random: Random, pen: Pen, free: list[Box], ground: Colour) -> None:
     """Draw things that mean nothing into the free boxes: lines, plates, a word."""
     for box in free:
         if chance(random, 0.5):

@@ -8,11 +8,14 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
+from rich.progress import Progress
 
-from edgevlm import VLM, GenerationConfig
+from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from training import second
 from training.degrade import degrade
 from training.scene import QA, Scene
@@ -20,6 +23,20 @@ from training.scenes import SCENES
 
 HELD_OUT_SEED = 20_001
 """No training run may use it."""
+TARGETS = {
+    "display": 0.97,
+    "gauge": 0.95,
+    "light": 0.99,
+    "count": 0.95,
+    "missing": 0.95,
+    "label": 0.90,
+    "chart": 0.92,
+    "shape": 0.98,
+    "point": 0.98,
+    "presence": 0.97,
+}
+"""What the model is meant to reach, by task; descriptions have no target and are not part of the whole."""
+OVERALL = "overall"
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -48,13 +65,13 @@ class Score:
 
 
 def judge(pair: QA, answer: str) -> bool:
-    """Tell whether `answer` is right: the exact text, or numbers within the tolerance."""
+    """Tell whether `answer` is right: the exact text, or the text with its numbers within the tolerance."""
     answer = answer.strip()
     if pair.tolerance is None:
         return answer == pair.answer
-    wanted, found = _NUMBER.findall(pair.answer), _NUMBER.findall(answer)
-    if len(wanted) != len(found):
+    if _NUMBER.sub("#", answer) != _NUMBER.sub("#", pair.answer):
         return False
+    wanted, found = _NUMBER.findall(pair.answer), _NUMBER.findall(answer)
     return all(abs(float(w) - float(f)) <= pair.tolerance + 1e-9 for w, f in zip(wanted, found, strict=True))
 
 
@@ -62,7 +79,7 @@ def held_out(name: str, index: int) -> Scene:
     """Return held-out picture `index` of one kind, as a camera saw it."""
     random = np.random.default_rng((HELD_OUT_SEED, list(SCENES).index(name), index))
     scene = SCENES[name](random)
-    scene.image = degrade(scene.image, random)
+    degrade(scene, random)
     return scene
 
 
@@ -74,36 +91,57 @@ def second_style(name: str, index: int) -> Scene:
 STYLES: dict[str, Callable[[str, int], Scene]] = {"held-out": held_out, "second renderer": second_style}
 
 
-def evaluate(folder: Path, style: str, pictures: int) -> list[Score]:
-    """Ask the export in `folder` about `pictures` pictures of every kind."""
-    vlm = VLM(folder)
-    config = GenerationConfig(max_new_tokens=32)
-    outcomes: dict[str, list[tuple[QA, bool, str]]] = defaultdict(list)
-    for name in SCENES:
-        for index in range(pictures):
-            scene = STYLES[style](name, index)
-            image = np.asarray(scene.image)
-            for pair in scene.pairs:
-                answer = vlm.generate(image, pair.question, config).text
-                outcomes[pair.task].append((pair, judge(pair, answer), answer.strip()))
-    return [_score(task, each) for task, each in outcomes.items()]
+Outcome: TypeAlias = tuple[QA, str]
 
 
-def _score(task: str, outcomes: list[tuple[QA, bool, str]]) -> Score:
-    truly_no = [answer for pair, _, answer in outcomes if task == "presence" and pair.answer == "no"]
-    right = sum(is_right for _, is_right, _ in outcomes)
+def ask(export: Path, style: str, name: str, pictures: int) -> list[Outcome]:
+    """Ask the export about `pictures` pictures of one kind, on one thread."""
+    vlm = VLM(export, RuntimeConfig(threads=1))
+    config = GenerationConfig(max_new_tokens=64)
+    outcomes = []
+    for index in range(pictures):
+        scene = STYLES[style](name, index)
+        image = np.asarray(scene.image)
+        outcomes += [(pair, vlm.generate(image, pair.question, config).text.strip()) for pair in scene.pairs]
+    return outcomes
+
+
+def evaluate(exports: list[Path], pictures: int, processes: int) -> dict[tuple[str, str], list[Score]]:
+    """Return the scores of every export in both styles, by task, the last one over all."""
+    jobs = [(export, style, name, pictures) for export in exports for style in STYLES for name in SCENES]
+    outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    with get_context("spawn").Pool(processes) as pool, Progress() as progress:
+        step = progress.add_task("asking", total=len(jobs))
+        running = [(job, pool.apply_async(ask, job)) for job in jobs]
+        for (export, style, *_), result in running:
+            outcomes[export.name, style] += result.get()
+            progress.advance(step)
+    return {column: scores(each) for column, each in outcomes.items()}
+
+
+def scores(outcomes: list[Outcome]) -> list[Score]:
+    """Return each task's score in the order of `TARGETS`, other tasks after them, then all of `TARGETS` together."""
+    by_task: dict[str, list[Outcome]] = {task: [] for task in TARGETS}
+    for pair, answer in outcomes:
+        by_task.setdefault(pair.task, []).append((pair, answer))
+    every = [outcome for outcome in outcomes if outcome[0].task in TARGETS]
+    return [_score(task, each) for task, each in [*by_task.items(), (OVERALL, every)] if each]
+
+
+def _score(task: str, outcomes: list[Outcome]) -> Score:
+    truly_no = [answer for pair, answer in outcomes if task == "presence" and pair.answer == "no"]
+    right = sum(judge(pair, answer) for pair, answer in outcomes)
     return Score(task, right, len(outcomes), sum(answer == "yes" for answer in truly_no), len(truly_no))
 
 
-def table(results: dict[tuple[str, str], list[Score]]) -> str:
-    """Return a Markdown table: a row for each task, a column for each export and renderer."""
-    columns = list(results)
-    tasks = list(dict.fromkeys(score.task for scores in results.values() for score in scores))
-    lines = ["| task | " + " | ".join(f"{export}, {style}" for export, style in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
+def table(style: str, results: dict[str, list[Score]]) -> str:
+    """Return one style's Markdown table: a row for each task, a column for each export."""
+    tasks = list(dict.fromkeys(score.task for each in results.values() for score in each))
+    lines = [f"| {style} | target | " + " | ".join(results) + " |", "|---" * (len(results) + 2) + "|"]
     for task in tasks:
-        cells = [_cell(next((s for s in results[column] if s.task == task), None)) for column in columns]
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+        cells = [_cell(next((score for score in each if score.task == task), None)) for each in results.values()]
+        target = f"{TARGETS[task]:.0%}" if task in TARGETS else ""
+        lines.append(f"| {task} | {target} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -111,14 +149,15 @@ def _cell(score: Score | None) -> str:
     if score is None:
         return "-"
     low, high = score.interval
-    text = f"{score.share:.1%} ({low:.1%} to {high:.1%}, n={score.asked})"
+    text = f"{score.share:.1%} ({low:.1%} to {high:.1%}, n={score.asked:,})"
     return text + (f", false yes {score.false_yes / score.truly_no:.1%}" if score.truly_no else "")
 
 
-def run(folders: list[Path], pictures: int, output: Path | None) -> None:
-    """Evaluate every export in both styles, print the table, and write the figures as JSON lines."""
-    results = {(folder.name, style): evaluate(folder, style, pictures) for folder in folders for style in STYLES}
-    print(table(results))
+def run(exports: list[Path], pictures: int, processes: int, output: Path | None) -> None:
+    """Evaluate every export in both styles, print the tables, and write the figures as JSON lines."""
+    results = evaluate(exports, pictures, processes)
+    for style in STYLES:
+        print(table(style, {export: each for (export, other), each in results.items() if other == style}), end="\n\n")
     if output:
-        rows = [{"export": e, "style": s, **asdict(score)} for (e, s), scores in results.items() for score in scores]
+        rows = [{"export": e, "style": s, **asdict(score)} for (e, s), each in results.items() for score in each]
         output.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

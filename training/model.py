@@ -8,7 +8,7 @@ IMAGE_SIZE, PATCH, SHUFFLE = 192, 16, 2
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH // SHUFFLE) ** 2
 
 
-def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 8, text_layers: int = 6) -> Any:
+def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_layers: int = 4) -> Any:
     """Return the Idefics3 configuration."""
     from transformers import Idefics3Config
 
@@ -62,6 +62,14 @@ def make_model(config: Any, seed: int) -> Any:
             elif name.endswith("bias"):
                 weight.zero_()
     return model
+
+
+def load_model(folder: Any) -> Any:
+    """Return a saved checkpoint's model with float32 weights, to go on training."""
+    import torch
+    from transformers import Idefics3ForConditionalGeneration
+
+    return Idefics3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 Random: TypeAlias = np.random.Generator
+DESCRIBE = ("Describe the picture.", "What do you see?", "What does the picture show?", "What is in the picture?")
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,21 @@ class QA:
     """Largest error of a numeric answer; None asks for the exact text."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What is drawn at a point of the picture: a sign, a kind, a colour, a state."""
+
+    x: float
+    y: float
+    name: str
+
+
 @dataclass
 class Scene:
-    """A picture with everything that may be asked about it."""
+    """A picture with everything that may be asked about it, and marks that help the vision tower to learn."""
 
     image: Image.Image
+    marks: list[Mark] = field(default_factory=list)
     pairs: list[QA] = field(default_factory=list)
 
     def ask(
@@ -34,6 +45,10 @@ class Scene:
     ) -> None:
         """Add one question, worded in one of several ways."""
         self.pairs.append(QA(task, pick(random, questions), answer, tolerance))
+
+    def describe(self, random: Random, answer: str, tolerance: float | None = None) -> None:
+        """Add the question for a description: one long answer teaches more than several short ones."""
+        self.ask("description", DESCRIBE, answer, random, tolerance)
 
 
 def pick(random: Random, choices):  # type: ignore[no-untyped-def]

@@ -20,7 +20,8 @@ def contact_sheet(seed: int, count: int, only: str | None = None, columns: int =
     for index in range(count):
         random = np.random.default_rng((seed, index))
         scene = SCENES[names[index % len(names)]](random)
-        image = degrade(scene.image, random)
+        degrade(scene, random)
+        image = scene.image
         image.thumbnail((CELL - 8, CELL - 8))
         x, y = index % columns * CELL, index // columns * (CELL + TEXT)
         sheet.paste(image, (x + 4, y + 4))

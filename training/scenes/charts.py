@@ -73,10 +73,11 @@ def bar_chart(random: Random) -> Scene:
         y = box[3] - (box[3] - box[1]) * 0.94 * int(value) / top
         fill = named(random, pick(random, ("blue", "green", "orange", "purple", "red"))) if many else one
         pen.rectangle((x - wide / 2, y, x + wide / 2, box[3]), fill=fill)
+        pen.mark(x, y, "top")
         text(pen, (x, (box[3] + image.height) / 2), names[index], face, colour)
         if shown:
             text(pen, (x, max(y - face.size * 0.6, face.size * 0.5)), str(value), face, colour)
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     highest, lowest = names[int(values.argmax())], names[int(values.argmin())]
     result.ask(
         "chart",
@@ -89,6 +90,8 @@ def bar_chart(random: Random) -> Scene:
     index = int(random.integers(count))
     questions = (f"What is the value of {names[index]}?", f"How high is the bar {names[index]}?")
     result.ask("chart", questions, str(values[index]), random, tolerance=0.0 if shown else 0.05 * top)
+    told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    result.describe(random, f"a bar chart: {told}", 0.0 if shown else 0.05 * top)
     return result
 
 
@@ -103,7 +106,8 @@ def line_chart(random: Random) -> Scene:
     spike = int(random.integers(1, count - 1)) if chance(random, 0.6) else None
     if spike is not None:
         ys[spike] += between(random, 0.3, 0.45)
-    scale(random, pen, box, pick(random, TOPS), colour)
+    top = pick(random, TOPS)
+    scale(random, pen, box, top, colour)
     face = load_font(pick(random, font_files()), max(8, round(box[3] * 0.07)))
     for index in range(0, 11, 2):
         x = box[0] + (box[2] - box[0]) * index / 10
@@ -114,7 +118,9 @@ def line_chart(random: Random) -> Scene:
     pen.line(
         points, fill=named(random, pick(random, ("blue", "red", "green", "purple"))), width=int(random.integers(1, 4))
     )
-    result = Scene(image)
+    if spike is not None:
+        pen.mark(*points[spike], "spike")
+    result = Scene(image, pen.marks)
     questions = (
         "Is there a spike in the curve?",
         "Does the line have a spike?",
@@ -126,4 +132,6 @@ def line_chart(random: Random) -> Scene:
         result.ask(
             "chart", ("Where is the spike?", "At which position is the spike?"), str(where), random, tolerance=5.0
         )
+    told = "no spike" if spike is None else f"a spike at {round(100 * spike / (count - 1))}"
+    result.describe(random, f"a line chart up to {top}, {told}", 5.0)
     return result

@@ -31,7 +31,7 @@ def scene(random: Random) -> Scene:
     ]
     for thing in things:
         draw(random, pen, thing, named(random, thing.colour), ground)
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     many = plural(target)
     questions = (f"How many {many} are there?", f"Count the {many}.", f"What is the number of {many}?")
     result.ask("count", questions, str(wanted), random)
@@ -41,6 +41,9 @@ def scene(random: Random) -> Scene:
     other = pick(random, others)
     count = sum(thing.kind == other for thing in things)
     result.ask("count", (f"How many {plural(other)} are there?", f"Count the {plural(other)}."), str(count), random)
+    counts = [(kind, sum(thing.kind == kind for thing in things)) for kind in kinds]
+    said = [f"{number} {kind if number == 1 else plural(kind)}" for kind, number in counts if number]
+    result.describe(random, ", ".join(said) or "nothing")
     return result
 
 

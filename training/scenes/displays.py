@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from training.draw import Colour, canvas, clutter, fit, font_files, jitter, load_font, panel, shade, text
+from training.draw import Colour, Pen, canvas, clutter, fit, font_files, jitter, load_font, panel, shade, text
 from training.scene import Random, Scene, between, chance, pick
 
 QUESTIONS = (
@@ -79,17 +79,19 @@ def scene(random: Random) -> Scene:
     if unit:
         face = fit(random, unit, unit_width * 0.8, (inner[3] - inner[1]) * 0.5)
         text(pen, (inner[2] - unit_width * 0.45, between(random, inner[1] + 8, inner[3] - 8)), unit, face, lit)
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     answer = f"{reading} {unit}" if unit else reading
     result.ask("display", QUESTIONS, answer, random)
     if unit:
         result.ask("display", UNIT_QUESTIONS, unit, random)
+    if chance(random, 0.3):
+        result.describe(random, f"a display reading {answer}")
     return result
 
 
 def seven_segment(
     random: Random,
-    pen: ImageDraw.ImageDraw,
+    pen: Pen,
     area: tuple[float, float, float, float],
     reading: str,
     lit: Colour,
@@ -112,7 +114,9 @@ def seven_segment(
             r = thick * 0.62
             x, y = left - wide * 0.06, y1 - r
             pen.ellipse((x - r, y - r, x + r, y + r), fill=lit)
+            pen.mark(x, y, symbol)
             continue
+        pen.mark(left + wide * 0.37, (y0 + y1) / 2, symbol)
         for name, points in bars(left, y0, wide * 0.74, high, thick, slant).items():
             if name in SEGMENTS[symbol]:
                 pen.polygon(points, fill=lit)
@@ -150,7 +154,7 @@ def bars(x: float, y: float, w: float, h: float, t: float, slant: float) -> dict
 
 def dot_matrix(
     random: Random,
-    pen: ImageDraw.ImageDraw,
+    pen: Pen,
     area: tuple[float, float, float, float],
     reading: str,
     lit: Colour,
@@ -166,6 +170,9 @@ def dot_matrix(
     cell = min((x1 - x0) / bitmap.width, (y1 - y0) / bitmap.height)
     start = x0 + between(random, 0, 1) * (x1 - x0 - cell * bitmap.width)
     dot = cell * between(random, 0.38, 0.5)
+    for index, symbol in enumerate(reading):
+        middle = face.getlength(reading[:index]) + face.getlength(symbol) / 2 - left
+        pen.mark(start + middle * cell, y0 + bitmap.height * cell / 2, symbol)
     faint = shade(dark, 1.5) if chance(random, 0.4) else None
     draw = pen.ellipse if chance(random, 0.6) else pen.rectangle
     for row in range(bitmap.height):

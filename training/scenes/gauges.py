@@ -99,10 +99,14 @@ def scene(random: Random) -> Scene:
         )
     value = between(random, low, high) if chance(random, 0.8) else low + step * int(random.integers(0, ticks + 1))
     needle(random, pen, (cx, cy), at(value, between(random, 0.6, 0.85)), radius, face)
-    result = Scene(image)
+    pen.mark(*at(value, 0.7), "needle")
+    pen.mark(cx, cy, "hub")
+    result = Scene(image, pen.marks)
     result.ask("gauge", QUESTIONS, written(value, low, high), random, tolerance=0.02 * (high - low))
     if chance(random, 0.3):
         result.ask("gauge", RANGE_QUESTIONS, str(high), random)
+    scale = f"from {low} to {high} {unit}".strip()
+    result.describe(random, f"a gauge {scale}, reading {written(value, low, high)}", 0.02 * (high - low))
     return result
 
 

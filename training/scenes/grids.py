@@ -30,11 +30,12 @@ def scene(random: Random) -> Scene:
             x = box[0] + (box[2] - box[0]) * 0.03 + cell_w * (column + 0.5) + random.normal(0, r * 0.04)
             y = box[1] + (box[3] - box[1]) * 0.03 + cell_h * (row + 0.5) + random.normal(0, r * 0.04)
             if (row, column) == missing:
+                pen.mark(x, y, "gap")
                 if trace and not holes:
                     pen.ellipse((x - r, y - r, x + r, y + r), outline=shade(plate, 0.8))
                 continue
-            draw(random, pen, Thing("circle" if holes else kind, "", x, y, r), colour, plate)
-    result = Scene(image)
+            draw(random, pen, Thing("circle" if holes else kind, "part", x, y, r), colour, plate)
+    result = Scene(image, pen.marks)
     noun = "hole" if holes else "part"
     questions = (f"Is a {noun} missing?", f"Is there a gap in the grid of {noun}s?", f"Does the grid lack a {noun}?")
     result.ask("missing", questions, "yes" if missing else "no", random)
@@ -42,6 +43,8 @@ def scene(random: Random) -> Scene:
     result.ask("missing", questions, f"row {missing[0] + 1}, column {missing[1] + 1}" if missing else "none", random)
     questions = ("How many rows and columns has the grid?", "What is the size of the grid?")
     result.ask("missing", questions, f"{rows} rows, {columns} columns", random)
+    gap = f"row {missing[0] + 1}, column {missing[1] + 1} missing" if missing else f"no {noun} missing"
+    result.describe(random, f"a grid of {rows} rows and {columns} columns, {gap}")
     return result
 
 

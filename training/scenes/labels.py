@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from PIL import ImageDraw
-
-from training.draw import canvas, clutter, fit, ink, jitter, panel, text
+from training.draw import Pen, canvas, clutter, fit, ink, jitter, panel, text
 from training.scene import Random, Scene, between, chance, pick
 
 LETTERS, DIGITS = "ABCDEFGHJKLMNPQRSTUVWXYZ", "0123456789"
@@ -36,7 +34,7 @@ def scene(random: Random) -> Scene:
     prefix = pick(random, PREFIXES) if chance(random, 0.35) else ""
     inset = (x0 + wide * 0.06, y0 + high * 0.1, x0 + wide * 0.94, y0 + high * 0.9)
     line = f"{prefix} {printed}".strip()
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     bars = chance(random, 0.25)
     middle = (inset[1] + inset[3]) / 2
     if bars:
@@ -58,10 +56,12 @@ def scene(random: Random) -> Scene:
     if prefix:
         questions = (f"What is the {prefix} code?", f"Which code follows {prefix}?")
         result.ask("label", questions, printed, random)
+    if chance(random, 0.3):
+        result.describe(random, f"a label saying {line}")
     return result
 
 
-def barcode(random: Random, pen: ImageDraw.ImageDraw, box: tuple[float, float, float, float], colour) -> None:  # type: ignore[no-untyped-def]
+def barcode(random: Random, pen: Pen, box: tuple[float, float, float, float], colour) -> None:  # type: ignore[no-untyped-def]
     """Draw stripes that stand for a bar code."""
     x = box[0]
     while x < box[2]:

@@ -43,6 +43,7 @@ def stack_light(random: Random) -> Scene:
     for index, name in enumerate(names):
         colour = glow(random, name, index in lit)
         top = y + index * high
+        pen.mark(x, top + high * 0.46, name, _state(index in lit))
         pen.rounded_rectangle(
             (x - wide / 2, top, x + wide / 2, top + high * 0.92),
             high * 0.12,
@@ -52,7 +53,7 @@ def stack_light(random: Random) -> Scene:
         )
         if index in lit:
             pen.ellipse((x - wide * 0.2, top + high * 0.2, x + wide * 0.2, top + high * 0.6), fill=shade(colour, 1.3))
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     on = [name for index, name in enumerate(names) if index in lit]
     result.ask(
         "light",
@@ -69,6 +70,11 @@ def stack_light(random: Random) -> Scene:
         ("How many lamps does the stack light have?", "How many segments has the tower light?"),
         str(count),
         random,
+    )
+    result.describe(
+        random,
+        "a stack light, from the top: "
+        + ", ".join(f"{name} {_state(index in lit)}" for index, name in enumerate(names)),
     )
     name = pick(random, STACK)
     result.ask(
@@ -106,6 +112,7 @@ def indicator_row(random: Random) -> Scene:
         along, across = length * (0.08 + 0.84 * (index + 0.5) / count), thickness * 0.5
         x, y = (along, across) if lying else (across, along)
         colour = glow(random, colours[index], lit[index])
+        pen.mark(x, y, colours[index], _state(lit[index]))
         pen.ellipse((x - radius * 1.2, y - radius * 1.2, x + radius * 1.2, y + radius * 1.2), fill=shade(plate, 0.6))
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         if lit[index]:
@@ -114,7 +121,7 @@ def indicator_row(random: Random) -> Scene:
         number = str(index + 1)
         where = (x, y + radius * 1.9) if lying else (x + radius * 2.2, y)
         text(pen, where, number, fit(random, number, radius, radius * 1.1), ink(random, plate))
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     on = [str(index + 1) for index in range(count) if lit[index]]
     result.ask(
         "light",
@@ -134,6 +141,10 @@ def indicator_row(random: Random) -> Scene:
             colours[int(on[0]) - 1],
             random,
         )
+    result.describe(
+        random,
+        "a row of LEDs: " + ", ".join(f"{i + 1} {colours[i]} {_state(lit[i])}" for i in range(count)),
+    )
     return result
 
 
@@ -160,6 +171,7 @@ def switches(random: Random) -> Scene:
             (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2), wide * 0.2, fill=shade(plate, 0.45)
         )
         top = y - high * 0.46 if on[index] else y
+        pen.mark(x, y, _state(on[index]))
         knob = (
             named(random, "green")
             if on[index] and chance(random, 0.4)
@@ -170,7 +182,7 @@ def switches(random: Random) -> Scene:
         )
         text(pen, (x, y - high * 0.5 - height * 0.06), "ON", face, ink(random, plate))
         text(pen, (x, y + high * 0.5 + height * 0.06), "OFF", face, ink(random, plate))
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     if count == 1:
         result.ask(
             "light",
@@ -191,4 +203,9 @@ def switches(random: Random) -> Scene:
         random,
     )
     result.ask("light", ("How many switches are on?", "How many switches are up?"), str(sum(on)), random)
+    result.describe(random, "switches, from the left: " + ", ".join(_state(each) for each in on))
     return result
+
+
+def _state(on: bool) -> str:
+    return "on" if on else "off"

@@ -21,7 +21,7 @@ def scene(random: Random) -> Scene:
     things = [Thing(kind, pick(random, seen), *spot) for kind, spot in zip(kinds, spots, strict=True)]
     for thing in things:
         draw(random, pen, thing, named(random, thing.colour), ground)
-    result = Scene(image)
+    result = Scene(image, pen.marks)
     one = pick(random, things)
     result.ask("shape", (f"What colour is the {one.kind}?", f"Which colour has the {one.kind}?"), one.colour, random)
     if sum(thing.colour == one.colour for thing in things) == 1:
@@ -49,6 +49,11 @@ def scene(random: Random) -> Scene:
             f"At which point is the {one.kind}, in percent?",
         )
         result.ask("point", questions, f"x {x}, y {y}", random, tolerance=6.0)
+    told = [
+        f"{each.colour} {each.kind} x {round(100 * each.x / width)}, y {round(100 * each.y / height)}"
+        for each in sorted(things, key=lambda each: each.x)
+    ]
+    result.describe(random, "; ".join(told), 6.0)
     return result
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from PIL import ImageDraw
-
-from training.draw import Colour, shade
+from training.draw import Colour, Pen, shade
 from training.scene import Random, between
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "hexagon", "ring")
@@ -59,8 +57,9 @@ def polygon(x: float, y: float, r: float, corners: int, turn: float, inner: floa
     ]
 
 
-def draw(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def draw(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     """Draw one thing."""
+    pen.mark(thing.x, thing.y, thing.kind, *([thing.colour] if thing.colour else []))
     _DRAW[thing.kind](random, pen, thing, colour, ground)
 
 
@@ -68,54 +67,54 @@ def _round(x: float, y: float, r: float) -> tuple[float, float, float, float]:
     return x - r, y - r, x + r, y + r
 
 
-def _circle(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _circle(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     pen.ellipse(_round(thing.x, thing.y, thing.r), fill=colour)
 
 
-def _ring(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _ring(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     thick = 0.28 if thing.kind == "ring" else 0.5
     pen.ellipse(_round(thing.x, thing.y, thing.r), outline=colour, width=max(2, round(thing.r * thick)))
 
 
-def _square(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _square(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     pen.rectangle(_round(thing.x, thing.y, thing.r * 0.86), fill=colour)
 
 
-def _triangle(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _triangle(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     pen.polygon(polygon(thing.x, thing.y + thing.r * 0.15, thing.r, 3, _UP), fill=colour)
 
 
-def _star(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _star(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     pen.polygon(polygon(thing.x, thing.y, thing.r, 5, _UP, 0.42), fill=colour)
 
 
-def _diamond(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _diamond(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     x, y, r = thing.x, thing.y, thing.r
     pen.polygon([(x, y - r), (x + r * 0.66, y), (x, y + r), (x - r * 0.66, y)], fill=colour)
 
 
-def _hexagon(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _hexagon(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     pen.polygon(polygon(thing.x, thing.y, thing.r, 6, 0.0), fill=colour)
 
 
-def _cross(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _cross(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     x, y, long, short = thing.x, thing.y, thing.r * 0.95, thing.r * 0.32
     pen.rectangle((x - short, y - long, x + short, y + long), fill=colour)
     pen.rectangle((x - long, y - short, x + long, y + short), fill=colour)
 
 
-def _nut(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _nut(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     edge = shade(colour, 0.65)
     pen.polygon(polygon(thing.x, thing.y, thing.r, 6, between(random, 0, 1)), fill=colour, outline=edge)
     pen.ellipse(_round(thing.x, thing.y, thing.r * 0.48), fill=ground, outline=edge)
 
 
-def _gear(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _gear(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     pen.polygon(polygon(thing.x, thing.y, thing.r, 9, between(random, 0, 1), 0.74), fill=colour)
     pen.ellipse(_round(thing.x, thing.y, thing.r * 0.3), fill=ground)
 
 
-def _screw(random: Random, pen: ImageDraw.ImageDraw, thing: Thing, colour: Colour, ground: Colour) -> None:
+def _screw(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     x, y, r = thing.x, thing.y, thing.r
     turn = between(random, 0, 2 * math.pi)
     dx, dy = math.cos(turn) * r, math.sin(turn) * r
