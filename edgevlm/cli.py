@@ -40,8 +40,9 @@ def main() -> None:
     """Ask a small vision-language model about a picture, on a machine with no GPU.
 
     \b
+    edgevlm run display.png "What does the display read?"
     edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
-    edgevlm run photo.jpg "What is in this picture?"
+    edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -50,7 +51,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
-@click.option("-m", "--model", help="Exported folder or short name; may be left out while there is only one.")
+@click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]")
 @click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
 @click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied.")
 @click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass.")
@@ -80,11 +81,13 @@ def main() -> None:
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
     """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
 
+    Without -m the bundled model answers: it reads displays, gauges, lights, labels, parts and simple charts.
+
     \b
-    edgevlm run photo.jpg "What is in this picture?"
-    edgevlm run before.png after.png "What has changed?"
-    edgevlm run "What is the capital of France?"
-    cat photo.jpg | edgevlm run - "Describe it." --json
+    edgevlm run display.png "What does the display read?"
+    edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
+    edgevlm run before.png after.png "What has changed?" -m ./my-model
+    cat gauge.jpg | edgevlm run - "What does the gauge read?" --json
     """
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import GenerationConfig
@@ -124,6 +127,16 @@ def _image(name: str) -> bytes | str:
     return data
 
 
+def _model(name: str | None) -> str | Path:
+    """Return the model that was named, or the bundled one, saying so on stderr."""
+    from edgevlm.paths import DEFAULT_NOTICE, default_model
+
+    if name is None:
+        click.echo(DEFAULT_NOTICE, err=True)
+        return default_model()
+    return name
+
+
 def _answer(
     images: list[bytes | str],
     question: str,
@@ -142,7 +155,7 @@ def _answer(
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
-        vlm = VLM(model, runtime)
+        vlm = VLM(_model(model), runtime)
         answer = None
         for piece in vlm.stream(images, question, generation, progress.step):
             progress.clear()
@@ -232,23 +245,20 @@ def _export_options(options: dict[str, Any]) -> ExportOptions:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context
 def models(ctx: click.Context, check: bool, as_json: bool) -> None:
-    """List the exported models, with size and precision.
+    """List the bundled and the exported models, with size and precision.
 
     \b
     edgevlm models
     edgevlm models --check
     """
     from edgevlm.inventory import describe_models
-    from edgevlm.paths import models_dir
     from edgevlm.terminal import print_models
 
     found = describe_models(full_check=check)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
-    elif found:
-        print_models(found)
     else:
-        click.echo(f"No models under {models_dir()} yet; make one with `edgevlm export SOURCE --int4`.", err=True)
+        print_models(found)
     if check and any(each["state"].startswith("damaged") for each in found):
         ctx.exit(1)
 

@@ -18,7 +18,7 @@ from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, sa
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
 from training.tokenizer import train_tokenizer
-from training.train import Guide, Settings, batches, loss_of, rate_at, train
+from training.train import Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,13 +111,33 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for _ in range(6):
         train(settings)
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    assert state["seen"] == 24
+    assert state["counts"] == {"pictures": 24}
     whole = Settings(tmp_path / "whole", pictures=24, batch=4, width=64, vision_layers=1, text_layers=1)
     train(whole)
     once = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
     for name, weight in once["model"].items():
         torch.testing.assert_close(state["model"][name], weight, rtol=1e-2, atol=1e-3)
     assert (tmp_path / "whole" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_sheets_teach_the_tower_and_leave_the_text_part_alone(tmp_path: Path) -> None:
+    settings = Settings(tmp_path / "run", pictures=8, batch=4, warmup=1, width=64, vision_layers=1, text_layers=1)
+    tokenizer = load_tokenizer(settings)
+    before = Run(settings, tokenizer, "sheets").model.state_dict()
+    train(settings, sheets=True)
+    run = Run(settings, tokenizer, "sheets")
+    assert run.seen == 8
+    assert Run(settings, tokenizer, "pictures").seen == 0
+    changed = {name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("vision_model" in name for name in changed)
+
+
+def test_a_sheet_is_full_of_marks(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=13, sheets=True)
+    counts = [len(marked_patches(drawer.scene(index))) for index in range(12)]
+    assert min(counts) > 15
+    assert sum(counts) / 12 > 50
 
 
 def test_batches_come_in_order_whatever_the_workers(tokenizer: object, tmp_path: Path) -> None:
@@ -192,7 +212,9 @@ def test_the_guide_scores_the_marks(tokenizer: object) -> None:
     loss_of(model, batch, "cpu")
     patches = (IMAGE_SIZE // 16) ** 2
     named = len(set(batch.marks[:, 2].tolist()))
-    assert float(guide.loss(batch).detach()) == pytest.approx(2 * patches * named * np.log(2) / len(batch.marks), rel=1e-3)
+    assert float(guide.loss(batch).detach()) == pytest.approx(
+        2 * patches * named * np.log(2) / len(batch.marks), rel=1e-3
+    )
     assert float(before.detach()) > 0
 
 

@@ -35,18 +35,20 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @click.option("--workers", default=1, help="Processes that draw.")
 @click.option("--seed", default=1)
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
+@click.option("--sheets", is_flag=True, help="Teach the vision tower alone, on sheets crowded with signs.")
 @click.option("--stop-minutes", type=float, help="Save and end after this time.")
-def train(folder: Path, stop_minutes: float | None, start: Path | None, **options: int) -> None:
+def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: bool, **options: int) -> None:
     """Train in FOLDER, or go on with what is there.
 
     \b
+    python -m training train runs/panel --sheets --pictures 100000
     python -m training train runs/panel --pictures 2000000 --workers 14 --batch 256
     """
     from training.train import Settings
     from training.train import train as run
 
     limit = {} if stop_minutes is None else {"stop_minutes": stop_minutes}
-    run(Settings(folder, start=start, **options, **limit))
+    run(Settings(folder, start=start, **options, **limit), sheets)
 
 
 @main.command()

@@ -15,7 +15,7 @@ from PIL import Image
 from training.degrade import degrade
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH
 from training.scene import Scene
-from training.scenes import SCENES
+from training.scenes import SCENES, sheets
 
 IGNORED = -100
 MARKS = (
@@ -50,13 +50,14 @@ class Batch:
 class Drawer:
     """Draws picture number `index` of a seed, always the same."""
 
-    def __init__(self, tokenizer: Any, seed: int, ramp: int = 0) -> None:
+    def __init__(self, tokenizer: Any, seed: int, ramp: int = 0, sheets: bool = False) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
         self._names = list(SCENES)
         share = np.array([WEIGHTS.get(name, 1.0) for name in self._names])
         self._share = share / share.sum()
         self._ramp = ramp
+        self._sheets = sheets
         self._ids: dict[str, list[int]] = {}
         image_tokens = "<image>" * IMAGE_TOKENS
         block = f"<fake_token_around_image><global-img>{image_tokens}<fake_token_around_image>"
@@ -64,8 +65,9 @@ class Drawer:
 
     def scene(self, index: int, name: str | None = None) -> Scene:
         """Return the scene, its picture as a camera saw it."""
-        random = np.random.default_rng((self._seed, index))
-        scene = SCENES[name or str(random.choice(self._names, p=self._share))](random)
+        random = np.random.default_rng((self._seed, index, *((2,) if self._sheets else ())))
+        kind = sheets.scene if self._sheets else SCENES[name or str(random.choice(self._names, p=self._share))]
+        scene = kind(random)
         strength = 1.0 if index >= self._ramp else 0.2 + 0.8 * index / self._ramp
         degrade(scene, random, strength)
         return scene

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from training.data import IGNORED, MARKS, Batch, Drawer
-from training.model import load_model, make_config, make_model, save_checkpoint
+from training.model import IMAGE_SIZE, PATCH, load_model, make_config, make_model, save_checkpoint
 from training.tokenizer import train_tokenizer
 
 
@@ -48,11 +48,11 @@ class Settings:
     """A checkpoint to begin with, instead of chance."""
 
 
-def batches(settings: Settings, tokenizer: Any, first: int) -> Iterator[list[Batch]]:
+def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False) -> Iterator[list[Batch]]:
     """Yield batches, each in halves, from picture `first` on, drawn by worker processes, in a fixed order."""
     starts = range(first, settings.pictures, settings.batch)
     context = get_context("spawn")
-    with context.Pool(settings.workers, _start_worker, (tokenizer, settings)) as pool:
+    with context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets)) as pool:
         pending: list[Any] = []
         ahead = settings.workers * 6
         for start in starts:
@@ -66,11 +66,11 @@ def batches(settings: Settings, tokenizer: Any, first: int) -> Iterator[list[Bat
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: Any, settings: Settings) -> None:
+def _start_worker(tokenizer: Any, settings: Settings, sheets: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "nice"):
         os.nice(5)
-    _worker.update(drawer=Drawer(tokenizer, settings.seed, settings.ramp), batch=settings.batch)
+    _worker.update(drawer=Drawer(tokenizer, settings.seed, settings.ramp, sheets), batch=settings.batch)
 
 
 def _draw(start: int) -> list[Batch]:
@@ -117,6 +117,25 @@ class Guide:
         return every / max(len(batch.marks), 1)
 
 
+def pixel_values(batch: Batch, device: str) -> Any:
+    """Return the pictures `(B, 3, H, W)` as the model takes them."""
+    import torch
+
+    return (
+        torch.from_numpy(batch.pixels).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+    )
+
+
+def look(model: Any, batch: Batch, device: str) -> None:
+    """Let the vision tower alone look at the pictures, for the guide."""
+    import torch
+
+    side = IMAGE_SIZE // PATCH
+    mask = torch.ones(len(batch.pixels), side, side, dtype=torch.bool, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        model.model.vision_model(pixel_values=pixel_values(batch, device), patch_attention_mask=mask)
+
+
 def loss_of(model: Any, batch: Batch, device: str) -> tuple[Any, Any]:
     """Return the mean loss over answer tokens, and the share of them that are right."""
     import torch
@@ -124,7 +143,6 @@ def loss_of(model: Any, batch: Batch, device: str) -> tuple[Any, Any]:
     def on(array: np.ndarray) -> Any:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    pixels = on(batch.pixels).permute(0, 3, 1, 2)[:, None].float().div_(127.5).sub_(1.0)  # (B, 1, 3, H, W)
     segments, labels = on(batch.segments), on(batch.labels)
     mask = attention_mask(segments)
     bias = torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_fill_(
@@ -135,7 +153,7 @@ def loss_of(model: Any, batch: Batch, device: str) -> tuple[Any, Any]:
             input_ids=on(batch.input_ids),
             attention_mask=bias,
             position_ids=on(batch.positions),
-            pixel_values=pixels,
+            pixel_values=pixel_values(batch, device)[:, None],
             use_cache=False,
         ).last_hidden_state
         wanted = labels != IGNORED
@@ -162,62 +180,140 @@ def rate_at(seen: int, settings: Settings) -> float:
     return max(0.0, min(1.0, seen / settings.warmup, falling))
 
 
-def train(settings: Settings) -> None:
-    """Run, or go on with, one training."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def train(settings: Settings, sheets: bool = False) -> None:
+    """Run, or go on with, one training; with `sheets`, of the vision tower by the guide alone."""
     settings.folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(settings)
-    config = make_config(tokenizer, settings.width, settings.vision_layers, settings.text_layers)
-    model = load_model(settings.start) if settings.start else make_model(config, settings.seed)
-    model = model.to(device).train()
-    if device == "cpu":
-        model.set_attn_implementation("eager")  # the fused kernel's backward takes a third of the step here
-    guide = Guide(model, device)
-    optimisers = make_optimisers(model, guide, settings)
-    bases = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
-    state = settings.folder / "state.pt"
-    seen = resume(state, model, guide, optimisers, device)
-    started = saved = reported = time.time()
-    losses: list[Any] = []
-    since, steps = seen, 0
-    for batch in batches(settings, tokenizer, seen):
-        factor = rate_at(seen, settings)
-        for optimiser, rates in zip(optimisers, bases, strict=True):
-            for group, base in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = base * factor
-        answers = sum(int((part.labels != IGNORED).sum()) for part in batch)
-        for part in batch:
-            loss, right = loss_of(model, part, device)
-            share = int((part.labels != IGNORED).sum()) / answers
-            guiding = guide.loss(part)
-            ((loss + settings.guide * factor * guiding) * share).backward()
-            losses.append(torch.stack([each.detach() * share for each in (loss, right, guiding)]))
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        seen += sum(len(part.pixels) for part in batch)
-        steps += 1
-        now = time.time()
-        if now - reported > 20:
-            mean = (torch.stack(losses).sum(0) / steps).tolist()
-            row: dict[str, float] = {"pictures": seen}
-            row |= {name: round(value, 4) for name, value in zip(("loss", "right", "guide"), mean, strict=True)}
-            row |= {"per_s": round((seen - since) / (now - reported), 1), "minutes": round((now - started) / 60, 1)}
-            print(json.dumps(row), flush=True)
-            with (settings.folder / "log.jsonl").open("a", encoding="utf-8") as log:
-                log.write(json.dumps(row) + "\n")
-            losses, steps, since, reported = [], 0, seen, now
-        over = now - started > settings.stop_minutes * 60
-        if now - saved > settings.save_minutes * 60 or over:
-            save(state, model, guide, optimisers, seen)
-            saved = now
+    run = Run(settings, tokenizer, "sheets" if sheets else "pictures")
+    log = Log(settings.folder / "log.jsonl", run.stage, run.seen)
+    started = saved = time.time()
+    for batch in batches(settings, tokenizer, run.seen, sheets):
+        log.add(run.step(batch), run.seen)
+        over = time.time() - started > settings.stop_minutes * 60
+        if time.time() - saved > settings.save_minutes * 60:
+            run.save()
+            saved = time.time()
         if over:
             break
-    save(state, model, guide, optimisers, seen)
-    save_checkpoint(model.to("cpu").eval(), tokenizer, settings.folder / "checkpoint")
+    run.save()
+    save_checkpoint(run.model.to("cpu").eval(), tokenizer, settings.folder / "checkpoint")
+
+
+class Run:
+    """Model, guide and optimisers of one training, and how far it has come in each stage."""
+
+    def __init__(self, settings: Settings, tokenizer: Any, stage: str) -> None:
+        import torch
+
+        self.stage = stage
+        self._settings = settings
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = make_config(tokenizer, settings.width, settings.vision_layers, settings.text_layers)
+        self.model = load_model(settings.start) if settings.start else make_model(config, settings.seed)
+        self.model.to(self._device).train()
+        if self._device == "cpu":
+            self.model.set_attn_implementation("eager")  # the fused kernel's backward takes a third of the step here
+        self._guide = Guide(self.model, self._device)
+        self._optimisers = make_optimisers(self.model, self._guide, settings)
+        rates = [group["lr"] for each in self._optimisers for group in each.param_groups]
+        self._counts: dict[str, int] = {}
+        self._resume()  # which makes new groups
+        groups = [group for each in self._optimisers for group in each.param_groups]
+        self._groups = list(zip(groups, rates, strict=True))
+
+    @property
+    def seen(self) -> int:
+        """Pictures of this stage that the model has learned from."""
+        return self._counts.get(self.stage, 0)
+
+    def step(self, batch: list[Batch]) -> Any:
+        """Learn from one batch; return the loss, the share of right answer tokens and the guide's loss."""
+        import torch
+
+        factor = rate_at(self.seen, self._settings)
+        for group, rate in self._groups:
+            group["lr"] = rate * factor
+        weights = [len(part.pixels) if self.stage == "sheets" else _answer_tokens(part) for part in batch]
+        figures = torch.zeros(3)
+        for part, weight in zip(batch, weights, strict=True):
+            loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device)
+            guiding = self._guide.loss(part)
+            share = weight / sum(weights)
+            ((loss + self._settings.guide * factor * guiding) * share).backward()
+            figures += share * torch.stack([loss.detach(), right.detach(), guiding.detach()]).cpu()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimiser in self._optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self._counts[self.stage] = self.seen + sum(len(part.pixels) for part in batch)
+        return figures
+
+    def _look(self, batch: Batch) -> tuple[Any, Any]:
+        import torch
+
+        look(self.model, batch, self._device)
+        nothing = torch.zeros((), device=self._device)
+        return nothing, nothing
+
+    def save(self) -> None:
+        """Write the run's state so that a kill leaves the old one or the new one."""
+        import torch
+
+        path = self._settings.folder / "state.pt"
+        state = {
+            "model": self.model.state_dict(),
+            "guide": self._guide.layer.state_dict(),
+            "optimisers": [each.state_dict() for each in self._optimisers],
+            "counts": self._counts,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+
+    def _resume(self) -> None:
+        import torch
+
+        path = self._settings.folder / "state.pt"
+        if not path.is_file():
+            return
+        state = torch.load(path, map_location=self._device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self._guide.layer.load_state_dict(state["guide"])
+        for optimiser, each in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(each)
+        self._counts = dict(state["counts"])
+
+
+def _answer_tokens(batch: Batch) -> int:
+    return int((batch.labels != IGNORED).sum())
+
+
+class Log:
+    """Prints and keeps a line of means every twenty seconds."""
+
+    def __init__(self, path: Path, stage: str, seen: int) -> None:
+        self._path, self._stage = path, stage
+        self._started = time.time()
+        self._begin(seen)
+
+    def _begin(self, seen: int) -> None:
+        self._figures: list[Any] = []
+        self._since, self._reported = seen, time.time()
+
+    def add(self, figures: Any, seen: int) -> None:
+        """Take one step's figures, `seen` pictures having been seen."""
+        self._figures.append(figures)
+        now = time.time()
+        if now - self._reported < 20:
+            return
+        means = (sum(self._figures) / len(self._figures)).tolist()
+        row: dict[str, float] = {self._stage: seen}
+        row |= {name: round(value, 4) for name, value in zip(("loss", "right", "guide"), means, strict=True)}
+        row["per_s"] = round((seen - self._since) / (now - self._reported), 1)
+        row["minutes"] = round((now - self._started) / 60, 1)
+        print(json.dumps(row), flush=True)
+        with self._path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        self._begin(seen)
 
 
 def load_tokenizer(settings: Settings) -> Any:
@@ -228,27 +324,3 @@ def load_tokenizer(settings: Settings) -> Any:
     if not folder.is_dir():
         train_tokenizer(settings.seed).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def save(path: Path, model: Any, guide: Guide, optimisers: list[Any], seen: int) -> None:
-    """Write the run's state so that a kill leaves the old one or the new one."""
-    import torch
-
-    draft = path.with_suffix(".tmp")
-    state = {"model": model.state_dict(), "guide": guide.layer.state_dict(), "seen": seen}
-    torch.save(state | {"optimisers": [each.state_dict() for each in optimisers]}, draft)
-    draft.replace(path)
-
-
-def resume(path: Path, model: Any, guide: Guide, optimisers: list[Any], device: str) -> int:
-    """Load the run's state, if there is one, and return how many pictures it has seen."""
-    import torch
-
-    if not path.is_file():
-        return 0
-    state = torch.load(path, map_location=device, weights_only=True)
-    model.load_state_dict(state["model"])
-    guide.layer.load_state_dict(state["guide"])
-    for optimiser, each in zip(optimisers, state["optimisers"], strict=True):
-        optimiser.load_state_dict(each)
-    return int(state["seen"])
