@@ -28,6 +28,7 @@ from edgevlm.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgevlm.conversation import Chat
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import Answer, GenerationConfig, Piece
     from edgevlm.model import VLM
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VLM",
     "Answer",
+    "Chat",
     "DamagedModelError",
     "DeviceError",
     "EdgeVLMError",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Chat": "edgevlm.conversation",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",
     "Answer": "edgevlm.generate",

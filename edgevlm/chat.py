@@ -23,6 +23,19 @@ def user_message(question: str, images: int) -> Message:
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
+def text_message(role: str, text: str) -> Message:
+    """Return one turn of `role` ("system", "assistant") without pictures."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def check_texts(messages: Sequence[Message], image_token: str) -> None:
+    """Raise `PromptError` when a text of the conversation holds the token that stands for a picture."""
+    for message in messages:
+        for part in message["content"]:
+            if part["type"] == "text" and image_token in part["text"]:
+                raise PromptError(f"the question may not contain {image_token}, which stands for a picture")
+
+
 class ChatTemplate:
     """A compiled chat template."""
 

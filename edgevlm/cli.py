@@ -14,6 +14,8 @@ from edgevlm import __version__
 from edgevlm.errors import EdgeVLMError, ExportError, ImageError
 
 if TYPE_CHECKING:
+    from edgevlm.device import RuntimeConfig
+    from edgevlm.generate import GenerationConfig
     from edgevlm_export.options import ExportOptions
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -49,33 +51,69 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
+def model_options(command: Any) -> Any:
+    """Add the options that say which model runs, and how."""
+    for option in (
+        click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk."),
+        click.option(
+            "--inference-precision",
+            type=click.Choice(["auto", "f32", "bf16", "f16"]),
+            default="auto",
+            show_default=True,
+            help="auto is OpenVINO's choice for the device; f32 is the most exact.",
+        ),
+        click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
+        click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
+        click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]"),
+    ):
+        command = option(command)
+    return command
+
+
+def generation_options(command: Any) -> Any:
+    """Add the options that say how an answer is made."""
+    for option in (
+        click.option("--max-tiles", type=int, help="At most this many tiles a picture, the global view included."),
+        click.option(
+            "--detail",
+            type=click.Choice(["auto", "low", "high"]),
+            default="auto",
+            show_default=True,
+            help="low: the global view only; auto: as many tiles as the pixels fill; high: as the checkpoint does.",
+        ),
+        click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied."),
+        click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens."),
+    ):
+        command = option(command)
+    return command
+
+
+def _runtime(options: dict[str, Any]) -> RuntimeConfig:
+    from edgevlm.device import RuntimeConfig
+
+    return RuntimeConfig(
+        device=options["device"],
+        threads=options["threads"],
+        inference_precision=options["inference_precision"],
+        cache=not options["no_cache"],
+    )
+
+
+def _generation(options: dict[str, Any]) -> GenerationConfig:
+    from edgevlm.generate import GenerationConfig
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "detail", "max_tiles")
+    return GenerationConfig(**{name: options[name] for name in names})
+
+
 @main.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
-@click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]")
-@click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied.")
-@click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass.")
-@click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all.")
-@click.option("--seed", type=int, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, help="End the answer before this text; may be repeated.")
-@click.option(
-    "--detail",
-    type=click.Choice(["auto", "low", "high"]),
-    default="auto",
-    show_default=True,
-    help="low: the global view only; auto: as many tiles as the pixels fill; high: the checkpoint's own tiling.",
-)
-@click.option("--max-tiles", type=int, help="At most this many tiles a picture, the global view included.")
-@click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU.")
-@click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out.")
-@click.option(
-    "--inference-precision",
-    type=click.Choice(["auto", "f32", "bf16", "f16"]),
-    default="auto",
-    show_default=True,
-    help="auto is OpenVINO's choice for the device; f32 is the most exact.",
-)
-@click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk.")
+@model_options
+@generation_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer.")
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
@@ -89,23 +127,39 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     edgevlm run before.png after.png "What has changed?" -m ./my-model
     cat gauge.jpg | edgevlm run - "What does the gauge read?" --json
     """
-    from edgevlm.device import RuntimeConfig
-    from edgevlm.generate import GenerationConfig
-
     *images, question = arguments
-    generation = GenerationConfig(
-        **{name: options[name] for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")},
-        detail=options["detail"],
-        max_tiles=options["max_tiles"],
-    )
-    runtime = RuntimeConfig(
-        device=options["device"],
-        threads=options["threads"],
-        inference_precision=options["inference_precision"],
-        cache=not options["no_cache"],
-    )
+    generation, runtime = _generation(options), _runtime(options)
     _check_question(question)
     _answer([_image(name) for name in images], question, options["model"], generation, runtime, as_json, stats)
+
+
+@main.command()
+@click.argument("images", nargs=-1, metavar="[IMAGE]...")
+@model_options
+@generation_options
+@click.option("--system", help="What the model is told before the first question.")
+def chat(images: tuple[str, ...], system: str | None, **options: Any) -> None:
+    """Talk about the IMAGEs, question after question. Each answer reads only what is new.
+
+    Type a question, or /image FILE, /reset, /stats, /history, /help, /exit. Lines may also come from a pipe.
+
+    \b
+    edgevlm chat gauge.png
+    edgevlm chat photo.jpg -m SmolVLM-256M-Instruct-int4 --system "Answer in one sentence."
+    """
+    from edgevlm.image import probe_image
+    from edgevlm.repl import talk
+    from edgevlm.terminal import Progress
+
+    generation, runtime = _generation(options), _runtime(options)
+    for image in images:
+        probe_image(image)
+    with Progress() as progress:
+        progress.stage("loading the model")
+        from edgevlm.model import VLM
+
+        vlm = VLM(_model(options["model"]), runtime)
+    talk(vlm.chat(generation, system), images)
 
 
 def _check_question(question: str) -> None:
@@ -141,13 +195,13 @@ def _answer(
     images: list[bytes | str],
     question: str,
     model: str | None,
-    generation: Any,
-    runtime: Any,
+    generation: GenerationConfig,
+    runtime: RuntimeConfig,
     as_json: bool,
     stats: bool,
 ) -> None:
     from edgevlm.image import probe_image
-    from edgevlm.terminal import Progress, print_stats
+    from edgevlm.terminal import Progress, print_cut, print_stats
 
     for image in images:  # a bad picture is told before the model is loaded
         probe_image(image)
@@ -167,9 +221,7 @@ def _answer(
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
         return
     click.echo()
-    if answer.finish_reason != "stop":
-        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
-        click.echo(f"(cut: {why})", err=True)
+    print_cut(answer)
     if stats:
         print_stats(answer)
 

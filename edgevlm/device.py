@@ -32,10 +32,20 @@ class RuntimeConfig:
     """Keep compiled models on disk, so that the next start is fast."""
     cache_limit_bytes: int = 2 * 2**30
     """The oldest compiled models are deleted beyond this."""
+    image_cache_bytes: int = 64 * 2**20
+    """Memory for the embeddings of pictures already looked at; 0 keeps none."""
+    tile_tolerance: float = 0.0
+    """Take a tile for the one last seen in its place when they differ by at most this on average (levels of 0 to 255):
+    for the sensor noise of a fixed camera. 0 asks for equal pixels."""
+    kept_sessions: int = 2
+    """Conversations whose KV cache is kept for a prompt that begins alike; 0 keeps none."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise OptionError(f"threads must be between 1 and 1024, not {self.threads}")
+        for name in ("image_cache_bytes", "tile_tolerance", "kept_sessions"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.inference_precision not in PRECISIONS:
             raise OptionError(f"inference precision must be one of {', '.join(PRECISIONS)}")
 

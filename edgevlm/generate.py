@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.drafting import PromptLookup
 from edgevlm.errors import OptionError
 from edgevlm.families.base import Detail
 from edgevlm.language_model import Session
@@ -39,6 +40,8 @@ class GenerationConfig:
     processor does, which enlarges small pictures."""
     max_tiles: int | None = None
     """At most this many tiles for each picture, its global view included."""
+    draft_tokens: int = 8
+    """Most tokens drafted from earlier text for one step to check; 0 drafts none. The answer is the same."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -47,6 +50,8 @@ class GenerationConfig:
             raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
         if self.max_tiles is not None and self.max_tiles < 1:
             raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
+        if not 0 <= self.draft_tokens <= 64:
+            raise OptionError(f"draft_tokens must be between 0 and 64, not {self.draft_tokens}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError("stop must be a tuple of texts, none of them empty")
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
@@ -64,6 +69,13 @@ class Answer:
     generated_tokens: int
     tiles: int
     token_ids: tuple[int, ...]
+    cached_tokens: int
+    """Prompt tokens that were in the KV cache already."""
+    cached_tiles: int
+    """Tiles that had been encoded before."""
+    drafted_tokens: int
+    accepted_tokens: int
+    """Drafted tokens that came true."""
     timings: Timings
     peak_memory_bytes: int
 
@@ -77,6 +89,10 @@ class Answer:
             "image_tokens": self.image_tokens,
             "generated_tokens": self.generated_tokens,
             "tiles": self.tiles,
+            "cached_tokens": self.cached_tokens,
+            "cached_tiles": self.cached_tiles,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "timings": {name: round(value, 6) if value is not None else None for name, value in timings.items()}
             | {"peak_memory_bytes": self.peak_memory_bytes},
         }
@@ -98,25 +114,51 @@ class Prompt:
     """A prompt ready for the language model."""
 
     inputs_embeds: npt.NDArray[np.float32]  # (1, n, hidden)
+    ids: Sequence[int]
+    keys: Sequence[Hashable]
+    """What stands at each position: a token id, or a tile's key and a place in its embedding."""
     image_tokens: int
     tiles: int
+    cached_tiles: int
 
     def __len__(self) -> int:
-        return int(self.inputs_embeds.shape[1])
+        return len(self.ids)
 
 
 def stream_tokens(
-    session: Session, prompt: Prompt, sampler: Sampler, max_tokens: int, watch: Stopwatch
+    session: Session, prompt: Prompt, sampler: Sampler, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` token ids after the prompt; the caller stops when it has seen the end."""
+    """Yield up to `max_tokens` token ids after the prompt; the caller stops when it has seen the end.
+
+    Every token is the sampler's choice from the logits after all tokens before it, drafted or not: a draft that the
+    sampler does not choose is taken back.
+    """
     with watch.stage("prefill"):
-        logits = session.prefill(prompt.inputs_embeds)[-1]
-    for count in range(1, max_tokens + 1):
-        token = sampler(logits)
-        watch.first_token = watch.first_token or perf_counter()
-        yield token
-        if count < max_tokens:
-            logits = session.step(token)
+        start = session.rewind_to_common(prompt.keys)
+        logits = session.prefill(prompt.inputs_embeds[:, start:], 1, prompt.keys[start:])
+    watch.count("cached_tokens", start)
+    draft: list[int] = []
+    left = max_tokens
+    while True:
+        accepted = 0
+        for row, expected in zip(logits, [*draft, None], strict=True):
+            token = sampler(row)
+            watch.first_token = watch.first_token or perf_counter()
+            drafter.add(token)
+            left -= 1
+            yield token
+            if not left:
+                return
+            if token != expected:
+                break
+            accepted += 1
+            watch.count("accepted_tokens", 1)
+        if draft:
+            session.rewind(session.length - len(draft) + accepted)
+            drafter.learn(len(draft), accepted)
+        draft = drafter.draft(left - 1)
+        watch.count("drafted_tokens", len(draft))
+        logits = session.step([token, *draft])
 
 
 def stream_answer(
@@ -135,9 +177,10 @@ def stream_answer(
     budget = min(config.max_new_tokens, room)
     sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
     detokenizer, text = tokenizer.detokenizer(), StopText(config.stop)
+    drafter = PromptLookup(prompt.ids, config.draft_tokens)
     ids: list[int] = []
     reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
-    for token in stream_tokens(session, prompt, sampler, budget, watch):
+    for token in stream_tokens(session, prompt, sampler, budget, watch, drafter):
         ids.append(token)
         if token in eos_token_ids:
             reason = "stop"
@@ -159,6 +202,10 @@ def stream_answer(
         generated_tokens=len(ids),
         tiles=prompt.tiles,
         token_ids=tuple(ids),
+        cached_tokens=watch.counts.get("cached_tokens", 0),
+        cached_tiles=prompt.cached_tiles,
+        drafted_tokens=watch.counts.get("drafted_tokens", 0),
+        accepted_tokens=watch.counts.get("accepted_tokens", 0),
         timings=timings,
         peak_memory_bytes=peak_memory(),
     )

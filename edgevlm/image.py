@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +23,7 @@ from edgevlm.errors import ImageError, one_line
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]"
+Images: TypeAlias = "ImageInput | Sequence[ImageInput] | None"
 
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
@@ -170,3 +171,12 @@ def _printable(path: str) -> str:
     """Return a path for a message of one line: neither control characters nor a whole picture in base64."""
     short = path if len(path) <= 300 else path[:299] + "…"
     return short if short and short.isprintable() else repr(short)
+
+
+def as_list(images: Images) -> list[ImageInput]:
+    """Return one picture, several or none as a list."""
+    if images is None:
+        return []
+    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        return [images]
+    return list(images)

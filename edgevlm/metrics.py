@@ -37,7 +37,12 @@ class Stopwatch:
 
     started: float = field(default_factory=perf_counter)
     stages: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     first_token: float | None = None
+
+    def count(self, name: str, number: int) -> None:
+        """Add to the count called `name`."""
+        self.counts[name] = self.counts.get(name, 0) + number
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

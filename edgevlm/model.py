@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from time import perf_counter
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from edgevlm.chat import Message, user_message
+from edgevlm.chat import Message, check_texts, user_message
+from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, resolve_device
+from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
 from edgevlm.errors import DeviceError, PromptError
 from edgevlm.families import Tiles
 from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer
-from edgevlm.image import ImageInput
-from edgevlm.language_model import Session
+from edgevlm.image import ImageInput, Images, as_list, load_image
+from edgevlm.language_model import SessionPool
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.parts import PartLoader
@@ -26,7 +26,6 @@ from edgevlm.paths import DEFAULT_NOTICE, find_model
 from edgevlm.processor import Processor
 
 _LOG = logging.getLogger(__name__)
-Images: TypeAlias = "ImageInput | Sequence[ImageInput] | None"
 
 
 class VLM:
@@ -60,6 +59,8 @@ class VLM:
         loader = PartLoader(self.folder, self.manifest, self.config, self.device)
         self.vision = loader.vision(self.processor.family)
         self.language_model = loader.language_model()
+        self._seen = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
+        self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
 
     def generate(
         self,
@@ -84,43 +85,72 @@ class VLM:
 
         Raises `ImageError` and `PromptError`.
         """
+        pictures = as_list(images)
+        yield from self.stream_messages([user_message(question, len(pictures))], pictures, config, on_progress)
+
+    def stream_messages(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput],
+        config: GenerationConfig | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[Piece]:
+        """Yield the answer to a conversation whose image placeholders stand for `images`, in order; as `stream`."""
         config = config or GenerationConfig()
-        pictures = _as_list(images)
-        image_token = self.processor.family.image_token
-        if image_token in question:
-            raise PromptError(f"the question may not contain {image_token}, which stands for a picture")
         watch = Stopwatch()
-        session = self.language_model.session()
-        prompt = self.prepare([user_message(question, len(pictures))], pictures, config, session, watch, on_progress)
-        yield from stream_answer(
-            session,
-            prompt,
-            config,
-            tokenizer=self.processor.tokenizer,
-            eos_token_ids=self.manifest.eos_token_ids,
-            context_length=self.manifest.context_length,
-            watch=watch,
-            load_s=self.load_s,
-        )
+        prompt = self.prepare(messages, images, config, watch, on_progress)
+        with self._sessions.take(prompt.keys) as session:
+            yield from stream_answer(
+                session,
+                prompt,
+                config,
+                tokenizer=self.processor.tokenizer,
+                eos_token_ids=self.manifest.eos_token_ids,
+                context_length=self.manifest.context_length,
+                watch=watch,
+                load_s=self.load_s,
+            )
+
+    def chat(self, config: GenerationConfig | None = None, system: str | None = None) -> Chat:
+        """Return a new conversation; `system` is told to the model before the first turn."""
+        return Chat(self, config, system)
+
+    def count_tokens(
+        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None
+    ) -> int:
+        """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
+        looks = [self._preprocess(image, config or GenerationConfig()) for image in images]
+        return len(self.processor.prompt_ids(messages, [found for _, found in looks]))
 
     def prepare(
         self,
         messages: Sequence[Message],
         images: Sequence[ImageInput],
         config: GenerationConfig,
-        session: Session,
         watch: Stopwatch,
         on_progress: Progress | None = None,
     ) -> Prompt:
         """Turn a conversation and its pictures into the embeddings that the language model reads."""
+        family = self.processor.family
+        check_texts(messages, family.image_token)
         with watch.stage("preprocess"):
-            tiles = self.processor.preprocess(images, config)
-            ids = self.processor.prompt_ids(messages, tiles)
+            looks = [self._preprocess(image, config) for image in images]
+            ids = np.asarray(self.processor.prompt_ids(messages, [found for _, found in looks]), np.int64)
         self._check_length(len(ids))
         with watch.stage("vision"):
-            image_embeds = self._encode(tiles, on_progress)
-        inputs_embeds = merge(session.embed(ids), np.asarray(ids), self.processor.family.image_token_id, image_embeds)
-        return Prompt(inputs_embeds, image_tokens=len(image_embeds), tiles=sum(map(len, tiles)))
+            pictures = self._encode(looks, on_progress)
+        tiles = [tile for picture in pictures for tile in picture.tiles]
+        image_embeds = np.concatenate(
+            [np.empty((0, self.manifest.hidden_size), np.float32), *(tile.image_embeds for tile in tiles)]
+        )
+        return Prompt(
+            merge(self.language_model.embed(ids), ids, family.image_token_id, image_embeds),
+            ids=ids.tolist(),
+            keys=name_positions(ids, family.image_token_id, tiles),
+            image_tokens=len(image_embeds),
+            tiles=len(tiles),
+            cached_tiles=len(tiles) - sum(picture.encoded for picture in pictures),
+        )
 
     def _check_length(self, length: int) -> None:
         limit = self.manifest.context_length
@@ -130,9 +160,18 @@ class VLM:
                 " shorten the question, or use fewer pictures, max_tiles or a lower detail"
             )
 
-    def _encode(self, tiles: Sequence[Tiles], on_progress: Progress | None) -> npt.NDArray[np.float32]:
-        """Return all pictures' embeddings in prompt order, `(tokens, hidden)`."""
-        total, done = sum(map(len, tiles)), 0
+    def _preprocess(self, image: ImageInput, config: GenerationConfig) -> tuple[bytes, Tiles | EncodedImage]:
+        """Return a picture's key and its tiles, or its embeddings if it has been looked at before."""
+        pixels = load_image(image)
+        key = content_key(pixels, config.detail, config.max_tiles)
+        known = self._seen.picture(key)
+        return key, known or self.processor.family.preprocess(pixels, config.detail, config.max_tiles)
+
+    def _encode(
+        self, looks: Sequence[tuple[bytes, Tiles | EncodedImage]], on_progress: Progress | None
+    ) -> list[EncodedImage]:
+        """Return the pictures' embeddings, encoding only tiles that have not been seen before."""
+        total, done = sum(len(found) for _, found in looks if isinstance(found, Tiles)), 0
 
         def on_tile() -> None:
             nonlocal done
@@ -142,9 +181,19 @@ class VLM:
 
         if on_progress and total:
             on_progress("vision", 0, total)
-        hidden = self.manifest.hidden_size
-        embeds = [self.vision.encode(each, on_tile).reshape(-1, hidden) for each in tiles]
-        return np.concatenate([np.empty((0, hidden), np.float32), *embeds])
+        return [
+            self._seen.encode(key, found, self.vision.encode, on_tile) if isinstance(found, Tiles) else found
+            for key, found in looks
+        ]
+
+
+def name_positions(ids: npt.NDArray[np.int64], image_token_id: int, tiles: Sequence[TileEmbedding]) -> list[Hashable]:
+    """Return what stands at each position of a prompt: the token's id, or a tile's key and a place in the tile."""
+    keys: list[Hashable] = ids.tolist()
+    places = [(tile.key, place) for tile in tiles for place in range(len(tile.image_embeds))]
+    for position, key in zip(np.flatnonzero(ids == image_token_id), places, strict=True):
+        keys[position] = key
+    return keys
 
 
 def merge(
@@ -159,11 +208,3 @@ def merge(
         raise PromptError(f"the prompt has {places.sum()} image tokens for {len(image_embeds)} image embeddings")
     inputs_embeds[0, places] = image_embeds
     return inputs_embeds
-
-
-def _as_list(images: Images) -> list[ImageInput]:
-    if images is None:
-        return []
-    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
-        return [images]
-    return list(images)

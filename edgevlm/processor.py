@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgevlm.chat import ChatTemplate, Message
 from edgevlm.errors import DamagedModelError, PromptError
-from edgevlm.families import Tiles, make_family
+from edgevlm.families import Grid, Tiles, make_family
 from edgevlm.generate import GenerationConfig
 from edgevlm.image import ImageInput, load_image
 from edgevlm.manifest import Manifest
@@ -26,12 +26,12 @@ class Processor:
         """Return each picture's tiles. Raises `ImageError`."""
         return [self.family.preprocess(load_image(image), config.detail, config.max_tiles) for image in images]
 
-    def prompt_ids(self, messages: Sequence[Message], tiles: Sequence[Tiles]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], grids: Sequence[Grid]) -> list[int]:
         """Return the prompt's token ids, each image placeholder replaced by its picture's block."""
         first, *rest = self.template.render(messages).split(self.family.image_token)
-        if len(rest) != len(tiles):
-            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(tiles)} images")
-        blocks = [self.family.image_text(each) for each in tiles]
+        if len(rest) != len(grids):
+            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(grids)} images")
+        blocks = [self.family.image_text(each) for each in grids]
         return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
 
 

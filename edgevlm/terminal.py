@@ -50,13 +50,22 @@ class Progress:
             self._status = None
 
 
+def print_cut(answer: Answer) -> None:
+    """Say on stderr why an answer ended before the model did."""
+    if answer.finish_reason != "stop":
+        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
+        Console(stderr=True).print(f"(cut: {why})", highlight=False)
+
+
 def print_stats(answer: Answer) -> None:
     """Print tokens, timings and memory of an answer, on stderr so that stdout holds the answer alone."""
     timings = answer.timings
     speed = f"{timings.tokens_per_s:.1f} tokens/s" if timings.tokens_per_s else "-"
     rows = {
         "prompt": f"{answer.prompt_tokens} tokens, {answer.image_tokens} of them from {answer.tiles} tiles",
+        "known before": f"{answer.cached_tokens} tokens, {answer.cached_tiles} tiles",
         "answer": f"{answer.generated_tokens} tokens ({answer.finish_reason})",
+        "drafts": f"{answer.accepted_tokens} of {answer.drafted_tokens} tokens came true",
         "load": f"{timings.load_s:.2f} s",
         "preprocess": f"{timings.preprocess_s:.3f} s",
         "vision": f"{timings.vision_s:.3f} s",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgevlm.device import import_openvino
-from edgevlm.families.base import Tiles
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -35,16 +34,14 @@ class VisionEncoder:
         self._compiled = compiled
         self._tokens, self._hidden = list(compiled.output(0).shape)[1:]
 
-    def encode(self, tiles: Tiles, on_tile: Callable[[], None] | None = None) -> npt.NDArray[np.float32]:
+    def encode(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Return the image_embeds `(T, tokens, hidden)` of `pixel_values` `(T, 3, H, W)`.
 
         Tiles are encoded one after another: they do not depend on each other, and activations stay bounded.
         """
         request = self._compiled.create_infer_request()
-        image_embeds = np.empty((len(tiles), self._tokens, self._hidden), np.float32)
-        for index in range(len(tiles)):
-            outputs = request.infer({"pixel_values": tiles.pixel_values[index : index + 1]}, share_inputs=True)
+        image_embeds = np.empty((len(pixel_values), self._tokens, self._hidden), np.float32)
+        for index in range(len(pixel_values)):
+            outputs = request.infer({"pixel_values": pixel_values[index : index + 1]}, share_inputs=True)
             image_embeds[index] = outputs[0][0]
-            if on_tile:
-                on_tile()
         return image_embeds

@@ -81,7 +81,7 @@ def test_logits_at_every_position_equal_the_reference(pair: tuple[Reference, VLM
     session = vlm.language_model.session()
     messages = [user_message(QUESTION, len(pictures(case)))]
     config = GenerationConfig(detail="high")
-    prompt = vlm.prepare(messages, pictures(case), config, session, Stopwatch())
+    prompt = vlm.prepare(messages, pictures(case), config, Stopwatch())
     found = session.prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
     assert np.ptp(wanted) > 5  # logits flat enough to agree by accident would prove nothing
     np.testing.assert_allclose(found, wanted, atol=1e-3)
@@ -100,7 +100,7 @@ def test_greedy_tokens_equal_the_reference(pair: tuple[Reference, VLM], case: st
 def test_cached_decoding_equals_uncached(vlm: VLM) -> None:
     images, config = pictures("one"), GenerationConfig(max_new_tokens=TOKENS)
     answer = vlm.generate(images, QUESTION, config)
-    prompt = vlm.prepare([user_message(QUESTION, 1)], images, config, vlm.language_model.session(), Stopwatch())
+    prompt = vlm.prepare([user_message(QUESTION, 1)], images, config, Stopwatch())
     ids: list[int] = []
     for _ in answer.token_ids:
         session = vlm.language_model.session()

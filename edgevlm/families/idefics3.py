@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail, Tiles
+from edgevlm.families.base import Detail, Grid, Tiles
 from edgevlm.image import RGB
 
 MAX_SIDE = 4096
@@ -58,26 +58,26 @@ class Idefics3:
         if longest_edge is None:
             # The reference resizes twice here too, first to the longest edge and then to the square.
             small = self._resize(whole, *_fit(height, width, self.longest_edge))
-            return Tiles(self._normalise([self._resize(small, self.tile, self.tile)]), 0, 0)
+            return self._tiles([self._resize(small, self.tile, self.tile)], 0, 0)
         small = self._resize(whole, *_fit(height, width, longest_edge))
         grid_height, grid_width = _to_grid(small.height, small.width, self.tile)
         gridded = self._resize(small, grid_height, grid_width)
         rows, cols = grid_height // self.tile, grid_width // self.tile
         if rows == cols == 1:
-            return Tiles(self._normalise([gridded]), 0, 0)
+            return self._tiles([gridded], 0, 0)
         crops = [
             gridded.crop((c * self.tile, r * self.tile, (c + 1) * self.tile, (r + 1) * self.tile))
             for r in range(rows)
             for c in range(cols)
         ]
-        return Tiles(self._normalise([*crops, self._resize(gridded, self.tile, self.tile)]), rows, cols)
+        return self._tiles([*crops, self._resize(gridded, self.tile, self.tile)], rows, cols)
 
-    def image_text(self, tiles: Tiles) -> str:
+    def image_text(self, grid: Grid) -> str:
         """Return the image block of the prompt: each tile named by row and column, the global view last."""
         image_tokens = self.image_token * self.tokens_per_tile
         lines = [
-            "".join(f"{self.fake_token}<row_{r + 1}_col_{c + 1}>{image_tokens}" for c in range(tiles.cols)) + "\n"
-            for r in range(tiles.rows)
+            "".join(f"{self.fake_token}<row_{r + 1}_col_{c + 1}>{image_tokens}" for c in range(grid.cols)) + "\n"
+            for r in range(grid.rows)
         ]
         separator = "\n" if lines else ""
         return "".join(lines) + f"{separator}{self.fake_token}{self.global_token}{image_tokens}{self.fake_token}"
@@ -118,10 +118,8 @@ class Idefics3:
     def _resize(self, image: Image.Image, height: int, width: int) -> Image.Image:
         return image.resize((width, height), resample=self.resample)
 
-    def _normalise(self, tiles: list[Image.Image]) -> npt.NDArray[np.float32]:
-        """Turn RGB tiles into `pixel_values` (T, 3, H, W) through the lookup table of each channel."""
-        pixels = np.stack([np.asarray(tile) for tile in tiles])  # (T, H, W, 3)
-        return np.stack([self.lookup[channel][pixels[..., channel]] for channel in range(3)], axis=1)
+    def _tiles(self, tiles: list[Image.Image], rows: int, cols: int) -> Tiles:
+        return Tiles(np.stack([np.asarray(tile) for tile in tiles]), self.lookup, rows, cols)
 
 
 def _normalisation(

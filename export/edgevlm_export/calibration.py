@@ -82,7 +82,7 @@ def _sample(processor: Processor, vision: VisionEncoder, embeddings: TextEmbeddi
     prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
     ids = np.asarray(prompt + processor.tokenizer.encode(pair.answer), np.int64)
     table = embeddings.embed(ids)
-    image_embeds = [vision.encode(each).reshape(-1, table.shape[-1]) for each in tiles]
+    image_embeds = [vision.encode(each.pixel_values).reshape(-1, table.shape[-1]) for each in tiles]
     joined = np.concatenate([np.empty((0, table.shape[-1]), np.float32), *image_embeds])
     return {
         "inputs_embeds": merge(table, ids, processor.family.image_token_id, joined),

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import VerificationError
-from edgevlm.families import Tiles
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.model import VLM, merge
 from edgevlm_export.options import UNCOMPRESSED, Precision
@@ -58,7 +57,7 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
         image_embeds = np.empty((0, vlm.manifest.hidden_size), np.float32)
         if f"{name}.pixel_values" in cases:
             expected = reference[f"{name}.image_embeds"]
-            embeds.append((expected, vlm.vision.encode(Tiles(cases[f"{name}.pixel_values"], 0, 0))))
+            embeds.append((expected, vlm.vision.encode(cases[f"{name}.pixel_values"])))
             image_embeds = expected.reshape(-1, vlm.manifest.hidden_size)
         ids = np.concatenate([cases[f"{name}.input_ids"], reference[f"{name}.token_ids"][:-1]])
         logits.append((reference[f"{name}.logits"], _logits(vlm, ids, image_embeds, reference[f"{name}.logits"])))

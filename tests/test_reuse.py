@@ -1,0 +1,355 @@
+"""What is known is not computed again (embeddings, KV prefixes, drafts), and the answer is always a fresh one's."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgevlm.language_model
+from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
+from edgevlm.drafting import FIRST_DRAFT, PromptLookup
+from edgevlm.embedding_cache import EmbeddingCache, content_key
+from edgevlm.families import Tiles
+from edgevlm.language_model import common_length
+from tests.conftest import F32, TILE, photograph
+
+QUESTION = "What is in this picture?"
+SHORT = GenerationConfig(max_new_tokens=16)
+FORGETFUL = replace(F32, image_cache_bytes=0, kept_sessions=0)
+
+
+@pytest.fixture(scope="module")
+def fresh(exported: Path) -> VLM:
+    """A model that knows nothing of what it was asked before."""
+    return VLM(exported, FORGETFUL)
+
+
+@pytest.fixture
+def vlm(exported: Path) -> VLM:
+    """A model that has not been asked anything yet."""
+    return VLM(exported, F32)
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    """A photograph of 4 x 3 tiles and a global view."""
+    return photograph("china.jpg")
+
+
+def changed(picture: np.ndarray) -> np.ndarray:
+    """The picture with something new in its lower right tile."""
+    other = picture.copy()
+    other[-40:, -40:] = 255 - other[-40:, -40:]
+    return other
+
+
+def test_the_next_question_on_a_picture_reads_only_the_question(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
+    first = vlm.generate(picture, QUESTION, SHORT)
+    assert (first.cached_tiles, first.cached_tokens) == (0, 0)
+    second = vlm.generate(picture, "How many parts are there?", SHORT)
+    assert second.cached_tiles == second.tiles == 13
+    assert second.cached_tokens >= second.image_tokens
+    assert second.prompt_tokens - second.cached_tokens < 60
+    wanted = fresh.generate(picture, "How many parts are there?", SHORT)
+    assert second.token_ids == wanted.token_ids
+    assert (wanted.cached_tiles, wanted.cached_tokens) == (0, 0)
+
+
+def test_the_same_question_again_reads_one_token(vlm: VLM, picture: np.ndarray) -> None:
+    first = vlm.generate(picture, QUESTION, SHORT)
+    again = vlm.generate(picture, QUESTION, SHORT)
+    assert again.token_ids == first.token_ids
+    assert again.cached_tokens == again.prompt_tokens - 1
+
+
+def test_of_a_changed_picture_only_the_changed_tiles_are_encoded(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
+    vlm.generate(picture, QUESTION, SHORT)
+    answer = vlm.generate(changed(picture), QUESTION, SHORT)
+    assert answer.cached_tiles == 11  # all but the lower right one and the global view
+    assert answer.cached_tokens >= 11 * 4
+    assert answer.token_ids == fresh.generate(changed(picture), QUESTION, SHORT).token_ids
+
+
+def test_pictures_and_prompts_in_any_order_are_answered_as_if_alone(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
+    random = np.random.default_rng(0)
+    flower = photograph("flower.jpg")
+    asked = [picture, changed(picture), flower[:300], None, [picture, flower[:, :200]], [flower[:, :200], picture]]
+    questions = [QUESTION, "Describe the gauge.", "What is in this picture? A red circle."]
+    wanted = {}
+    for _ in range(24):
+        which, question = int(random.integers(len(asked))), questions[random.integers(3)]
+        answer = vlm.generate(asked[which], question, SHORT)
+        if (which, question) not in wanted:
+            wanted[which, question] = fresh.generate(asked[which], question, SHORT).token_ids
+        assert answer.token_ids == wanted[which, question]
+
+
+def test_threads_share_what_is_known_and_nothing_else(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
+    asked = [
+        (picture, QUESTION),
+        (changed(picture), QUESTION),
+        (picture, "Describe the label."),
+        (None, "Name a river."),
+    ]
+    wanted = [fresh.generate(image, question, SHORT).token_ids for image, question in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: vlm.generate(*each, SHORT).token_ids, asked * 4))
+    assert found == wanted * 4
+
+
+def test_noise_within_the_tolerance_is_not_looked_at_again(exported: Path, fresh: VLM, picture: np.ndarray) -> None:
+    vlm = VLM(exported, replace(F32, tile_tolerance=1.0))
+    first = vlm.generate(picture, QUESTION, SHORT)
+    noise = np.random.default_rng(1).integers(-1, 2, picture.shape)
+    noisy = (picture.astype(int) + noise).clip(0, 255).astype(np.uint8)
+    again = vlm.generate(noisy, QUESTION, SHORT)
+    assert again.cached_tiles == 13
+    assert again.token_ids == first.token_ids
+    assert again.cached_tokens == again.prompt_tokens - 1
+    other = vlm.generate(changed(noisy), QUESTION, SHORT)
+    assert other.cached_tiles == 11
+    exact = VLM(exported, F32)
+    exact.generate(picture, QUESTION, SHORT)
+    assert exact.generate(noisy, QUESTION, SHORT).cached_tiles == 0
+
+
+def encoder(calls: list[int]):  # type: ignore[no-untyped-def]
+    def encode(pixel_values: np.ndarray) -> np.ndarray:
+        calls.append(len(calls))
+        return np.full((1, 4, 8), pixel_values.mean(), np.float32)
+
+    return encode
+
+
+def tiles(*levels: int) -> Tiles:
+    """One tile of each grey level."""
+    lookup = np.broadcast_to(np.arange(256, dtype=np.float32), (3, 256))
+    pixels = np.stack([np.full((TILE, TILE, 3), level, np.uint8) for level in levels])
+    return Tiles(pixels, lookup, 1, len(levels))
+
+
+def test_slow_change_is_noticed_within_the_tolerance() -> None:
+    cache, calls = EmbeddingCache(2**20, tolerance=2.0), []
+    for level in range(100, 110):
+        cache.encode(bytes([level]), tiles(level), encoder(calls))
+    assert len(calls) == 4  # at 100, 103, 106, 109: each time against what was encoded, not against the last picture
+
+
+def test_the_cache_holds_no_more_than_its_bytes() -> None:
+    one = 4 * 8 * 4
+    cache, calls = EmbeddingCache(3 * one), []
+    for level in (1, 2, 3, 1, 4):  # 2 is now the one longest unused
+        cache.encode(bytes([level]), tiles(level), encoder(calls))
+    assert len(calls) == 4
+    assert cache.picture(bytes([1])) is not None
+    assert cache.picture(bytes([2])) is None
+    cache.encode(b"2", tiles(2), encoder(calls))
+    assert len(calls) == 5
+    nothing = EmbeddingCache(0)
+    assert nothing.encode(b"7", tiles(7, 7), encoder(calls)).encoded == 2
+    assert nothing.picture(b"7") is None
+
+
+def test_a_picture_of_equal_tiles_is_encoded_once() -> None:
+    calls: list[int] = []
+    found = EmbeddingCache(2**20).encode(b"x", tiles(5, 5, 6, 5), encoder(calls))
+    assert (len(found), found.encoded, len(calls)) == (4, 2, 2)
+    assert [float(tile.image_embeds[0, 0]) for tile in found.tiles] == [5, 5, 6, 5]
+    with pytest.raises(ValueError, match="read-only"):
+        found.tiles[0].image_embeds[0, 0] = 1
+
+
+def test_a_key_names_content_shape_and_use() -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    keys = [
+        content_key(pixels),
+        content_key(pixels[::-1]),
+        content_key(pixels.reshape(2, 8, 3)),
+        content_key(pixels, "low"),
+    ]
+    assert len(set(keys)) == 4
+    assert content_key(pixels.copy()) == keys[0]
+    assert content_key(np.asfortranarray(pixels)) == keys[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "length"), [("", "a", 0), ("abc", "abd", 2), ("ab", "abc", 2), ("x", "y", 0)]
+)
+def test_common_length(first: str, second: str, length: int) -> None:
+    assert common_length(first, second) == common_length(second, first) == length
+
+
+def test_a_session_that_went_back_is_as_one_that_never_went_there(vlm: VLM) -> None:
+    there, straight = vlm.language_model.session(), vlm.language_model.session()
+    there.step(range(50, 90))
+    there.rewind(20)
+    assert there.length == 20
+    there.step(range(60, 100))
+    there.rewind(30)
+    straight.step([*range(50, 70), *range(60, 70)])
+    assert there.keys == straight.keys
+    np.testing.assert_allclose(there.step([77, 78]), straight.step([77, 78]), atol=1e-4)
+
+
+def test_stale_entries_are_cut_out_when_there_are_many(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(edgevlm.language_model, "_MOST_STALE", 25)
+    session, straight = vlm.language_model.session(), vlm.language_model.session()
+    session.step(range(50, 80))
+    for _ in range(3):
+        session.rewind(20)
+        session.step(range(100, 110))
+    assert session._mask.shape[1] == 60
+    assert session.rewind_to_common([*range(50, 70), 100, 101, 102, 5]) == 23
+    assert session._mask.shape[1] == 23
+    straight.step([*range(50, 70), 100, 101, 102])
+    np.testing.assert_allclose(session.step([5, 6]), straight.step([5, 6]), atol=1e-4)
+
+
+def test_sessions_at_rest_are_few_and_the_best_is_taken(vlm: VLM) -> None:
+    pool = vlm._sessions
+    with pool.take([1, 2, 3, 4]) as first:
+        first.step([1, 2, 3, 4])
+    with pool.take([1, 9, 9, 9]) as second:
+        assert second is not first
+        second.step([1, 9, 9, 9])
+    with pool.take([1, 2, 3, 5]) as again:
+        assert again is first
+    with pool.take([7, 7]) as third:
+        assert third in (first, second)
+    assert len(pool._resting) == 2
+
+
+def test_an_error_costs_the_session_but_a_reader_who_leaves_does_not(vlm: VLM, picture: np.ndarray) -> None:
+    with pytest.raises(ZeroDivisionError), vlm._sessions.take([1]):
+        raise ZeroDivisionError
+    assert vlm._sessions._resting == []
+    pieces = vlm.stream(picture, QUESTION, GenerationConfig(max_new_tokens=60))
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert len(vlm._sessions._resting) == 1
+    assert vlm.generate(picture, QUESTION, SHORT).cached_tokens > 0
+
+
+REPEATING = "one two three four five six seven. " * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("question", [QUESTION, REPEATING, "Describe the gauge, the display and the label. " * 4])
+def test_drafts_change_the_speed_only(fresh: VLM, question: str, temperature: float) -> None:
+    config = GenerationConfig(max_new_tokens=120, temperature=temperature, seed=3)
+    plain = fresh.generate(None, question, replace(config, draft_tokens=0))
+    drafted = fresh.generate(None, question, config)
+    assert drafted.token_ids == plain.token_ids
+    assert (plain.drafted_tokens, plain.accepted_tokens) == (0, 0)
+    assert drafted.accepted_tokens <= drafted.drafted_tokens
+
+
+def test_drafts_come_true_where_text_repeats(fresh: VLM) -> None:
+    answer = fresh.generate(None, QUESTION, GenerationConfig(max_new_tokens=250))
+    assert len(set(answer.token_ids)) < 150  # so small a model of chance falls into a loop
+    assert answer.accepted_tokens > 20
+
+
+def test_a_draft_never_goes_beyond_the_budget_or_the_context(exported: Path) -> None:
+    vlm = VLM(exported, F32)
+    for budget in (1, 2, 3, 7, 64):
+        assert vlm.generate(None, REPEATING, GenerationConfig(max_new_tokens=budget)).generated_tokens <= budget
+    answer = vlm.generate(None, REPEATING * 4, GenerationConfig(max_new_tokens=1000))
+    assert answer.prompt_tokens + answer.generated_tokens <= 512
+
+
+def lookup(ids: list[int], longest: int = 8) -> PromptLookup:
+    return PromptLookup(ids, longest)
+
+
+def test_a_draft_is_what_followed_the_last_three_tokens() -> None:
+    assert lookup([1, 2, 3, 4, 5, 6, 1, 2, 3]).draft(10) == [4, 5, 6]
+    assert lookup([1, 2, 3, 4, 5, 6, 1, 2, 3]).draft(2) == [4, 5]
+    assert lookup([1, 2, 3, 9, 1, 2, 3, 4, 1, 2, 3]).draft(1) == [4]  # the latest of several
+    assert lookup([1, 2, 3, 4, 2, 3]).draft(10) == []
+    assert lookup([1, 2, 3, 1, 2, 3], longest=0).draft(10) == []
+    assert lookup([1, 2]).draft(10) == lookup([]).draft(10) == []
+
+
+def test_drafts_grow_while_they_come_true_and_rest_after_failing() -> None:
+    drafter = lookup([*range(30), 0, 1, 2])
+    assert len(drafter.draft(20)) == FIRST_DRAFT
+    drafter.learn(FIRST_DRAFT, FIRST_DRAFT)
+    assert len(drafter.draft(20)) == 2 * FIRST_DRAFT
+    drafter.learn(6, 0)
+    rests = []
+    for _ in range(3):
+        waited = 0
+        while not drafter.draft(20):
+            drafter._ids[-1:] = []  # the same three tokens end the text again
+            drafter.add(2)
+            waited += 1
+        rests.append(waited)
+        drafter.learn(3, 0)
+    assert rests == [4, 8, 16]
+
+
+def test_a_chat_answers_as_a_fresh_run_of_the_whole_conversation(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
+    chat = vlm.chat(SHORT, system="Be brief.")
+    wanted = fresh.chat(SHORT, system="Be brief.")
+    seen = []
+    for question, image in (
+        (QUESTION, picture),
+        ("And the number?", None),
+        ("Compare.", photograph("flower.jpg")[:200]),
+    ):
+        answer, want = chat.ask(question, image), wanted.ask(question, image)
+        assert answer.token_ids == want.token_ids
+        assert want.cached_tokens == 0
+        seen.append((answer.cached_tokens, answer.prompt_tokens))
+    assert seen[1][0] >= seen[0][1] - 1  # the first prompt is read once
+    assert seen[2][0] >= seen[1][1] - 1
+    assert [len(turn.images) for turn in chat.turns] == [1, 0, 1]
+    chat.reset()
+    assert chat.turns == []
+    assert chat.ask("Name a river.").token_ids == fresh.chat(SHORT, system="Be brief.").ask("Name a river.").token_ids
+
+
+def test_a_chat_that_outgrows_the_context_forgets_its_oldest_words_but_no_picture(
+    vlm: VLM, picture: np.ndarray
+) -> None:
+    config = GenerationConfig(max_new_tokens=60, detail="low")
+    chat = vlm.chat(config)
+    chat.ask(QUESTION, picture)
+    for number in range(12):
+        chat.ask(f"Question {number}: describe the display, the gauge and the label.")
+    assert len(chat.turns) < 13
+    assert sum(len(turn.images) for turn in chat.turns) == 1
+    assert len(chat.turns[0].images) == 1
+    assert chat.turns[-1].question.startswith("Question 11")
+    before = list(chat.turns)
+    with pytest.raises(PromptError, match="tokens and the model's context holds 512"):
+        chat.ask("word " * 600)
+    assert chat.turns == before
+
+
+def test_a_broken_off_answer_is_part_of_the_conversation(vlm: VLM) -> None:
+    chat = vlm.chat(GenerationConfig(max_new_tokens=60))
+    pieces = chat.stream("Name a river.")
+    shown = [next(pieces).text, next(pieces).text]
+    pieces.close()  # type: ignore[attr-defined]
+    [turn] = chat.turns
+    assert (turn.question, turn.answer) == ("Name a river.", "".join(shown))
+
+
+def test_count_tokens_is_the_prompt_s_length(vlm: VLM, picture: np.ndarray) -> None:
+    from edgevlm.chat import user_message
+
+    assert vlm.count_tokens([user_message(QUESTION, 1)], [picture]) == vlm.generate(picture, QUESTION).prompt_tokens
+
+
+@pytest.mark.parametrize("name", ["image_cache_bytes", "tile_tolerance", "kept_sessions"])
+def test_limits_are_checked(name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} must be 0 or more, not -1"):
+        RuntimeConfig(**{name: -1})  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="draft_tokens must be between 0 and 64"):
+        GenerationConfig(draft_tokens=65)
