@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import (
+    BenchmarkError,
     DamagedModelError,
     DeviceError,
     EdgeVLMError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VLM",
     "Answer",
+    "BenchmarkError",
     "Chat",
     "DamagedModelError",
     "DeviceError",

@@ -62,6 +62,10 @@ class DeviceError(EdgeVLMError):
     """OpenVINO has no such device, or the device cannot run the model."""
 
 
+class BenchmarkError(EdgeVLMError):
+    """A figure could not be taken."""
+
+
 class ExportError(EdgeVLMError):
     """The export cannot be done; the target folder is as it was before."""
 

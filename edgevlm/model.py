@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from time import perf_counter
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgevlm.errors import DeviceError, PromptError
 from edgevlm.families import Tiles
 from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer
 from edgevlm.image import ImageInput, Images, as_list, load_image
-from edgevlm.language_model import SessionPool
+from edgevlm.language_model import Session, SessionPool
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.parts import PartLoader
@@ -99,7 +100,7 @@ class VLM:
         config = config or GenerationConfig()
         watch = Stopwatch()
         prompt = self.prepare(messages, images, config, watch, on_progress)
-        with self._sessions.take(prompt.keys) as session:
+        with self.session(prompt) as session:
             yield from stream_answer(
                 session,
                 prompt,
@@ -110,6 +111,10 @@ class VLM:
                 watch=watch,
                 load_s=self.load_s,
             )
+
+    def session(self, prompt: Prompt) -> AbstractContextManager[Session]:
+        """Lend the session that holds most of the prompt's beginning in its KV cache."""
+        return self._sessions.take(prompt.keys)
 
     def chat(self, config: GenerationConfig | None = None, system: str | None = None) -> Chat:
         """Return a new conversation; `system` is told to the model before the first turn."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from edgevlm.bench import Report
     from edgevlm.generate import Answer
     from edgevlm_export.pipeline import ExportReport
 
@@ -75,6 +76,26 @@ def print_stats(answer: Answer) -> None:
         "peak memory": f"{answer.peak_memory_bytes / 2**20:,.0f} MiB",
     }
     _print_pairs(rows, Console(stderr=True))
+
+
+def print_bench(report: Report) -> None:
+    """Print a benchmark's table, and what it was taken on."""
+    from edgevlm.report import COLUMNS, name_point
+
+    console = Console()
+    table = Table("point", *COLUMNS, title=report.model, title_justify="left")
+    for point in report.points:
+        table.add_row(name_point(point), *(cell(point) for cell in COLUMNS.values()))
+    console.print(table)
+    load = report.load
+    console.print(
+        f"load {load['compile']:.2f} s, with compiled models on disk {load['cached']:.2f} s;"
+        f" a new process needs {load['process']:.2f} s to its first token (global view only)",
+        highlight=False,
+    )
+    console.print(
+        f"{report.machine['cpu']}, {report.machine['cores']} cores, {report.machine['system']}", highlight=False
+    )
 
 
 def print_report(report: ExportReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 IMAGE_SIZE, PATCH, SHUFFLE = 192, 16, 2
@@ -61,7 +62,34 @@ def make_model(config: Any, seed: int) -> Any:
                 weight.normal_(0.0, weight[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 weight.zero_()
+        _prime_tower(model.model.vision_model)
     return model
+
+
+def _prime_tower(tower: Any) -> None:
+    """Let each patch begin by looking at its neighbours, which otherwise takes the tower most of its training to find.
+
+    Positions become waves in two dimensions, as in plain ViTs (Beyer et al. 2022), queries and keys the same random
+    projection, so that near positions attend to each other (after Trockman and Kolter 2023), and the branches weak.
+    """
+    import torch
+
+    table = tower.embeddings.position_embedding.weight
+    side, width = round(len(table) ** 0.5), table.shape[1]
+    frequencies = math.pi / 2 * 30.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
+    rows, columns = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
+    table.copy_(0.7 * torch.cat([rows, columns], -1).reshape(side * side, width))
+    for layer in tower.encoder.layers:
+        attention = layer.self_attn
+        for head in range(attention.num_heads):
+            rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+            projection = torch.linalg.qr(torch.randn(width, attention.head_dim))[0].T
+            attention.q_proj.weight[rows] = projection
+            attention.k_proj.weight[rows] = projection
+        attention.out_proj.weight.mul_(0.3)
+        layer.mlp.fc2.weight.mul_(0.3)
 
 
 def load_model(folder: Any) -> Any:

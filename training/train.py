@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -18,6 +19,9 @@ from training.data import IGNORED, MARKS, Batch, Drawer
 from training.model import IMAGE_SIZE, PATCH, load_model, make_config, make_model, save_checkpoint
 from training.tokenizer import train_tokenizer
 
+SHEET_USES, SHEETS_KEPT = 3, 200
+"""How often a batch of sheets is learned from, and how many are kept for it."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,8 +30,8 @@ class Settings:
     folder: Path
     pictures: int
     batch: int = 48
-    rate: float = 2e-3
-    muon_rate: float = 0.02
+    rate: float = 4e-3
+    muon_rate: float = 0.05
     warmup: int = 4000
     """Pictures over which the rates rise."""
     ramp: int = 60_000
@@ -49,8 +53,24 @@ class Settings:
 
 
 def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False) -> Iterator[list[Batch]]:
-    """Yield batches, each in halves, from picture `first` on, drawn by worker processes, in a fixed order."""
-    starts = range(first, settings.pictures, settings.batch)
+    """Yield batches, each in halves, from picture `first` on, drawn by worker processes, in a fixed order.
+
+    Sheets take longer to draw than to learn from: each is followed by earlier ones, chosen by seed.
+    """
+    drawn = _drawn(settings, tokenizer, first, sheets)
+    if not sheets:
+        yield from drawn
+        return
+    random, kept = np.random.default_rng((settings.seed, first)), deque[list[Batch]](maxlen=SHEETS_KEPT)
+    for batch in drawn:
+        kept.append(batch)
+        yield batch
+        for _ in range(SHEET_USES - 1):
+            yield kept[int(random.integers(len(kept)))]
+
+
+def _drawn(settings: Settings, tokenizer: Any, first: int, sheets: bool) -> Iterator[list[Batch]]:
+    starts = range(first, settings.pictures, settings.batch * (SHEET_USES if sheets else 1))
     context = get_context("spawn")
     with context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets)) as pool:
         pending: list[Any] = []

@@ -25,6 +25,7 @@ from edgevlm.processor import Processor
 from edgevlm.vision import VisionEncoder
 
 SHIPPED = Path(__file__).parent / "calibration"
+VISION_TILES = 64
 _JSONL = "calibration.jsonl"
 _QUESTIONS = ("Describe this picture.", "What is in this picture?", "What does the text say?", "How many are there?")
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -69,6 +70,20 @@ def _read_jsonl(path: Path) -> Iterator[Pair]:
         if image is not None and not image.is_file():
             raise ExportError(f"{path}, line {number}: no such picture: {image}")
         yield pair
+
+
+def vision_samples(processor: Processor, pairs: Sequence[Pair], limit: int = VISION_TILES) -> list[dict[str, Any]]:
+    """Return the vision part's inputs for up to `limit` tiles of the pairs' pictures, taken evenly.
+
+    Raises `ExportError` when there is no picture among them.
+    """
+    pictures = [pair.image for pair in pairs if pair.image]
+    if not pictures:
+        raise ExportError("quantized activations need pictures to calibrate on, and the calibration set has none")
+    tiles = processor.preprocess(pictures, GenerationConfig(detail="auto"))
+    every = [(each, index) for each in tiles for index in range(len(each))]
+    chosen = every[:: -(-len(every) // limit)]
+    return [{"pixel_values": each[index], **processor.family.vision_inputs()} for each, index in chosen]
 
 
 def language_samples(processor: Processor, loader: PartLoader, pairs: Sequence[Pair]) -> list[dict[str, Any]]:

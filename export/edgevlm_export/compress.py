@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def compress(
     model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None = None
 ) -> ov.Model:
-    """Return `model` with compressed weights; `samples` are model inputs for the recipes that need data."""
+    """Return `model` compressed; `samples` are model inputs for the precisions and recipes that need data."""
     if precision in UNCOMPRESSED:
         return model
     with redirect_stdout(StringIO()):  # NNCF draws progress bars and tables there
@@ -29,6 +29,15 @@ def _compress(
     model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None
 ) -> ov.Model:
     nncf = import_nncf()
+    if precision == "w8a8":
+        assert samples is not None
+        return nncf.quantize(
+            model,
+            nncf.Dataset(list(samples)),
+            model_type=nncf.ModelType.TRANSFORMER,
+            preset=nncf.QuantizationPreset.MIXED,  # activations with a zero point: GELU's outputs are one-sided
+            subset_size=len(samples),
+        )
     if precision == "int8":
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
     mode = nncf.CompressWeightsMode.INT4_SYM if recipe.sym else nncf.CompressWeightsMode.INT4_ASYM

@@ -21,12 +21,12 @@ from edgevlm.chat import user_message
 from edgevlm.device import RuntimeConfig, import_openvino, read_ir
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.generate import GenerationConfig
-from edgevlm.manifest import LANGUAGE, PART_NAMES, File, Manifest, Part, hash_file
+from edgevlm.manifest import LANGUAGE, PART_NAMES, VISION, File, Manifest, Part, hash_file
 from edgevlm.model import VLM
 from edgevlm.parts import PartLoader
 from edgevlm.paths import MANIFEST, models_dir
 from edgevlm.processor import Processor
-from edgevlm_export.calibration import Pair, language_samples, load_pairs
+from edgevlm_export.calibration import Pair, language_samples, load_pairs, vision_samples
 from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.convert import CASES, JOB, REFERENCE, RESULT
@@ -216,18 +216,29 @@ def compress_parts(
 ) -> dict[str, Precision]:
     """Fuse, compress and save each part from `work` into `draft`; return the precision of each."""
     precisions = {part: options.part_precision(part) for part in PART_NAMES}
-    samples = None
-    if options.int4.needs_data and precisions[LANGUAGE] == "int4":
-        clock.begin("calibrate")
-        loader = PartLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
-        samples = language_samples(Processor(work, manifest), loader, pairs)
+    clock.begin("calibrate")
+    samples = calibration_samples(work, manifest, pairs, precisions, options)
     for part, precision in precisions.items():
         clock.begin(f"compress {part}")
         model = read_ir(work / FILE_NAMES[part])
         fuse_sibling_matmuls(model)
-        model = compress(model, precision, options.int4, samples if part == LANGUAGE else None)
+        model = compress(model, precision, options.int4, samples.get(part))
         save_ir(model, draft / FILE_NAMES[part], precision)
     return precisions
+
+
+def calibration_samples(
+    work: Path, manifest: Manifest, pairs: Sequence[Pair], precisions: Mapping[str, Precision], options: ExportOptions
+) -> dict[str, list[dict[str, Any]]]:
+    """Return model inputs for each part whose compression needs data."""
+    samples = {}
+    processor = Processor(work, manifest)
+    if options.int4.needs_data and precisions[LANGUAGE] == "int4":
+        loader = PartLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
+        samples[LANGUAGE] = language_samples(processor, loader, pairs)
+    if precisions[VISION] == "w8a8":
+        samples[VISION] = vision_samples(processor, pairs)
+    return samples
 
 
 def save_ir(model: ov.Model, path: Path, precision: Precision) -> None:

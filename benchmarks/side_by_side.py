@@ -1,0 +1,157 @@
+"""edgevlm beside its peers: same checkpoint, picture, question, tokens and threads, systems alternating in one run.
+
+    python -m benchmarks.make_checkpoint build/smolvlm-shape
+    python -m benchmarks.side_by_side build/smolvlm-shape [--rounds 3] [-o benchmarks/results/side_by_side.json]
+
+Each round starts every system once, in a process of its own, which loads, answers once to warm up and then is
+measured. Exports that are not there yet are made first, optimum's with optimum-cli. A system that cannot run here is
+left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from edgevlm.bench import describe_machine, sample_picture
+
+OPTIMUM = {
+    "optimum FP32": ["--weight-format", "fp32"],
+    "optimum INT8": ["--weight-format", "int8"],
+    "optimum INT4": ["--weight-format", "int4", "--group-size", "64"],
+}
+EDGEVLM = {
+    "edgevlm FP32": ["--fp32"],
+    "edgevlm INT8": ["--int8"],
+    "edgevlm INT4": ["--int4"],
+    "edgevlm INT4 + W8A8": ["--int4", "--vision-precision", "w8a8"],
+}
+FIGURES = ("ttft_s", "tpot_s", "total_s", "tokens_per_s", "peak_memory_bytes", "start_to_first_token_s")
+
+
+def exports(checkpoint: Path, folder: Path) -> dict[str, Path]:
+    """Make every export that is missing and return their folders by name."""
+    scripts = Path(sys.executable).parent
+    made = {}
+    for name, options in {**OPTIMUM, **EDGEVLM}.items():
+        made[name] = folder / name.lower().replace(" ", "-").replace("+-", "")
+        if made[name].is_dir():
+            continue
+        print(f"exporting {name}", file=sys.stderr, flush=True)
+        command = [str(scripts / "optimum-cli"), "export", "openvino", "-m", str(checkpoint)]
+        command += ["--task", "image-text-to-text", *options, str(made[name])]
+        if name in EDGEVLM:
+            command = [str(scripts / "edgevlm"), "export", str(checkpoint), *options, "-o", str(made[name])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return made
+
+
+def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Path]]:
+    """Return name -> (system of `peers`, model folder)."""
+    found = {"PyTorch FP32": ("torch-fp32", checkpoint), "PyTorch BF16": ("torch-bf16", checkpoint)}
+    found |= {name: ("optimum", made[name]) for name in OPTIMUM}
+    for name in EDGEVLM:
+        found[name] = ("edgevlm", made[name])
+    for name in ("edgevlm INT4", "edgevlm INT4 + W8A8"):
+        found[f"{name}, detail auto"] = ("edgevlm-auto", made[name])
+    return found
+
+
+def measure(system: str, model: Path, picture: Path, options: Sequence[str]) -> list[dict[str, Any]]:
+    """Run one system once and return its measured answers; the first, the warm-up, gives only the start."""
+    command = [sys.executable, "-m", "benchmarks.peers", system, str(model), str(picture), *options]
+    started = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip() or "no reason given").splitlines()[-1])
+    warm_up, *answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    start = warm_up["at"] - warm_up["total_s"] + warm_up["ttft_s"] - started
+    for answer in answers:
+        answer["tokens_per_s"] = 1 / answer["tpot_s"]
+        answer["start_to_first_token_s"] = start
+    return answers
+
+
+def run(checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Sequence[str]) -> dict[str, Any]:
+    """Alternate all systems and return their medians with the range, and why any was left out."""
+    every = systems(checkpoint, exports(checkpoint, folder))
+    answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    left_out: dict[str, str] = {}
+    for number in range(rounds):
+        for name, (system, model) in every.items():
+            if name in left_out:
+                continue
+            try:
+                answers[name] += measure(system, model, picture, options)
+                print(f"{number + 1} {name}: TTFT {answers[name][-1]['ttft_s']:.2f} s", file=sys.stderr, flush=True)
+            except RuntimeError as error:
+                left_out[name] = str(error)
+    figures = {
+        name: {figure: _spread([answer[figure] for answer in each]) for figure in FIGURES}
+        for name, each in answers.items()
+    }
+    texts = {name: each[-1]["text"] for name, each in answers.items()}
+    tokens = {name: each[-1]["prompt_tokens"] for name, each in answers.items()}
+    return {
+        "machine": describe_machine(),
+        "rounds": rounds,
+        "options": list(options),
+        "prompt_tokens": tokens,
+        "figures": figures,
+        "texts": texts,
+        "left_out": left_out,
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def table(result: dict[str, Any], reference: str = "optimum INT4") -> str:
+    """Return a Markdown table: medians, and in brackets the ratio to `reference`."""
+    figures = result["figures"]
+    lines = ["| system | TTFT s | tokens/s | end to end s | peak MB | start to first token s |", "|---" * 6 + "|"]
+    scale = {"peak_memory_bytes": 1e-6}
+    for name, each in figures.items():
+        cells = []
+        for figure in ("ttft_s", "tokens_per_s", "total_s", "peak_memory_bytes", "start_to_first_token_s"):
+            value, base = each[figure]["median"], figures.get(reference, each)[figure]["median"]
+            cells.append(f"{value * scale.get(figure, 1):,.4g} ({value / base:.2f}x)")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--exports", type=Path, default=Path("build/side_by_side"))
+    parser.add_argument("--picture", type=Path, help="default: a drawn one of 1600x1200")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    options = ["--tokens", str(arguments.tokens), "--threads", str(arguments.threads)]
+    with tempfile.TemporaryDirectory() as scratch:
+        picture = arguments.picture or sample_picture(Path(scratch))
+        result = run(arguments.checkpoint, arguments.exports, picture, arguments.rounds, options)
+    print(table(result))
+    for name, why in result["left_out"].items():
+        print(f"left out: {name}: {why}")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
