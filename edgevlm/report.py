@@ -81,11 +81,12 @@ def draw(report: Report) -> Figure:
     first, second = figure.subplots(1, 2, width_ratios=(3, 2))
     names = [f"{name_point(point)}\n{point.tiles} tiles, {point.prompt_tokens} tokens" for point in points]
     left = [0.0] * len(points)
-    for label, seconds in (
-        ("preprocess", lambda point: point.figures["preprocess_s"].median),
-        ("vision", lambda point: point.figures["vision_s_per_tile"].median * point.tiles),
-        ("prefill", lambda point: point.prompt_tokens / point.figures["prefill_tokens_per_s"].median),
-    ):
+    stages: dict[str, Callable[[Point], float]] = {
+        "preprocess": lambda point: point.figures["preprocess_s"].median,
+        "vision": lambda point: point.figures["vision_s_per_tile"].median * point.tiles,
+        "prefill": lambda point: point.prompt_tokens / point.figures["prefill_tokens_per_s"].median,
+    }
+    for label, seconds in stages.items():
         widths = [seconds(point) for point in points]
         first.barh(names, widths, left=left, label=label)
         left = [a + b for a, b in zip(left, widths, strict=True)]
