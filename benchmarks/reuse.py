@@ -1,0 +1,96 @@
+"""What is not computed again: ratios to edgevlm's own first token and to decoding without drafts, in one run.
+
+    python -m benchmarks.reuse build/side_by_side/edgevlm-int4 [--repeat 5] [-o benchmarks/results/reuse.json]
+
+Text to repeat needs real text weights, such as those of `make_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
+from edgevlm.bench import QUESTION, describe_machine, sample_picture, touch
+from edgevlm.image import load_image
+
+TO_REPEAT = json.dumps(
+    [{"line": n, "part": f"A{n}-7731", "count": 12 + n, "state": "checked and accepted"} for n in range(1, 6)]
+)
+COPY = f"Repeat the following JSON exactly, without comment:\n{TO_REPEAT}"
+PROSE = "Tell a short story about a lighthouse keeper and a storm."
+
+
+def reuse(model: Path, picture: Path, repeat: int) -> dict[str, list[float]]:
+    """Return the time to the first token of a new picture, a next question and a changed tile, and ratios to the first."""
+    image, config = load_image(picture), GenerationConfig(max_new_tokens=1, detail="high")
+    found: dict[str, list[float]] = defaultdict(list)
+    vlm = VLM(model)
+    vlm.generate(image, QUESTION, config)
+    for number in range(1, repeat + 1):
+        shown = touch(image, number)
+        changed = shown.copy()
+        changed[150:250, 500:700] = 255 - changed[150:250, 500:700]  # inside one tile of the upper row
+        cases = {
+            "new picture": vlm.generate(shown, QUESTION, config),
+            "next question": vlm.generate(shown, "How many people are there?", config),
+            "one tile changed": vlm.generate(changed, QUESTION, config),
+        }
+        first = cases["new picture"].timings.ttft_s
+        for name, answer in cases.items():
+            found[f"{name}, TTFT s"].append(answer.timings.ttft_s)
+            found[f"{name}, ratio"].append(answer.timings.ttft_s / first)
+            found[f"{name}, tiles encoded"].append(answer.tiles - answer.cached_tiles)
+    return found
+
+
+def drafting(model: Path, repeat: int) -> dict[str, list[float]]:
+    """Return the decoding speed with drafts over that without, where text repeats the prompt and where it does not."""
+    vlm = VLM(model, RuntimeConfig(kept_sessions=0))
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, prompt in (("copy", COPY), ("prose", PROSE)):
+        config = GenerationConfig(max_new_tokens=200)
+        for number in range(repeat + 1):
+            plain = vlm.generate(None, prompt, replace(config, draft_tokens=0))
+            drafted = vlm.generate(None, prompt, config)
+            if number:  # the first pair warms up
+                found[f"{name}, tokens/s with drafts / without"].append(_speed(drafted) / _speed(plain))
+                found[f"{name}, tokens/s without drafts"].append(_speed(plain))
+                found[f"{name}, same tokens"].append(float(drafted.token_ids == plain.token_ids))
+                found[f"{name}, drafted tokens that came true"].append(
+                    drafted.accepted_tokens / max(drafted.drafted_tokens, 1)
+                )
+    return found
+
+
+def _speed(answer: Answer) -> float:
+    assert answer.timings.tokens_per_s is not None
+    return answer.timings.tokens_per_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = reuse(arguments.model, sample_picture(Path(scratch)), arguments.repeat)
+    found |= drafting(arguments.model, arguments.repeat)
+    for name, values in found.items():
+        print(f"{name:45} {statistics.median(values):8.3f}   {np.min(values):8.3f} to {np.max(values):8.3f}")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"machine": describe_machine(), "model": arguments.model.name, "figures": found}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
