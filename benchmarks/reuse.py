@@ -29,7 +29,7 @@ PROSE = "Tell a short story about a lighthouse keeper and a storm."
 
 
 def reuse(model: Path, picture: Path, repeat: int) -> dict[str, list[float]]:
-    """Return the time to the first token of a new picture, a next question and a changed tile, and ratios to the first."""
+    """Return the time to the first token of a new picture, a next question and a changed tile, with ratios."""
     image, config = load_image(picture), GenerationConfig(max_new_tokens=1, detail="high")
     found: dict[str, list[float]] = defaultdict(list)
     vlm = VLM(model)

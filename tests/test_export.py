@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgevlm import VLM, GenerationConfig, OptionError, VerificationError
+from edgevlm import VLM, ExportError, GenerationConfig, OptionError, VerificationError
 from edgevlm.chat import user_message
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, hash_file, load_manifest
 from edgevlm_export import ExportOptions, export
@@ -116,6 +116,32 @@ def test_fp16_and_int8_stay_near_the_reference(idefics3: Path, tmp_path: Path, p
     assert report.verification is not None
     assert report.verification.parts[LANGUAGE].cosine > 0.999
     assert report.verification.greedy_agreement > 0.9
+
+
+def test_w8a8_computes_the_vision_part_in_integers(idefics3: Path, exported: Path, tmp_path: Path) -> None:
+    from edgevlm.device import read_ir
+
+    report = export(idefics3, tmp_path / "out", ExportOptions("int8", vision_precision="w8a8"))
+    model = read_ir(tmp_path / "out" / report.manifest.parts[VISION].file)
+    assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) > 10
+    assert report.manifest.parts[VISION].precision == "w8a8"
+    assert report.verification is not None
+    assert report.verification.parts[VISION].cosine > 0.98
+    assert VLM(tmp_path / "out").generate(photograph("china.jpg"), "What?").tiles == 13
+
+
+def test_w8a8_needs_pictures(idefics3: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"question": "What is red?"}\n', encoding="utf-8")
+    options = ExportOptions("int8", vision_precision="w8a8", calibration=tmp_path / "text.jsonl")
+    with pytest.raises(ExportError, match="need pictures to calibrate on, and the calibration set has none"):
+        export(idefics3, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"precision": "w8a8"}, {"lm_precision": "w8a8"}])
+def test_w8a8_is_for_the_vision_part(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="w8a8 is for the vision part alone"):
+        ExportOptions(**options)
 
 
 def test_without_verification_the_manifest_says_so(exported: Path, idefics3: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -34,10 +35,13 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @click.option("--batch", default=48)
 @click.option("--workers", default=1, help="Processes that draw.")
 @click.option("--seed", default=1)
+@click.option("--rate", default=4e-3, help="AdamW's.")
+@click.option("--muon-rate", default=0.05)
+@click.option("--decay", default=0.3, help="Last share of the pictures, over which the rates fall to zero.")
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
 @click.option("--sheets", is_flag=True, help="Teach the vision tower alone, on sheets crowded with signs.")
 @click.option("--stop-minutes", type=float, help="Save and end after this time.")
-def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: bool, **options: int) -> None:
+def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: bool, **options: Any) -> None:
     """Train in FOLDER, or go on with what is there.
 
     \b
