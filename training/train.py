@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -207,15 +208,17 @@ def train(settings: Settings, sheets: bool = False) -> None:
     run = Run(settings, tokenizer, "sheets" if sheets else "pictures")
     log = Log(settings.folder / "log.jsonl", run.stage, run.seen)
     started = saved = time.time()
-    for batch in batches(settings, tokenizer, run.seen, sheets):
-        log.add(run.step(batch), run.seen)
-        over = time.time() - started > settings.stop_minutes * 60
-        if time.time() - saved > settings.save_minutes * 60:
-            run.save()
-            saved = time.time()
-        if over:
-            break
-    run.save()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside, it saves as after Ctrl-C
+    try:
+        for batch in batches(settings, tokenizer, run.seen, sheets):
+            log.add(run.step(batch), run.seen)
+            if time.time() - started > settings.stop_minutes * 60:
+                break
+            if time.time() - saved > settings.save_minutes * 60:
+                run.save()
+                saved = time.time()
+    finally:
+        run.save()
     save_checkpoint(run.model.to("cpu").eval(), tokenizer, settings.folder / "checkpoint")
 
 
