@@ -1,0 +1,124 @@
+"""How near edgevlm comes to this machine: bytes read a token and operations a tile, against what it can do at most.
+
+    python -m benchmarks.roofline build/side_by_side/edgevlm-int4 [--threads 2] [-o benchmarks/results/roofline.json]
+
+The machine's limits are measured in the same run: reading memory with NumPy from as many threads, and square products
+of matrices through OpenVINO itself, in BF16 or, quantized, in INT8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from edgevlm import VLM, GenerationConfig, RuntimeConfig
+from edgevlm.bench import QUESTION, ask, describe_machine, sample_picture, touch
+from edgevlm.device import core, import_openvino, read_ir
+from edgevlm.image import load_image
+from edgevlm.manifest import LANGUAGE, VISION
+
+SIDE = 2048
+
+
+def seconds(work: Callable[[], object], repeat: int = 7) -> float:
+    """Return the median time of `work` after one warm-up."""
+    work()
+    times = []
+    for _ in range(repeat):
+        started = perf_counter()
+        work()
+        times.append(perf_counter() - started)
+    return median(times)
+
+
+def memory_bandwidth(threads: int) -> float:
+    """Return the bytes a second that `threads` threads read together from blocks larger than any cache."""
+    blocks = [np.ones(2**25, np.float64) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(block.nbytes for block in blocks) / seconds(lambda: list(pool.map(np.sum, blocks)))
+
+
+def matmul_peak(threads: int, quantized: bool) -> float:
+    """Return the operations a second (two for each multiply and add) of a large product in OpenVINO."""
+    openvino = import_openvino()
+    opset = openvino.opset13
+    x = opset.parameter([SIDE, SIDE], np.float32, name="x")
+    weights = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
+    left, right = x, opset.constant(weights)
+    if quantized:
+        low, high = np.float32(-4), np.float32(4)
+        left = opset.fake_quantize(left, low, high, low, high, 256)
+        right = opset.fake_quantize(right, low, high, low, high, 255)
+    model = openvino.Model([opset.matmul(left, right, False, True)], [x])
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+    request, data = compiled.create_infer_request(), np.ones((SIDE, SIDE), np.float32)
+    return 2 * SIDE**3 / seconds(lambda: request.infer([data], share_inputs=True, share_outputs=True))
+
+
+def matmul_operations(model: Any) -> int:
+    """Return the operations of all matrix products of a model with static shapes."""
+    total = 0
+    for node in model.get_ops():
+        if node.get_type_name() == "MatMul":
+            shape = list(node.input_value(0).get_shape())
+            inner = shape[-2] if node.get_attributes().get("transpose_a") else shape[-1]
+            total += 2 * int(np.prod(list(node.get_output_shape(0)))) * inner
+    return total
+
+
+def measure(folder: Path, threads: int) -> dict[str, Any]:
+    """Return the machine's limits, what the model needs and reaches, and the shares."""
+    from edgevlm.vision import specialise_vision
+
+    vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
+    family, parts = vlm.processor.family, vlm.manifest.parts
+    vision = specialise_vision(read_ir(folder / parts[VISION].file), family.vision_inputs(), family.tile_size)
+    options = GenerationConfig(max_new_tokens=33, detail="low")
+    with tempfile.TemporaryDirectory() as scratch:
+        image = load_image(sample_picture(Path(scratch)))
+    answers = [ask(vlm, touch(image, number), QUESTION, options).timings for number in range(6)][1:]
+    tile_s, token_s = median(each.vision_s for each in answers), median(each.tpot_s or 0.0 for each in answers)
+    operations, weights = matmul_operations(vision), parts[LANGUAGE].size_bytes
+    quantized = parts[VISION].precision == "w8a8"
+    peak, bandwidth = matmul_peak(threads, quantized), memory_bandwidth(threads)
+    return {
+        "memory bandwidth, GB/s": bandwidth / 1e9,
+        f"{'INT8' if quantized else 'BF16'} matrix products, Gop/s": peak / 1e9,
+        "operations a tile, Gop": operations / 1e9,
+        "tile, s": tile_s,
+        "tile at the peak, s": operations / peak,
+        "share of the peak": operations / peak / tile_s,
+        "bytes a token, MB": weights / 1e6,
+        "token, ms": token_s * 1e3,
+        "token at the bandwidth, ms": weights / bandwidth * 1e3,
+        "share of the bandwidth": weights / bandwidth / token_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("-o", "--output", type=Path)
+    arguments = parser.parse_args()
+    found = measure(arguments.model, arguments.threads)
+    for name, value in found.items():
+        print(f"{name:40} {value:10.3f}")
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        result = {"machine": describe_machine(), "model": arguments.model.name, "figures": found}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
