@@ -43,9 +43,8 @@ def main() -> None:
     """Ask a small vision-language model about a picture, on a machine with no GPU.
 
     \b
-    edgevlm run display.png "What does the display read?"
     edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
-    edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
+    edgevlm run photo.jpg "What is in this picture?"
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -65,7 +64,7 @@ def model_options(command: Any) -> Any:
         ),
         click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
         click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
-        click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]"),
+        click.option("-m", "--model", help="Exported folder or short name; may be left out while there is only one."),
     ):
         command = option(command)
     return command
@@ -120,13 +119,11 @@ def _generation(options: dict[str, Any]) -> GenerationConfig:
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
     """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
 
-    Without -m the bundled model answers: it reads displays, gauges, lights, labels, parts and simple charts.
-
     \b
-    edgevlm run display.png "What does the display read?"
-    edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
+    edgevlm run photo.jpg "What is in this picture?"
     edgevlm run before.png after.png "What has changed?" -m ./my-model
-    cat gauge.jpg | edgevlm run - "What does the gauge read?" --json
+    edgevlm run "What is the capital of France?"
+    cat photo.jpg | edgevlm run - "Describe it." --json
     """
     *images, question = arguments
     generation, runtime = _generation(options), _runtime(options)
@@ -145,7 +142,7 @@ def chat(images: tuple[str, ...], system: str | None, **options: Any) -> None:
     Type a question, or /image FILE, /reset, /stats, /history, /help, /exit. Lines may also come from a pipe.
 
     \b
-    edgevlm chat gauge.png
+    edgevlm chat photo.jpg
     edgevlm chat photo.jpg -m SmolVLM-256M-Instruct-int4 --system "Answer in one sentence."
     """
     from edgevlm.image import probe_image
@@ -159,7 +156,7 @@ def chat(images: tuple[str, ...], system: str | None, **options: Any) -> None:
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
-        vlm = VLM(_model(options["model"]), runtime)
+        vlm = VLM(options["model"], runtime)
     talk(vlm.chat(generation, system), images)
 
 
@@ -182,16 +179,6 @@ def _image(name: str) -> bytes | str:
     return data
 
 
-def _model(name: str | None) -> str | Path:
-    """Return the model that was named, or the bundled one, saying so on stderr."""
-    from edgevlm.paths import DEFAULT_NOTICE, default_model
-
-    if name is None:
-        click.echo(DEFAULT_NOTICE, err=True)
-        return default_model()
-    return name
-
-
 def _answer(
     images: list[bytes | str],
     question: str,
@@ -210,7 +197,7 @@ def _answer(
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
-        vlm = VLM(_model(model), runtime)
+        vlm = VLM(model, runtime)
         answer = None
         for piece in vlm.stream(images, question, generation, progress.step):
             progress.clear()
@@ -294,7 +281,7 @@ def _bench(model: str | None, image: Path | None, options: dict[str, Any]) -> Re
     swept = {name: options[name] for name in names}
     swept |= {name: options[name] or (None,) for name in ("threads", "max_tiles", "prompt_tokens")}
     sweep = Sweep(**swept)
-    folder = find_model(_model(model))
+    folder = find_model(model)
     with TemporaryDirectory(prefix="edgevlm-", ignore_cleanup_errors=True) as scratch, Progress() as progress:
         picture = image or sample_picture(Path(scratch))
         return measure(folder, load_image(picture), picture, sweep, progress.stage)
@@ -375,20 +362,23 @@ def _export_options(options: dict[str, Any]) -> ExportOptions:
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context
 def models(ctx: click.Context, check: bool, as_json: bool) -> None:
-    """List the bundled and the exported models, with size and precision.
+    """List the exported models, with size and precision.
 
     \b
     edgevlm models
     edgevlm models --check
     """
     from edgevlm.inventory import describe_models
+    from edgevlm.paths import models_dir
     from edgevlm.terminal import print_models
 
     found = describe_models(full_check=check)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
-    else:
+    elif found:
         print_models(found)
+    else:
+        click.echo(f"No models under {models_dir()} yet; make one with `edgevlm export SOURCE --int4`.", err=True)
     if check and any(each["state"].startswith("damaged") for each in found):
         ctx.exit(1)
 

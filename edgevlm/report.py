@@ -21,7 +21,7 @@ COLUMNS: dict[str, Callable[[Point], str]] = {
     "vision ms a tile": lambda point: _milliseconds(point, "vision_s_per_tile"),
     "prefill tokens/s": lambda point: f"{point.figures['prefill_tokens_per_s'].median:,.0f}",
     "TTFT ms": lambda point: _milliseconds(point, "ttft_s"),
-    "p90": lambda point: f"{point.figures['ttft_s'].p90 * 1000:,.0f}",
+    "TTFT p90 ms": lambda point: f"{point.figures['ttft_s'].p90 * 1000:,.0f}",
     "next question ms": lambda point: _milliseconds(point, "next_question_ttft_s"),
     "TPOT ms": lambda point: f"{point.figures['tpot_s'].median * 1000:,.1f}" if "tpot_s" in point.figures else "-",
     "tokens/s": lambda point: f"{point.figures['tokens_per_s'].median:,.1f}" if "tpot_s" in point.figures else "-",

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from edgevlm_export.pipeline import ExportReport
 
 
+_POINTS_ABREAST = 5
+"""Points of a benchmark that fit beside each other in a terminal of 80 columns."""
+
+
 class Progress:
     """One line on stderr that says what takes time; silent when stderr is no terminal."""
 
@@ -83,10 +87,15 @@ def print_bench(report: Report) -> None:
     from edgevlm.report import COLUMNS, name_point
 
     console = Console()
-    table = Table("point", *COLUMNS, title=report.model, title_justify="left")
-    for point in report.points:
-        table.add_row(name_point(point), *(cell(point) for cell in COLUMNS.values()))
-    console.print(table)
+    points = list(enumerate(report.points, 1))
+    for number, point in points:
+        console.print(f"{number}: {name_point(point)}", highlight=False)
+    for first in range(0, len(points), _POINTS_ABREAST):
+        abreast = points[first : first + _POINTS_ABREAST]
+        table = Table(report.model, *(str(number) for number, _ in abreast))
+        for heading, cell in COLUMNS.items():
+            table.add_row(heading, *(cell(point) for _, point in abreast))
+        console.print(table)
     load = report.load
     console.print(
         f"load {load['compile']:.2f} s, with compiled models on disk {load['cached']:.2f} s;"

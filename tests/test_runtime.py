@@ -173,11 +173,13 @@ def test_a_seed_repeats_a_sampled_answer(vlm: VLM, china: Path) -> None:
     assert sampled(3, top_p=1e-9) == greedy
 
 
-def test_progress_counts_the_tiles(vlm: VLM, china: Path) -> None:
+def test_progress_counts_the_tiles_that_are_not_known(exported: Path, china: Path) -> None:
     steps: list[tuple[str, int, int]] = []
+    vlm = VLM(exported, F32)
     vlm.generate([china, china], QUESTION, SHORT, lambda *step: steps.append(step))
     assert steps == [("vision", done, 26) for done in range(27)]
     steps.clear()
+    vlm.generate(china, QUESTION, SHORT, lambda *step: steps.append(step))
     vlm.generate(None, QUESTION, SHORT, lambda *step: steps.append(step))
     assert steps == []
 
