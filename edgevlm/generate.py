@@ -41,7 +41,8 @@ class GenerationConfig:
     max_tiles: int | None = None
     """At most this many tiles for each picture, its global view included."""
     draft_tokens: int = 8
-    """Most tokens drafted from earlier text for one step to check; 0 drafts none. The answer is the same."""
+    """Most tokens drafted from earlier text for one step to check; 0 drafts none. In float32 the answer is the same;
+    in BF16 a step of several tokens rounds differently from a step of one, and a near tie may fall the other way."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
