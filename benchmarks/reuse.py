@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.results import write_result
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
-from edgevlm.bench import QUESTION, describe_machine, sample_picture, touch
+from edgevlm.bench import QUESTION, sample_picture, touch
 from edgevlm.image import load_image
 
 TO_REPEAT = json.dumps(
@@ -86,10 +87,7 @@ def main() -> None:
     found |= drafting(arguments.model, arguments.repeat)
     for name, values in found.items():
         print(f"{name:45} {statistics.median(values):8.3f}   {np.min(values):8.3f} to {np.max(values):8.3f}")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": describe_machine(), "model": arguments.model.name, "figures": found}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(arguments.output, {"model": arguments.model.name, "figures": found})
 
 
 if __name__ == "__main__":

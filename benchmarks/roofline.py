@@ -9,7 +9,6 @@ of matrices through OpenVINO itself, in BF16 or, quantized, in INT8.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.results import write_result
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.bench import QUESTION, ask, describe_machine, sample_picture, touch
+from edgevlm.bench import QUESTION, ask, sample_picture, touch
 from edgevlm.device import core, import_openvino, read_ir
 from edgevlm.image import load_image
 from edgevlm.manifest import LANGUAGE, VISION
@@ -114,10 +114,7 @@ def main() -> None:
     found = measure(arguments.model, arguments.threads)
     for name, value in found.items():
         print(f"{name:40} {value:10.3f}")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": describe_machine(), "model": arguments.model.name, "figures": found}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(arguments.output, {"model": arguments.model.name, "figures": found})
 
 
 if __name__ == "__main__":

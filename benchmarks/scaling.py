@@ -6,15 +6,15 @@ python -m benchmarks.scaling build/side_by_side/edgevlm-int4 [-n 3] [-o benchmar
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from benchmarks.results import write_result
 from edgevlm import VLM, GenerationConfig
-from edgevlm.bench import Sweep, bench, describe_machine, sample_picture, touch
+from edgevlm.bench import Sweep, bench, sample_picture, touch
 from edgevlm.image import RGB, load_image
 
 TILES = (1, 5, 10, 17)
@@ -48,7 +48,7 @@ def main() -> None:
         "context": Sweep(details=("low",), prompt_tokens=CONTEXTS, new_tokens=16, repetitions=arguments.repetitions),
         "threads": Sweep(details=("low",), threads=threads, new_tokens=16, repetitions=arguments.repetitions),
     }
-    found: dict[str, Any] = {"machine": describe_machine(), "model": arguments.model.name}
+    found: dict[str, Any] = {"model": arguments.model.name}
     with tempfile.TemporaryDirectory() as scratch:
         picture = sample_picture(Path(scratch))
         image = load_image(picture)[:, :1200]  # square: up to 4 x 4 tiles and the global view
@@ -60,9 +60,7 @@ def main() -> None:
             figures = {key: round(each["median"], 4) for key, each in point["figures"].items()}
             print(name, point["tiles"], "tiles", point["prompt_tokens"], "tokens", point["threads"], "threads", figures)
     print(*found["questions"], sep="\n")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_result(arguments.output, found)
 
 
 if __name__ == "__main__":

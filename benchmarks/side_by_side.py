@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgevlm.bench import describe_machine, sample_picture
+from benchmarks.results import write_result
+from edgevlm.bench import sample_picture
 
 OPTIMUM = {
     "optimum FP32": ["--weight-format", "fp32"],
@@ -103,7 +104,6 @@ def run(checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Seq
     texts = {name: each[-1]["text"] for name, each in answers.items()}
     tokens = {name: each[-1]["prompt_tokens"] for name, each in answers.items()}
     return {
-        "machine": describe_machine(),
         "rounds": rounds,
         "options": list(options),
         "prompt_tokens": tokens,
@@ -148,9 +148,7 @@ def main() -> None:
     print(table(result))
     for name, why in result["left_out"].items():
         print(f"left out: {name}: {why}")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_result(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -253,14 +254,8 @@ def describe_machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "edgevlm": __version__,
-        "openvino": _openvino_version(),
+        "openvino": version("openvino"),
     }
-
-
-def _openvino_version() -> str:
-    from importlib.metadata import version
-
-    return version("openvino")
 
 
 def lines(report: Report) -> Iterator[dict[str, Any]]:

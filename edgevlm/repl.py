@@ -59,10 +59,10 @@ class Repl:
             progress.stage("reading the question")
             for piece in self._chat.stream(question, self._images, progress.step):
                 progress.clear()
+                self._images = []  # part of the conversation from here on, even if the answer is broken off
                 click.echo(piece.text, nl=False)
                 answer = piece.answer
         click.echo()
-        self._images = []
         if answer:
             print_cut(answer)
             if self._stats:

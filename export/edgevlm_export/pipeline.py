@@ -216,8 +216,7 @@ def compress_parts(
 ) -> dict[str, Precision]:
     """Fuse, compress and save each part from `work` into `draft`; return the precision of each."""
     precisions = {part: options.part_precision(part) for part in PART_NAMES}
-    clock.begin("calibrate")
-    samples = calibration_samples(work, manifest, pairs, precisions, options)
+    samples = calibration_samples(work, manifest, pairs, precisions, options, clock)
     for part, precision in precisions.items():
         clock.begin(f"compress {part}")
         model = read_ir(work / FILE_NAMES[part])
@@ -228,15 +227,25 @@ def compress_parts(
 
 
 def calibration_samples(
-    work: Path, manifest: Manifest, pairs: Sequence[Pair], precisions: Mapping[str, Precision], options: ExportOptions
+    work: Path,
+    manifest: Manifest,
+    pairs: Sequence[Pair],
+    precisions: Mapping[str, Precision],
+    options: ExportOptions,
+    clock: StageClock,
 ) -> dict[str, list[dict[str, Any]]]:
     """Return model inputs for each part whose compression needs data."""
-    samples = {}
+    for_language = options.int4.needs_data and precisions[LANGUAGE] == "int4"
+    for_vision = precisions[VISION] == "w8a8"
+    samples: dict[str, list[dict[str, Any]]] = {}
+    if not for_language and not for_vision:
+        return samples
+    clock.begin("calibrate")
     processor = Processor(work, manifest)
-    if options.int4.needs_data and precisions[LANGUAGE] == "int4":
+    if for_language:
         loader = PartLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
         samples[LANGUAGE] = language_samples(processor, loader, pairs)
-    if precisions[VISION] == "w8a8":
+    if for_vision:
         samples[VISION] = vision_samples(processor, pairs)
     return samples
 
