@@ -209,6 +209,14 @@ def test_stale_entries_are_cut_out_when_there_are_many(vlm: VLM, monkeypatch: py
     np.testing.assert_allclose(session.step([5, 6]), straight.step([5, 6]), atol=1e-4)
 
 
+def test_much_that_is_new_is_read_from_the_beginning(vlm: VLM) -> None:
+    session = vlm.language_model.session()
+    before = [number % 50 + 50 for number in range(600)]
+    session.step(before)
+    assert session.rewind_to_common([*before[:560], *range(10, 50)]) == 560
+    assert session.rewind_to_common([*before[:100], 7, *before[:499]]) == 0
+
+
 def test_sessions_at_rest_are_few_and_the_best_is_taken(vlm: VLM) -> None:
     pool = vlm._sessions
     with pool.take([1, 2, 3, 4]) as first:

@@ -44,8 +44,8 @@ def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_l
     )
 
 
-def make_model(config: Any, seed: int) -> Any:
-    """Return the model, each matrix drawn with std 1/sqrt(fan-in).
+def make_model(config: Any, seed: int, pictures: Any = None) -> Any:
+    """Return the model, each matrix drawn with std 1/sqrt(fan-in), its tower primed with `pictures` if there are any.
 
     transformers' own 0.02 leaves every task at chance for tens of thousands of pictures at this width.
     """
@@ -62,34 +62,88 @@ def make_model(config: Any, seed: int) -> Any:
                 weight.normal_(0.0, weight[0].numel() ** -0.5)
             elif name.endswith("bias"):
                 weight.zero_()
-        _prime_tower(model.model.vision_model)
+        if pictures is not None:
+            prime_tower(model.model.vision_model, pictures)
     return model
 
 
-def _prime_tower(tower: Any) -> None:
-    """Let each patch begin by looking at its neighbours, which otherwise takes the tower most of its training to find.
+PLACE = 1 / 3
+"""Share of the tower's width that begins with where a patch is; the rest holds what it shows."""
+OFFSETS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (0, 0))
+"""Rows and columns from a patch to the one that each attention head begins by looking at; the last looks around."""
 
-    Positions become waves in two dimensions, as in plain ViTs (Beyer et al. 2022), queries and keys the same random
-    projection, so that near positions attend to each other (after Trockman and Kolter 2023), and the branches weak.
+
+def prime_tower(tower: Any, pictures: Any) -> None:
+    """Let the tower begin as a convolution, which otherwise takes it most of its training to find.
+
+    Patches enter by their whitened principal components over `pictures` `(B, H, W, 3)` uint8 (as the first layer of
+    Jordan's airbench networks, 2024); positions are waves in two dimensions in dimensions of their own (Beyer et al.
+    2022), and each head's queries are its keys turned by one patch, so that it attends to one neighbour (the idea of
+    ConViT, d'Ascoli et al. 2021). The branches begin weak.
     """
+    width = tower.config.hidden_size
+    content = width - int(width * PLACE) // 4 * 4
+    _prime_patches(tower.embeddings.patch_embedding, pictures, content)
+    _prime_heads(tower, content)
+    for layer in tower.encoder.layers:
+        layer.self_attn.out_proj.weight.mul_(0.3)
+        layer.mlp.fc2.weight.mul_(0.3)
+
+
+def _prime_patches(embedding: Any, pictures: Any, content: int) -> None:
+    import torch
+
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).double().div(127.5).sub(1.0)
+    patches = pixels.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+    mean = patches.mean(0)
+    strengths, components = torch.linalg.eigh(torch.cov((patches - mean).T))
+    strengths, components = strengths.flip(0)[:content], components.flip(1)[:, :content].T
+    kernel = 0.8 * components / (strengths + 0.02).sqrt()[:, None]
+    embedding.weight.zero_()
+    embedding.bias.zero_()
+    embedding.weight[:content] = kernel.reshape(content, 3, PATCH, PATCH).float()
+    embedding.bias[:content] = -(kernel @ mean).float()
+
+
+def _prime_heads(tower: Any, content: int) -> None:
     import torch
 
     table = tower.embeddings.position_embedding.weight
     side, width = round(len(table) ** 0.5), table.shape[1]
-    frequencies = math.pi / 2 * 30.0 ** -(torch.arange(width // 4) / (width // 4))
+    count = (width - content) // 4
+    frequencies = 2.2 * 8.0 ** -(torch.arange(count) / count)
     angles = torch.arange(side)[:, None] * frequencies
-    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (side, width / 2)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (side, 2 count)
     rows, columns = waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)
-    table.copy_(0.7 * torch.cat([rows, columns], -1).reshape(side * side, width))
+    table.zero_()
+    table[:, content:] = torch.cat([rows, columns], -1).reshape(side * side, -1)
     for layer in tower.encoder.layers:
         attention = layer.self_attn
+        size = attention.head_dim
         for head in range(attention.num_heads):
-            rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-            projection = torch.linalg.qr(torch.randn(width, attention.head_dim))[0].T
-            attention.q_proj.weight[rows] = projection
-            attention.k_proj.weight[rows] = projection
-        attention.out_proj.weight.mul_(0.3)
-        layer.mlp.fc2.weight.mul_(0.3)
+            offset = OFFSETS[head % len(OFFSETS)]
+            sharpness = 0.25 if head % len(OFFSETS) == len(OFFSETS) - 1 else 1.0
+            query, key = _turned(frequencies, offset, size), _turned(frequencies, (0, 0), size)
+            for matrix, turned in ((attention.q_proj, query), (attention.k_proj, key)):
+                part = matrix.weight[head * size : (head + 1) * size]
+                part.normal_(0.0, 0.3 * width**-0.5)
+                part[:, content:] += sharpness**0.5 * turned
+
+
+def _turned(frequencies: Any, offset: tuple[int, int], size: int) -> Any:
+    """Return `(size, 4 len(frequencies))`: it takes some waves out of a position, moved by `offset` patches."""
+    import torch
+
+    count = len(frequencies)
+    matrix = torch.zeros(size, 4 * count)
+    chosen = torch.linspace(0, count - 1, size // 4).round().long().tolist()
+    for axis, distance in enumerate(offset):
+        for place, index in enumerate(chosen):
+            row, sine = axis * size // 2 + 2 * place, axis * 2 * count + index
+            cos, sin = math.cos(frequencies[index] * distance), math.sin(frequencies[index] * distance)
+            matrix[row, sine], matrix[row, sine + count] = cos, sin
+            matrix[row + 1, sine + count], matrix[row + 1, sine] = cos, -sin
+    return matrix
 
 
 def load_model(folder: Any) -> Any:

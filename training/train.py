@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data import IGNORED, MARKS, Batch, Drawer
+from training.data import IGNORED, MARKS, Batch, Drawer, shrink
 from training.model import IMAGE_SIZE, PATCH, load_model, make_config, make_model, save_checkpoint
 from training.tokenizer import train_tokenizer
 
@@ -232,7 +232,12 @@ class Run:
         self._settings = settings
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         config = make_config(tokenizer, settings.width, settings.vision_layers, settings.text_layers)
-        self.model = load_model(settings.start) if settings.start else make_model(config, settings.seed)
+        if settings.start:
+            self.model = load_model(settings.start)
+        elif (settings.folder / "state.pt").is_file():
+            self.model = make_model(config, settings.seed)  # which takes its weights from there
+        else:
+            self.model = make_model(config, settings.seed, _some_sheets(tokenizer, settings))
         self.model.to(self._device).train()
         if self._device == "cpu":
             self.model.set_attn_implementation("eager")  # the fused kernel's backward takes a third of the step here
@@ -304,6 +309,11 @@ class Run:
         for optimiser, each in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(each)
         self._counts = dict(state["counts"])
+
+
+def _some_sheets(tokenizer: Any, settings: Settings) -> np.ndarray:
+    drawer = Drawer(tokenizer, settings.seed, sheets=True)
+    return np.stack([shrink(drawer.scene(index).image) for index in range(300)])
 
 
 def _answer_tokens(batch: Batch) -> int:
