@@ -3,12 +3,15 @@
     python -m benchmarks.peers SYSTEM MODEL PICTURE [--question Q] [--tokens 32] [--answers 2] [--threads 2]
 
 `side_by_side` calls it for each system in turn. Every system gets the same picture file and question and makes exactly
-as many tokens as asked for, greedily; the time to the first token begins with the picture still a file.
+as many tokens as asked for, greedily; the time to the first token begins with the picture still a file. Systems that
+run the text part alone get as many tokens as the prompt would have, and one that runs the vision part alone its tiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import itertools
 import json
 import os
 import time
@@ -17,6 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
+from benchmarks.peer_models import VISION_ONNX
 from edgevlm.metrics import peak_memory
 
 
@@ -30,6 +36,8 @@ class Job:
     tokens: int
     answers: int
     threads: int
+    prompt_tokens: int
+    tiles: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class Measured:
     total_s: float
     prompt_tokens: int
     text: str
+    vision_s: float | None = None
+    prefill_s: float | None = None
 
 
 Answers: TypeAlias = Iterator[Measured]
@@ -123,9 +133,130 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
             once = ask(vlm, job.picture, job.question, options)
             timings = once.timings
             text = vlm.processor.tokenizer.decode(once.token_ids)
-            yield Measured(timings.ttft_s, timings.tpot_s or 0.0, timings.total_s, len(once.prompt), text)
+            yield Measured(
+                timings.ttft_s,
+                timings.tpot_s or 0.0,
+                timings.total_s,
+                len(once.prompt),
+                text,
+                timings.vision_s,
+                timings.prefill_s,
+            )
 
     return answers
+
+
+def llama_cpp_answers(job: Job) -> Answers:
+    """llama.cpp on `text.gguf` and `mmproj.gguf`, through xllamacpp."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = str(job.model / "text.gguf"), str(job.model / "mmproj.gguf")
+    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 4096, 1, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+    params.use_jinja, params.chat_template = True, (job.model / "chat_template.jinja").read_text(encoding="utf-8")
+    server = xllamacpp.Server(params)
+    while True:
+        started = time.perf_counter()
+        url = f"data:image/png;base64,{base64.b64encode(job.picture.read_bytes()).decode('ascii')}"
+        picture, question = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": job.question}
+        request = {
+            "messages": [{"role": "user", "content": [picture, question]}],
+            "max_tokens": job.tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": True,
+        }
+        chunks: list[tuple[float, dict[str, Any]]] = []
+
+        def take(chunk: dict[str, Any], into: list[tuple[float, dict[str, Any]]] = chunks) -> None:
+            into.append((time.perf_counter(), chunk))
+
+        server.handle_chat_completions(request, take)
+        timings = next(chunk["timings"] for _, chunk in chunks if "timings" in chunk)
+        text = "".join(chunk["choices"][0]["delta"].get("content") or "" for _, chunk in chunks if chunk["choices"])
+        yield Measured(
+            chunks[0][0] - started,
+            timings["predicted_per_token_ms"] / 1000,
+            time.perf_counter() - started,
+            timings["prompt_n"],
+            text,
+        )
+
+
+def prompt_ids(job: Job) -> list[int]:
+    """Return a text of as many tokens as the picture's prompt has, for systems that know no pictures."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    text = "The valve is open, the pump runs and the pressure reads four bar. " * 200
+    return list(tokenizer(text)["input_ids"])[: job.prompt_tokens]
+
+
+def genai_answers(job: Job) -> Answers:
+    """OpenVINO GenAI, text part alone."""
+    import openvino
+    import openvino_genai
+
+    properties = {"INFERENCE_NUM_THREADS": job.threads, "PERFORMANCE_HINT": "LATENCY"}
+    pipeline = openvino_genai.LLMPipeline(str(job.model), "CPU", **properties)
+    options = openvino_genai.GenerationConfig(max_new_tokens=job.tokens, ignore_eos=True, do_sample=False)
+    marks: list[float] = []
+
+    class Streamer(openvino_genai.StreamerBase):  # type: ignore[misc]
+        def write(self, _token: Any) -> Any:
+            marks.append(time.perf_counter())
+            return openvino_genai.StreamingStatus.RUNNING
+
+        def end(self) -> None:
+            pass
+
+    for turn in itertools.count():
+        ids = np.roll(np.array([prompt_ids(job)], np.int64), turn)  # it keeps the beginning that it saw last
+        inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        marks.clear()
+        started = time.perf_counter()
+        result = pipeline.generate(inputs, options, Streamer())
+        yield measured(started, list(marks), ids.size, pipeline.get_tokenizer().decode(result.tokens[0]))
+
+
+def onnx_text_answers(job: Job) -> Answers:
+    """ONNX Runtime GenAI, text part alone."""
+    import onnxruntime_genai
+
+    config = onnxruntime_genai.Config(str(job.model))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": job.threads}}}}))
+    model = onnxruntime_genai.Model(config)
+    tokenizer, ids = onnxruntime_genai.Tokenizer(model), prompt_ids(job)
+    while True:
+        params = onnxruntime_genai.GeneratorParams(model)
+        length = len(ids) + job.tokens
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        marks = []
+        started = time.perf_counter()
+        generator = onnxruntime_genai.Generator(model, params)
+        generator.append_tokens(ids)
+        for _ in range(job.tokens):
+            generator.generate_next_token()
+            marks.append(time.perf_counter())
+        yield measured(started, marks, len(ids), tokenizer.decode(generator.get_sequence(0)[len(ids) :]))
+
+
+def onnx_vision_answers(job: Job) -> Answers:
+    """ONNX Runtime, vision part alone: `job.tiles` tiles."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    session = onnxruntime.InferenceSession(str(job.model / VISION_ONNX), options, ["CPUExecutionProvider"])
+    tile = np.random.default_rng(0).standard_normal(session.get_inputs()[0].shape).astype(np.float32)
+    while True:
+        started = time.perf_counter()
+        for _ in range(job.tiles):
+            session.run(None, {"pixel_values": tile})
+        seconds = time.perf_counter() - started
+        yield Measured(seconds, 0.0, seconds, 0, "", vision_s=seconds)
 
 
 SYSTEMS: dict[str, Callable[[Job], Answers]] = {
@@ -135,6 +266,10 @@ SYSTEMS: dict[str, Callable[[Job], Answers]] = {
     "edgevlm": edgevlm_system("high"),
     "edgevlm-auto": edgevlm_system("auto"),
     "edgevlm-low": edgevlm_system("low"),
+    "llama.cpp": llama_cpp_answers,
+    "genai-text": genai_answers,
+    "onnx-text": onnx_text_answers,
+    "onnx-vision": onnx_vision_answers,
 }
 
 
@@ -147,6 +282,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--answers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--prompt-tokens", type=int, default=877, help="for systems of the text part alone")
+    parser.add_argument("--tiles", type=int, default=13, help="for systems of the vision part alone")
     arguments = vars(parser.parse_args())
     system = SYSTEMS[arguments.pop("system")]
     job = Job(**arguments)

@@ -19,10 +19,12 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import peer_models
 from benchmarks.results import write_result
 from edgevlm.bench import sample_picture
 
@@ -37,7 +39,23 @@ EDGEVLM = {
     "edgevlm INT4": ["--int4"],
     "edgevlm INT4 + W8A8": ["--int4", "--vision-precision", "w8a8"],
 }
-FIGURES = ("ttft_s", "tpot_s", "total_s", "tokens_per_s", "peak_memory_bytes", "start_to_first_token_s")
+PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
+    "llama.cpp Q4_0, F16 vision": ("llama.cpp", peer_models.gguf),
+    "OpenVINO GenAI INT4, text part alone": ("genai-text", peer_models.openvino_text),
+    "ONNX Runtime GenAI INT4, text part alone": ("onnx-text", peer_models.onnx_text),
+    "ONNX Runtime FP32, vision part alone": ("onnx-vision", peer_models.onnx_vision),
+}
+"""Peers whose files are made here: their system in `peers`, and what makes them of the checkpoint or its text part."""
+FIGURES = (
+    "ttft_s",
+    "tpot_s",
+    "total_s",
+    "tokens_per_s",
+    "vision_s",
+    "prefill_s",
+    "peak_memory_bytes",
+    "start_to_first_token_s",
+)
 
 
 def exports(checkpoint: Path, folder: Path) -> dict[str, Path]:
@@ -57,10 +75,25 @@ def exports(checkpoint: Path, folder: Path) -> dict[str, Path]:
     return made
 
 
+def peer_files(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Make the files of the other peers and return their folders by name, and why one could not be made."""
+    made, left_out = {}, {}
+    for name, (system, build) in PARTS.items():
+        source = checkpoint
+        try:
+            if system.endswith("-text"):
+                source = peer_models.make(folder / "text", partial(peer_models.text_checkpoint, checkpoint))
+            made[name] = peer_models.make(folder / system, partial(build, source))
+        except (ImportError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+            left_out[name] = f"its files cannot be made: {str(error).splitlines()[0]}"
+    return made, left_out
+
+
 def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Path]]:
     """Return name -> (system of `peers`, model folder)."""
     found = {"PyTorch FP32": ("torch-fp32", checkpoint), "PyTorch BF16": ("torch-bf16", checkpoint)}
     found |= {name: ("optimum", made[name]) for name in OPTIMUM}
+    found |= {name: (system, made[name]) for name, (system, _) in PARTS.items() if name in made}
     for name in EDGEVLM:
         found[name] = ("edgevlm", made[name])
     for name in ("edgevlm INT4", "edgevlm INT4 + W8A8"):
@@ -78,16 +111,19 @@ def measure(system: str, model: Path, picture: Path, options: Sequence[str]) -> 
     warm_up, *answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     start = warm_up["at"] - warm_up["total_s"] + warm_up["ttft_s"] - started
     for answer in answers:
-        answer["tokens_per_s"] = 1 / answer["tpot_s"]
+        answer["tokens_per_s"] = 1 / answer["tpot_s"] if answer["tpot_s"] else None
         answer["start_to_first_token_s"] = start
     return answers
 
 
-def run(checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Sequence[str]) -> dict[str, Any]:
-    """Alternate all systems and return their medians with the range, and why any was left out."""
-    every = systems(checkpoint, exports(checkpoint, folder))
+def run(
+    checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Sequence[str], only: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Alternate all systems, or `only` some, and return their medians with the range, and why any was left out."""
+    made, left_out = peer_files(checkpoint, folder)
+    every = systems(checkpoint, exports(checkpoint, folder) | made)
+    every = {name: each for name, each in every.items() if not only or name in only}
     answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    left_out: dict[str, str] = {}
     for number in range(rounds):
         for name, (system, model) in every.items():
             if name in left_out:
@@ -97,10 +133,7 @@ def run(checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Seq
                 print(f"{number + 1} {name}: TTFT {answers[name][-1]['ttft_s']:.2f} s", file=sys.stderr, flush=True)
             except RuntimeError as error:
                 left_out[name] = str(error)
-    figures = {
-        name: {figure: _spread([answer[figure] for answer in each]) for figure in FIGURES}
-        for name, each in answers.items()
-    }
+    figures = {name: _spreads(each) for name, each in answers.items()}
     texts = {name: each[-1]["text"] for name, each in answers.items()}
     tokens = {name: each[-1]["prompt_tokens"] for name, each in answers.items()}
     return {
@@ -113,8 +146,13 @@ def run(checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Seq
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+def _spreads(answers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return median and range of each figure that a system has."""
+    found = {figure: [answer[figure] for answer in answers] for figure in FIGURES if answers[0][figure] is not None}
+    return {
+        figure: {"median": statistics.median(values), "low": min(values), "high": max(values)}
+        for figure, values in found.items()
+    }
 
 
 def table(result: dict[str, Any], reference: str = "optimum INT4") -> str:
@@ -125,6 +163,9 @@ def table(result: dict[str, Any], reference: str = "optimum INT4") -> str:
     for name, each in figures.items():
         cells = []
         for figure in ("ttft_s", "tokens_per_s", "total_s", "peak_memory_bytes", "start_to_first_token_s"):
+            if figure not in each:
+                cells.append("")
+                continue
             value, base = each[figure]["median"], figures.get(reference, each)[figure]["median"]
             cells.append(f"{value * scale.get(figure, 1):,.4g} ({value / base:.2f}x)")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -139,12 +180,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", action="append", default=[], help="a system's name; again for several")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     options = ["--tokens", str(arguments.tokens), "--threads", str(arguments.threads)]
     with tempfile.TemporaryDirectory() as scratch:
         picture = arguments.picture or sample_picture(Path(scratch))
-        result = run(arguments.checkpoint, arguments.exports, picture, arguments.rounds, options)
+        result = run(arguments.checkpoint, arguments.exports, picture, arguments.rounds, options, arguments.only)
     print(table(result))
     for name, why in result["left_out"].items():
         print(f"left out: {name}: {why}")
