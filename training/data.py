@@ -14,7 +14,7 @@ from PIL import Image
 
 from training.degrade import degrade
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH
-from training.scene import Scene
+from training.scene import Scene, chance
 from training.scenes import SCENES, sheets
 
 IGNORED = -100
@@ -28,8 +28,10 @@ MARKS = (
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
 LONGEST = 112
 """Tokens of a row; a question that would make it longer is left out."""
-WEIGHTS = {"display": 1.8, "label": 2.2, "gauge": 1.4, "light": 0.7, "missing": 0.7, "shape": 0.8}
+WEIGHTS = {"display": 2.0, "light": 0.8}
 """How often a kind of scene is drawn: more of those that learn slowly."""
+SHEETS_AMONG = 0.15
+"""Share of sheets among the scenes, so that the vision tower does not forget what they taught it."""
 
 
 Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], list[tuple[int, int]]]
@@ -66,8 +68,10 @@ class Drawer:
     def scene(self, index: int, name: str | None = None) -> Scene:
         """Return the scene, its picture as a camera saw it."""
         random = np.random.default_rng((self._seed, index, *((2,) if self._sheets else ())))
-        kind = sheets.scene if self._sheets else SCENES[name or str(random.choice(self._names, p=self._share))]
-        scene = kind(random)
+        if self._sheets or (name is None and chance(random, SHEETS_AMONG)):
+            scene = sheets.scene(random)
+        else:
+            scene = SCENES[name or str(random.choice(self._names, p=self._share))](random)
         strength = 1.0 if index >= self._ramp else 0.2 + 0.8 * index / self._ramp
         degrade(scene, random, strength)
         return scene
