@@ -20,6 +20,7 @@ from edgevlm.errors import (
     EdgeVLMError,
     ExportError,
     ImageError,
+    IncompleteAnswerError,
     ModelError,
     ModelNotFoundError,
     OptionError,
@@ -29,10 +30,12 @@ from edgevlm.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgevlm.constraint import Constraint
     from edgevlm.conversation import Chat
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import Answer, GenerationConfig, Piece
     from edgevlm.model import VLM
+    from edgevlm.sampling import TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -41,12 +44,14 @@ __all__ = [
     "Answer",
     "BenchmarkError",
     "Chat",
+    "Constraint",
     "DamagedModelError",
     "DeviceError",
     "EdgeVLMError",
     "ExportError",
     "GenerationConfig",
     "ImageError",
+    "IncompleteAnswerError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
@@ -54,11 +59,14 @@ __all__ = [
     "PromptError",
     "RuntimeConfig",
     "SourceError",
+    "TokenLogprob",
     "VerificationError",
 ]
 
 _LAZY = {
     "Chat": "edgevlm.conversation",
+    "Constraint": "edgevlm.constraint",
+    "TokenLogprob": "edgevlm.sampling",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",
     "Answer": "edgevlm.generate",
