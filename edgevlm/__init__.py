@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from edgevlm.generate import Answer, GenerationConfig, Piece
     from edgevlm.model import VLM
     from edgevlm.sampling import TokenLogprob
+    from edgevlm.scoring import Scores
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "Piece",
     "PromptError",
     "RuntimeConfig",
+    "Scores",
     "SourceError",
     "TokenLogprob",
     "VerificationError",
@@ -66,6 +68,7 @@ __all__ = [
 _LAZY = {
     "Chat": "edgevlm.conversation",
     "Constraint": "edgevlm.constraint",
+    "Scores": "edgevlm.scoring",
     "TokenLogprob": "edgevlm.sampling",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",

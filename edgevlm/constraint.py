@@ -112,8 +112,8 @@ def _checked(what: str, make: Callable[[], str], source: str) -> Constraint:
 
 
 def _first_lines(message: str) -> str:
-    """Return the parser's complaint without the excerpt that it draws below."""
-    lines = [line.strip() for line in message.splitlines()]
+    """Return the parser's complaint without the excerpt and the state that it draws below."""
+    lines = [line.strip() for line in message.partition("<state>")[0].splitlines()]
     return " ".join(line for line in lines if line and "|" not in line and set(line) != {"^"})[:300]
 
 
@@ -139,8 +139,16 @@ class Vocabulary:
         return self._get().decode_bytes([token_id])
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` as an answer would hold it: no special token is read out of it or added to it."""
-        return self._get().tokenize_str(text)
+        """Return the ids of `text` as an answer would hold it, with no special token. Raises `OptionError`."""
+        tokenizer = self._get()
+        try:
+            ids = tokenizer.tokenize_str(text)
+        except UnicodeEncodeError:
+            raise OptionError("a choice is not valid Unicode text; write it in UTF-8") from None
+        special = [each for each in ids if tokenizer.is_special_token(each)]
+        if special:
+            raise OptionError(f"a choice may not contain {self.token_bytes(special[0]).decode()}, a special token")
+        return ids
 
     def guide(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> Guide:
         """Return a guide for one answer, which is preceded by `lead`. Raises `OptionError`."""

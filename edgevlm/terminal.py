@@ -14,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from edgevlm.bench import Report
     from edgevlm.generate import Answer
+    from edgevlm.scoring import Scores
     from edgevlm_export.pipeline import ExportReport
 
 
@@ -80,6 +81,12 @@ def print_stats(answer: Answer) -> None:
         "peak memory": f"{answer.peak_memory_bytes / 2**20:,.0f} MiB",
     }
     _print_pairs(rows, Console(stderr=True))
+
+
+def print_scores(scores: Scores) -> None:
+    """Print the choices with their probabilities, the likeliest first."""
+    for choice, probability in sorted(scores.probabilities.items(), key=lambda each: -each[1]):
+        Console().print(Text(f"{probability:7.2%}  {choice}"), soft_wrap=True)
 
 
 def print_bench(report: Report) -> None:
