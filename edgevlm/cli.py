@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from edgevlm import __version__
+from edgevlm.commands.batch import batch
 from edgevlm.commands.bench import bench
 from edgevlm.commands.chat import chat
 from edgevlm.commands.export import export
@@ -44,7 +45,7 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
-for command in (run, chat, bench, export, models, doctor):
+for command in (run, chat, batch, bench, export, models, doctor):
     main.add_command(command)
 
 

@@ -35,6 +35,8 @@ class Constraint:
     """The form as an llguidance grammar, in JSON."""
     source: str
     """The form as it was given."""
+    is_json: bool = False
+    """Whether all that it allows is JSON."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Constraint:
@@ -51,7 +53,9 @@ class Constraint:
             raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
         if not isinstance(found, dict):
             raise OptionError(f"the JSON schema must be an object, not {text[:40]}")
-        return _checked("JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE), text)
+        return _checked(
+            "JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE), text, is_json=True
+        )
 
     @classmethod
     def json(cls) -> Constraint:
@@ -98,7 +102,7 @@ def check_choices(texts: Sequence[str]) -> None:
         raise OptionError("choices must differ from one another")
 
 
-def _checked(what: str, make: Callable[[], str], source: str) -> Constraint:
+def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = False) -> Constraint:
     from llguidance import LLMatcher
 
     try:
@@ -108,7 +112,7 @@ def _checked(what: str, make: Callable[[], str], source: str) -> Constraint:
         wrong = str(error)
     if wrong:
         raise OptionError(f"the {what} cannot be used: {_first_lines(wrong)}")
-    return Constraint(grammar, source)
+    return Constraint(grammar, source, is_json)
 
 
 def _first_lines(message: str) -> str:

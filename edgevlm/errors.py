@@ -5,6 +5,7 @@ EdgeVLMError
 ├── PromptError            the question: too long for the context, or it holds the image placeholder
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
 ├── IncompleteAnswerError  an answer cut short of the form it was to have
+├── OutputError            results that cannot be written, or a file that holds others
 ├── ModelError             the exported folder
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
+    "OutputError",
     "PromptError",
     "SourceError",
     "VerificationError",
@@ -59,6 +61,10 @@ class IncompleteAnswerError(EdgeVLMError):
     def __init__(self, message: str, answer: Answer) -> None:
         super().__init__(message)
         self.answer = answer
+
+
+class OutputError(EdgeVLMError):
+    """Results cannot be written, or the file that is to hold them holds others."""
 
 
 class ModelError(EdgeVLMError):

@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -54,6 +56,40 @@ class Progress:
         if self._status:
             self._status.stop()
             self._status = None
+
+
+class Bar:
+    """A bar with the time that is left on stderr, silent when stderr is no terminal; rows that failed are told."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self._progress = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=None, rate="loading the model …")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how many of how many are done."""
+        task = self._progress.tasks[0]
+        if task.total is None:
+            self._progress.reset(self._task, total=total, completed=done)
+            return
+        rate = f"{task.speed * 60:.0f}/min" if task.speed else ""
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Tell a row that failed."""
+        if "error" in row:
+            where = f"line {row['line']}" if "line" in row else row["path"]
+            self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)
 
 
 def print_cut(answer: Answer) -> None:
