@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from edgevlm.device import RuntimeConfig
 from edgevlm.errors import EdgeVLMError, OptionError, OutputError
 from edgevlm.jobs import Asker, Defaults, Job, read_jobs
-from edgevlm.ledger import Ledger, Row, ignore
+from edgevlm.jsonl import Row
+from edgevlm.ledger import Ledger, ignore
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue

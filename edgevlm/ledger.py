@@ -8,23 +8,20 @@ is cut off when the file is next written, so a kill costs at most the answers be
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import sleep
-from typing import Any, TypeAlias
 
 from filelock import FileLock, Timeout
 
 from edgevlm.errors import OutputError
 from edgevlm.jobs import Job
+from edgevlm.jsonl import Row, append_rows, read_rows, writing
 
 CHUNK = 8
 """Jobs that one process takes at a time."""
 _PAUSE_S = 0.5
-Row: TypeAlias = dict[str, Any]
 
 
 def ignore(*_: object) -> None:
@@ -55,7 +52,7 @@ class Ledger:
 
     def refresh(self) -> None:
         """Take note of the rows that have come to the output since the last call; `on_row` is given each of them."""
-        for row, size in self._read(self._output, self._offset):
+        for row, size in read_rows(self._output, self._offset):
             job = self._jobs[self._published] if self._published < len(self._jobs) else None
             if job is None or row.get("job") != job.key:
                 raise OutputError(
@@ -71,7 +68,7 @@ class Ledger:
 
         `on_rows` is called after each answer, and now and then while others are at what is left.
         """
-        with _writing(self._output):
+        with writing(self._output):
             self._parts.mkdir(parents=True, exist_ok=True)
         while True:
             for number in range(self._published // CHUNK, -(-len(self._jobs) // CHUNK)):
@@ -88,14 +85,14 @@ class Ledger:
 
     def publish(self) -> None:
         """Move what is next in order to the output, unless another process is doing so."""
-        with _writing(self._output), self._lock("output") as mine:
+        with writing(self._output), self._lock("output") as mine:
             if not mine:
                 return
             self.refresh()
             first = self._published // CHUNK
             ready = self._ready()
             if ready:
-                _append(self._output, ready)
+                append_rows(self._output, ready)
                 self.refresh()
             for number in range(first, self._published // CHUNK):
                 for path in (self._part(number), self._lock_file(f"{number:06}")):
@@ -124,8 +121,8 @@ class Ledger:
         for job in self._chunk(number)[max(0, done) :]:
             if job.line not in known:
                 row = answer(job)
-                with _writing(self._part(number)):
-                    _append(self._part(number), [row])
+                with writing(self._part(number)):
+                    append_rows(self._part(number), [row])
                 self.publish()
                 on_rows()
 
@@ -138,32 +135,14 @@ class Ledger:
     def _rows(self, number: int) -> dict[int, Row]:
         """Return a chunk's answers by their jobs' lines."""
         keys = {job.line: job.key for job in self._chunk(number)}
-        rows = [row for row, _ in self._read(self._part(number))]
+        rows = [row for row, _ in read_rows(self._part(number))]
         return {row["line"]: row for row in rows if row["job"] == keys.get(row["line"])}
-
-    def _read(self, path: Path, offset: int = 0) -> list[tuple[Row, int]]:
-        """Return the whole rows of a file from `offset`, each with its size in bytes."""
-        try:
-            with path.open("rb") as file:
-                file.seek(offset)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
-        lines = data[: _whole(data)].splitlines(keepends=True)
-        try:
-            rows = [(json.loads(line), len(line)) for line in lines]
-            assert all(isinstance(row, dict) for row, _ in rows)
-        except (ValueError, AssertionError):
-            raise OutputError(f"{path} holds something other than answers; choose another -o, or delete it") from None
-        return rows
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[bool]:
         """Hold a lock if nobody else does."""
         lock = FileLock(self._lock_file(name))
-        with _writing(self._parts), suppress(Timeout):
+        with writing(self._parts), suppress(Timeout):
             lock.acquire(timeout=0)
         try:
             yield lock.is_locked
@@ -178,37 +157,3 @@ class Ledger:
         for path in [*self._parts.glob("*"), self._parts]:
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
-
-
-def _whole(data: bytes) -> int:
-    """Return the length of `data` without a last row that was cut short."""
-    end = data.rfind(b"\n") + 1
-    last = data[:end].splitlines()[-1:] if end else []
-    if last:
-        try:
-            json.loads(last[0])
-        except ValueError:  # a power cut may leave a row's length on the disk and not what was in it
-            return end - len(last[0]) - 1
-    return end
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    """Put rows at the end of a file and onto the disk, after cutting off what a crash left of another."""
-    with path.open("ab+") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - 2**20))
-        tail = file.read()
-        file.truncate(end - len(tail) + _whole(tail))
-        file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; nothing is lost, run the same command again"
-        ) from None

@@ -92,6 +92,11 @@ class Bar:
             self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)
 
 
+def print_row(row: Mapping[str, Any]) -> None:
+    """Print a picture's name and what was answered about it, or what was wrong with it."""
+    Console().print(Text(f"{row['path']}  {row.get('answer', row.get('error'))}"), soft_wrap=True)
+
+
 def print_cut(answer: Answer) -> None:
     """Say on stderr why an answer ended before the model did."""
     if answer.finish_reason != "stop":

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import GenerationConfig
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
 
 @click.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
@@ -59,9 +57,10 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
 
 def _check_question(question: str) -> None:
     """Catch the likeliest slip: a picture and no question."""
+    from edgevlm.image import IMAGE_SUFFIXES
     from edgevlm.paths import is_there
 
-    names_image = question.lower().endswith(_IMAGE_SUFFIXES) and len(question.split()) == 1
+    names_image = question.lower().endswith(IMAGE_SUFFIXES) and len(question.split()) == 1
     is_file = Path(question).suffix and is_there(Path(question)) and Path(question).is_file()
     if question == "-" or names_image or is_file:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
