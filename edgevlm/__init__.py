@@ -20,19 +20,24 @@ from edgevlm.errors import (
     EdgeVLMError,
     ExportError,
     ImageError,
+    IncompleteAnswerError,
     ModelError,
     ModelNotFoundError,
     OptionError,
+    OutputError,
     PromptError,
     SourceError,
     VerificationError,
 )
 
 if TYPE_CHECKING:
+    from edgevlm.constraint import Constraint
     from edgevlm.conversation import Chat
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import Answer, GenerationConfig, Piece
     from edgevlm.model import VLM
+    from edgevlm.sampling import TokenLogprob
+    from edgevlm.scoring import Scores
 
 __version__ = "0.1.0"
 
@@ -41,24 +46,32 @@ __all__ = [
     "Answer",
     "BenchmarkError",
     "Chat",
+    "Constraint",
     "DamagedModelError",
     "DeviceError",
     "EdgeVLMError",
     "ExportError",
     "GenerationConfig",
     "ImageError",
+    "IncompleteAnswerError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
+    "OutputError",
     "Piece",
     "PromptError",
     "RuntimeConfig",
+    "Scores",
     "SourceError",
+    "TokenLogprob",
     "VerificationError",
 ]
 
 _LAZY = {
     "Chat": "edgevlm.conversation",
+    "Constraint": "edgevlm.constraint",
+    "Scores": "edgevlm.scoring",
+    "TokenLogprob": "edgevlm.sampling",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",
     "Answer": "edgevlm.generate",

@@ -3,7 +3,9 @@
 EdgeVLMError
 ├── ImageError             the picture: missing, unreadable, truncated, too large
 ├── PromptError            the question: too long for the context, or it holds the image placeholder
-├── OptionError            a generation option out of its range
+├── OptionError            a generation option out of its range, or a constraint that cannot be
+├── IncompleteAnswerError  an answer cut short of the form it was to have
+├── OutputError            results that cannot be written, or a file that holds others
 ├── ModelError             the exported folder
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
@@ -15,15 +17,22 @@ EdgeVLMError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgevlm.generate import Answer
+
 __all__ = [
     "DamagedModelError",
     "DeviceError",
     "EdgeVLMError",
     "ExportError",
     "ImageError",
+    "IncompleteAnswerError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
+    "OutputError",
     "PromptError",
     "SourceError",
     "VerificationError",
@@ -44,6 +53,18 @@ class PromptError(EdgeVLMError):
 
 class OptionError(EdgeVLMError):
     """An option has a value outside its range."""
+
+
+class IncompleteAnswerError(EdgeVLMError):
+    """An answer ended before it had the form that the constraint asks for; `answer` is what there is of it."""
+
+    def __init__(self, message: str, answer: Answer) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
+class OutputError(EdgeVLMError):
+    """Results cannot be written, or the file that is to hold them holds others."""
 
 
 class ModelError(EdgeVLMError):

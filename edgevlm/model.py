@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.chat import Message, check_texts, user_message
+from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
 from edgevlm.errors import DeviceError, PromptError
 from edgevlm.families import Tiles
-from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer
+from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer, whole
 from edgevlm.image import ImageInput, Images, as_list, load_image
 from edgevlm.language_model import Session, SessionPool
 from edgevlm.manifest import check_files, load_manifest
@@ -24,6 +25,7 @@ from edgevlm.metrics import Stopwatch
 from edgevlm.parts import PartLoader
 from edgevlm.paths import find_model
 from edgevlm.processor import Processor
+from edgevlm.scoring import Scores, log_likelihoods
 
 
 class VLM:
@@ -64,10 +66,11 @@ class VLM:
         config: GenerationConfig | None = None,
         on_progress: Progress | None = None,
     ) -> Answer:
-        """Return the whole answer to `question` about `images`: one, several, or none. Errors as in `stream`."""
-        *_, last = self.stream(images, question, config, on_progress)
-        assert last.answer is not None
-        return last.answer
+        """Return the whole answer to `question` about `images`: one, several, or none.
+
+        Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
+        """
+        return whole(self.stream(images, question, config, on_progress))
 
     def stream(
         self,
@@ -78,7 +81,8 @@ class VLM:
     ) -> Iterator[Piece]:
         """Yield the answer piece by piece, never splitting a character; the last piece carries the `Answer`.
 
-        Raises `ImageError` and `PromptError`.
+        An answer cut short of its constraint is not an error here: its `satisfied` is False. Raises `ImageError`,
+        `PromptError`, and `OptionError` for a constraint that the model's tokens cannot follow.
         """
         pictures = as_list(images)
         yield from self.stream_messages([user_message(question, len(pictures))], pictures, config, on_progress)
@@ -100,11 +104,46 @@ class VLM:
                 prompt,
                 config,
                 tokenizer=self.processor.tokenizer,
+                vocabulary=self.processor.vocabulary,
+                lead=self.processor.answer_lead,
                 eos_token_ids=self.manifest.eos_token_ids,
                 context_length=self.manifest.context_length,
                 watch=watch,
                 load_s=self.load_s,
             )
+
+    def score(
+        self,
+        images: Images,
+        question: str,
+        choices: Sequence[str],
+        config: GenerationConfig | None = None,
+        on_progress: Progress | None = None,
+    ) -> Scores:
+        """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
+
+        Of `config` only what concerns the pictures counts. Raises `ImageError`, `PromptError`, and `OptionError` for
+        choices that are empty or alike.
+        """
+        check_choices(choices)
+        watch = Stopwatch()
+        pictures = as_list(images)
+        prompt = self.prepare(
+            [user_message(question, len(pictures))], pictures, config or GenerationConfig(), watch, on_progress
+        )
+        answers = [self.processor.answer_ids(choice) for choice in choices]
+        self._check_length(len(prompt) + max(map(len, answers)))
+        with self.session(prompt) as session:
+            found = log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
+        return Scores(
+            dict(zip(choices, found, strict=True)),
+            prompt_tokens=len(prompt),
+            image_tokens=prompt.image_tokens,
+            tiles=prompt.tiles,
+            cached_tokens=watch.counts["cached_tokens"],
+            cached_tiles=prompt.cached_tiles,
+            timings=watch.timings(self.load_s, 0),
+        )
 
     def session(self, prompt: Prompt) -> AbstractContextManager[Session]:
         """Lend the session that holds most of the prompt's beginning in its KV cache."""
