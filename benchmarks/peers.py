@@ -62,8 +62,8 @@ def measured(started: float, marks: list[float], prompt_tokens: int, text: str) 
     return Measured(first - started, (last - first) / max(len(marks) - 1, 1), last - started, prompt_tokens, text)
 
 
-def transformers_answers(job: Job, model: Any) -> Answers:
-    """Answer with anything that has transformers' `generate`."""
+def transformers_answers(job: Job, model: Any, split: bool = True) -> Answers:
+    """Answer with anything that has transformers' `generate`; without `split` it sees the global view alone."""
     from PIL import Image
     from transformers import Idefics3Processor
 
@@ -81,7 +81,7 @@ def transformers_answers(job: Job, model: Any) -> Answers:
         with Image.open(job.picture) as opened:
             image = opened.convert("RGB")
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(images=[image], text=prompt, return_tensors="pt")
+        inputs = processor(images=[image], text=prompt, return_tensors="pt", do_image_splitting=split)
         inputs.pop("token_type_ids", None)
         ids = model.generate(
             **inputs,
@@ -108,16 +108,21 @@ def torch_system(dtype: str) -> Callable[[Job], Answers]:
     return answers
 
 
-def optimum_answers(job: Job) -> Answers:
+def optimum_system(split: bool) -> Callable[[Job], Answers]:
     """optimum-intel on an export of optimum-cli's."""
-    from optimum.intel import OVModelForVisualCausalLM
 
-    config = {
-        "INFERENCE_NUM_THREADS": job.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "CACHE_DIR": str(job.model / "cache"),
-    }
-    return transformers_answers(job, OVModelForVisualCausalLM.from_pretrained(job.model, ov_config=config))
+    def answers(job: Job) -> Answers:
+        from optimum.intel import OVModelForVisualCausalLM
+
+        config = {
+            "INFERENCE_NUM_THREADS": job.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "CACHE_DIR": str(job.model / "cache"),
+        }
+        model = OVModelForVisualCausalLM.from_pretrained(job.model, ov_config=config)
+        return transformers_answers(job, model, split)
+
+    return answers
 
 
 def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
@@ -262,7 +267,8 @@ def onnx_vision_answers(job: Job) -> Answers:
 SYSTEMS: dict[str, Callable[[Job], Answers]] = {
     "torch-fp32": torch_system("float32"),
     "torch-bf16": torch_system("bfloat16"),
-    "optimum": optimum_answers,
+    "optimum": optimum_system(split=True),
+    "optimum-low": optimum_system(split=False),
     "edgevlm": edgevlm_system("high"),
     "edgevlm-auto": edgevlm_system("auto"),
     "edgevlm-low": edgevlm_system("low"),

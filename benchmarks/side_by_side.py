@@ -99,6 +99,8 @@ def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Pat
         found[name] = ("edgevlm", made[name])
     for name in ("edgevlm INT4", "edgevlm INT4 + W8A8"):
         found[f"{name}, detail auto"] = ("edgevlm-auto", made[name])
+    found["optimum INT4, one tile"] = ("optimum-low", made["optimum INT4"])
+    found["edgevlm INT4, one tile"] = ("edgevlm-low", made["edgevlm INT4"])
     return found
 
 

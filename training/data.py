@@ -6,6 +6,7 @@ not the other questions, and its positions continue the prefix, so that every on
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,8 +15,8 @@ from PIL import Image
 
 from training.degrade import degrade
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH
-from training.scene import Scene, chance
-from training.scenes import SCENES, sheets
+from training.scene import Random, Scene
+from training.scenes import SCENES, pages, sheets
 
 IGNORED = -100
 MARKS = (
@@ -30,8 +31,9 @@ LONGEST = 112
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {"display": 2.0, "light": 0.8}
 """How often a kind of scene is drawn: more of those that learn slowly."""
-SHEETS_AMONG = 0.15
-"""Share of sheets among the scenes, so that the vision tower does not forget what they taught it."""
+SHEETS_AMONG, PAGES_AMONG = 0.1, 0.4
+"""Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
+text part where to look."""
 
 
 Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], list[tuple[int, int]]]
@@ -68,13 +70,20 @@ class Drawer:
     def scene(self, index: int, name: str | None = None) -> Scene:
         """Return the scene, its picture as a camera saw it."""
         random = np.random.default_rng((self._seed, index, *((2,) if self._sheets else ())))
-        if self._sheets or (name is None and chance(random, SHEETS_AMONG)):
-            scene = sheets.scene(random)
-        else:
-            scene = SCENES[name or str(random.choice(self._names, p=self._share))](random)
+        scene = self._kind(random, name)(random)
         strength = 1.0 if index >= self._ramp else 0.2 + 0.8 * index / self._ramp
         degrade(scene, random, strength)
         return scene
+
+    def _kind(self, random: Random, name: str | None) -> Callable[[Random], Scene]:
+        if name is not None:
+            return SCENES[name]
+        chosen = 0.0 if self._sheets else random.random()
+        if chosen < SHEETS_AMONG:
+            return sheets.scene
+        if chosen < SHEETS_AMONG + PAGES_AMONG:
+            return pages.scene
+        return SCENES[str(random.choice(self._names, p=self._share))]
 
     def batch(self, first: int, count: int) -> list[Batch]:
         """Return pictures `first` to `first + count - 1` in two halves: the shorter rows, the longer ones."""

@@ -1,0 +1,83 @@
+"""Pages of signs and things in rows and columns: to read one aloud, an answer has to look somewhere for each word.
+
+Nothing else teaches the text part so quickly where to look (reading all there is was Donut's pre-training, too: Kim et
+al. 2022). They are for training alone; no task is judged by them.
+"""
+
+from __future__ import annotations
+
+from training.draw import COLOURS, Box, Pen, background, fit, ink, jitter, luminance, named, text
+from training.scene import Random, Scene, between, chance, pick
+from training.scenes.displays import LIT, dot_matrix, seven_segment
+from training.scenes.sheets import SIGNS
+from training.scenes.things import PARTS, SHAPES, Thing, draw
+
+DIGITS = "0123456789"
+
+
+def scene(random: Random) -> Scene:
+    """Draw a page of one to five rows, evenly spaced."""
+    width, height = int(random.integers(180, 300)), int(random.integers(180, 300))
+    image, ground = background(random, width, height)
+    pen = Pen(image)
+    rows, columns = int(random.integers(1, 6)), int(random.integers(1, 6))
+    wide, high = width * between(random, 0.8, 0.98) / columns, height * between(random, 0.8, 0.98) / rows
+    x0, y0 = (width - wide * columns) * random.random(), (height - high * rows) * random.random()
+    page: list[list[str]] = []
+    for row in range(rows):
+        look = pick(random, (_print, _print, _light, _thing, _thing))
+        page.append([])
+        for column in range(columns):
+            x, y = x0 + column * wide, y0 + row * high
+            side = min(wide, high) * between(random, 0.7, 0.98)
+            mx, my = x + wide / 2, y + high / 2
+            box = (mx - side / 2, my - side / 2, mx + side / 2, my + side / 2)
+            page[-1].append(look(random, pen, box, ground))
+    result = Scene(image, pen.marks)
+    result.describe(random, "; ".join(_line(words) for words in page))
+    for place in random.permutation(rows * columns)[:3].tolist():
+        row, column = divmod(place, columns)
+        result.ask("page", (f"What is in row {row + 1}, column {column + 1}?",), page[row][column], random)
+    word = pick(random, pick(random, page))
+    places = [(r, c) for r, words in enumerate(page, 1) for c, each in enumerate(words, 1) if each == word]
+    if len(places) == 1:
+        result.ask("page", (f"Where is the {word}?",), f"row {places[0][0]}, column {places[0][1]}", random)
+    return result
+
+
+def _line(words: list[str]) -> str:
+    """Return a row's words; signs stand close."""
+    return "".join(word if len(word) == 1 else f" {word} " for word in words).replace("  ", ", ").strip()
+
+
+def _print(random: Random, pen: Pen, box: Box, ground: tuple[int, int, int]) -> str:
+    sign = pick(random, DIGITS if chance(random, 0.5) else SIGNS)
+    face = fit(random, sign, box[2] - box[0], (box[3] - box[1]) * 1.15)
+    text(pen, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), sign, face, ink(random, ground))
+    return sign
+
+
+def _light(random: Random, pen: Pen, box: Box, ground: tuple[int, int, int]) -> str:
+    dark = jitter(random, (16, 16, 18), 14) if luminance(ground) > 100 or chance(random, 0.5) else ground
+    pen.rectangle(box, fill=dark)
+    x0, y0, x1, y1 = box
+    inset = (x1 - x0) * 0.18
+    sign = pick(random, DIGITS)
+    shown = pick(random, (seven_segment, seven_segment, dot_matrix))
+    shown(
+        random,
+        pen,
+        (x0 + inset, y0 + inset / 2, x1 - inset, y1 - inset / 2),
+        sign,
+        jitter(random, pick(random, LIT)),
+        dark,
+    )
+    return sign
+
+
+def _thing(random: Random, pen: Pen, box: Box, ground: tuple[int, int, int]) -> str:
+    seen = [name for name, c in COLOURS.items() if sum(abs(a - b) for a, b in zip(c, ground, strict=True)) > 130]
+    kind, colour = pick(random, (*SHAPES, *PARTS)), pick(random, seen or list(COLOURS))
+    x, y, r = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, (box[2] - box[0]) / 2
+    draw(random, pen, Thing(kind, colour, x, y, r), named(random, colour), ground)
+    return f"{colour} {kind}"
