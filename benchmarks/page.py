@@ -6,7 +6,7 @@ python -m benchmarks.page
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeAlias
@@ -22,31 +22,42 @@ GUIDE_ROWS = {
     "8-bit weights": "edgevlm INT8",
     "static quantization of the vision tower": "edgevlm INT8 + W8A8",
 }
-REFERENCE = ("optimum FP32", "optimum INT8", "optimum INT4")
+ONE_TILE = ", one tile"
 
 
 def side_by_side(result: Result) -> str:
-    """Return the section of the peers."""
+    """Return the section of the peers, the whole picture being looked at."""
+    names = [name for name in result["figures"] if not name.endswith(ONE_TILE)]
+    _plot("side_by_side.png", lambda axes: _bars(axes, result["figures"], names), height=0.4 * len(names) + 1)
+    return "\n".join(
+        ["## Beside its peers", "", *_peers(result, names), "", "![Time to the first token](side_by_side.png)"]
+    )
+
+
+def one_tile(result: Result) -> str:
+    """Return the section of the peers, the global view alone being looked at."""
+    names = [name for name in result["figures"] if name.endswith(ONE_TILE)]
+    return "\n".join(["## The global view alone", "", *_peers(result, names)])
+
+
+def _peers(result: Result, names: Sequence[str]) -> list[str]:
     figures = result["figures"]
-    best = min((name for name in REFERENCE if name in figures), key=lambda name: figures[name]["ttft_s"]["median"])
-    base = figures[best]
+    peers = [name for name in names if name.startswith("optimum")]
+    best = min(peers, key=lambda name: figures[name]["ttft_s"]["median"])
     lines = [
-        "## Beside its peers",
-        "",
         f"One picture of 1600x1200, {result['rounds']} rounds, every system once in each round, in a process of its own"
         f" (`{' '.join(result['options'])}`). Medians, and in brackets how many times that of {best}, optimum-intel's"
-        " quickest to the first token. Start is from the start of the process to its first token, compile caches warm.",
+        " quickest to the first token. Start is from the start of the process to its first token, compile caches warm"
+        " from the second round on.",
         "",
         "| system | prompt tokens | TTFT s | tokens/s | end to end s | peak MB | start s |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, each in figures.items():
-        cells = [_cell(each, base, figure, scale) for figure, scale in _COLUMNS]
+    for name in names:
+        cells = [_cell(figures[name], figures[best], *column) for column in _COLUMNS]
         lines.append(f"| {name} | {result['prompt_tokens'][name] or ''} | " + " | ".join(cells) + " |")
-    lines += ["", "![Time to the first token](side_by_side.png)", ""]
-    lines += [f"Left out: {name}, because {why}." for name, why in result["left_out"].items()]
-    _plot("side_by_side.png", lambda axes: _bars(axes, figures), height=0.4 * len(figures) + 1)
-    return "\n".join(lines)
+    left_out = [f"Left out: {name}, because {why}." for name, why in result["left_out"].items()]
+    return [*lines, "", *left_out] if left_out else lines
 
 
 _COLUMNS = (
@@ -56,17 +67,18 @@ _COLUMNS = (
     ("peak_memory_bytes", 1e-6),
     ("start_to_first_token_s", 1.0),
 )
+"""Figures of the peers' tables, and what they are multiplied by."""
 
 
 def _cell(each: Result, base: Result, figure: str, scale: float) -> str:
     if figure not in each:
         return ""
-    value = each[figure]["median"]
-    return f"{value * scale:,.3g} ({value / base[figure]['median']:.2f}x)"
+    value = each[figure]["median"] * scale
+    shown = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{shown} ({value / scale / base[figure]['median']:.2f}x)"
 
 
-def _bars(axes: Axes, figures: Result) -> None:
-    names = list(figures)
+def _bars(axes: Axes, figures: Result, names: Sequence[str]) -> None:
     values = [figures[name]["ttft_s"] for name in names]
     errors = [[v["median"] - v["low"] for v in values], [v["high"] - v["median"] for v in values]]
     colours = ["C1" if name.startswith("edgevlm") else "C7" for name in names]
@@ -147,6 +159,7 @@ def _finish(figure: Figure, name: str) -> None:
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "side_by_side": side_by_side,
+    "one_tile": one_tile,
     "guide": guide,
     "reuse": reuse,
     "scaling": scaling,

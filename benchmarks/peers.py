@@ -68,6 +68,7 @@ def transformers_answers(job: Job, model: Any, split: bool = True) -> Answers:
     from transformers import Idefics3Processor
 
     processor = Idefics3Processor.from_pretrained(job.model)
+    processor.image_processor.do_image_splitting = split
     content = [{"type": "image"}, {"type": "text", "text": job.question}]
     marks: list[float] = []
 
@@ -81,7 +82,7 @@ def transformers_answers(job: Job, model: Any, split: bool = True) -> Answers:
         with Image.open(job.picture) as opened:
             image = opened.convert("RGB")
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(images=[image], text=prompt, return_tensors="pt", do_image_splitting=split)
+        inputs = processor(images=[image], text=prompt, return_tensors="pt")
         inputs.pop("token_type_ids", None)
         ids = model.generate(
             **inputs,

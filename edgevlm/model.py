@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from time import perf_counter
 
@@ -54,8 +55,12 @@ class VLM:
 
     def _load(self) -> None:
         loader = PartLoader(self.folder, self.manifest, self.config, self.device)
-        self.vision = loader.vision(self.processor.family)
-        self.language_model = loader.language_model()
+        with ThreadPoolExecutor(2) as pool:  # reading and compiling a part keeps one core busy
+            vision, language_model = (
+                pool.submit(loader.vision, self.processor.family),
+                pool.submit(loader.language_model),
+            )
+            self.vision, self.language_model = vision.result(), language_model.result()
         self._seen = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
 
