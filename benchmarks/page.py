@@ -28,7 +28,8 @@ ONE_TILE = ", one tile"
 def side_by_side(result: Result) -> str:
     """Return the section of the peers, the whole picture being looked at."""
     names = [name for name in result["figures"] if not name.endswith(ONE_TILE)]
-    _plot("side_by_side.png", lambda axes: _bars(axes, result["figures"], names), height=0.4 * len(names) + 1)
+    whole = [name for name in names if not name.endswith("alone")]
+    _plot("side_by_side.png", lambda axes: _bars(axes, result["figures"], whole), height=0.4 * len(whole) + 1)
     return "\n".join(
         ["## Beside its peers", "", *_peers(result, names), "", "![Time to the first token](side_by_side.png)"]
     )
