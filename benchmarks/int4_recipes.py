@@ -35,8 +35,8 @@ from edgevlm.parts import PartLoader
 from edgevlm.processor import Processor
 from edgevlm_export.calibration import language_samples, load_pairs
 from edgevlm_export.compress import compress
+from edgevlm_export.folder import FILE_NAMES, save_ir, seal
 from edgevlm_export.options import Int4Recipe
-from edgevlm_export.pipeline import FILE_NAMES, save_ir, seal
 from edgevlm_export.verify import kl
 
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
