@@ -199,7 +199,7 @@ class PartWriter:
         self, model: ov.Model, precision: Precision, samples: Sequence[Arrays], *, last: bool, alone: bool
     ) -> ov.Model:
         recipe = self._options.int4
-        if last and not alone and not recipe.all_layers and _products(model) == 1:
+        if precision == "int4" and last and not alone and not recipe.all_layers and _products(model) == 1:
             return compress(model, "int8", recipe)  # the head by itself, which stays INT8
         if not last:  # what NNCF takes for the last layer here is none
             recipe = replace(recipe, all_layers=True)
