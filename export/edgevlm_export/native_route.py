@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     import openvino as ov
 
 LIBRARIES = ("nncf", "safetensors", "huggingface_hub")
-PIECE_WEIGHTS = 150_000_000
-"""Weights of a piece: 0.6 GB in float32."""
+PIECE_WEIGHTS = 64_000_000
+"""Weights of a piece: 0.26 GB in float32, of which compiling and compressing hold several copies."""
 _FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
 
