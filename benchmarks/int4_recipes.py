@@ -72,7 +72,11 @@ def sequences(vlm: VLM, tokens: int) -> Iterator[tuple[str, np.ndarray, int]]:
         config = GenerationConfig(max_new_tokens=tokens, detail="low")
         prompt = vlm.prepare([user_message(question, len(images))], images, config, Stopwatch())
         answer = vlm.generate(images, question, config)
-        embeds = vlm.language_model.embed(answer.token_ids[:-1]) if len(answer.token_ids) > 1 else prompt.inputs_embeds[:, :0]
+        embeds = (
+            vlm.language_model.embed(answer.token_ids[:-1])
+            if len(answer.token_ids) > 1
+            else prompt.inputs_embeds[:, :0]
+        )
         yield kind, np.concatenate([prompt.inputs_embeds, embeds], axis=1), len(answer.token_ids)
 
 

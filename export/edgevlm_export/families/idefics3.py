@@ -50,7 +50,8 @@ def family_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     for name in _ALWAYS_DONE:
         if not preprocessor[name]:
             raise SourceError(f"preprocessor_config.json sets {name} to false, which edgevlm does not support")
-    vision = _VISION_DEFAULTS | checkpoint.config.get("vision_config", {})
+    vision = Section(checkpoint.config, "vision_config", _VISION_DEFAULTS)
+    patch_size = vision.size("patch_size")
     try:
         longest_edge, tile = preprocessor["size"]["longest_edge"], preprocessor["max_image_size"]["longest_edge"]
     except (KeyError, TypeError):
@@ -61,9 +62,9 @@ def family_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "image_token_id": _image_token_id(checkpoint),
         "fake_image_token": names.get("fake_image_token") or "<fake_token_around_image>",
         "global_image_token": names.get("global_image_token") or "<global-img>",
-        "image_seq_len": _image_seq_len(checkpoint, tile, vision["patch_size"]),
-        "patch_size": vision["patch_size"],
-        "position_grid": vision["image_size"] // vision["patch_size"],
+        "image_seq_len": _image_seq_len(checkpoint, tile, patch_size),
+        "patch_size": patch_size,
+        "position_grid": vision.size("image_size") // patch_size,
         "preprocessing": {
             "longest_edge": longest_edge,
             "tile": tile,
