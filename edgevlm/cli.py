@@ -329,6 +329,7 @@ def export(source: str, output: Path | None, as_json: bool, **options: Any) -> N
     edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
     edgevlm export ./my-checkpoint --int8 -o ./my-model
     edgevlm export ./my-checkpoint --int4 --gptq --calibration ./pictures
+    edgevlm export ./my-checkpoint --int8 --via optimum
     """
     missing = [name for name in ("nncf", "safetensors", "huggingface_hub") if find_spec(name) is None]
     if missing:
