@@ -2,7 +2,8 @@
 
     python -m benchmarks.export_cost CHECKPOINT [--repeat 3]
 
-edgevlm's own route runs without torch in reach, as `pip install 'edgevlm[export]'` leaves it. Memory is the resident size of the whole process tree, sampled alike for both. The last line is JSON.
+edgevlm's own route runs without torch in reach, as `pip install 'edgevlm[export]'` leaves it. Memory is the resident
+size of the whole process tree, sampled alike for all. The last line is JSON.
 """
 
 from __future__ import annotations

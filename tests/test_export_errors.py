@@ -116,6 +116,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_section(f, "text_config", intermediate_size="160"),
         "config.json: text_config.intermediate_size must be a positive whole number, not '160'",
     ),
+    "a text section that is none": (
+        lambda f: edit_config(f, "config.json", text_config="llama"),
+        "config.json: text_config is not a JSON object",
+    ),
     "a section that is none": (
         lambda f: edit_config(f, "config.json", vision_config=[]),
         "config.json: vision_config is not a JSON object",

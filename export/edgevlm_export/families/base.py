@@ -102,7 +102,7 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
 
 def read_decoder(config: Mapping[str, Any], prefix: str, head: str) -> Decoder:
     """Return the decoder of `text_config`. Raises `SourceError`, and `UncoveredError` for what is not built here."""
-    kind = str((config.get("text_config") or {}).get("model_type") or "llama")
+    kind = str(Section(config, "text_config", {"model_type": "llama"}).get("model_type"))
     if kind not in _TEXT_DEFAULTS:
         raise UncoveredError(f"the native route builds no {kind!r} decoder; it knows {', '.join(_TEXT_DEFAULTS)}")
     text = Section(config, "text_config", _TEXT_DEFAULTS[kind])
