@@ -219,6 +219,16 @@ def test_a_failing_export_leaves_the_old_folder(idefics3: Path, tmp_path: Path) 
 STAGES = {"native": "language: compress", "optimum": "convert"}
 
 
+def test_a_tokenizer_of_another_model_is_refused(idefics3: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(idefics3, tmp_path / "checkpoint"))
+    few = "model.text_model.embed_tokens.weight", "lm_head.weight"
+    edit_weights(checkpoint, lambda weights: weights.update({name: weights[name][:90].copy() for name in few}))
+    edit_section(checkpoint, "text_config", vocab_size=90)
+    with pytest.raises(SourceError, match=r"tokenizer\.json and the weights do not belong together"):
+        export(checkpoint, tmp_path / "out", ExportOptions("int8"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("via", ["auto", "native"])
 @pytest.mark.parametrize(
     ("section", "changes", "line"),

@@ -216,6 +216,14 @@ def test_pieces_make_the_same_model(exported: Path, idefics3: Path, tmp_path: Pa
     assert {path.name for path in report.folder.iterdir()} == {path.name for path in exported.iterdir()}
 
 
+def test_a_calibration_set_of_pictures_alone(idefics3: Path, china: Path, tmp_path: Path) -> None:
+    """The question without a picture that is verified on is then none of the set."""
+    options = ExportOptions("int4", via="native", calibration=china.parent)
+    report = export(idefics3, tmp_path / "out", options)
+    assert report.verification is not None
+    assert report.verification.positions > 32
+
+
 def stored_as(checkpoint: Path, folder: Path, dtype: torch.dtype, shards: int = 1) -> Path:
     """Copy a checkpoint with its tensors in another type, in one file or several with an index."""
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -36,7 +36,7 @@ from edgevlm_export.graphs.blocks import join, pieces, produced
 from edgevlm_export.graphs.layers import Constants
 from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, ExportOptions, Precision
 from edgevlm_export.verify import Array, Arrays
-from edgevlm_export.weights import Weights
+from edgevlm_export.weights import Stored, Weights
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -82,43 +82,38 @@ def write_parts(
 ) -> Written:
     """Write the compressed parts into `draft`. Raises `ExportError`."""
     Thread(target=import_nncf, daemon=True).start()  # takes a second or more
-    precisions = {part: options.part_precision(part) for part in PART_NAMES}
     processor = Processor(work, manifest)
     chosen = verification_pairs(pairs) if options.verify else {}
-    needs_data = precisions[LANGUAGE] == "int4" and options.int4.needs_data
-    texts = {id(pair): tokenize(processor, pair) for pair in (pairs if needs_data else chosen.values())}
+    needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
+    texts = {pair: tokenize(processor, pair) for pair in [*chosen.values(), *(pairs if needs_data else ())]}
+    table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
+    embeds = {pair: look_up(table, text.ids) for pair, text in texts.items()}
     writer = PartWriter(architecture, weights, options, draft, work, clock)
 
-    tiles = {key: text.pixel_values for key, text in texts.items() if text.pixel_values is not None}
-    feeds = [{"pixel_values": tile, **processor.family.vision_inputs()} for tile in tiles.values()]
-    data = vision_samples(processor, pairs) if precisions[VISION] == "w8a8" else []
+    tiles = {pair: text.pixel_values for pair, text in texts.items() if text.pixel_values is not None}
+    feeds = [{"pixel_values": each, **processor.family.vision_inputs()} for each in tiles.values()]
+    data = vision_samples(processor, pairs) if options.part_precision(VISION) == "w8a8" else []
     image_embeds = dict(zip(tiles, writer.write(VISION, feeds, data), strict=True))
-
     writer.write(TEXT_EMBEDDINGS, [], [])
-    table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
-    inputs = {}
-    for key, text in texts.items():
-        rows = replace(table, array=table.array[text.ids]).float32()[None].copy()
-        image = image_embeds.get(key, np.empty((0, manifest.hidden_size), np.float32))
-        inputs[key] = language_inputs(rows, text.ids, image, processor.family.image_token_id)
 
-    feeds = [inputs[id(pair)] for pair in chosen.values()]
-    data = list(inputs.values()) if needs_data else []
-    logits = writer.write(LANGUAGE, feeds, data, [texts[id(pair)].compared for pair in chosen.values()])
+    nothing = np.empty((0, manifest.hidden_size), np.float32)
+    inputs = {
+        pair: language_inputs(embeds[pair], text.ids, image_embeds.get(pair, nothing), processor.family.image_token_id)
+        for pair, text in texts.items()
+    }
+    data = [inputs[pair] for pair in pairs] if needs_data else []
+    kept = [texts[pair].compared for pair in chosen.values()]
+    logits = writer.write(LANGUAGE, [inputs[pair] for pair in chosen.values()], data, kept)
 
+    for path in work.iterdir():
+        shutil.copyfile(path, draft / path.name)
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
     for (name, pair), scores in zip(chosen.items(), logits, strict=True):
-        text, kept = texts[id(pair)], texts[id(pair)].compared
-        cases[f"{name}.input_ids"] = text.ids[: len(text.ids) - kept + 1]
-        reference[f"{name}.token_ids"] = np.append(text.ids[len(text.ids) - kept + 1 :], scores[-1].argmax())
-        reference[f"{name}.logits"] = scores
-        reference[f"{name}.text_embeds"] = replace(table, array=table.array[text.ids]).float32()
-        if text.pixel_values is not None:
-            cases[f"{name}.pixel_values"] = text.pixel_values
-            reference[f"{name}.image_embeds"] = image_embeds[id(pair)]
-    for path in work.iterdir():
-        shutil.copyfile(path, draft / path.name)
+        case, outputs = compared(texts[pair], embeds[pair], image_embeds.get(pair), scores)
+        cases |= {f"{name}.{key}": array for key, array in case.items()}
+        reference |= {f"{name}.{key}": array for key, array in outputs.items()}
+    precisions = {part: options.part_precision(part) for part in PART_NAMES}
     versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf")}}
     return Written(precisions, versions, "openvino, float32, uncompressed", cases, reference)
 
@@ -127,17 +122,38 @@ def tokenize(processor: Processor, pair: Pair) -> Text:
     """Return a pair's prompt and answer; without an answer, the prompt's own end is what is compared."""
     tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
     prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
-    answer = processor.tokenizer.encode(pair.answer)[: VERIFY_TOKENS - 1] if pair.answer else []
+    answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
     ids = np.asarray(prompt + answer, np.int64)
-    compared = len(answer) + 1 if answer else min(VERIFY_TOKENS, len(ids))
-    return Text(ids, np.concatenate([each.pixel_values for each in tiles]) if tiles else None, compared)
+    count = min(VERIFY_TOKENS, len(answer) + 1 if answer else len(ids))
+    return Text(ids, np.concatenate([each.pixel_values for each in tiles]) if tiles else None, count)
+
+
+def look_up(table: Stored, ids: Array) -> Array:
+    """Return the embeddings `(1, n, D)` of token ids. Raises `SourceError` for a token that the table lacks."""
+    if ids.max() >= len(table.array):
+        raise SourceError(
+            f"the tokenizer makes token {ids.max()}, and the model knows {len(table.array)}: tokenizer.json and the"
+            " weights do not belong together"
+        )
+    return replace(table, array=table.array[ids]).float32()[None]
+
+
+def compared(text: Text, embeds: Array, image_embeds: Array | None, logits: Array) -> tuple[Arrays, Arrays]:
+    """Return inputs and outputs as `verify` takes them: logits `(compared, V)` of the last positions of `text`."""
+    prompt = len(text.ids) - text.compared + 1
+    following = np.append(text.ids[prompt:], logits[-1].argmax())
+    case = {"input_ids": text.ids[:prompt]}
+    outputs = {"token_ids": following, "logits": logits, "text_embeds": embeds[0]}
+    if text.pixel_values is not None and image_embeds is not None:
+        case["pixel_values"], outputs["image_embeds"] = text.pixel_values, image_embeds
+    return case, outputs
 
 
 def language_inputs(inputs_embeds: Array, ids: Array, image_embeds: Array, image_token_id: int) -> dict[str, Array]:
     """Return the language model's inputs for one text."""
     flat = image_embeds.reshape(-1, inputs_embeds.shape[-1])
     return {
-        "inputs_embeds": merge(inputs_embeds, ids, image_token_id, flat),
+        "inputs_embeds": merge(inputs_embeds.copy(), ids, image_token_id, flat),
         "attention_mask": np.ones((1, len(ids)), np.int64),
         "position_ids": np.arange(len(ids), dtype=np.int64)[None],
         "beam_idx": np.zeros(1, np.int32),
