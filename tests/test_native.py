@@ -71,6 +71,15 @@ def test_both_routes_make_the_same_interface(routes: tuple[Path, Path]) -> None:
         assert described[0] == described[1], part
 
 
+def test_both_routes_give_the_runtime_the_same_hints(routes: tuple[Path, Path]) -> None:
+    names = ("ACTIVATIONS_SCALE_FACTOR", "KV_CACHE_PRECISION")
+    native, optimum = (
+        [model(folder, LANGUAGE).get_rt_info(["runtime_options", name]).astype(str) for name in names]
+        for folder in routes
+    )
+    assert native == optimum
+
+
 def language_outputs(folder: Path) -> list[np.ndarray]:
     """Return the logits of a prompt of two sequences, of a step with masked entries, and of one with beams swapped."""
     request = compiled(folder, LANGUAGE).create_infer_request()

@@ -223,10 +223,9 @@ class PartWriter:
         return compress(model, precision, recipe, [{name: sample[name] for name in names} for sample in samples])
 
     def _save(self, part: str, model: ov.Model, precision: Precision) -> None:
-        if part == LANGUAGE:  # as optimum-intel marks its models; for a GPU's float16, and for the KV cache
+        if part == LANGUAGE:  # as optimum-intel marks what it converts: for a GPU's float16, and for the KV cache
             model.set_rt_info("8.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
-            if precision in UNCOMPRESSED:
-                model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
+            model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
         save_ir(model, self._draft / FILE_NAMES[part], precision)
 
 
