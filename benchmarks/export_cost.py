@@ -2,7 +2,8 @@
 
     python -m benchmarks.export_cost CHECKPOINT [--repeat 3]
 
-Memory is the resident size of the whole process tree, sampled alike for both. The last line is JSON.
+edgevlm's own route runs without torch in reach, as `pip install 'edgevlm[export]'` leaves it. Memory is the resident
+size of the whole process tree, sampled alike for all. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 from time import perf_counter
 
+from benchmarks.export_memory import command as edgevlm_command
 from edgevlm_export.memory import PeakMemory
 
 
@@ -25,8 +27,12 @@ def commands(checkpoint: Path, output: Path) -> dict[str, list[str]]:
     scripts = Path(sys.executable).parent
     optimum = [str(scripts / "optimum-cli"), "export", "openvino", "-m", str(checkpoint)]
     optimum += ["--task", "image-text-to-text", "--weight-format", "int4", "--group-size", "64", str(output)]
-    ours = [str(scripts / "edgevlm"), "export", str(checkpoint), "--int4", "-o", str(output)]
-    return {"optimum-cli": optimum, "edgevlm": ours, "edgevlm --no-verify": [*ours, "--no-verify"]}
+    return {
+        "optimum-cli": optimum,
+        "edgevlm": edgevlm_command("native", checkpoint, output, []),
+        "edgevlm --no-verify": edgevlm_command("native", checkpoint, output, ["--no-verify"]),
+        "edgevlm --via optimum": edgevlm_command("optimum", checkpoint, output, []),
+    }
 
 
 def measure(command: list[str]) -> tuple[float, int]:

@@ -35,8 +35,8 @@ from edgevlm.parts import PartLoader
 from edgevlm.processor import Processor
 from edgevlm_export.calibration import language_samples, load_pairs
 from edgevlm_export.compress import compress
+from edgevlm_export.folder import FILE_NAMES, save_ir, seal
 from edgevlm_export.options import Int4Recipe
-from edgevlm_export.pipeline import FILE_NAMES, save_ir, seal
 from edgevlm_export.verify import kl
 
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
@@ -69,11 +69,14 @@ def sequences(vlm: VLM, tokens: int) -> Iterator[tuple[str, np.ndarray, int]]:
     cases = [("text", question, []) for question in TEXT]
     cases += [("picture", question, [picture]) for picture in pictures for question in PICTURE]
     for kind, question, images in cases:
-        session = vlm.language_model.session()
         config = GenerationConfig(max_new_tokens=tokens, detail="low")
-        prompt = vlm.prepare([user_message(question, len(images))], images, config, session, Stopwatch())
+        prompt = vlm.prepare([user_message(question, len(images))], images, config, Stopwatch())
         answer = vlm.generate(images, question, config)
-        embeds = session.embed(answer.token_ids[:-1]) if len(answer.token_ids) > 1 else prompt.inputs_embeds[:, :0]
+        embeds = (
+            vlm.language_model.embed(answer.token_ids[:-1])
+            if len(answer.token_ids) > 1
+            else prompt.inputs_embeds[:, :0]
+        )
         yield kind, np.concatenate([prompt.inputs_embeds, embeds], axis=1), len(answer.token_ids)
 
 

@@ -18,7 +18,7 @@ from edgevlm.paths import cache_dir, list_models, models_dir
 
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 _RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "jinja2", "click")
-_EXPORT = ("torch", "transformers", "optimum-intel", "nncf", "onnx", "onnxruntime")
+_EXPORT = ("nncf", "safetensors", "huggingface-hub", "torch", "transformers", "optimum-intel", "onnx", "onnxruntime")
 
 
 def describe_models(*, full_check: bool = False) -> list[dict[str, Any]]:

@@ -167,8 +167,8 @@ def print_report(report: ExportReport) -> None:
     console.print(table)
     if verified:
         console.print(
-            f"greedy tokens equal to the reference: {verified.greedy_agreement:.1%} of {verified.positions}, "
-            f"KL {verified.kl_divergence:.2g} nats",
+            f"likeliest next tokens equal to the reference's ({verified.reference}): "
+            f"{verified.greedy_agreement:.1%} of {verified.positions}, KL {verified.kl_divergence:.2g} nats",
             highlight=False,
         )
     else:

@@ -81,8 +81,8 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_checkpoint(folder: Path, family: str) -> Path:
-    """Write a seeded Idefics3 or SmolVLM checkpoint of some hundred thousand parameters."""
+def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
+    """Write a seeded Idefics3 or SmolVLM checkpoint of some hundred thousand parameters; `text` changes its decoder."""
     import torch
     import transformers
 
@@ -106,6 +106,7 @@ def make_checkpoint(folder: Path, family: str) -> Path:
             "max_position_embeddings": 512,
             "pad_token_id": tokenizer.pad_token_id,
             "tie_word_embeddings": family == "smolvlm",
+            **text,
         },
         vision_config={
             "hidden_size": 32,
@@ -122,6 +123,8 @@ def make_checkpoint(folder: Path, family: str) -> Path:
         for name, weight in model.named_parameters():
             if weight.ndim > 1:  # transformers' own initialisation gives logits too flat to compare
                 weight.normal_(0.0, 0.5 if "embed" in name else weight[0].numel() ** -0.5)
+            else:  # norms at 1 and biases at 0 would hide a norm or a bias that is left out
+                weight.add_(torch.randn_like(weight) * 0.1)
         model.lm_head.weight.mul_(3.0)
     model.tie_weights()
     model.generation_config = transformers.GenerationConfig(
@@ -155,11 +158,11 @@ def smolvlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("smolvlm") / "tiny-smolvlm", "smolvlm")
 
 
-def export_tiny(checkpoint: Path, folder: Path, precision: Any) -> Path:
+def export_tiny(checkpoint: Path, folder: Path, precision: Any, via: Any = "native") -> Path:
     """Export and return the folder."""
     from edgevlm_export import ExportOptions, export
 
-    return export(checkpoint, folder, ExportOptions(precision=precision)).folder
+    return export(checkpoint, folder, ExportOptions(precision=precision, via=via)).folder
 
 
 @pytest.fixture(scope="session")
@@ -172,6 +175,18 @@ def exported(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported_smolvlm(smolvlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny SmolVLM checkpoint exported without compression. Tests must not change it."""
     return export_tiny(smolvlm, tmp_path_factory.mktemp("exports") / "tiny-smolvlm-fp32", "fp32")
+
+
+@pytest.fixture(scope="session")
+def exported_via_optimum(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Idefics3 checkpoint exported without compression by optimum-intel. Tests must not change it."""
+    return export_tiny(idefics3, tmp_path_factory.mktemp("exports") / "tiny-optimum-fp32", "fp32", "optimum")
+
+
+@pytest.fixture(scope="session")
+def smolvlm_via_optimum(smolvlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SmolVLM checkpoint exported without compression by optimum-intel. Tests must not change it."""
+    return export_tiny(smolvlm, tmp_path_factory.mktemp("exports") / "smolvlm-optimum-fp32", "fp32", "optimum")
 
 
 @pytest.fixture(scope="session")

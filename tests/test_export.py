@@ -13,8 +13,9 @@ import torch
 
 from edgevlm import VLM, ExportError, GenerationConfig, OptionError, VerificationError
 from edgevlm.chat import user_message
+from edgevlm.device import read_ir
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, hash_file, load_manifest
-from edgevlm_export import ExportOptions, export
+from edgevlm_export import ExportOptions, export, native_route
 from edgevlm_export.convert import greedy
 from edgevlm_export.options import Int4Recipe
 from edgevlm_export.verify import check, scales, verify
@@ -31,7 +32,7 @@ def test_the_manifest_tells_what_was_exported(exported: Path, idefics3: Path) ->
         TEXT_EMBEDDINGS: "fp32",
         LANGUAGE: "fp32",
     }
-    assert set(manifest.tool_versions) == {"edgevlm", "openvino", "optimum-intel", "transformers", "torch", "nncf"}
+    assert set(manifest.tool_versions) == {"edgevlm", "openvino", "nncf"}
     assert manifest.verification is not None
     assert manifest.verification["greedy_agreement"] == 1.0
     assert manifest.context_length == 512
@@ -49,6 +50,11 @@ def test_the_manifest_names_every_file_and_its_hash(exported: Path) -> None:
 def test_nothing_of_this_machine_is_in_the_folder(exported: Path, idefics3: Path) -> None:
     for path in exported.iterdir():
         assert str(idefics3.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_the_optimum_route_names_its_tools(exported_via_optimum: Path) -> None:
+    tools = set(load_manifest(exported_via_optimum).tool_versions)
+    assert tools == {"edgevlm", "openvino", "optimum-intel", "transformers", "torch", "nncf"}
 
 
 @pytest.mark.parametrize(
@@ -75,8 +81,6 @@ def test_a_recipe_out_of_range_is_refused(recipe: dict[str, Any]) -> None:
 
 def weight_types(folder: Path) -> set[str]:
     """Return the element types of the language part's large constants."""
-    from edgevlm.device import read_ir
-
     model = read_ir(folder / load_manifest(folder).parts[LANGUAGE].file)
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     return {node.get_element_type().get_type_name() for node in constants if np.prod(list(node.shape)) >= 4096}
@@ -101,13 +105,35 @@ def test_int4_is_smaller_and_still_answers(exported: Path, exported_int4: Path) 
         Int4Recipe(gptq=True, group_size=32),
     ],
 )
-def test_every_recipe_exports(idefics3: Path, tmp_path: Path, recipe: Int4Recipe) -> None:
-    report = export(idefics3, tmp_path / "out", ExportOptions("int4", int4=recipe))
+@pytest.mark.parametrize("piece_weights", [native_route.PIECE_WEIGHTS, 1000])
+def test_every_recipe_exports(
+    idefics3: Path, tmp_path: Path, recipe: Int4Recipe, piece_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one piece, and with every layer a piece of its own."""
+    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", piece_weights)
+    report = export(idefics3, tmp_path / "out", ExportOptions("int4", int4=recipe, via="native"))
     assert report.manifest.export_options["int4"]["group_size"] == recipe.group_size
     assert report.verification is not None
     assert report.verification.parts[LANGUAGE].cosine > 0.9
     assert report.peak_memory_bytes > 0
     assert report.seconds >= sum(report.stages.values()) * 0.99
+    head = {"i8", "u8"} if not recipe.all_layers else {"i8", "u8", "i4", "u4"}
+    assert head_type(tmp_path / "out") in head
+
+
+def head_type(folder: Path) -> str:
+    """Return the element type that the LM head's weights are stored in."""
+    model = read_ir(folder / load_manifest(folder).parts[LANGUAGE].file)
+    node = next(node for node in model.get_ops() if node.get_friendly_name() == "lm_head").input_value(1).get_node()
+    while node.get_type_name() != "Constant":
+        node = node.input_value(0).get_node()
+    return str(node.get_element_type().get_type_name())
+
+
+def test_the_optimum_route_compresses_too(idefics3: Path, tmp_path: Path) -> None:
+    report = export(idefics3, tmp_path / "out", ExportOptions("int4", via="optimum"))
+    assert report.verification is not None
+    assert report.verification.parts[LANGUAGE].cosine > 0.9
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -119,8 +145,6 @@ def test_fp16_and_int8_stay_near_the_reference(idefics3: Path, tmp_path: Path, p
 
 
 def test_w8a8_computes_the_vision_part_in_integers(idefics3: Path, exported: Path, tmp_path: Path) -> None:
-    from edgevlm.device import read_ir
-
     report = export(idefics3, tmp_path / "out", ExportOptions("int8", vision_precision="w8a8"))
     model = read_ir(tmp_path / "out" / report.manifest.parts[VISION].file)
     assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) > 10

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -21,6 +22,7 @@ from edgevlm_export.calibration import load_pairs
 from edgevlm_export.draft import draft_folder
 from tests.conftest import heed_interrupts
 
+Q_PROJ = "model.text_model.layers.0.self_attn.q_proj.weight"
 QUICK = ExportOptions("int8", verify=False)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
@@ -31,13 +33,22 @@ def edit_config(folder: Path, name: str, **changes: object) -> None:
     path.write_text(json.dumps(data | changes), encoding="utf-8")
 
 
+def edit_section(folder: Path, section: str, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    edit_config(folder, "config.json", **{section: config[section] | changes})
+
+
 def truncate(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
 
 
 def drop_weight(folder: Path) -> None:
+    edit_weights(folder, lambda weights: weights.pop("model.text_model.layers.1.mlp.up_proj.weight"))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> None:
     weights = load_file(folder / "model.safetensors")
-    del weights["model.text_model.layers.1.mlp.up_proj.weight"]
+    edit(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -68,6 +79,62 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing tensor": (
         drop_weight,
         "the checkpoint lacks weights that its config asks for, such as model.text_model.layers.1.mlp.up_proj.weight",
+    ),
+    "misshaped tensor": (
+        lambda f: edit_weights(f, lambda w: w.update({Q_PROJ: w[Q_PROJ][:, :-1].copy()})),
+        f"weight {Q_PROJ} has shape (64, 63), its config asks for (64, 64)",
+    ),
+    "tensor of another type": (
+        lambda f: edit_weights(f, lambda w: w.update({Q_PROJ: w[Q_PROJ].astype(np.int8)})),
+        f"weight {Q_PROJ} is stored as I8; the native route reads F32, F16, BF16 (quantized checkpoints are not",
+    ),
+    "unknown tensor": (
+        lambda f: edit_weights(f, lambda w: w.update({"model.adapter.weight": np.ones(3, np.float32)})),
+        "the checkpoint holds weights that its config has no place for, such as model.adapter.weight;",
+    ),
+    "head left out": (
+        lambda f: edit_weights(f, lambda w: w.pop("lm_head.weight")),
+        "the checkpoint has no lm_head.weight, and its text_config does not tie the head to the embeddings",
+    ),
+    "fewer layers in the config": (
+        lambda f: edit_section(f, "text_config", num_hidden_layers=1),
+        "has no place for, such as model.text_model.layers.1.input_layernorm.weight; config.json and the weights do",
+    ),
+    "more layers in the config": (
+        lambda f: edit_section(f, "text_config", num_hidden_layers=3),
+        "the checkpoint lacks weights that its config asks for, such as model.text_model.layers.2.",
+    ),
+    "another width in the config": (
+        lambda f: edit_section(f, "vision_config", intermediate_size=96),
+        "layers.0.mlp.fc1.weight has shape (64, 32), its config asks for (96, 32)",
+    ),
+    "heads that do not divide": (
+        lambda f: edit_section(f, "text_config", num_key_value_heads=3),
+        "config.json contradicts itself: 4 heads and 3 key-value heads of 16 channels",
+    ),
+    "a size that is none": (
+        lambda f: edit_section(f, "text_config", intermediate_size="160"),
+        "config.json: text_config.intermediate_size must be a positive whole number, not '160'",
+    ),
+    "a text section that is none": (
+        lambda f: edit_config(f, "config.json", text_config="llama"),
+        "config.json: text_config is not a JSON object",
+    ),
+    "a section that is none": (
+        lambda f: edit_config(f, "config.json", vision_config=[]),
+        "config.json: vision_config is not a JSON object",
+    ),
+    "incomplete rope": (
+        lambda f: edit_section(f, "text_config", rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+        "config.json: text_config.rope_scaling is incomplete: 'low_freq_factor'",
+    ),
+    "quantized": (
+        lambda f: edit_config(f, "config.json", quantization_config={"quant_method": "gptq"}),
+        "the checkpoint is quantized already; take the original one",
+    ),
+    "bad index": (
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+        "model.safetensors.index.json has no weight_map from tensors to files",
     ),
     "unknown family": (
         lambda f: edit_config(f, "config.json", model_type="llava"),
@@ -149,31 +216,81 @@ def test_a_failing_export_leaves_the_old_folder(idefics3: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
-def start_export(checkpoint: Path, target: Path, **options: object) -> subprocess.Popen[str]:
-    """Start a forced export in a process of its own and wait until it has begun to convert."""
+STAGES = {"native": "language: compress", "optimum": "convert"}
+
+
+def test_a_tokenizer_of_another_model_is_refused(idefics3: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(idefics3, tmp_path / "checkpoint"))
+    few = "model.text_model.embed_tokens.weight", "lm_head.weight"
+    edit_weights(checkpoint, lambda weights: weights.update({name: weights[name][:90].copy() for name in few}))
+    edit_section(checkpoint, "text_config", vocab_size=90)
+    with pytest.raises(SourceError, match=r"tokenizer\.json and the weights do not belong together"):
+        export(checkpoint, tmp_path / "out", ExportOptions("int8"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("via", ["auto", "native"])
+@pytest.mark.parametrize(
+    ("section", "changes", "line"),
+    [
+        (
+            "text_config",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "does not build RoPE of type dynamic",
+        ),
+        ("text_config", {"model_type": "gemma2"}, "builds no 'gemma2' decoder; it knows llama, mistral, qwen2, qwen3"),
+        ("text_config", {"hidden_act": "xielu"}, "does not build the activation 'xielu' of text_config.hidden_act"),
+        ("text_config", {"model_type": "mistral", "sliding_window": 64}, "over a sliding window of 64 tokens"),
+        ("text_config", {"partial_rotary_factor": 0.5}, "does not build RoPE over a part of each head"),
+    ],
+)
+def test_what_is_not_built_goes_through_optimum(
+    via: str,
+    section: str,
+    changes: dict[str, object],
+    line: str,
+    idefics3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked for natively it is refused; else optimum-intel has it, and where that is missing, that is said."""
+    checkpoint = Path(shutil.copytree(idefics3, tmp_path / "checkpoint"))
+    edit_section(checkpoint, section, **changes)
+    monkeypatch.setattr("edgevlm_export.pipeline.find_spec", {}.get)
+    with pytest.raises(ExportError) as caught:
+        export(checkpoint, tmp_path / "out", ExportOptions("int8", via=via))
+    if via == "auto":
+        line = "which needs torch, transformers, optimum; install it with: pip install 'edgevlm[export-torch]'"
+    assert line in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def start_export(checkpoint: Path, target: Path, via: str = "native", **options: object) -> subprocess.Popen[str]:
+    """Start a forced export in a process of its own and wait until it is at its work."""
     code = (
         "import sys; from pathlib import Path; from edgevlm_export import ExportOptions, export;"
-        "export(sys.argv[1], Path(sys.argv[2]), ExportOptions('int8', force=True, verify=False),"
+        "export(sys.argv[1], Path(sys.argv[2]), ExportOptions('int8', force=True, verify=False, via=sys.argv[3]),"
         " on_stage=lambda stage: print(stage, flush=True))"
     )
-    command = [sys.executable, "-c", code, str(checkpoint), str(target)]
+    command = [sys.executable, "-c", code, str(checkpoint), str(target), via]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
     )
     assert process.stdout is not None
     for line in process.stdout:
-        if line.strip() == "convert":
+        if line.strip() == STAGES[via]:
             break
     return process
 
 
 @posix
+@pytest.mark.parametrize("via", ["native", "optimum"])
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_export_leaves_the_old_folder(kill: int, idefics3: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_the_old_folder(kill: int, via: str, idefics3: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine.txt").write_text("mine", encoding="utf-8")
-    process = start_export(idefics3, target, preexec_fn=heed_interrupts)
+    process = start_export(idefics3, target, via, preexec_fn=heed_interrupts)
     os.killpg(process.pid, kill)
     process.communicate()
     assert process.returncode != 0
@@ -192,22 +309,23 @@ def test_a_child_killed_for_memory_is_named_as_such(idefics3: Path, tmp_path: Pa
                 child.kill()
 
     with pytest.raises(ExportError, match="the conversion was killed, most likely for lack of memory"):
-        export(idefics3, tmp_path / "out", QUICK, kill_child)
+        export(idefics3, tmp_path / "out", ExportOptions("int8", verify=False, via="optimum"), kill_child)
     assert list(tmp_path.iterdir()) == []
 
 
 @posix
-def test_a_full_disk_leaves_the_old_folder(idefics3: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("via", ["native", "optimum"])
+def test_a_full_disk_leaves_the_old_folder(via: str, idefics3: Path, tmp_path: Path) -> None:
     """A limit on the size of a file fails the same writes that a full disk fails."""
     import resource
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     target = tmp_path / "out"
     target.mkdir()
-    process = start_export(idefics3, target, preexec_fn=limit)
+    process = start_export(idefics3, target, via, preexec_fn=limit)
     _, errors = process.communicate()
     assert process.returncode == 1
     assert "ExportError: writing the export failed: " in errors.splitlines()[-1]

@@ -12,6 +12,7 @@ import pytest
 from edgevlm import VLM
 from edgevlm.device import core, import_openvino
 from edgevlm_export.graph import fuse_sibling_matmuls
+from tests.conftest import F32
 
 ov = import_openvino()
 opset = ov.opset13
@@ -89,12 +90,29 @@ def test_names_stay_unique(exported: Path) -> None:
         assert len(names) == len(set(names)), path.name
 
 
-def test_the_language_model_runs_fused(vlm: VLM) -> None:
-    """Two layers: four products each and the head; attention with its KV cache in one node."""
-    runtime_model = vlm.language_model._compiled.get_runtime_model()
-    kinds = Counter(node.get_rt_info()["layerType"].astype(str) for node in runtime_model.get_ops())
+def runtime_kinds(compiled: Any) -> Counter[str]:
+    """Return the layer types that the plugin made of a model."""
+    return Counter(node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops())
+
+
+@pytest.mark.parametrize("route", ["exported", "exported_via_optimum", "exported_int4"])
+def test_the_language_model_runs_fused(route: str, request: pytest.FixtureRequest) -> None:
+    """Two layers: four products each and the head; attention with its KV cache in one node; no weight decompressed."""
+    vlm = VLM(request.getfixturevalue(route), F32)
+    kinds = runtime_kinds(vlm.language_model._compiled)
     assert kinds["ScaledDotProductAttention"] == 2
     assert kinds["FullyConnected"] == 2 * 4 + 1
+    assert kinds["MatMul"] <= 1  # the angles of RoPE, where they are a product
     assert kinds["RMS"] == 2 * 2 + 1
     assert kinds["RoPE"] == 2 * 2
     assert kinds["MemoryInput"] == kinds["MemoryOutput"] == 2 * 2
+
+
+@pytest.mark.parametrize("route", ["exported", "exported_via_optimum"])
+def test_the_vision_part_runs_fused(route: str, request: pytest.FixtureRequest) -> None:
+    """Two layers: four products each and the connector's."""
+    vlm = VLM(request.getfixturevalue(route), F32)
+    kinds = runtime_kinds(vlm.vision._compiled)
+    assert kinds["FullyConnected"] == 2 * 4 + 1
+    assert kinds["MVN"] == 2 * 2 + 1
+    assert kinds["Softmax"] == 0

@@ -49,6 +49,21 @@ print(json.dumps(found))
 """
 
 
+EXPORT_WITHOUT_TORCH = """
+import json, sys
+
+for name in ("torch", "transformers", "optimum", "onnx", "onnxruntime"):
+    sys.modules[name] = None  # importing it fails, as where it is not installed
+from pathlib import Path
+from edgevlm_export import ExportOptions, export
+
+if __name__ == "__main__":
+    report = export(sys.argv[1], Path(sys.argv[2]), ExportOptions("int4"))
+    loaded = sorted(name for name, module in sys.modules.items() if module is not None)
+    print(json.dumps({"modules": loaded, **report.to_dict()}))
+"""
+
+
 def run_python(code: str, *arguments: str) -> object:
     """Run `code` in a fresh interpreter, away from the tree, and return the JSON that it prints."""
     command = [sys.executable, "-c", code, *arguments]
@@ -73,6 +88,15 @@ def test_an_answer_needs_neither_the_exporter_nor_the_network(exported: Path, ch
     assert {"openvino", "numpy", "PIL", "tokenizers", "jinja2"} <= top_level(found["modules"])
     assert not top_level(found["modules"]) & (EXPORTER_ONLY | {"openvino_telemetry", "edgevlm_export"})
     assert (found["attempts"], found["watch"]) == ([], "no network in this test")
+
+
+def test_an_int4_export_needs_no_torch(idefics3: Path, china: Path, tmp_path: Path) -> None:
+    found = run_python(EXPORT_WITHOUT_TORCH, str(idefics3), str(tmp_path / "out"))
+    assert not top_level(found["modules"]) & {"torch", "transformers", "optimum", "onnx", "onnxruntime"}
+    assert "nncf" in top_level(found["modules"])
+    assert found["verification"]["parts"]["language"]["cosine"] > 0.9
+    answer = edgevlm.VLM(tmp_path / "out").generate(china, "What is in this picture?")
+    assert answer.generated_tokens > 0
 
 
 def test_every_public_name_is_there_and_documented() -> None:
@@ -139,6 +163,13 @@ def test_only_the_export_extra_requires_the_exporter_s_libraries(wheel: zipfile.
     assert {"openvino", "numpy", "pillow", "tokenizers", "jinja2", "click"} <= runtime
     assert not runtime & {"torch", "transformers", "optimum", "optimum-intel", "nncf", "onnx", "onnxruntime"}
     assert {"torch", "transformers", "optimum-intel", "nncf"} <= extras
+
+
+def test_the_export_extra_has_no_torch(wheel: zipfile.ZipFile) -> None:
+    text = wheel.read(f"edgevlm-{edgevlm.__version__}.dist-info/METADATA").decode()
+    lines = Parser().parsestr(text).get_all("Requires-Dist", [])
+    needed = {re.split(r"[^\w.-]", line)[0] for line in lines if re.search(r"extra == [\"']export[\"']", line)}
+    assert needed == {"huggingface-hub", "nncf", "safetensors"}
 
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:

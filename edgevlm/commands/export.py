@@ -40,7 +40,14 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 )
 @click.option("--gptq/--no-gptq", default=None, help="INT4: correct each layer's error on real inputs (slow).")
 @click.option("--calibration", type=click.Path(path_type=Path), help="Your own pictures and questions.")
-@click.option("--no-verify", is_flag=True, help="Skip the comparison with the PyTorch reference.")
+@click.option(
+    "--via",
+    type=click.Choice(["auto", "native", "optimum"]),
+    default="auto",
+    show_default=True,
+    help="native needs no torch; optimum goes through optimum-intel; auto is native where it covers the checkpoint.",
+)
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the uncompressed model.")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
@@ -52,8 +59,9 @@ def export(source: str, output: Path | None, as_json: bool, **options: Any) -> N
     edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
     edgevlm export ./my-checkpoint --int8 -o ./my-model
     edgevlm export ./my-checkpoint --int4 --gptq --calibration ./pictures
+    edgevlm export ./my-checkpoint --int8 --via optimum
     """
-    missing = [name for name in ("torch", "transformers", "optimum", "nncf") if find_spec(name) is None]
+    missing = [name for name in ("nncf", "safetensors", "huggingface_hub") if find_spec(name) is None]
     if missing:
         raise ExportError(f"exporting needs {', '.join(missing)}; install it with: pip install 'edgevlm[export]'")
     from edgevlm.terminal import Progress, print_report
@@ -80,6 +88,7 @@ def _export_options(options: dict[str, Any]) -> ExportOptions:
         lm_precision=options["lm_precision"],
         int4=Int4Recipe(all_layers=options["all_layers"], **chosen),
         calibration=options["calibration"],
+        via=options["via"],
         verify=not options["no_verify"],
         force=options["force"],
         revision=options["revision"],

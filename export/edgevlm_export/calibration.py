@@ -72,6 +72,13 @@ def _read_jsonl(path: Path) -> Iterator[Pair]:
         yield pair
 
 
+def verification_pairs(pairs: Sequence[Pair]) -> dict[str, Pair]:
+    """Return the first pair with a picture, if there is one, and the first without, or a question of our own."""
+    picture = next((pair for pair in pairs if pair.image), None)
+    text = next((pair for pair in pairs if not pair.image), Pair("What is the capital of France?"))
+    return {"picture": picture, "text": text} if picture else {"text": text}
+
+
 def vision_samples(processor: Processor, pairs: Sequence[Pair], limit: int = VISION_TILES) -> list[dict[str, Any]]:
     """Return the vision part's inputs for up to `limit` tiles of the pairs' pictures, taken evenly.
 

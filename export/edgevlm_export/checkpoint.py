@@ -76,6 +76,10 @@ class Checkpoint:
             and not path.name.endswith(".safetensors.index.json")
         ]
 
+    def weight_files(self) -> list[Path]:
+        """Return the safetensors files, all that the index names where there is one."""
+        return [self.folder / name for name in _weight_names(self.folder)]
+
 
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
     """Return the checkpoint that `source` names. Raises `SourceError`."""
@@ -104,9 +108,7 @@ def _check_weights(folder: Path) -> None:
     """Open every weight file, which reads its header and compares it with the file's length."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for name in names:
+    for name in _weight_names(folder):
         try:
             with safe_open(folder / name, framework="np"):  # type: ignore[no-untyped-call]
                 pass
@@ -114,6 +116,16 @@ def _check_weights(folder: Path) -> None:
             raise SourceError(f"{folder} lacks {name}, which its index names") from None
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{folder / name} is damaged or truncated: {error}") from None
+
+
+def _weight_names(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise SourceError(f"{index} has no weight_map from tensors to files")
+    return sorted(set(weight_map.values()))
 
 
 def _fetch(repo: str, revision: str | None) -> Path:

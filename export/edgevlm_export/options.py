@@ -12,6 +12,9 @@ from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4", "w8a8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 UNCOMPRESSED = ("fp32", "fp16")
+Route: TypeAlias = Literal["native", "optimum", "auto"]
+VERIFY_TOKENS = 32
+"""Positions of each case whose logits are compared."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class ExportOptions:
     int4: Int4Recipe = Int4Recipe()
     calibration: Path | None = None
     """A folder or JSONL of pictures and questions; None is the set that ships with the exporter."""
+    via: Route = "auto"
+    """`native` makes the graphs itself, `optimum` has optimum-intel trace them in torch; `auto` is native if it can."""
     verify: bool = True
     force: bool = False
     revision: str | None = None

@@ -42,6 +42,8 @@ class Verification:
     kl_divergence: float
     """Mean over those positions of KL(reference || export), in nats."""
     positions: int
+    reference: str = "transformers"
+    """What computed the values compared with."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what goes into the manifest."""

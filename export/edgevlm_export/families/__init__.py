@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.families import idefics3
+from edgevlm_export.families.base import Architecture, UncoveredError
+
+__all__ = ["FAMILIES", "GRAPHS", "Architecture", "UncoveredError", "architecture", "family_facts"]
 
 FAMILIES: dict[str, Callable[[Checkpoint], dict[str, Any]]] = {
     "idefics3": idefics3.family_facts,
     "smolvlm": idefics3.family_facts,
 }
+GRAPHS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], Architecture]] = {
+    "idefics3": idefics3.architecture,
+    "smolvlm": idefics3.architecture,
+}
+"""The families that the native route covers."""
 
 
 def family_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -21,3 +29,12 @@ def family_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         known = ", ".join(sorted(FAMILIES))
         raise SourceError(f"{checkpoint.source} is of family {checkpoint.model_type!r}; edgevlm exports {known}")
     return FAMILIES[checkpoint.model_type](checkpoint)
+
+
+def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Architecture:
+    """Return the checkpoint's model as graphs. Raises `SourceError`, and `UncoveredError` where there are none."""
+    if checkpoint.model_type not in GRAPHS:
+        raise UncoveredError(f"the native route does not cover family {checkpoint.model_type!r}")
+    if "quantization_config" in checkpoint.config:
+        raise SourceError("the checkpoint is quantized already; take the original one")
+    return GRAPHS[checkpoint.model_type](checkpoint, facts)

@@ -1,0 +1,83 @@
+"""The files of an exported folder, and the manifest that seals them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.device import import_openvino
+from edgevlm.errors import SourceError
+from edgevlm.manifest import PART_NAMES, File, Manifest, Part, hash_file
+from edgevlm.paths import MANIFEST
+from edgevlm_export.checkpoint import Checkpoint
+from edgevlm_export.options import Precision
+from edgevlm_export.verify import Arrays
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+FILE_NAMES = {part: f"openvino_{part}_model.xml" for part in PART_NAMES}
+_CHAT_TEMPLATE = "chat_template.jinja"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a route made: parts in the folder, and what to compare them with."""
+
+    precisions: Mapping[str, Precision]
+    tool_versions: Mapping[str, str]
+    reference_name: str
+    """What computed the reference."""
+    cases: Arrays
+    reference: Arrays
+
+
+def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Manifest:
+    """Copy the checkpoint's small files into `work` and return the manifest as far as it is known."""
+    for path in checkpoint.small_files():
+        shutil.copyfile(path, work / path.name)
+    (work / _CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
+    text = checkpoint.config.get("text_config", {})
+    try:
+        return Manifest(
+            source=checkpoint.source,
+            revision=checkpoint.revision,
+            family=checkpoint.model_type,
+            family_facts=facts,
+            parts={part: Part(name, "", 0) for part, name in FILE_NAMES.items()},
+            files={},
+            hidden_size=int(text["hidden_size"]),
+            vocab_size=int(text["vocab_size"]),
+            context_length=int(text["max_position_embeddings"]),
+            eos_token_ids=checkpoint.eos_token_ids,
+            special_tokens=checkpoint.special_tokens,
+            chat_template=_CHAT_TEMPLATE,
+            tool_versions={},
+        )
+    except KeyError as error:
+        raise SourceError(f"config.json states no text_config.{error.args[0]}") from None
+
+
+def save_ir(model: ov.Model, path: Path, precision: Precision) -> None:
+    """Write one IR file pair. Raises `OSError` when the disk does not take it all."""
+    try:
+        import_openvino().save_model(model, path, compress_to_fp16=precision == "fp16")
+    except RuntimeError as error:
+        raise OSError(f"OpenVINO could not write {path.name}; the disk may be full") from error
+
+
+def seal(draft: Path, manifest: Manifest, precisions: Mapping[str, Precision]) -> Manifest:
+    """Write and return the manifest with what the finished files weigh and hash to."""
+    paths = [path for path in sorted(draft.iterdir()) if path.is_file() and path.name != MANIFEST]
+    files = {path.name: File(hash_file(path), path.stat().st_size) for path in paths}
+    parts = {}
+    for part, precision in precisions.items():
+        name = FILE_NAMES[part]
+        weights = Path(name).with_suffix(".bin").name
+        parts[part] = Part(name, precision, files[name].size_bytes + files[weights].size_bytes)
+    manifest = replace(manifest, parts=parts, files=files)
+    manifest.save(draft)
+    return manifest

@@ -1,0 +1,107 @@
+"""Rotary position embeddings (https://arxiv.org/abs/2104.09864) and the ways to stretch them.
+
+The frequencies follow transformers' `modeling_rope_utils` (4.57): default, linear, llama3, yarn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.device import import_openvino
+from edgevlm_export.graphs.blocks import Output
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+Frequencies = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Angle per position of each pair of channels, and what cosine and sine are multiplied by."""
+
+    frequencies: Frequencies  # (head_dim / 2,)
+    scale: float = 1.0
+
+
+def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context_length: int) -> Rope:
+    """Return the rotation that `rope_theta` and `rope_scaling` ask for.
+
+    Raises `KeyError` for a value that `rope_scaling` lacks, and `NotImplementedError` naming an unknown type.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1 / np.float32(theta) ** exponents).astype(np.float32)
+    scaling = scaling or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return Rope(frequencies)
+    if kind == "linear":
+        return Rope(frequencies / np.float32(scaling["factor"]))
+    if kind == "llama3":
+        return Rope(_llama3(frequencies, scaling))
+    if kind == "yarn":
+        return _yarn(frequencies, head_dim, theta, scaling, context_length)
+    raise NotImplementedError(str(kind))
+
+
+def _llama3(frequencies: Frequencies, scaling: Mapping[str, Any]) -> Frequencies:
+    """Slow waves are stretched by `factor`, fast ones are not, those between in part."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray((1 - kept) * frequencies / scaling["factor"] + kept * frequencies, np.float32)
+
+
+def _yarn(
+    frequencies: Frequencies, head_dim: int, theta: float, scaling: Mapping[str, Any], context_length: int
+) -> Rope:
+    """https://arxiv.org/abs/2309.00071: as above over channels, and attention made sharper."""
+    factor = scaling["factor"]
+    original = scaling.get("original_max_position_embeddings") or context_length
+
+    def channel(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(scaling.get("beta_fast") or 32), channel(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    stretched = frequencies / factor * ramp + frequencies * (1 - ramp)
+    scale = scaling.get("attention_factor")
+    if scale is None:
+        mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        scale = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor)
+    return Rope(stretched.astype(np.float32), float(scale))
+
+
+def _mscale(factor: float, mscale: float = 1) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def rotations(position_ids: Output, rope: Rope) -> tuple[ov.Node, ov.Node]:
+    """Return cosine and sine `(B, 1, S, head_dim)` of int64 position ids `(B, S)`."""
+    opset = import_openvino().opset13
+    positions = opset.convert(opset.unsqueeze(position_ids, np.array([1, 3])), "f32")
+    angles = opset.multiply(positions, rope.frequencies.reshape(1, 1, 1, -1))
+    angles = opset.concat([angles, angles], -1)
+    cos, sin = opset.cos(angles), opset.sin(angles)
+    if rope.scale == 1:
+        return cos, sin
+    return opset.multiply(cos, np.float32(rope.scale)), opset.multiply(sin, np.float32(rope.scale))
+
+
+def rotate(x: Output, cos: Output, sin: Output, head_dim: int) -> ov.Node:
+    """x * cos + rotate_half(x) * sin, for x `(B, H, S, head_dim)`."""
+    opset = import_openvino().opset13
+    half, end = np.array([head_dim // 2]), np.array([np.iinfo(np.int64).max])
+    start, step, axis = np.array([0]), np.array([1]), np.array([3])
+    second = opset.multiply(opset.slice(x, half, end, step, axis), np.float32(-1))
+    turned = opset.concat([second, opset.slice(x, start, half, step, axis)], -1)
+    return opset.add(opset.multiply(x, cos), opset.multiply(turned, sin))

@@ -1,0 +1,245 @@
+"""The route without torch: graphs made from the checkpoint's own tensors, a few layers in memory at a time.
+
+Each part goes through piece by piece. A piece is built with its weights mapped from the safetensors, run in float32 on
+what came out of the piece before (which gives the next piece's inputs, calibration data and, at the end, the reference
+that the finished folder is compared with), compressed, and written to disk; the written pieces are mapped back and
+joined. So memory is bounded by a piece, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+import edgevlm
+from edgevlm.chat import user_message
+from edgevlm.device import RuntimeConfig, core, read_ir
+from edgevlm.errors import SourceError
+from edgevlm.generate import GenerationConfig
+from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION, Manifest
+from edgevlm.model import merge
+from edgevlm.processor import Processor
+from edgevlm_export.calibration import Pair, verification_pairs, vision_samples
+from edgevlm_export.checkpoint import Checkpoint
+from edgevlm_export.clock import StageClock
+from edgevlm_export.compress import compress, import_nncf
+from edgevlm_export.families import Architecture
+from edgevlm_export.folder import FILE_NAMES, Written, save_ir
+from edgevlm_export.graphs.blocks import join, pieces, produced
+from edgevlm_export.graphs.layers import Constants
+from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, ExportOptions, Precision
+from edgevlm_export.verify import Array, Arrays
+from edgevlm_export.weights import Stored, Weights
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+LIBRARIES = ("nncf", "safetensors", "huggingface_hub")
+PIECE_WEIGHTS = 64_000_000
+"""Weights of a piece: 0.26 GB in float32, of which compiling and compressing hold several copies."""
+_FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and its answer as token ids, with the picture's tiles if there is one."""
+
+    ids: Array  # (n,)
+    pixel_values: Array | None  # (T, 3, H, W)
+    compared: int
+    """At how many of the last positions logits are compared."""
+
+
+def open_weights(checkpoint: Checkpoint, architecture: Architecture) -> Weights:
+    """Map the checkpoint's tensors and check that they are those its config asks for. Raises `SourceError`."""
+    weights = Weights(checkpoint)
+    head = f"{architecture.decoder.head}.weight"
+    if head not in weights and architecture.decoder.head == "lm_head":
+        raise SourceError(
+            "the checkpoint has no lm_head.weight, and its text_config does not tie the head to the embeddings"
+            " (tie_word_embeddings)"
+        )
+    weights.expect(architecture.shapes, architecture.unused)
+    return weights
+
+
+def write_parts(
+    architecture: Architecture,
+    weights: Weights,
+    manifest: Manifest,
+    pairs: Sequence[Pair],
+    options: ExportOptions,
+    draft: Path,
+    work: Path,
+    clock: StageClock,
+) -> Written:
+    """Write the compressed parts into `draft`. Raises `ExportError`."""
+    Thread(target=import_nncf, daemon=True).start()  # takes a second or more
+    processor = Processor(work, manifest)
+    chosen = verification_pairs(pairs) if options.verify else {}
+    needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
+    texts = {pair: tokenize(processor, pair) for pair in [*chosen.values(), *(pairs if needs_data else ())]}
+    table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
+    embeds = {pair: look_up(table, text.ids) for pair, text in texts.items()}
+    writer = PartWriter(architecture, weights, options, draft, work, clock)
+
+    tiles = {pair: text.pixel_values for pair, text in texts.items() if text.pixel_values is not None}
+    feeds = [{"pixel_values": each, **processor.family.vision_inputs()} for each in tiles.values()]
+    data = vision_samples(processor, pairs) if options.part_precision(VISION) == "w8a8" else []
+    image_embeds = dict(zip(tiles, writer.write(VISION, feeds, data), strict=True))
+    writer.write(TEXT_EMBEDDINGS, [], [])
+
+    nothing = np.empty((0, manifest.hidden_size), np.float32)
+    inputs = {
+        pair: language_inputs(embeds[pair], text.ids, image_embeds.get(pair, nothing), processor.family.image_token_id)
+        for pair, text in texts.items()
+    }
+    data = [inputs[pair] for pair in pairs] if needs_data else []
+    kept = [texts[pair].compared for pair in chosen.values()]
+    logits = writer.write(LANGUAGE, [inputs[pair] for pair in chosen.values()], data, kept)
+
+    for path in work.iterdir():
+        shutil.copyfile(path, draft / path.name)
+    cases: dict[str, Array] = {}
+    reference: dict[str, Array] = {}
+    for (name, pair), scores in zip(chosen.items(), logits, strict=True):
+        case, outputs = compared(texts[pair], embeds[pair], image_embeds.get(pair), scores)
+        cases |= {f"{name}.{key}": array for key, array in case.items()}
+        reference |= {f"{name}.{key}": array for key, array in outputs.items()}
+    precisions = {part: options.part_precision(part) for part in PART_NAMES}
+    versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf")}}
+    return Written(precisions, versions, "openvino, float32, uncompressed", cases, reference)
+
+
+def tokenize(processor: Processor, pair: Pair) -> Text:
+    """Return a pair's prompt and answer; without an answer, the prompt's own end is what is compared."""
+    tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
+    prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
+    answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
+    ids = np.asarray(prompt + answer, np.int64)
+    count = min(VERIFY_TOKENS, len(answer) + 1 if answer else len(ids))
+    return Text(ids, np.concatenate([each.pixel_values for each in tiles]) if tiles else None, count)
+
+
+def look_up(table: Stored, ids: Array) -> Array:
+    """Return the embeddings `(1, n, D)` of token ids. Raises `SourceError` for a token that the table lacks."""
+    if ids.max() >= len(table.array):
+        raise SourceError(
+            f"the tokenizer makes token {ids.max()}, and the model knows {len(table.array)}: tokenizer.json and the"
+            " weights do not belong together"
+        )
+    return replace(table, array=table.array[ids]).float32()[None]
+
+
+def compared(text: Text, embeds: Array, image_embeds: Array | None, logits: Array) -> tuple[Arrays, Arrays]:
+    """Return inputs and outputs as `verify` takes them: logits `(compared, V)` of the last positions of `text`."""
+    prompt = len(text.ids) - text.compared + 1
+    following = np.append(text.ids[prompt:], logits[-1].argmax())
+    case = {"input_ids": text.ids[:prompt]}
+    outputs = {"token_ids": following, "logits": logits, "text_embeds": embeds[0]}
+    if text.pixel_values is not None and image_embeds is not None:
+        case["pixel_values"], outputs["image_embeds"] = text.pixel_values, image_embeds
+    return case, outputs
+
+
+def language_inputs(inputs_embeds: Array, ids: Array, image_embeds: Array, image_token_id: int) -> dict[str, Array]:
+    """Return the language model's inputs for one text."""
+    flat = image_embeds.reshape(-1, inputs_embeds.shape[-1])
+    return {
+        "inputs_embeds": merge(inputs_embeds.copy(), ids, image_token_id, flat),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, np.int32),
+    }
+
+
+class PartWriter:
+    """Writes one part after another, piece by piece."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: Weights,
+        options: ExportOptions,
+        draft: Path,
+        work: Path,
+        clock: StageClock,
+    ) -> None:
+        self._graphs = architecture.graphs()
+        self._weights, self._options = weights, options
+        self._draft, self._work, self._clock = draft, work, clock
+
+    def write(
+        self, part: str, feeds: Sequence[Arrays], data: Sequence[Arrays], kept: Sequence[int] | None = None
+    ) -> list[Array]:
+        """Write one part; return its uncompressed float32 output for each of `feeds`.
+
+        `data` are the inputs to calibrate compression on; `kept` are the last positions whose output is wanted.
+        """
+        precision = self._options.part_precision(part)
+        constants = Constants(self._weights, widen=precision in UNCOMPRESSED)
+        graph = self._graphs[part](constants)
+        alone = sum(block.weights for block in graph.blocks) <= PIECE_WEIGHTS
+        wanted: list[dict[str, Array]] = [dict(feed) for feed in feeds]
+        samples: list[dict[str, Array]] = [dict(sample) for sample in data]
+        models: list[ov.Model] = []
+        for number, model in enumerate(pieces(graph, PIECE_WEIGHTS)):
+            last = graph.value in produced(model)
+            self._clock.begin(f"{part}: reference")
+            run(model, wanted + ([] if last else samples), kept if last else None)
+            self._clock.begin(f"{part}: compress")
+            model = self._compress(model, precision, samples, last=last, alone=alone)  # noqa: PLW2901
+            if not alone:
+                path = self._work / f"{part}-{number}.xml"
+                save_ir(model, path, "fp32")
+                del model
+                model = read_ir(path)  # noqa: PLW2901
+                constants.release()
+            models.append(model)
+        self._clock.begin(f"{part}: write")
+        self._save(part, join(models, graph, part), precision)
+        del models
+        constants.release()
+        for path in self._work.glob(f"{part}-*.*"):
+            path.unlink()
+        return [feed[graph.value] for feed in wanted]
+
+    def _compress(
+        self, model: ov.Model, precision: Precision, samples: Sequence[Arrays], *, last: bool, alone: bool
+    ) -> ov.Model:
+        recipe = self._options.int4
+        if precision == "int4" and last and not alone and not recipe.all_layers and _products(model) == 1:
+            return compress(model, "int8", recipe)  # the head by itself, which stays INT8
+        if not last:  # what NNCF takes for the last layer here is none
+            recipe = replace(recipe, all_layers=True)
+        names = [each.get_any_name() for each in model.inputs]
+        return compress(model, precision, recipe, [{name: sample[name] for name in names} for sample in samples])
+
+    def _save(self, part: str, model: ov.Model, precision: Precision) -> None:
+        if part == LANGUAGE:  # as optimum-intel marks what it converts: for a GPU's float16, and for the KV cache
+            model.set_rt_info("8.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
+            model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
+        save_ir(model, self._draft / FILE_NAMES[part], precision)
+
+
+def run(model: ov.Model, feeds: Sequence[dict[str, Array]], kept: Sequence[int] | None = None) -> None:
+    """Run a piece in float32 and add its outputs to each feed; `kept` are the last positions to keep of them."""
+    if not feeds:
+        return
+    compiled = core().compile_model(model, "CPU", _FLOAT32.language_properties("CPU"))
+    names = [each.get_any_name() for each in model.inputs]
+    for number, feed in enumerate(feeds):
+        outputs = compiled.create_infer_request().infer({name: feed[name] for name in names}, share_inputs=True)
+        for name, value in zip(produced(model), outputs.values(), strict=True):
+            feed[name] = np.array(value[0, -kept[number] :] if kept else value)
+
+
+def _products(model: ov.Model) -> int:
+    return sum(node.get_type_name() == "MatMul" for node in model.get_ops())
