@@ -81,7 +81,7 @@ class Ledger:
             if self.complete:
                 break
             sleep(_PAUSE_S)
-        self._clean()
+        self.clean()
 
     def publish(self) -> None:
         """Move what is next in order to the output, unless another process is doing so."""
@@ -152,7 +152,7 @@ class Ledger:
     def _lock_file(self, name: str) -> Path:
         return self._parts / f"{name}.lock"
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         """Remove the folder; another process may do so too, or still hold it."""
         for path in [*self._parts.glob("*"), self._parts]:
             with suppress(OSError):
