@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
 from queue import SimpleQueue
@@ -40,7 +42,11 @@ def work_on_ray(address: str, batch: Batch, ledger: Ledger, on_change: Callable[
     """
     if find_spec("ray") is None:
         raise OptionError("a Ray cluster needs ray; install it with: pip install 'edgevlm[ray]'")
-    ray = _connect(address)
+    with redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+        _work(_connect(address), batch, ledger, on_change)
+
+
+def _work(ray: Any, batch: Batch, ledger: Ledger, on_change: Callable[[], object]) -> None:
     try:
         threads = batch.runtime.threads or max(1, int(ray.cluster_resources().get("CPU", 1)) // batch.workers)
         there = replace(
@@ -51,13 +57,15 @@ def work_on_ray(address: str, batch: Batch, ledger: Ledger, on_change: Callable[
         )
         actor = ray.remote(num_cpus=threads, max_restarts=-1, max_task_retries=-1)(RayWorker)
         errors: SimpleQueue[str] = SimpleQueue()
-        threads_here = [
+        drivers = [
             Thread(target=_drive, args=(ray, actor.remote(there), batch, errors), daemon=True)
             for _ in range(batch.workers)
         ]
-        for each in threads_here:
-            each.start()
-        wait_for(ledger, on_change, errors, lambda: any(each.is_alive() for each in threads_here))
+        for driver in drivers:
+            driver.start()
+        wait_for(ledger, on_change, errors, lambda: any(driver.is_alive() for driver in drivers))
+        for driver in drivers:
+            driver.join(timeout=10)
     finally:
         ray.shutdown()
 
@@ -71,7 +79,7 @@ def _connect(address: str) -> Any:
         if address not in {"local", "auto"}:
             _knock(address)
         ray.init(
-            None if address == "local" else address,
+            address,
             include_dashboard=False if address == "local" else None,
             logging_level=logging.ERROR,
             log_to_driver=False,
