@@ -64,7 +64,9 @@ def measure(model: Path, repeat: int) -> dict[str, list[float]]:
             found["same tokens"].append(float(together.token_ids == singly.token_ids))
             found["tokens of it"].append(together.generated_tokens)
             found["tokens of it forced"].append(together.forced_tokens)
-            found["three choices, score / generate one"].append(scores.timings.total_s / one_of.timings.total_s)
+            found["three choices, known prompt, score / generate"].append(
+                scores.timings.total_s / one_of.timings.total_s
+            )
     return found
 
 
