@@ -11,7 +11,7 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import sleep
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgevlm.device import RuntimeConfig
 from edgevlm.errors import EdgeVLMError, OptionError, OutputError
@@ -21,6 +21,14 @@ from edgevlm.ledger import Ledger, ignore
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
+
+
+class Errors(Protocol):
+    """A queue of what went wrong in workers, a line each."""
+
+    def empty(self) -> bool: ...
+    def get(self) -> str: ...
+
 
 OnProgress = Callable[[int, int], object]
 """Called with the jobs answered and the jobs in all."""
@@ -95,6 +103,7 @@ def run_batch(
         on_progress(tally.known, len(jobs))
         do = carry_out or (_work_here if batch.workers == 1 else _work_in_processes)
         do(batch, ledger, lambda: on_progress(ledger.answered(), len(jobs)))
+        ledger.clean()
     return tally
 
 
@@ -114,20 +123,28 @@ def _work_in_processes(batch: Batch, ledger: Ledger, on_change: Callable[[], obj
     for worker in workers:
         worker.start()
     try:
-        while not ledger.complete:
-            alive = any(worker.is_alive() for worker in workers)
-            ledger.refresh()
-            on_change()
-            if not errors.empty():
-                raise OutputError(errors.get())
-            if not alive and not ledger.complete:
-                codes = ", ".join(str(worker.exitcode) for worker in workers)
-                raise OutputError(f"all workers died (exit codes {codes}); run the same command again to go on")
-            sleep(_POLL_S)
+        wait_for(ledger, on_change, errors, lambda: any(worker.is_alive() for worker in workers))
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
+
+
+def wait_for(
+    ledger: Ledger, on_change: Callable[[], object], errors: Errors, anybody_there: Callable[[], bool]
+) -> None:
+    """Wait until others have answered all jobs. Raises `OutputError` for what they report, or if none is left."""
+    while True:
+        there = anybody_there()  # before the look at what there is: the last may finish and go in between
+        ledger.refresh()
+        on_change()
+        if ledger.complete:
+            break
+        if not errors.empty():
+            raise OutputError(errors.get())
+        if not there:
+            raise OutputError("all workers died; nothing is lost, run the same command again to go on")
+        sleep(_POLL_S)
 
 
 def _worker(batch: Batch, errors: SimpleQueue[str]) -> None:

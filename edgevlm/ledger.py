@@ -68,8 +68,6 @@ class Ledger:
 
         `on_rows` is called after each answer, and now and then while others are at what is left.
         """
-        with writing(self._output):
-            self._parts.mkdir(parents=True, exist_ok=True)
         while True:
             for number in range(self._published // CHUNK, -(-len(self._jobs) // CHUNK)):
                 if len(self._rows(number)) < len(self._chunk(number)):
@@ -81,7 +79,7 @@ class Ledger:
             if self.complete:
                 break
             sleep(_PAUSE_S)
-        self._clean()
+        self.clean()
 
     def publish(self) -> None:
         """Move what is next in order to the output, unless another process is doing so."""
@@ -142,7 +140,8 @@ class Ledger:
     def _lock(self, name: str) -> Iterator[bool]:
         """Hold a lock if nobody else does."""
         lock = FileLock(self._lock_file(name))
-        with writing(self._parts), suppress(Timeout):
+        with writing(self._output), suppress(Timeout):
+            self._parts.mkdir(parents=True, exist_ok=True)  # whoever has seen all answers takes it away
             lock.acquire(timeout=0)
         try:
             yield lock.is_locked
@@ -152,8 +151,11 @@ class Ledger:
     def _lock_file(self, name: str) -> Path:
         return self._parts / f"{name}.lock"
 
-    def _clean(self) -> None:
-        """Remove the folder; another process may do so too, or still hold it."""
-        for path in [*self._parts.glob("*"), self._parts]:
-            with suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
+    def clean(self) -> None:
+        """Remove the folder, unless another process is publishing; Windows keeps what somebody holds."""
+        with self._lock("output") as mine:
+            for path in self._parts.glob("*") if mine else ():
+                with suppress(OSError):
+                    path.unlink()
+        with suppress(OSError):
+            self._parts.rmdir()

@@ -326,6 +326,41 @@ def answer(job: Any) -> Row:
     return {"line": job.line, "job": job.key, "answer": f"to {job.line}"}
 
 
+DYING = """
+import os, random, sys, time
+from pathlib import Path
+from edgevlm.jobs import read_jobs
+from edgevlm.ledger import Ledger
+
+chance = random.Random(int(sys.argv[1]))
+
+def answer(job):
+    time.sleep(0.004 * chance.random())
+    if chance.random() < 0.02:
+        os._exit(9)
+    return {"line": job.line, "job": job.key}
+
+Ledger(Path("out.jsonl"), read_jobs(Path("jobs.jsonl"), "")).work(answer)
+"""
+
+
+def test_processes_that_keep_dying_write_each_row_once(tmp_path: Path) -> None:
+    write(tmp_path / "jobs.jsonl", questions(150))
+    running: list[subprocess.Popen[bytes]] = []
+    started, codes = 0, set()
+    while running or not started or lines(tmp_path / "out.jsonl") < 150:
+        while len(running) < 4 and lines(tmp_path / "out.jsonl") < 150:
+            started += 1
+            running.append(subprocess.Popen([sys.executable, "-c", DYING, str(started)], cwd=tmp_path))
+        time.sleep(0.02)
+        codes |= {process.poll() for process in running}
+        running = [process for process in running if process.poll() is None]
+        assert started < 60
+    assert codes <= {None, 0, 9}
+    assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, 151))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.jsonl", "out.jsonl"]
+
+
 def test_more_jobs_may_be_added_later(tmp_path: Path) -> None:
     asked: list[int] = []
     for count in (3, 3, CHUNK, 2 * CHUNK + 1):
