@@ -1,13 +1,16 @@
 """Every error that a user can cause, each with one line that says what is wrong and what to do.
 
 EdgeVLMError
-├── ImageError             the picture: missing, unreadable, truncated, too large
-├── PromptError            the question: too long for the context, or it holds the image placeholder
+├── ImageError             the picture: missing, unreadable, truncated
+│   └── ImageTooLargeError
+├── PromptError            the question: it holds the image placeholder, or is no text
+│   └── ContextLengthError
 ├── OptionError            a generation option out of its range
 ├── ModelError             the exported folder
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
 ├── DeviceError            no such device, or the device refuses the model
+├── ServerError            the server cannot listen, or lacks what it needs
 └── ExportError            the exporter
     ├── SourceError        the checkpoint: missing, not cached, of an unknown family
     └── VerificationError  an exported part differs from the reference
@@ -16,15 +19,18 @@ EdgeVLMError
 from __future__ import annotations
 
 __all__ = [
+    "ContextLengthError",
     "DamagedModelError",
     "DeviceError",
     "EdgeVLMError",
     "ExportError",
     "ImageError",
+    "ImageTooLargeError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
     "PromptError",
+    "ServerError",
     "SourceError",
     "VerificationError",
 ]
@@ -38,8 +44,16 @@ class ImageError(EdgeVLMError):
     """The picture cannot be used."""
 
 
+class ImageTooLargeError(ImageError):
+    """The picture has more pixels than are taken."""
+
+
 class PromptError(EdgeVLMError):
     """The question cannot be used."""
+
+
+class ContextLengthError(PromptError):
+    """The conversation is longer than the model's context."""
 
 
 class OptionError(EdgeVLMError):
@@ -60,6 +74,10 @@ class DamagedModelError(ModelError):
 
 class DeviceError(EdgeVLMError):
     """OpenVINO has no such device, or the device cannot run the model."""
+
+
+class ServerError(EdgeVLMError):
+    """The server cannot listen, or lacks what it needs."""
 
 
 class BenchmarkError(EdgeVLMError):

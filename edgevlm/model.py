@@ -14,7 +14,7 @@ from edgevlm.chat import Message, check_texts, user_message
 from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
-from edgevlm.errors import DeviceError, PromptError
+from edgevlm.errors import ContextLengthError, DeviceError, PromptError
 from edgevlm.families import Tiles
 from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer
 from edgevlm.image import ImageInput, Images, as_list, load_image
@@ -154,7 +154,7 @@ class VLM:
     def _check_length(self, length: int) -> None:
         limit = self.manifest.context_length
         if length >= limit:
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt has {length:,} tokens and the model's context holds {limit:,};"
                 " shorten the question, or use fewer pictures, max_tiles or a lower detail"
             )
