@@ -22,6 +22,7 @@ from edgevlm.errors import (
     ExportError,
     ImageError,
     ImageTooLargeError,
+    IncompleteAnswerError,
     ModelError,
     ModelNotFoundError,
     OptionError,
@@ -32,10 +33,12 @@ from edgevlm.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgevlm.constraint import Constraint
     from edgevlm.conversation import Chat
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import Answer, GenerationConfig, Piece
     from edgevlm.model import VLM
+    from edgevlm.sampling import TokenLogprob
 
 __version__ = "0.1.0"
 
@@ -44,6 +47,7 @@ __all__ = [
     "Answer",
     "BenchmarkError",
     "Chat",
+    "Constraint",
     "ContextLengthError",
     "DamagedModelError",
     "DeviceError",
@@ -52,6 +56,7 @@ __all__ = [
     "GenerationConfig",
     "ImageError",
     "ImageTooLargeError",
+    "IncompleteAnswerError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
@@ -60,11 +65,14 @@ __all__ = [
     "RuntimeConfig",
     "ServerError",
     "SourceError",
+    "TokenLogprob",
     "VerificationError",
 ]
 
 _LAZY = {
     "Chat": "edgevlm.conversation",
+    "Constraint": "edgevlm.constraint",
+    "TokenLogprob": "edgevlm.sampling",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",
     "Answer": "edgevlm.generate",

@@ -33,7 +33,7 @@ from edgevlm.generate import GenerationConfig, Prompt, stream_tokens
 from edgevlm.image import RGB, ImageInput
 from edgevlm.metrics import Stopwatch, Timings, peak_memory
 from edgevlm.model import VLM
-from edgevlm.sampling import greedy
+from edgevlm.sampling import Chooser, greedy
 
 Announce: TypeAlias = Callable[[str], None]
 QUESTION = "Describe this picture in detail."
@@ -196,7 +196,8 @@ def ask(vlm: VLM, image: ImageInput, question: str, options: GenerationConfig) -
     prompt = vlm.prepare([user_message(question, 1)], [image], options, watch)
     with vlm.session(prompt) as session:
         drafter = PromptLookup(prompt.ids, 0)
-        ids = tuple(stream_tokens(session, prompt, greedy, options.max_new_tokens, watch, drafter))
+        tokens = stream_tokens(session, prompt, Chooser(greedy), options.max_new_tokens, watch, drafter)
+        ids = tuple(token for token, _ in tokens)
     cached = watch.counts.get("cached_tokens", 0)
     return Once(prompt, watch.timings(vlm.load_s, len(ids)), ids, cached, prompt.cached_tiles)
 

@@ -50,12 +50,29 @@ class ChatTemplate:
         except (TemplateError, RecursionError) as error:
             raise DamagedModelError(f"the model's chat template does not parse: {one_line(error)}") from None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """Return the prompt for `messages`, opened for the assistant's answer. Raises `PromptError`."""
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            return self._template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
+            )
         except Exception as error:  # a template is a program: it may divide by zero or add a number to a text
             raise PromptError(f"the model's chat template refuses the conversation: {one_line(error)}") from None
+
+    def answer_lead(self) -> str:
+        """Return the whitespace that the template puts between the opened turn and its text.
+
+        A model answers the way its template writes answers down: many begin theirs with a space.
+        """
+        question, answer = "question", "ANSWER"
+        asked = [user_message(question, 0)]
+        try:
+            opened = self.render(asked)
+            whole = self.render([*asked, text_message("assistant", answer)], add_generation_prompt=False)
+        except PromptError:
+            return ""
+        lead = whole.removeprefix(opened).partition(answer)[0]
+        return lead if whole.startswith(opened) and lead.isspace() else ""
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from edgevlm.chat import Message, text_message, user_message
-from edgevlm.generate import Answer, GenerationConfig, Piece, Progress
+from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, whole
 from edgevlm.image import RGB, Images, as_list, load_image
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ class Chat:
         self.turns = []
 
     def ask(self, question: str, images: Images = None) -> Answer:
-        """Return the answer to the next question, with new pictures if there are any. Errors as in `stream`."""
-        *_, last = self.stream(question, images)
-        assert last.answer is not None
-        return last.answer
+        """Return the answer to the next question, with new pictures if there are any.
+
+        Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
+        """
+        return whole(self.stream(question, images))
 
     def stream(self, question: str, images: Images = None, on_progress: Progress | None = None) -> Iterator[Piece]:
         """Yield the answer piece by piece; one that is broken off is part of the conversation as far as it came.

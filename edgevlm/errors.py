@@ -5,7 +5,8 @@ EdgeVLMError
 │   └── ImageTooLargeError
 ├── PromptError            the question: it holds the image placeholder, or is no text
 │   └── ContextLengthError
-├── OptionError            a generation option out of its range
+├── OptionError            a generation option out of its range, or a constraint that cannot be
+├── IncompleteAnswerError  an answer cut short of the form it was to have
 ├── ModelError             the exported folder
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
@@ -18,6 +19,11 @@ EdgeVLMError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgevlm.generate import Answer
+
 __all__ = [
     "ContextLengthError",
     "DamagedModelError",
@@ -26,6 +32,7 @@ __all__ = [
     "ExportError",
     "ImageError",
     "ImageTooLargeError",
+    "IncompleteAnswerError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
@@ -58,6 +65,14 @@ class ContextLengthError(PromptError):
 
 class OptionError(EdgeVLMError):
     """An option has a value outside its range."""
+
+
+class IncompleteAnswerError(EdgeVLMError):
+    """An answer ended before it had the form that the constraint asks for; `answer` is what there is of it."""
+
+    def __init__(self, message: str, answer: Answer) -> None:
+        super().__init__(message)
+        self.answer = answer
 
 
 class ModelError(EdgeVLMError):

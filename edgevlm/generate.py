@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.constraint import Constraint, Vocabulary
 from edgevlm.drafting import PromptLookup
-from edgevlm.errors import OptionError
+from edgevlm.errors import IncompleteAnswerError, OptionError
 from edgevlm.families.base import Detail
-from edgevlm.language_model import Session
+from edgevlm.language_model import Session, common_length
 from edgevlm.metrics import Stopwatch, Timings, peak_memory
-from edgevlm.sampling import Sampler, make_sampler
+from edgevlm.sampling import Chooser, Logits, TokenLogprob, make_sampler, token_logprob
 from edgevlm.tokenizer import Tokenizer
 
 FinishReason: TypeAlias = Literal["stop", "length", "context"]
@@ -43,6 +44,10 @@ class GenerationConfig:
     draft_tokens: int = 8
     """Most tokens drafted from earlier text for one step to check; 0 drafts none. In float32 the answer is the same;
     in BF16 a step of several tokens rounds differently from a step of one, and a near tie may fall the other way."""
+    constraint: Constraint | None = None
+    """The form that the answer must have."""
+    top_logprobs: int | None = None
+    """Give each token's log-probability with this many of the likeliest in its place; 0: its own alone; None: none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -53,6 +58,8 @@ class GenerationConfig:
             raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
         if not 0 <= self.draft_tokens <= 64:
             raise OptionError(f"draft_tokens must be between 0 and 64, not {self.draft_tokens}")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
+            raise OptionError(f"top_logprobs must be between 0 and 20, not {self.top_logprobs}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError("stop must be a tuple of texts, none of them empty")
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
@@ -77,6 +84,12 @@ class Answer:
     drafted_tokens: int
     accepted_tokens: int
     """Drafted tokens that came true."""
+    forced_tokens: int
+    """Tokens that the constraint left no choice of, which cost no step of their own."""
+    satisfied: bool | None
+    """Whether the answer has the form that the constraint asks for; None without a constraint."""
+    logprobs: tuple[TokenLogprob, ...]
+    """One for each token but the end token, when `top_logprobs` asks for them."""
     timings: Timings
     peak_memory_bytes: int
 
@@ -94,6 +107,8 @@ class Answer:
             "cached_tiles": self.cached_tiles,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
+            "forced_tokens": self.forced_tokens,
+            "satisfied": self.satisfied,
             "timings": {name: round(value, 6) if value is not None else None for name, value in timings.items()}
             | {"peak_memory_bytes": self.peak_memory_bytes},
         }
@@ -105,6 +120,8 @@ class Piece:
 
     text: str
     answer: Answer | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens since the piece before, when `top_logprobs` asks for them."""
 
     def __str__(self) -> str:
         return self.text
@@ -127,39 +144,44 @@ class Prompt:
 
 
 def stream_tokens(
-    session: Session, prompt: Prompt, sampler: Sampler, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
-) -> Iterator[int]:
-    """Yield up to `max_tokens` token ids after the prompt; the caller stops when it has seen the end.
+    session: Session, prompt: Prompt, chooser: Chooser, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
+) -> Iterator[tuple[int, Logits]]:
+    """Yield up to `max_tokens` token ids after the prompt, each with the logits `(V,)` that stood in its place.
 
-    Every token is the sampler's choice from the logits after all tokens before it, drafted or not: a draft that the
-    sampler does not choose is taken back.
+    The caller stops when it has seen the end. Every token is the chooser's, after all tokens before it: a draft that it
+    does not choose is taken back. What it is forced to choose goes to the model as a draft that always comes true.
     """
+    ahead, drafted = chooser.forced[: max_tokens - 1], 0
     with watch.stage("prefill"):
         start = session.rewind_to_common(prompt.keys)
-        logits = session.prefill(prompt.inputs_embeds[:, start:], 1, prompt.keys[start:])
+        inputs_embeds = prompt.inputs_embeds[:, start:]
+        if ahead:
+            inputs_embeds = np.concatenate([inputs_embeds, session.embed(ahead)], axis=1)
+        logits = session.prefill(inputs_embeds, 1 + len(ahead), [*prompt.keys[start:], *ahead])
     watch.count("cached_tokens", start)
-    draft: list[int] = []
     left = max_tokens
     while True:
         accepted = 0
-        for row, expected in zip(logits, [*draft, None], strict=True):
-            token = sampler(row)
+        for row, expected in zip(logits, [*ahead, None], strict=True):
+            token = chooser.choose(row)
             watch.first_token = watch.first_token or perf_counter()
             drafter.add(token)
             left -= 1
-            yield token
-            if not left:
+            yield token, row
+            if not left or chooser.complete:
                 return
             if token != expected:
                 break
             accepted += 1
-            watch.count("accepted_tokens", 1)
-        if draft:
-            session.rewind(session.length - len(draft) + accepted)
-            drafter.learn(len(draft), accepted)
-        draft = drafter.draft(left - 1)
-        watch.count("drafted_tokens", len(draft))
-        logits = session.step([token, *draft])
+            watch.count("accepted_tokens", bool(drafted))
+        if drafted:
+            session.rewind(session.length - drafted + accepted)
+            drafter.learn(drafted, accepted)
+        forced = chooser.forced[: left - 1]
+        draft = [] if forced else chooser.possible(drafter.draft(left - 1))
+        ahead, drafted = forced or draft, len(draft)
+        watch.count("drafted_tokens", drafted)
+        logits = session.step([token, *ahead])
 
 
 def stream_answer(
@@ -168,33 +190,42 @@ def stream_answer(
     config: GenerationConfig,
     *,
     tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+    lead: str,
     eos_token_ids: Sequence[int],
     context_length: int,
     watch: Stopwatch,
     load_s: float,
 ) -> Iterator[Piece]:
-    """Yield the answer's pieces; the last one carries the `Answer`."""
+    """Yield the answer's pieces; the last one carries the `Answer`.
+
+    `lead` is what the model writes before an answer; one with a constraint begins after it.
+    """
     room = context_length - len(prompt)
-    budget = min(config.max_new_tokens, room)
     sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
-    detokenizer, text = tokenizer.detokenizer(), StopText(config.stop)
+    guided = config.constraint is not None
+    chooser = vocabulary.guide(config.constraint, sampler, lead) if config.constraint else Chooser(sampler)
+    detokenizer, text = tokenizer.detokenizer(), StopText(config.stop, lead if guided else "")
     drafter = PromptLookup(prompt.ids, config.draft_tokens)
     ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    told = 0
     reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
-    for token in stream_tokens(session, prompt, sampler, budget, watch, drafter):
+    for token, logits in stream_tokens(session, prompt, chooser, min(config.max_new_tokens, room), watch, drafter):
         ids.append(token)
         if token in eos_token_ids:
             reason = "stop"
             break
+        if config.top_logprobs is not None:
+            logprobs.append(token_logprob(token, logits, config.top_logprobs, vocabulary.token_bytes))
         if piece := text.add(detokenizer.add(token)):
-            yield Piece(piece)
+            yield Piece(piece, logprobs=tuple(logprobs[told:]))
+            told = len(logprobs)
         if text.stopped:
-            reason = "stop"
             break
     rest = text.finish(detokenizer.finish())
-    if text.stopped:
+    if text.stopped or chooser.complete:
         reason = "stop"
-    timings = watch.timings(load_s, len(ids))
     answer = Answer(
         text=text.shown,
         finish_reason=reason,
@@ -207,17 +238,42 @@ def stream_answer(
         cached_tiles=prompt.cached_tiles,
         drafted_tokens=watch.counts.get("drafted_tokens", 0),
         accepted_tokens=watch.counts.get("accepted_tokens", 0),
-        timings=timings,
+        forced_tokens=chooser.forced_tokens,
+        satisfied=chooser.satisfied and not text.stopped,
+        logprobs=tuple(logprobs),
+        timings=watch.timings(load_s, len(ids)),
         peak_memory_bytes=peak_memory(),
     )
-    yield Piece(rest, answer)
+    yield Piece(rest, answer, tuple(logprobs[told:]))
+
+
+def whole(pieces: Iterable[Piece]) -> Answer:
+    """Return the answer that the last piece carries. Raises `IncompleteAnswerError`."""
+    *_, last = pieces
+    assert last.answer is not None
+    check_satisfied(last.answer)
+    return last.answer
+
+
+def check_satisfied(answer: Answer) -> None:
+    """Raise `IncompleteAnswerError` for an answer that was cut before it had the form it was to have."""
+    if answer.satisfied is False:
+        why = {
+            "length": f"max_new_tokens ({answer.generated_tokens}) was reached; allow more, or a shorter form",
+            "context": "the context is full; ask about fewer or smaller pictures",
+            "stop": "a stop text came in the middle of it",
+        }
+        raise IncompleteAnswerError(
+            f"the answer is not whole and does not satisfy the constraint: {why[answer.finish_reason]}", answer
+        )
 
 
 class StopText:
-    """Lets text through up to the first stop text, holding back what may be the beginning of one."""
+    """Lets text through after the lead and up to the first stop text, holding back what may be the beginning of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], lead: str = "") -> None:
         self._stops = tuple(stops)
+        self._lead = lead
         self._held = ""
         self.shown = ""
         self.stopped = False
@@ -226,7 +282,7 @@ class StopText:
         """Take new text and return what may be shown of it now."""
         if self.stopped:
             return ""
-        self._held += text
+        self._held += self._without_lead(text)
         # The stop text that is whole first ends the answer, however the text was cut into pieces.
         found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
@@ -238,6 +294,12 @@ class StopText:
         """Take the last text and return all that was still held back."""
         shown = self.add(text)
         return shown if self.stopped else shown + self._show(len(self._held))
+
+    def _without_lead(self, text: str) -> str:
+        """Take what is left of the lead off the beginning of the text."""
+        common = common_length(self._lead, text)
+        self._lead = self._lead[common:] if common == len(text) else ""
+        return text[common:]
 
     def _show(self, length: int) -> str:
         text, self._held = self._held[:length], self._held[length:]

@@ -16,7 +16,7 @@ from edgevlm.device import RuntimeConfig, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
 from edgevlm.errors import ContextLengthError, DeviceError, PromptError
 from edgevlm.families import Tiles
-from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer
+from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer, whole
 from edgevlm.image import ImageInput, Images, as_list, load_image
 from edgevlm.language_model import Session, SessionPool
 from edgevlm.manifest import check_files, load_manifest
@@ -64,10 +64,11 @@ class VLM:
         config: GenerationConfig | None = None,
         on_progress: Progress | None = None,
     ) -> Answer:
-        """Return the whole answer to `question` about `images`: one, several, or none. Errors as in `stream`."""
-        *_, last = self.stream(images, question, config, on_progress)
-        assert last.answer is not None
-        return last.answer
+        """Return the whole answer to `question` about `images`: one, several, or none.
+
+        Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
+        """
+        return whole(self.stream(images, question, config, on_progress))
 
     def stream(
         self,
@@ -78,7 +79,8 @@ class VLM:
     ) -> Iterator[Piece]:
         """Yield the answer piece by piece, never splitting a character; the last piece carries the `Answer`.
 
-        Raises `ImageError` and `PromptError`.
+        An answer cut short of its constraint is not an error here: its `satisfied` is False. Raises `ImageError`,
+        `PromptError`, and `OptionError` for a constraint that the model's tokens cannot follow.
         """
         pictures = as_list(images)
         yield from self.stream_messages([user_message(question, len(pictures))], pictures, config, on_progress)
@@ -100,6 +102,8 @@ class VLM:
                 prompt,
                 config,
                 tokenizer=self.processor.tokenizer,
+                vocabulary=self.processor.vocabulary,
+                lead=self.processor.answer_lead,
                 eos_token_ids=self.manifest.eos_token_ids,
                 context_length=self.manifest.context_length,
                 watch=watch,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgevlm.chat import ChatTemplate, Message
+from edgevlm.constraint import Vocabulary
 from edgevlm.errors import DamagedModelError, PromptError
 from edgevlm.families import Grid, Tiles, make_family
 from edgevlm.generate import GenerationConfig
@@ -21,6 +22,8 @@ class Processor:
         self.family = make_family(manifest.family, manifest.family_facts)
         self.tokenizer = Tokenizer(folder)
         self.template = ChatTemplate(_read_text(folder / manifest.chat_template), manifest.special_tokens)
+        self.vocabulary = Vocabulary(self.tokenizer, manifest.vocab_size, manifest.eos_token_ids)
+        self.answer_lead = self.template.answer_lead()
 
     def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Tiles]:
         """Return each picture's tiles. Raises `ImageError`."""

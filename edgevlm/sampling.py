@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,6 +37,72 @@ def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, s
         return int(random.choice(len(probabilities), p=probabilities))
 
     return sample
+
+
+class Chooser:
+    """Chooses one answer's tokens, one after the other; this one as the sampler says."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self.forced_tokens = 0
+        """Tokens chosen without a look at the logits."""
+
+    @property
+    def forced(self) -> list[int]:
+        """The tokens that come next whatever the logits are."""
+        return []
+
+    @property
+    def complete(self) -> bool:
+        """Nothing may come any more."""
+        return False
+
+    @property
+    def satisfied(self) -> bool | None:
+        """Whether what was chosen is a whole answer; None when any answer is."""
+        return None
+
+    def choose(self, logits: Logits) -> int:
+        """Return the next token id, from the logits `(V,)` after all tokens before it."""
+        return self._sampler(logits)
+
+    def possible(self, draft: Sequence[int]) -> list[int]:
+        """Return the beginning of a draft that could be chosen."""
+        return list(draft)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer and its natural log-probability under the model's raw logits.
+
+    That is before temperature, top-k, top-p and any constraint: what the model thinks, not what it was allowed.
+    """
+
+    token_id: int
+    data: bytes
+    """What the token stands for; a part of a character may be all there is."""
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens in its place, best first; their own `top` is empty."""
+
+    @property
+    def text(self) -> str:
+        """The token as text; bytes that are no whole character are shown as U+FFFD."""
+        return self.data.decode("utf-8", errors="replace")
+
+
+def token_logprob(token: int, logits: Logits, top: int, token_bytes: Callable[[int], bytes]) -> TokenLogprob:
+    """Return a token's log-probability and the `top` likeliest in its place."""
+    logprobs = log_softmax(logits)
+    best = np.argsort(-logprobs, kind="stable")[:top] if top else ()
+    named = [TokenLogprob(int(each), token_bytes(int(each)), float(logprobs[each])) for each in best]
+    return TokenLogprob(token, token_bytes(token), float(logprobs[token]), tuple(named))
+
+
+def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    """Return the log-probabilities of logits `(..., V)`, in float64."""
+    below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return np.asarray(below - np.log(np.exp(below).sum(axis=-1, keepdims=True)))
 
 
 def greedy(logits: Logits) -> int:

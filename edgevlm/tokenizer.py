@@ -34,6 +34,10 @@ class Tokenizer:
         except TypeError:
             raise PromptError("the question is not valid Unicode text; write it in UTF-8") from None
 
+    def to_json(self) -> str:
+        """Return the tokenizer in the format of `tokenizer.json`."""
+        return str(self._fast.to_str())
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens."""
         return str(self._fast.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,87 @@
+"""`edgevlm export`: a checkpoint to a folder of OpenVINO IR."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgevlm.errors import ExportError
+
+if TYPE_CHECKING:
+    from edgevlm_export.options import ExportOptions
+
+_PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make; default: a short name.")
+@click.option("--int4", "precision", flag_value="int4", help="INT4 language model, the rest INT8: the smallest.")
+@click.option("--int8", "precision", flag_value="int8", default="int8", help="INT8 weights (the default).")
+@click.option("--fp16", "precision", flag_value="fp16", help="FP16 weights, no compression.")
+@click.option("--fp32", "precision", flag_value="fp32", help="FP32 weights: equal to the reference.")
+@click.option(
+    "--vision-precision",
+    type=click.Choice([*_PRECISION.choices, "w8a8"]),
+    help="Vision encoder and connector only; w8a8 quantizes activations too, which makes them fastest.",
+)
+@click.option("--lm-precision", type=_PRECISION, help="Language model only.")
+@click.option("--group-size", type=int, help="INT4: weights that share a scale.  [default: 32]")
+@click.option("--ratio", type=float, help="INT4: share of the weights; the rest stays INT8.  [default: 0.8]")
+@click.option("--sym/--asym", "sym", default=None, help="INT4 without or with a zero point.  [default: asym]")
+@click.option("--all-layers", is_flag=True, help="INT4 also for the embeddings and the LM head.")
+@click.option("--awq/--no-awq", default=None, help="INT4: activation-aware scaling.  [default: no]")
+@click.option(
+    "--scale-estimation/--no-scale-estimation", default=None, help="INT4: fit scales to inputs.  [default: yes]"
+)
+@click.option("--gptq/--no-gptq", default=None, help="INT4: correct each layer's error on real inputs (slow).")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Your own pictures and questions.")
+@click.option("--no-verify", is_flag=True, help="Skip the comparison with the PyTorch reference.")
+@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@click.option("--revision", help="Branch, tag or commit of a hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def export(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Turn the checkpoint SOURCE, a folder or a hub id, into a folder of OpenVINO IR.
+
+    \b
+    edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
+    edgevlm export ./my-checkpoint --int8 -o ./my-model
+    edgevlm export ./my-checkpoint --int4 --gptq --calibration ./pictures
+    """
+    missing = [name for name in ("torch", "transformers", "optimum", "nncf") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"exporting needs {', '.join(missing)}; install it with: pip install 'edgevlm[export]'")
+    from edgevlm.terminal import Progress, print_report
+
+    with Progress() as progress:
+        progress.stage("starting")
+        from edgevlm_export import export as export_checkpoint
+
+        report = export_checkpoint(source, output, _export_options(options), progress.stage)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        print_report(report)
+
+
+def _export_options(options: dict[str, Any]) -> ExportOptions:
+    from edgevlm_export.options import ExportOptions, Int4Recipe
+
+    names = ("group_size", "ratio", "sym", "awq", "scale_estimation", "gptq")
+    chosen = {name: options[name] for name in names if options[name] is not None}
+    return ExportOptions(
+        precision=options["precision"],
+        vision_precision=options["vision_precision"],
+        lm_precision=options["lm_precision"],
+        int4=Int4Recipe(all_layers=options["all_layers"], **chosen),
+        calibration=options["calibration"],
+        verify=not options["no_verify"],
+        force=options["force"],
+        revision=options["revision"],
+        trust_remote_code=options["trust_remote_code"],
+    )

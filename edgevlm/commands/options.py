@@ -1,0 +1,72 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgevlm.device import RuntimeConfig
+    from edgevlm.generate import GenerationConfig
+
+
+def model_options(command: Any) -> Any:
+    """Add the options that say which model runs, and how."""
+    for option in (
+        click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk."),
+        click.option(
+            "--inference-precision",
+            type=click.Choice(["auto", "f32", "bf16", "f16"]),
+            default="auto",
+            show_default=True,
+            help="auto is OpenVINO's choice for the device; f32 is the most exact.",
+        ),
+        click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
+        click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
+        click.option("-m", "--model", help="Exported folder or short name; may be left out while there is only one."),
+    ):
+        command = option(command)
+    return command
+
+
+def generation_options(command: Any) -> Any:
+    """Add the options that say how an answer is made."""
+    for option in (
+        click.option("--max-tiles", type=int, help="At most this many tiles a picture, the global view included."),
+        click.option(
+            "--detail",
+            type=click.Choice(["auto", "low", "high"]),
+            default="auto",
+            show_default=True,
+            help="low: the global view only; auto: as many tiles as the pixels fill; high: as the checkpoint does.",
+        ),
+        click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied."),
+        click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens."),
+    ):
+        command = option(command)
+    return command
+
+
+def runtime_config(options: dict[str, Any]) -> RuntimeConfig:
+    """Return what `model_options` say, but for the model."""
+    from edgevlm.device import RuntimeConfig
+
+    return RuntimeConfig(
+        device=options["device"],
+        threads=options["threads"],
+        inference_precision=options["inference_precision"],
+        cache=not options["no_cache"],
+    )
+
+
+def generation_config(options: dict[str, Any]) -> GenerationConfig:
+    """Return what `generation_options` say."""
+    from edgevlm.generate import GenerationConfig
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "detail", "max_tiles")
+    return GenerationConfig(**{name: options[name] for name in names})

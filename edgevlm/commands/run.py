@@ -1,0 +1,94 @@
+"""`edgevlm run`: one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgevlm.commands.options import generation_config, generation_options, model_options, runtime_config
+from edgevlm.errors import ImageError
+
+if TYPE_CHECKING:
+    from edgevlm.device import RuntimeConfig
+    from edgevlm.generate import GenerationConfig
+
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@click.command()
+@click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
+@model_options
+@generation_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
+@click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer.")
+def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
+    """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
+
+    \b
+    edgevlm run photo.jpg "What is in this picture?"
+    edgevlm run before.png after.png "What has changed?" -m ./my-model
+    edgevlm run "What is the capital of France?"
+    cat photo.jpg | edgevlm run - "Describe it." --json
+    """
+    *images, question = arguments
+    generation, runtime = generation_config(options), runtime_config(options)
+    _check_question(question)
+    _answer([_image(name) for name in images], question, options["model"], generation, runtime, as_json, stats)
+
+
+def _check_question(question: str) -> None:
+    """Catch the likeliest slip: a picture and no question."""
+    from edgevlm.paths import is_there
+
+    names_image = question.lower().endswith(_IMAGE_SUFFIXES) and len(question.split()) == 1
+    is_file = Path(question).suffix and is_there(Path(question)) and Path(question).is_file()
+    if question == "-" or names_image or is_file:
+        raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
+
+
+def _image(name: str) -> bytes | str:
+    if name != "-":
+        return name
+    data = sys.stdin.buffer.read() if sys.stdin else b""  # None: started with stdin closed
+    if not data:
+        raise ImageError("no image came on stdin, where an IMAGE of - is read from")
+    return data
+
+
+def _answer(
+    images: list[bytes | str],
+    question: str,
+    model: str | None,
+    generation: GenerationConfig,
+    runtime: RuntimeConfig,
+    as_json: bool,
+    stats: bool,
+) -> None:
+    from edgevlm.image import probe_image
+    from edgevlm.terminal import Progress, print_cut, print_stats
+
+    for image in images:  # a bad picture is told before the model is loaded
+        probe_image(image)
+    with Progress() as progress:
+        progress.stage("loading the model")
+        from edgevlm.model import VLM
+
+        vlm = VLM(model, runtime)
+        answer = None
+        for piece in vlm.stream(images, question, generation, progress.step):
+            progress.clear()
+            if not as_json:
+                click.echo(piece.text, nl=False)
+            answer = piece.answer
+    assert answer is not None
+    if as_json:
+        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+        return
+    click.echo()
+    print_cut(answer)
+    if stats:
+        print_stats(answer)
