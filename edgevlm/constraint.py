@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from edgevlm.tokenizer import Tokenizer
 
-_JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON as `json.dumps` writes it: whitespace left to chance is what a small model loses itself in. A schema may say
 otherwise with llguidance's `x-guidance`."""
 
@@ -51,7 +51,7 @@ class Constraint:
             raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
         if not isinstance(found, dict):
             raise OptionError(f"the JSON schema must be an object, not {text[:40]}")
-        return _checked("JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=_JSON_STYLE), text)
+        return _checked("JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE), text)
 
     @classmethod
     def json(cls) -> Constraint:

@@ -96,7 +96,9 @@ def _check_array(array: npt.NDArray[Any], max_pixels: int) -> RGB:
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageTooLargeError(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first")
+        raise ImageTooLargeError(
+            f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first"
+        )
 
 
 def _decode(data: bytes, name: str, max_pixels: int) -> RGB:

@@ -71,7 +71,7 @@ class EventStream(Response):
         self._events = events
         del self.headers["content-length"]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._events) as events:  # type: ignore[type-var]
             async for event in events:
@@ -152,7 +152,7 @@ class _Server:
     async def chat(self, request: ChatRequest, http: Request) -> Response:
         vlm = self._ready()
         self._check_name(request.model)
-        plan = await asyncio.to_thread(make_plan, request, self._config)
+        plan = await asyncio.to_thread(make_plan, request, self._config, http.state.caller)
         completion = Completion(
             self._model,
             vlm.manifest.fingerprint,
@@ -160,7 +160,7 @@ class _Server:
             logprobs=bool(request.logprobs),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        pieces = self._pieces(plan, http.state.caller, http.receive)
+        pieces = self._pieces(plan, http.receive)
         if request.stream:
             first = await anext(pieces)  # an error before the first piece has a status of its own
             return EventStream(completion.events(_chain(first, pieces)))
@@ -183,7 +183,7 @@ class _Server:
     def _card(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._worker.started_at, "owned_by": "edgevlm"}
 
-    async def _pieces(self, plan: Plan, caller: str, receive: Receive) -> AsyncIterator[tuple[Piece, float]]:
+    async def _pieces(self, plan: Plan, receive: Receive) -> AsyncIterator[tuple[Piece, float]]:
         """Yield the answer's pieces, each with the seconds that the job had waited.
 
         Whatever ends this (the client goes away, the time is up, the server stops) ends the generation too.
@@ -196,7 +196,7 @@ class _Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         conversation = plan.conversation
-        job = Job(conversation.messages, conversation.images, plan.config, caller, deliver)
+        job = Job(conversation.messages, conversation.images, plan.config, plan.config.cache_salt, deliver)
         self._worker.submit(job)
         limit = self._config.time_limit_s
         too_late = ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
@@ -234,8 +234,11 @@ class _Server:
             logger.info("asked %r, answered %r", texts, answer.text)
 
 
-def make_plan(request: ChatRequest, config: ServeConfig) -> Plan:
-    """Understand a request, its pictures' headers included. Raises `ApiError` and edgevlm's own errors."""
+def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
+    """Understand a request, its pictures' headers included. Raises `ApiError` and edgevlm's own errors.
+
+    Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
+    """
     conversation = Conversation(request.messages, config)
     tools = choose_tools(request)
     if tools:
@@ -256,6 +259,7 @@ def make_plan(request: ChatRequest, config: ServeConfig) -> Plan:
             max_tiles=request.max_tiles,
             constraint=tools.constraint if tools else _constraint(request),
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            cache_salt=caller,
         ),
         tools,
     )

@@ -80,7 +80,12 @@ class Completion:
         return [*events, b"data: [DONE]\n\n"]
 
     def _chunk(
-        self, delta: dict[str, Any], finish: str | None = None, *, logprobs: Any = None, end: dict[str, Any] | None = None
+        self,
+        delta: dict[str, Any],
+        finish: str | None = None,
+        *,
+        logprobs: Any = None,
+        end: dict[str, Any] | None = None,
     ) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         chunk = {**self._frame, "object": "chat.completion.chunk", "choices": [choice]}

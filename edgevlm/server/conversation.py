@@ -50,7 +50,9 @@ class Conversation:
         content = message.content if message.content is not None else ""
         parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         said = [self._part(part) for part in parts]
-        said += [self._text(call_text(each.function.name, each.function.arguments)) for each in message.tool_calls or ()]
+        said += [
+            self._text(call_text(each.function.name, each.function.arguments)) for each in message.tool_calls or ()
+        ]
         if not said or (message.content is None and not message.tool_calls):
             raise ApiError(400, "empty_message", f"a {message.role} message has no content", param="messages")
         return {"role": _ROLES.get(message.role, message.role), "content": said}
@@ -123,7 +125,9 @@ def _read_file(name: str, config: ServeConfig) -> bytes:
             raise refusal
         if file.stat().st_size > config.max_body_bytes:
             limit = config.max_body_bytes
-            raise ApiError(413, "body_too_large", f"the picture's file is larger than {limit:,} bytes", param="messages")
+            raise ApiError(
+                413, "body_too_large", f"the picture's file is larger than {limit:,} bytes", param="messages"
+            )
         return file.read_bytes()
     except (OSError, ValueError):
         raise refusal from None

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgevlm.server.config import ServeConfig
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, to_api_error, ClientGoneError, to_json
+from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, to_api_error, to_json
 from edgevlm.server.work import QueueFullError, log_failure
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")
@@ -165,11 +165,11 @@ def check_origin(headers: Headers, scope: Scope, allowed: Sequence[str]) -> None
     """Raise `ApiError` for a request that a browser sends on behalf of a page which is not the server's own."""
     origin = headers.get("origin")
     if origin is not None:
-        if origin in allowed or origin.partition("://")[2].lower() == headers.get("host", "").lower():
-            return
-    elif headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
-        return
-    elif scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate":  # a link to the page
+        own = origin.partition("://")[2].lower() == headers.get("host", "").lower()
+    else:
+        follows_link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
+        own = follows_link or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+    if own or origin in allowed:
         return
     raise ApiError(403, "origin_not_allowed", "pages of that origin may not use this server; see --allow-origin")
 
@@ -186,5 +186,3 @@ def check_key(headers: Headers, keys: Sequence[str]) -> str:
         message = "an API key is needed: send the header Authorization: Bearer KEY"
         raise ApiError(401, "invalid_api_key", message, headers={"www-authenticate": "Bearer"})
     return f"key-{matches.index(True)}"
-
-

@@ -126,7 +126,7 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._stop_answering = stop_answering
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True

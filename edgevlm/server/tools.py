@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
-from edgevlm.constraint import Constraint
+from edgevlm.constraint import JSON_STYLE, Constraint
 from edgevlm.server.errors import ApiError
 from edgevlm.server.schemas import ChatRequest, Function, NamedTool
 
