@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgevlm import __version__
 from edgevlm.constraint import Constraint
-from edgevlm.generate import GenerationConfig, Piece
+from edgevlm.generate import Answer, GenerationConfig, Piece
 from edgevlm.model import VLM
 from edgevlm.server.completion import Completion
 from edgevlm.server.config import ServeConfig
@@ -43,10 +44,13 @@ _WRONG = {
     405: "The path is not called by that method.",
     408: "The request took too long to arrive.",
     413: "More bytes, pictures, pixels or characters than the server takes.",
+    415: "The request is no JSON.",
     500: "The server failed.",
     503: "The queue is full, or the model is not ready; Retry-After says when to try again.",
     504: "The answer took too long.",
 }
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI would hand exceptions and request bodies to whatever OpenTelemetry it finds, or the environment names."""
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _WRONG.items()
 }
@@ -87,6 +91,7 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
         description="Answers questions about pictures with one model on this machine.",
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
+        telemetry=_NO_TELEMETRY,
         responses=_RESPONSES,
     )
     server = _Server(worker, config, model)
@@ -207,18 +212,17 @@ class _Server:
                 event = await events.get()
                 if isinstance(event, BaseException):
                     raise event
+                if event.answer:
+                    self._log(job, event.answer)
                 yield event, job.waited_s
                 if event.answer:
-                    self._log(job, event)
                     return
         finally:
             timer.cancel()
             watcher.cancel()
             self._worker.abandon(job)
 
-    def _log(self, job: Job, last: Piece) -> None:
-        answer = last.answer
-        assert answer is not None
+    def _log(self, job: Job, answer: Answer) -> None:
         logger.info(
             "answered %s: %d prompt tokens (%d of pictures), %d generated (%s), waited %.2f s, first token %.2f s",
             job.caller,

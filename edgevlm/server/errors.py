@@ -16,7 +16,7 @@ from edgevlm.errors import (
     OptionError,
     PromptError,
 )
-from edgevlm.server.work import QueueFullError, StoppingError
+from edgevlm.server.work import FailedError, QueueFullError, StoppingError
 
 
 class ApiError(Exception):
@@ -46,7 +46,7 @@ class ClientGoneError(Exception):
     """The client closed the connection; nobody reads what it is told."""
 
 
-CALLERS_ERRORS = (ApiError, ClientGoneError, EdgeVLMError, QueueFullError, StoppingError)
+CALLERS_ERRORS = (ApiError, ClientGoneError, EdgeVLMError, FailedError, QueueFullError, StoppingError)
 """All that is raised on purpose while a request is answered."""
 
 

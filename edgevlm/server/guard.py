@@ -87,6 +87,8 @@ class Guard:
 
     async def _read(self, headers: Headers, receive: Receive) -> Receive:
         """Read the whole body and return what gives it to the application."""
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise ApiError(415, "not_json", "send JSON, with the header Content-Type: application/json")
         limit = self._config.max_body_bytes
         too_large = ApiError(
             413, "body_too_large", f"the request is larger than {limit:,} bytes; send fewer or smaller pictures"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from edgevlm.errors import EdgeVLMError
 from edgevlm.generate import Answer, Piece
 from edgevlm.metrics import peak_memory
-from edgevlm.server.work import AbandonedError, Job
+from edgevlm.server.work import AbandonedError, FailedError, Job
 
 _TTFT = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TPOT = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
@@ -21,6 +20,7 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int], ready: Callable[[], bool]) -> None:
+        disable_created_metrics()  # a second line for each figure, with the time at which it was zero
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "HTTP requests by path and status", ["path", "status"])
         self._answers = self._counter("answers", "Answers by how they ended", ["end"])
@@ -61,8 +61,8 @@ class Metrics:
             self._answers.labels(end.answer.finish_reason).inc()
             self._count_tokens(end.answer, job.waited_s)
         else:
-            kind = "abandoned" if isinstance(end, AbandonedError) else "refused"
-            self._answers.labels(kind if isinstance(end, EdgeVLMError | AbandonedError) else "failed").inc()
+            kinds = {AbandonedError: "abandoned", FailedError: "failed"}
+            self._answers.labels(kinds.get(type(end), "refused")).inc()
 
     def _count_tokens(self, answer: Answer, waited_s: float) -> None:
         self._prompt_tokens.inc(answer.prompt_tokens)

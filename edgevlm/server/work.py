@@ -31,6 +31,10 @@ class StoppingError(Exception):
     """The server is stopping."""
 
 
+class FailedError(Exception):
+    """The answer failed as nobody foresaw; the log says where."""
+
+
 class AbandonedError(Exception):
     """Nobody waits for the answer any more; raised inside the model's progress callback to end it."""
 
@@ -245,10 +249,11 @@ class Worker:
                         return piece
                     job.deliver(piece)
                     check()
-        except Exception as error:
-            if not isinstance(error, EdgeVLMError | AbandonedError):
-                log_failure(error)
+        except (EdgeVLMError, AbandonedError) as error:
             return error
+        except Exception as error:
+            log_failure(error)
+            return FailedError()
         raise AssertionError("an answer's last piece carries it")
 
 
