@@ -63,7 +63,7 @@ def server(model: Path) -> Iterator[tuple[str, psutil.Process]]:
 def is_ready(url: str) -> bool:
     """Tell whether the server answers."""
     try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=5):
+        with urllib.request.urlopen(f"{url}/readyz", timeout=5):  # noqa: S310
             return True
     except OSError:
         return False
@@ -122,7 +122,7 @@ def send(url: str, fields: dict[str, Any], hang_up: bool) -> int:
 
 def soak(model: Path, requests: int, seed: int) -> dict[str, Any]:
     """Return statuses, memory at fifty points, and the growth over the second half."""
-    chance, known, statuses = random.Random(seed), [], Counter[int]()
+    chance, known, statuses = random.Random(seed), [], Counter[int]()  # noqa: S311
     memory: list[list[float]] = []
     with server(model) as (url, process):
         started = time.monotonic()
