@@ -48,7 +48,7 @@ def test_systemd_is_told_when_it_is_ready_alive_and_stopping(exported: Path, tmp
             for _ in range(3):
                 assert systemd.recv(100) == b"WATCHDOG=1"
             line = next(line for line in server.stderr or () if "listening on" in line)
-            with urllib.request.urlopen(f"{line.split()[-1]}/readyz", timeout=PATIENCE_S) as answer:
+            with urllib.request.urlopen(f"{line.split()[-1]}/readyz", timeout=PATIENCE_S) as answer:  # noqa: S310
                 assert answer.status == 200
             server.send_signal(signal.SIGTERM)
             while (told := systemd.recv(100)) != b"STOPPING=1":
