@@ -6,12 +6,12 @@ import asyncio
 import base64
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -36,6 +36,8 @@ from edgevlm.server.tools import Tools, choose_tools
 from edgevlm.server.work import Job, Worker
 
 logger = logging.getLogger(__name__)
+Pieces: TypeAlias = AsyncGenerator[tuple[Piece, float], None]
+"""The pieces of an answer, each with the seconds that its job had waited."""
 _WRONG = {
     400: "The request cannot be understood or honoured.",
     401: "No API key, or a wrong one.",
@@ -70,14 +72,14 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
         super().__init__()
         self._events = events
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:  # type: ignore[type-var]
+        async with aclosing(self._events) as events:
             async for event in events:
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
@@ -169,7 +171,7 @@ class _Server:
         if request.stream:
             first = await anext(pieces)  # an error before the first piece has a status of its own
             return EventStream(completion.events(_chain(first, pieces)))
-        async with aclosing(pieces):  # type: ignore[type-var]
+        async with aclosing(pieces):
             async for piece, waited_s in pieces:
                 if piece.answer:
                     return Json(completion.whole(piece.answer, waited_s))
@@ -188,7 +190,7 @@ class _Server:
     def _card(self) -> dict[str, Any]:
         return {"id": self._model, "object": "model", "created": self._worker.started_at, "owned_by": "edgevlm"}
 
-    async def _pieces(self, plan: Plan, receive: Receive) -> AsyncIterator[tuple[Piece, float]]:
+    async def _pieces(self, plan: Plan, receive: Receive) -> Pieces:
         """Yield the answer's pieces, each with the seconds that the job had waited.
 
         Whatever ends this (the client goes away, the time is up, the server stops) ends the generation too.
@@ -278,10 +280,8 @@ def _constraint(request: ChatRequest) -> Constraint | None:
     return None
 
 
-async def _chain(
-    first: tuple[Piece, float], rest: AsyncIterator[tuple[Piece, float]]
-) -> AsyncIterator[tuple[Piece, float]]:
-    async with aclosing(rest):  # type: ignore[type-var]
+async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:
+    async with aclosing(rest):
         yield first
         async for each in rest:
             yield each

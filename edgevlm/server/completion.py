@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 from uuid import uuid4
 
@@ -44,7 +44,7 @@ class Completion:
         end = {"usage": usage(answer), "timings": timings(answer, waited_s)}
         return {**self._frame, "object": "chat.completion", "choices": [choice], **end}
 
-    async def events(self, pieces: AsyncIterator[tuple[Piece, float]]) -> AsyncIterator[bytes]:
+    async def events(self, pieces: AsyncIterator[tuple[Piece, float]]) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; an error after the first piece is the stream's last event."""
         yield self._chunk({"role": "assistant", "content": ""})
         held, undecided = "", self._tools

@@ -243,7 +243,8 @@ class Worker:
 
         try:
             check()
-            with closing(vlm.stream_messages(job.messages, job.images, job.config, check)) as pieces:
+            stream = vlm.stream_messages(job.messages, job.images, job.config, check)
+            with closing(stream) as pieces:  # type: ignore[type-var]
                 for piece in pieces:
                     if piece.answer is not None:
                         return piece
