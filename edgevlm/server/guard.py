@@ -42,7 +42,7 @@ class Guard:
         """`is_full` tells whether a question would be refused; `count` is given each answer's path and status."""
         self._app, self._config, self._is_full, self._count = app, config, is_full, count
         self._uploads = asyncio.Semaphore(_UPLOADS_AT_ONCE)
-        self._limit_s = config.body_timeout_s + config.time_limit_s + _GRACE_S
+        self._limit_s = 2 * config.body_timeout_s + config.time_limit_s + _GRACE_S
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -98,32 +98,42 @@ class Guard:
             raise too_large
         if self._is_full():
             raise QueueFullError
-        body = bytearray()
+        within = self._config.body_timeout_s
         try:
-            async with asyncio.timeout(self._config.body_timeout_s), self._uploads:
-                more = True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientGoneError
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > limit:
-                        raise too_large
+            async with asyncio.timeout(within):
+                await self._uploads.acquire()
         except TimeoutError:
-            raise ApiError(
-                408, "body_too_slow", f"the request took longer than {self._config.body_timeout_s:g} s to arrive"
-            ) from None
-        given = False
+            raise QueueFullError from None
+        try:
+            async with asyncio.timeout(within):
+                body = await _collect(receive, limit, too_large)
+        except TimeoutError:
+            raise ApiError(408, "body_too_slow", f"the request took longer than {within:g} s to arrive") from None
+        finally:
+            self._uploads.release()
 
         async def replay() -> Message:
-            nonlocal given
-            if given:
+            nonlocal body
+            if body is None:
                 return await receive()
-            given = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            whole, body = body, None  # let go of, for the answer may have to wait
+            return {"type": "http.request", "body": whole, "more_body": False}
 
         return replay
+
+
+async def _collect(receive: Receive, limit: int, too_large: ApiError) -> bytes | None:
+    """Return a request's whole body. Raises `ClientGoneError`, and `too_large` when it has more bytes than `limit`."""
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > limit:
+            raise too_large
+    return bytes(body)
 
 
 async def error_response(error: ApiError, send: Send) -> None:
