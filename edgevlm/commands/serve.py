@@ -50,7 +50,7 @@ def bounds(command: Any) -> Any:
 @click.option("--print-unit", is_flag=True, help="Print a systemd unit that starts this server, and do nothing else.")
 @model_options
 @click.pass_context
-def serve(ctx: click.Context, **options: Any) -> None:
+def serve(ctx: click.Context, /, **options: Any) -> None:
     """Answer OpenAI's clients and people with a browser, on this machine alone unless told otherwise.
 
     Speaks POST /v1/chat/completions and GET /v1/models; a page for people is at /, and /healthz, /readyz and /metrics

@@ -20,7 +20,8 @@ class Metrics:
     """Counters of one server."""
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int], ready: Callable[[], bool]) -> None:
-        disable_created_metrics()  # a second line for each figure, with the time at which it was zero
+        # What is left out is a second line for each figure, with the time at which it was zero.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._requests = self._counter("requests", "HTTP requests by path and status", ["path", "status"])
         self._answers = self._counter("answers", "Answers by how they ended", ["end"])
@@ -61,7 +62,7 @@ class Metrics:
             self._answers.labels(end.answer.finish_reason).inc()
             self._count_tokens(end.answer, job.waited_s)
         else:
-            kinds = {AbandonedError: "abandoned", FailedError: "failed"}
+            kinds: dict[type[BaseException], str] = {AbandonedError: "abandoned", FailedError: "failed"}
             self._answers.labels(kinds.get(type(end), "refused")).inc()
 
     def _count_tokens(self, answer: Answer, waited_s: float) -> None:
