@@ -82,12 +82,13 @@ class EmbeddingCache:
         tiles: Tiles,
         encode: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
         on_tile: Callable[[], None] | None = None,
+        salt: str = "",
     ) -> EncodedImage:
-        """Return the picture called `key`, calling `encode` for those of its tiles that are not known."""
+        """Return the picture called `key`, calling `encode` for those of its tiles not known under this salt."""
         found, encoded = [], 0
         for index in range(len(tiles)):
-            pixels, place = tiles.pixels[index], (tiles.rows, tiles.cols, index)
-            tile_key = content_key(pixels)
+            pixels, place = tiles.pixels[index], (salt, tiles.rows, tiles.cols, index)
+            tile_key = content_key(pixels, salt)
             tile = self._find(tile_key, pixels, place)
             if tile is None:
                 image_embeds = encode(tiles[index])[0]

@@ -1,8 +1,10 @@
 """Every error that a user can cause, each with one line that says what is wrong and what to do.
 
 EdgeVLMError
-├── ImageError             the picture: missing, unreadable, truncated, too large
-├── PromptError            the question: too long for the context, or it holds the image placeholder
+├── ImageError             the picture: missing, unreadable, truncated
+│   └── ImageTooLargeError
+├── PromptError            the question: it holds the image placeholder, or is no text
+│   └── ContextLengthError
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
 ├── IncompleteAnswerError  an answer cut short of the form it was to have
 ├── OutputError            results that cannot be written, or a file that holds others
@@ -10,6 +12,7 @@ EdgeVLMError
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
 ├── DeviceError            no such device, or the device refuses the model
+├── ServerError            the server cannot listen, or lacks what it needs
 └── ExportError            the exporter
     ├── SourceError        the checkpoint: missing, not cached, of an unknown family
     └── VerificationError  an exported part differs from the reference
@@ -23,17 +26,20 @@ if TYPE_CHECKING:
     from edgevlm.generate import Answer
 
 __all__ = [
+    "ContextLengthError",
     "DamagedModelError",
     "DeviceError",
     "EdgeVLMError",
     "ExportError",
     "ImageError",
+    "ImageTooLargeError",
     "IncompleteAnswerError",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
     "OutputError",
     "PromptError",
+    "ServerError",
     "SourceError",
     "VerificationError",
 ]
@@ -47,8 +53,16 @@ class ImageError(EdgeVLMError):
     """The picture cannot be used."""
 
 
+class ImageTooLargeError(ImageError):
+    """The picture has more pixels than are taken."""
+
+
 class PromptError(EdgeVLMError):
     """The question cannot be used."""
+
+
+class ContextLengthError(PromptError):
+    """The conversation is longer than the model's context."""
 
 
 class OptionError(EdgeVLMError):
@@ -81,6 +95,10 @@ class DamagedModelError(ModelError):
 
 class DeviceError(EdgeVLMError):
     """OpenVINO has no such device, or the device cannot run the model."""
+
+
+class ServerError(EdgeVLMError):
+    """The server cannot listen, or lacks what it needs."""
 
 
 class BenchmarkError(EdgeVLMError):

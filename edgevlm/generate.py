@@ -48,6 +48,9 @@ class GenerationConfig:
     """The form that the answer must have."""
     top_logprobs: int | None = None
     """Give each token's log-probability with this many of the likeliest in its place; 0: its own alone; None: none."""
+    cache_salt: str = ""
+    """What has been computed under one salt is not used under another: neither the time to the first token nor
+    `cached_tokens` then tells one caller what another has shown."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -198,12 +201,15 @@ def stream_answer(
     context_length: int,
     watch: Stopwatch,
     load_s: float,
+    on_progress: Progress | None = None,
 ) -> Iterator[Piece]:
     """Yield the answer's pieces; the last one carries the `Answer`.
 
-    `lead` is what the model writes before an answer; one with a constraint begins after it.
+    `lead` is what the model writes before an answer; one with a constraint begins after it. `on_progress` is told of
+    every token, also of one that completes no text; what it raises ends the answer.
     """
     room = context_length - len(prompt)
+    budget = min(config.max_new_tokens, room)
     sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
     guided = config.constraint is not None
     chooser = vocabulary.guide(config.constraint, sampler, lead) if config.constraint else Chooser(sampler)
@@ -213,8 +219,10 @@ def stream_answer(
     logprobs: list[TokenLogprob] = []
     told = 0
     reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
-    for token, logits in stream_tokens(session, prompt, chooser, min(config.max_new_tokens, room), watch, drafter):
+    for token, logits in stream_tokens(session, prompt, chooser, budget, watch, drafter):
         ids.append(token)
+        if on_progress:
+            on_progress("decode", len(ids), budget)
         if token in eos_token_ids:
             reason = "stop"
             break

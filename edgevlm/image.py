@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from edgevlm.errors import ImageError, one_line
+from edgevlm.errors import ImageError, ImageTooLargeError, one_line
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]"
@@ -98,7 +98,9 @@ def _check_array(array: npt.NDArray[Any], max_pixels: int) -> RGB:
 
 def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise ImageError(f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first")
+        raise ImageTooLargeError(
+            f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first"
+        )
 
 
 def _decode(data: bytes, name: str, max_pixels: int) -> RGB:
@@ -127,7 +129,7 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:
         # Pillow's own limit may be the lower one, and it does not tell the size apart.
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-        raise ImageError(f"{name} has more pixels than the limit of {limit:,}; shrink it first") from None
+        raise ImageTooLargeError(f"{name} has more pixels than the limit of {limit:,}; shrink it first") from None
     except Exception as error:  # a decoder may raise anything on hostile bytes
         raise ImageError(f"{name} cannot be opened as an image: {one_line(error)}") from None
 

@@ -16,7 +16,7 @@ from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
-from edgevlm.errors import DeviceError, PromptError
+from edgevlm.errors import ContextLengthError, DeviceError, PromptError
 from edgevlm.families import Tiles
 from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer, whole
 from edgevlm.image import ImageInput, Images, as_list, load_image
@@ -115,6 +115,7 @@ class VLM:
                 context_length=self.manifest.context_length,
                 watch=watch,
                 load_s=self.load_s,
+                on_progress=on_progress,
             )
 
     def score(
@@ -181,7 +182,7 @@ class VLM:
             ids = np.asarray(self.processor.prompt_ids(messages, [found for _, found in looks]), np.int64)
         self._check_length(len(ids))
         with watch.stage("vision"):
-            pictures = self._encode(looks, on_progress)
+            pictures = self._encode(looks, config.cache_salt, on_progress)
         tiles = [tile for picture in pictures for tile in picture.tiles]
         image_embeds = np.concatenate(
             [np.empty((0, self.manifest.hidden_size), np.float32), *(tile.image_embeds for tile in tiles)]
@@ -189,7 +190,7 @@ class VLM:
         return Prompt(
             merge(self.language_model.embed(ids), ids, family.image_token_id, image_embeds),
             ids=ids.tolist(),
-            keys=name_positions(ids, family.image_token_id, tiles),
+            keys=name_positions(ids, family.image_token_id, tiles, config.cache_salt),
             image_tokens=len(image_embeds),
             tiles=len(tiles),
             cached_tiles=len(tiles) - sum(picture.encoded for picture in pictures),
@@ -198,7 +199,7 @@ class VLM:
     def _check_length(self, length: int) -> None:
         limit = self.manifest.context_length
         if length >= limit:
-            raise PromptError(
+            raise ContextLengthError(
                 f"the prompt has {length:,} tokens and the model's context holds {limit:,};"
                 " shorten the question, or use fewer pictures, max_tiles or a lower detail"
             )
@@ -206,12 +207,12 @@ class VLM:
     def _preprocess(self, image: ImageInput, config: GenerationConfig) -> tuple[bytes, Tiles | EncodedImage]:
         """Return a picture's key and its tiles, or its embeddings if it has been looked at before."""
         pixels = load_image(image)
-        key = content_key(pixels, config.detail, config.max_tiles)
+        key = content_key(pixels, config.detail, config.max_tiles, config.cache_salt)
         known = self._seen.picture(key)
         return key, known or self.processor.family.preprocess(pixels, config.detail, config.max_tiles)
 
     def _encode(
-        self, looks: Sequence[tuple[bytes, Tiles | EncodedImage]], on_progress: Progress | None
+        self, looks: Sequence[tuple[bytes, Tiles | EncodedImage]], salt: str, on_progress: Progress | None
     ) -> list[EncodedImage]:
         """Return the pictures' embeddings, encoding only tiles that have not been seen before."""
         total, done = sum(len(found) for _, found in looks if isinstance(found, Tiles)), 0
@@ -225,17 +226,24 @@ class VLM:
         if on_progress and total:
             on_progress("vision", 0, total)
         return [
-            self._seen.encode(key, found, self.vision.encode, on_tile) if isinstance(found, Tiles) else found
+            self._seen.encode(key, found, self.vision.encode, on_tile, salt) if isinstance(found, Tiles) else found
             for key, found in looks
         ]
 
 
-def name_positions(ids: npt.NDArray[np.int64], image_token_id: int, tiles: Sequence[TileEmbedding]) -> list[Hashable]:
-    """Return what stands at each position of a prompt: the token's id, or a tile's key and a place in the tile."""
+def name_positions(
+    ids: npt.NDArray[np.int64], image_token_id: int, tiles: Sequence[TileEmbedding], salt: str = ""
+) -> list[Hashable]:
+    """Return what stands at each position of a prompt: the token's id, or a tile's key and a place in the tile.
+
+    The first name holds the salt, so that prompts of different salts have no beginning in common.
+    """
     keys: list[Hashable] = ids.tolist()
     places = [(tile.key, place) for tile in tiles for place in range(len(tile.image_embeds))]
     for position, key in zip(np.flatnonzero(ids == image_token_id), places, strict=True):
         keys[position] = key
+    if salt:
+        keys[0] = (salt, keys[0])
     return keys
 
 

@@ -17,7 +17,8 @@ import edgevlm
 
 ROOT = Path(__file__).parents[1]
 EXPORTER_ONLY = {"torch", "transformers", "optimum", "nncf", "onnx", "onnxruntime"}
-HEAVY = EXPORTER_ONLY | {"numpy", "openvino", "PIL", "rich", "click", "tokenizers", "jinja2"}
+SERVER_ONLY = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "opentelemetry"}
+HEAVY = EXPORTER_ONLY | SERVER_ONLY | {"numpy", "openvino", "PIL", "rich", "click", "tokenizers", "jinja2"}
 
 MODULES_AFTER_IMPORT = """
 import edgevlm, json, sys
@@ -86,7 +87,7 @@ def test_an_answer_needs_neither_the_exporter_nor_the_network(exported: Path, ch
     found = run_python(MODULES_AFTER_ANSWER, str(exported), str(china))
     assert found["tokens"] == 4
     assert {"openvino", "numpy", "PIL", "tokenizers", "jinja2"} <= top_level(found["modules"])
-    assert not top_level(found["modules"]) & (EXPORTER_ONLY | {"openvino_telemetry", "edgevlm_export"})
+    assert not top_level(found["modules"]) & (EXPORTER_ONLY | SERVER_ONLY | {"openvino_telemetry", "edgevlm_export"})
     assert (found["attempts"], found["watch"]) == ([], "no network in this test")
 
 
@@ -154,6 +155,10 @@ def test_the_wheel_holds_the_calibration_set(wheel: zipfile.ZipFile) -> None:
     assert "calibration.jsonl" in packed
 
 
+def test_the_wheel_holds_the_page_and_the_unit(wheel: zipfile.ZipFile) -> None:
+    assert {"edgevlm/server/page.html", "edgevlm/server/edgevlm.service"} <= set(wheel.namelist())
+
+
 def test_only_the_export_extra_requires_the_exporter_s_libraries(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(f"edgevlm-{edgevlm.__version__}.dist-info/METADATA").decode()
     required = Parser().parsestr(text).get_all("Requires-Dist", [])
@@ -161,6 +166,8 @@ def test_only_the_export_extra_requires_the_exporter_s_libraries(wheel: zipfile.
         {re.split(r"[^\w.-]", line)[0] for line in required if ("extra ==" in line) == extra} for extra in (False, True)
     )
     assert {"openvino", "numpy", "pillow", "tokenizers", "jinja2", "click"} <= runtime
+    assert not runtime & {"fastapi", "uvicorn", "prometheus-client"}
+    assert {"fastapi", "uvicorn", "prometheus-client"} <= extras
     assert not runtime & {"torch", "transformers", "optimum", "optimum-intel", "nncf", "onnx", "onnxruntime"}
     assert {"torch", "transformers", "optimum-intel", "nncf"} <= extras
 

@@ -1,0 +1,346 @@
+"""The application: its paths, and one question's way through them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import re
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any, TypeAlias
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edgevlm import __version__
+from edgevlm.constraint import Constraint
+from edgevlm.generate import Answer, GenerationConfig, Piece
+from edgevlm.model import VLM
+from edgevlm.server.completion import Completion
+from edgevlm.server.config import ServeConfig
+from edgevlm.server.conversation import Conversation
+from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, to_api_error, to_json
+from edgevlm.server.guard import Guard
+from edgevlm.server.metrics import Metrics
+from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, SchemaJson
+from edgevlm.server.tools import Tools, choose_tools
+from edgevlm.server.work import Job, Worker
+
+logger = logging.getLogger(__name__)
+Pieces: TypeAlias = AsyncGenerator[tuple[Piece, float], None]
+"""The pieces of an answer, each with the seconds that its job had waited."""
+_WRONG = {
+    400: "The request cannot be understood or honoured.",
+    401: "No API key, or a wrong one.",
+    403: "The Host or the Origin is not this server's.",
+    404: "No such path, or no such model.",
+    405: "The path is not called by that method.",
+    408: "The request took too long to arrive.",
+    413: "More bytes, pictures, pixels or characters than the server takes.",
+    415: "The request is no JSON.",
+    500: "The server failed.",
+    503: "The queue is full, or the model is not ready; Retry-After says when to try again.",
+    504: "The answer took too long.",
+}
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""FastAPI would hand exceptions and request bodies to whatever OpenTelemetry it finds, or the environment names."""
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": text} for status, text in _WRONG.items()
+}
+
+
+class Json(Response):
+    """A JSON body."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return to_json(content)
+
+
+class EventStream(Response):
+    """Server-sent events as they come; closed with the connection."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__()
+        self._events = events
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        async with aclosing(self._events) as events:
+            async for event in events:
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str) -> ASGIApp:
+    """Return the application that `worker` answers for, `model` being what callers call it."""
+    app = FastAPI(
+        title="edgevlm",
+        version=__version__,
+        description="Answers questions about pictures with one model on this machine.",
+        docs_url=None,  # these pages would load scripts from elsewhere
+        redoc_url=None,
+        telemetry=_NO_TELEMETRY,
+        responses=_RESPONSES,
+    )
+    server = _Server(worker, config, model)
+    app.get("/", include_in_schema=False)(_page())
+    app.get("/healthz", summary="Whether the process lives")(server.healthz)
+    app.get("/readyz", summary="Whether the model is loaded and warm")(server.readyz)
+    app.get("/v1/models", summary="The model")(server.models)
+    app.get("/v1/models/{name:path}", summary="The model, if it is called that")(server.model)
+    app.post(
+        "/v1/chat/completions",
+        summary="Continue a conversation",
+        responses={200: {"description": "The answer.", "content": {"text/event-stream": {}, "application/json": {}}}},
+    )(server.chat)
+
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+    def prometheus() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http_error)
+    for kind in (*CALLERS_ERRORS, Exception):
+        app.add_exception_handler(kind, _told)
+    guarded = Guard(app, config, lambda: worker.full, metrics.count_request)
+    if not config.allowed_origins:
+        return guarded
+    return CORSMiddleware(
+        guarded,
+        allow_origins=config.allowed_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, understood."""
+
+    conversation: Conversation
+    config: GenerationConfig
+    tools: Tools | None
+
+
+class _Server:
+    """What the paths do."""
+
+    def __init__(self, worker: Worker, config: ServeConfig, model: str) -> None:
+        self._worker, self._config, self._model = worker, config, model
+
+    async def healthz(self) -> Json:
+        return Json({"status": "ok"})
+
+    async def readyz(self) -> Json:
+        self._ready()
+        return Json({"status": "ready"})
+
+    async def models(self) -> Json:
+        return Json({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> Json:
+        self._check_name(name)
+        return Json(self._card())
+
+    async def chat(self, request: ChatRequest, http: Request) -> Response:
+        vlm = self._ready()
+        self._check_name(request.model)
+        plan = await asyncio.to_thread(make_plan, request, self._config, http.state.caller)
+        completion = Completion(
+            self._model,
+            vlm.manifest.fingerprint,
+            tools=plan.tools is not None,
+            logprobs=bool(request.logprobs),
+            include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        )
+        pieces = self._pieces(plan, http.receive)
+        if request.stream:
+            first = await anext(pieces)  # an error before the first piece has a status of its own
+            return EventStream(completion.events(_chain(first, pieces)))
+        async with aclosing(pieces):
+            async for piece, waited_s in pieces:
+                if piece.answer:
+                    return Json(completion.whole(piece.answer, waited_s))
+        raise AssertionError("an answer's last piece carries it")
+
+    def _ready(self) -> VLM:
+        if self._worker.vlm is None:
+            message = "the model is being loaded; try again in a few seconds"
+            raise ApiError(503, "model_loading", message, headers={"retry-after": "2"})
+        return self._worker.vlm
+
+    def _check_name(self, name: str | None) -> None:
+        if name not in (None, self._model):
+            raise ApiError(404, "model_not_found", f"this server's model is called {self._model}", param="model")
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self._model, "object": "model", "created": self._worker.started_at, "owned_by": "edgevlm"}
+
+    async def _pieces(self, plan: Plan, receive: Receive) -> Pieces:
+        """Yield the answer's pieces, each with the seconds that the job had waited.
+
+        Whatever ends this (the client goes away, the time is up, the server stops) ends the generation too.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+
+        def deliver(event: Piece | BaseException) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        conversation = plan.conversation
+        job = Job(conversation.messages, conversation.images, plan.config, plan.config.cache_salt, deliver)
+        self._worker.submit(job)
+        limit = self._config.time_limit_s
+        too_late = ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
+        timer = loop.call_later(limit, events.put_nowait, too_late)
+        watcher = asyncio.create_task(_tell_when_gone(receive, events))
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, BaseException):
+                    raise event
+                if event.answer:
+                    self._log(job, event.answer)
+                yield event, job.waited_s
+                if event.answer:
+                    return
+        finally:
+            timer.cancel()
+            watcher.cancel()
+            self._worker.abandon(job)
+
+    def _log(self, job: Job, answer: Answer) -> None:
+        logger.info(
+            "answered %s: %d prompt tokens (%d of pictures), %d generated (%s), waited %.2f s, first token %.2f s",
+            job.caller,
+            answer.prompt_tokens,
+            answer.image_tokens,
+            answer.generated_tokens,
+            answer.finish_reason,
+            job.waited_s,
+            answer.timings.ttft_s,
+        )
+        if self._config.log_content:
+            texts = [part["text"] for message in job.messages for part in message["content"] if part["type"] == "text"]
+            logger.info("asked %r, answered %r", texts, answer.text)
+
+
+def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
+    """Understand a request, its pictures' headers included. Raises `ApiError` and edgevlm's own errors.
+
+    Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
+    """
+    conversation = Conversation(request.messages, config)
+    tools = choose_tools(request)
+    if tools:
+        conversation.add_system(tools.instructions)
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError(400, "invalid_value", "top_logprobs needs logprobs to be true", param="top_logprobs")
+    return Plan(
+        conversation,
+        GenerationConfig(
+            max_new_tokens=request.max_completion_tokens or request.max_tokens or config.max_tokens,
+            temperature=request.temperature or 0.0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            top_k=request.top_k or 0,
+            seed=None if request.seed is None else request.seed % 2**64,
+            stop=stop,
+            detail=conversation.detail,
+            max_tiles=request.max_tiles,
+            constraint=tools.constraint if tools else _constraint(request),
+            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            cache_salt=caller,
+        ),
+        tools,
+    )
+
+
+def _constraint(request: ChatRequest) -> Constraint | None:
+    match request.response_format:
+        case AnyJson():
+            return Constraint.json()
+        case SchemaJson(json_schema=wanted):
+            return Constraint.json_schema(wanted.schema_)
+    return None
+
+
+async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:
+    async with aclosing(rest):
+        yield first
+        async for each in rest:
+            yield each
+
+
+async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Piece | BaseException]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    events.put_nowait(ClientGoneError())
+
+
+async def _told(_: Request, error: Exception) -> Json:
+    """Answer with what the caller may know of an error."""
+    return _error(to_api_error(error))
+
+
+async def _invalid(_: Request, error: Exception) -> Json:
+    """Answer a request of another shape as OpenAI does; what was sent is not repeated."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(each) for each in first["loc"] if each != "body")
+    message = f"{place}: {first['msg']}" if place else str(first["msg"])
+    return _error(ApiError(400, "invalid_request", message, param=place or None))
+
+
+async def _http_error(_: Request, error: Exception) -> Json:
+    assert isinstance(error, HTTPException)
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    code = codes.get(error.status_code, "invalid_request")
+    return _error(ApiError(error.status_code, code, str(error.detail), headers=error.headers))
+
+
+def _error(error: ApiError) -> Json:
+    return Json(error.body, error.status, error.headers)
+
+
+def _page() -> Any:
+    """Return the handler of the page, which may load nothing and run nothing but what is in it."""
+    html = (files("edgevlm.server") / "page.html").read_bytes()
+    scripts, styles = (_hashes(html, tag) for tag in (b"script", b"style"))
+    policy = (
+        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src 'self' data: blob:;"
+        " media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        "content-security-policy": policy,
+        "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+        "cross-origin-opener-policy": "same-origin",
+        "x-frame-options": "DENY",
+        "cache-control": "no-cache",
+    }
+
+    async def page() -> Response:
+        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
+
+    return page
+
+
+def _hashes(html: bytes, tag: bytes) -> str:
+    """Return the Content-Security-Policy sources of the page's inline elements of one kind."""
+    found = re.findall(rb"<" + tag + rb">(.*?)</" + tag + rb">", html, re.DOTALL)
+    return " ".join(f"'sha256-{base64.b64encode(sha256(text).digest()).decode()}'" for text in found)

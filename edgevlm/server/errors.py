@@ -1,0 +1,92 @@
+"""What a caller is told when something is wrong: OpenAI's error object, and one table from edgevlm's errors to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from edgevlm.errors import (
+    ContextLengthError,
+    DeviceError,
+    EdgeVLMError,
+    ImageError,
+    ImageTooLargeError,
+    ModelError,
+    OptionError,
+    PromptError,
+)
+from edgevlm.server.work import FailedError, QueueFullError, StoppingError
+
+
+class ApiError(Exception):
+    """An answer with an error status; `code` is what a program goes by, `param` names the request's field."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        error = {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody reads what it is told."""
+
+
+CALLERS_ERRORS = (ApiError, ClientGoneError, EdgeVLMError, FailedError, QueueFullError, StoppingError)
+"""All that is raised on purpose while a request is answered."""
+
+
+def _type(status: int) -> str:
+    names = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+    return names.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+_STATUS: tuple[tuple[type[EdgeVLMError], int, str, str | None], ...] = (
+    (ImageTooLargeError, 413, "image_too_large", "messages"),
+    (ImageError, 400, "invalid_image", "messages"),
+    (ContextLengthError, 400, "context_length_exceeded", "messages"),
+    (PromptError, 400, "invalid_prompt", "messages"),
+    (OptionError, 400, "invalid_value", None),
+    (ModelError, 500, "model_error", None),
+    (DeviceError, 500, "device_error", None),
+)
+"""The first line whose error it is decides."""
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """Return what a caller is told of `error`; of one that edgevlm did not raise on purpose, nothing but that."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ClientGoneError):
+        return ApiError(499, "client_gone", "the client closed the connection")
+    if isinstance(error, QueueFullError):
+        message = "too many requests are waiting; try again in a few seconds"
+        return ApiError(503, "queue_full", message, headers={"retry-after": "2"})
+    if isinstance(error, StoppingError):
+        return ApiError(503, "stopping", "the server is stopping", headers={"retry-after": "10"})
+    for kind, status, code, param in _STATUS:
+        if isinstance(error, kind):
+            return ApiError(status, code, str(error), param=param)
+    return ApiError(500, "internal_error", "the server failed on this request; its log says where")
+
+
+def to_json(content: Any) -> bytes:
+    """Return `content` as JSON in UTF-8, escaped where a text holds half of a surrogate pair."""
+    try:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, separators=(",", ":")).encode()

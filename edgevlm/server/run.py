@@ -1,0 +1,163 @@
+"""`edgevlm serve`: socket, model, uvicorn, systemd, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from edgevlm.device import RuntimeConfig
+from edgevlm.errors import ServerError
+from edgevlm.manifest import check_files, load_manifest
+from edgevlm.model import VLM
+from edgevlm.paths import find_model
+from edgevlm.server.app import create_app
+from edgevlm.server.config import ServeConfig
+from edgevlm.server.metrics import Metrics
+from edgevlm.server.notify import notify, watchdog_interval_s
+from edgevlm.server.work import Worker
+
+_HEADER_TIMEOUT_S = 10.0
+_MOST_CONNECTIONS = 512
+logger = logging.getLogger(__name__)
+
+
+def serve(model: str | None, runtime: RuntimeConfig, config: ServeConfig) -> None:
+    """Serve `model` until SIGTERM or Ctrl-C.
+
+    Every file of the model is compared with its SHA-256 first. Raises `ModelError`, `DeviceError` and `ServerError`.
+    """
+    folder = find_model(model)
+    manifest = load_manifest(folder)
+    check_files(folder, manifest, full=True)
+    server = Server(lambda: VLM(folder, runtime), config, config.model_name or folder.name)
+    server.run()
+
+
+class Server:
+    """One server: its socket is open when it has been made. Raises `ServerError`."""
+
+    def __init__(self, load: Callable[[], VLM], config: ServeConfig, model: str) -> None:
+        self.socket = _listen(config.host, config.port)
+        self.worker = Worker(load, config.max_queue, self._count, self._failed)
+        worker = self.worker
+        self.metrics = Metrics(lambda: worker.waiting, lambda: worker.running, lambda: worker.ready)
+        self._config = config
+        self._uvicorn = _Uvicorn(
+            uvicorn.Config(
+                create_app(worker, self.metrics, config, model),
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,  # or any caller could say that it is another
+                server_header=False,
+                limit_concurrency=_MOST_CONNECTIONS,
+                timeout_graceful_shutdown=round(config.stop_timeout_s) + 2,
+            ),
+            self._stop_answering,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where the server listens."""
+        host, port = self.socket.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Serve until told to stop. Raises what kept the model from being loaded."""
+        asyncio.run(self._run())
+        if self.worker.failure:
+            raise self.worker.failure
+
+    def stop(self) -> None:
+        """Ask the server, from any thread, to stop as SIGTERM does."""
+        self._uvicorn.should_exit = True
+
+    async def _run(self) -> None:
+        self.worker.start()
+        logger.info("listening on %s", self.url)
+        reporter = asyncio.create_task(self._report())
+        try:
+            await self._uvicorn.serve([self.socket])
+        finally:
+            reporter.cancel()
+            notify("STOPPING=1")
+            self.socket.close()
+            if not await asyncio.to_thread(self.worker.stop, self._config.stop_timeout_s):
+                logger.warning("the model is still at work; it ends with the process")
+
+    async def _report(self) -> None:
+        """Tell systemd when the model is ready, and from then on that it has not got stuck."""
+        interval = watchdog_interval_s()
+        while not self.worker.ready:
+            await asyncio.sleep(0.05)
+        logger.info("the model is ready")
+        notify("READY=1")
+        while interval:
+            if self.worker.stalled_s() < self._config.time_limit_s:
+                notify("WATCHDOG=1")
+            await asyncio.sleep(interval)
+
+    def _stop_answering(self) -> None:
+        self.worker.stop_accepting()
+        asyncio.get_running_loop().call_later(self._config.stop_timeout_s, self.worker.end_current)
+
+    def _count(self, *end: Any) -> None:
+        self.metrics.count_answer(*end)
+
+    def _failed(self) -> None:
+        self._uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that ends with exit status 0 when it is asked to, and lets go of waiting requests at once."""
+
+    def __init__(self, config: uvicorn.Config, stop_answering: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._stop_answering = stop_answering
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stop_answering()
+        await super().shutdown(sockets)
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's HTTP/1.1 with an end to its patience: for a header that never comes, or an answer never fetched."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look(object(), False)
+
+    def _look(self, before: object, was_closing: bool) -> None:
+        """Cut the connection when it is found waiting for the same header twice in a row, or closing."""
+        closing = self.transport.is_closing()
+        answered = self.cycle is not None and self.cycle.response_complete
+        now = self.cycle if answered or self.conn.their_state is h11.IDLE else object()
+        if now is before or (closing and was_closing):
+            self.transport.abort()
+        elif self in self.connections:
+            self.loop.call_later(_HEADER_TIMEOUT_S, self._look, now, closing)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ServerError(f"cannot listen on {host} port {port}: {reason}; choose another with --port") from None

@@ -1,0 +1,141 @@
+"""Servers on real sockets, in a thread of the test's own process, and what the tests ask them."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from edgevlm import VLM
+from edgevlm.chat import Message
+from edgevlm.generate import GenerationConfig, Piece, Progress
+from edgevlm.image import ImageInput
+from edgevlm.server.config import ServeConfig
+from edgevlm.server.run import Server
+
+QUESTION = "What is in this picture?"
+PATIENCE_S = 30.0
+
+
+@contextmanager
+def serving(vlm: VLM, **options: Any) -> Iterator[Server]:
+    """Run a server for `vlm` on a free port until the block ends."""
+    server = Server(lambda: vlm, ServeConfig(port=0, **options), "tiny")
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.worker.ready)
+        yield server
+    finally:
+        server.stop()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait for what must come soon."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def request(
+    server: Server, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Send one request and return status, headers and body; `body` is JSON unless it is bytes."""
+    connection = http.client.HTTPConnection(*server.socket.getsockname()[:2], timeout=PATIENCE_S)
+    data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    sent = {"Content-Type": "application/json"} if data is not None else {}
+    try:
+        connection.request(method, path, data, sent | (headers or {}))
+        answer = connection.getresponse()
+        return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+    finally:
+        connection.close()
+
+
+def ask(server: Server, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, Any]:
+    """Send a chat completion request and return status and JSON."""
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, **fields}
+    status, _, answer = request(server, "POST", "/v1/chat/completions", body, headers)
+    return status, json.loads(answer)
+
+
+def ask_error(server: Server, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, str]:
+    """Send a request that is refused and return status and code."""
+    status, answer = ask(server, headers, **fields)
+    assert set(answer) == {"error"}, answer
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert answer["error"]["message"]
+    return status, answer["error"]["code"]
+
+
+def events(body: bytes) -> list[Any]:
+    """Return the JSON of a stream's events, the closing [DONE] taken off."""
+    *chunks, last, rest = body.decode().split("\n\n")
+    assert (last, rest) == ("data: [DONE]", "")
+    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+
+
+def data_url(image: Image.Image | bytes | Path) -> str:
+    """Return a picture as a data: URL."""
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    if isinstance(image, Image.Image):
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        image = buffer.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
+
+
+def shown(*urls: str, text: str = QUESTION, **detail: str) -> list[dict[str, Any]]:
+    """Return a conversation of one question about pictures."""
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": url, **detail}} for url in urls]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+class Braked:
+    """A model that stops before a token until the test lets it go on: nothing of the answer is changed."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self._vlm = vlm
+        self._go = threading.Event()
+        self.stop_at = 3
+        self.tokens: list[int] = []
+        """Tokens made of each answer so far."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vlm, name)
+
+    @property
+    def holding(self) -> bool:
+        """Whether an answer is being held at its brake."""
+        return bool(self.tokens) and self.tokens[-1] == self.stop_at and not self._go.is_set()
+
+    def release(self) -> None:
+        """Let this answer and all others go on."""
+        self._go.set()
+
+    def stream_messages(
+        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig, check: Progress
+    ) -> Iterator[Piece]:
+        self.tokens.append(0)
+
+        def brake(stage: str, done: int, total: int) -> None:
+            if stage == "decode":
+                self.tokens[-1] = done
+                if done == self.stop_at:
+                    assert self._go.wait(PATIENCE_S)
+            check(stage, done, total)
+
+        return self._vlm.stream_messages(messages, images, config, brake)
