@@ -119,6 +119,7 @@ class Watcher:
         stat = _stat(path) if _is_picture(path) else None
         if stat is None:
             self._waiting.pop(path, None)
+            self._done.pop(path, None)  # else a watch of years would remember every file there ever was
             return
         waiting, facts = self._waiting.get(path), (stat.st_size, stat.st_mtime_ns)
         if facts == self._done.get(path) or (waiting and facts == (waiting.size, waiting.mtime_ns)):

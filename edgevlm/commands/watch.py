@@ -51,7 +51,8 @@ def watch(
     """Answer --question about each picture in FOLDER, and about each that comes, until Ctrl-C or SIGTERM.
 
     Each picture is answered once, also across restarts; a row holds its path, SHA-256, and the answer or the error. A
-    file that is still being written is waited for. Needs pip install 'edgevlm[watch]'.
+    file that is still being written is waited for. What is in a JSON Lines file is held in memory (some hundred bytes a
+    picture): for years of pictures, take --sqlite. Needs pip install 'edgevlm[watch]'.
 
     \b
     edgevlm watch ./camera --question "Is the door open?" --choices yes,no --sqlite door.db
