@@ -26,6 +26,7 @@ from edgevlm.errors import (
     ModelError,
     ModelNotFoundError,
     OptionError,
+    OutputError,
     PromptError,
     ServerError,
     SourceError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from edgevlm.generate import Answer, GenerationConfig, Piece
     from edgevlm.model import VLM
     from edgevlm.sampling import TokenLogprob
+    from edgevlm.scoring import Scores
 
 __version__ = "0.1.0"
 
@@ -60,9 +62,11 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
+    "OutputError",
     "Piece",
     "PromptError",
     "RuntimeConfig",
+    "Scores",
     "ServerError",
     "SourceError",
     "TokenLogprob",
@@ -72,6 +76,7 @@ __all__ = [
 _LAZY = {
     "Chat": "edgevlm.conversation",
     "Constraint": "edgevlm.constraint",
+    "Scores": "edgevlm.scoring",
     "TokenLogprob": "edgevlm.sampling",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",

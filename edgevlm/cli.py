@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from edgevlm import __version__
+from edgevlm.commands.batch import batch
 from edgevlm.commands.bench import bench
 from edgevlm.commands.chat import chat
 from edgevlm.commands.export import export
 from edgevlm.commands.inventory import doctor, models
 from edgevlm.commands.run import run
 from edgevlm.commands.serve import serve
+from edgevlm.commands.watch import watch
 from edgevlm.errors import EdgeVLMError
 
 
@@ -45,7 +47,7 @@ def main() -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
 
 
-for command in (run, chat, serve, bench, export, models, doctor):
+for command in (run, chat, serve, batch, watch, bench, export, models, doctor):
     main.add_command(command)
 
 

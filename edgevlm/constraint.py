@@ -35,6 +35,8 @@ class Constraint:
     """The form as an llguidance grammar, in JSON."""
     source: str
     """The form as it was given."""
+    is_json: bool = False
+    """Whether all that it allows is JSON."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Constraint:
@@ -51,7 +53,9 @@ class Constraint:
             raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
         if not isinstance(found, dict):
             raise OptionError(f"the JSON schema must be an object, not {text[:40]}")
-        return _checked("JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE), text)
+        return _checked(
+            "JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE), text, is_json=True
+        )
 
     @classmethod
     def json(cls) -> Constraint:
@@ -98,7 +102,7 @@ def check_choices(texts: Sequence[str]) -> None:
         raise OptionError("choices must differ from one another")
 
 
-def _checked(what: str, make: Callable[[], str], source: str) -> Constraint:
+def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = False) -> Constraint:
     from llguidance import LLMatcher
 
     try:
@@ -108,12 +112,12 @@ def _checked(what: str, make: Callable[[], str], source: str) -> Constraint:
         wrong = str(error)
     if wrong:
         raise OptionError(f"the {what} cannot be used: {_first_lines(wrong)}")
-    return Constraint(grammar, source)
+    return Constraint(grammar, source, is_json)
 
 
 def _first_lines(message: str) -> str:
-    """Return the parser's complaint without the excerpt that it draws below."""
-    lines = [line.strip() for line in message.splitlines()]
+    """Return the parser's complaint without the excerpt and the state that it draws below."""
+    lines = [line.strip() for line in message.partition("<state>")[0].splitlines()]
     return " ".join(line for line in lines if line and "|" not in line and set(line) != {"^"})[:300]
 
 
@@ -139,8 +143,16 @@ class Vocabulary:
         return self._get().decode_bytes([token_id])
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` as an answer would hold it: no special token is read out of it or added to it."""
-        return self._get().tokenize_str(text)
+        """Return the ids of `text` as an answer would hold it, with no special token. Raises `OptionError`."""
+        tokenizer = self._get()
+        try:
+            ids = tokenizer.tokenize_str(text)
+        except UnicodeEncodeError:
+            raise OptionError("a choice is not valid Unicode text; write it in UTF-8") from None
+        special = [each for each in ids if tokenizer.is_special_token(each)]
+        if special:
+            raise OptionError(f"a choice may not contain {self.token_bytes(special[0]).decode()}, a special token")
+        return ids
 
     def guide(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> Guide:
         """Return a guide for one answer, which is preceded by `lead`. Raises `OptionError`."""

@@ -7,6 +7,7 @@ EdgeVLMError
 │   └── ContextLengthError
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
 ├── IncompleteAnswerError  an answer cut short of the form it was to have
+├── OutputError            results that cannot be written, or a file that holds others
 ├── ModelError             the exported folder
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
@@ -36,6 +37,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
+    "OutputError",
     "PromptError",
     "ServerError",
     "SourceError",
@@ -73,6 +75,10 @@ class IncompleteAnswerError(EdgeVLMError):
     def __init__(self, message: str, answer: Answer) -> None:
         super().__init__(message)
         self.answer = answer
+
+
+class OutputError(EdgeVLMError):
+    """Results cannot be written, or the file that is to hold them holds others."""
 
 
 class ModelError(EdgeVLMError):

@@ -61,6 +61,8 @@ class GenerationConfig:
             raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
         if not 0 <= self.draft_tokens <= 64:
             raise OptionError(f"draft_tokens must be between 0 and 64, not {self.draft_tokens}")
+        if not isinstance(self.constraint, Constraint | None):
+            raise OptionError("constraint must be a Constraint, such as Constraint.json_schema(…)")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
             raise OptionError(f"top_logprobs must be between 0 and 20, not {self.top_logprobs}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):

@@ -31,6 +31,7 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
 """Pixel formats only: Pillow would also take, say, PostScript, and run an interpreter on a stranger's program."""
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jp2", ".ppm", ".tga")
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,8 +61,7 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
         return _decode(source, "the image", max_pixels)
     if not isinstance(source, str | os.PathLike):
         raise ImageError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
-    name = _printable(os.fspath(source))
-    return _decode(_read(Path(source), name), name, max_pixels)
+    return _decode(read_image(source), _printable(os.fspath(source)), max_pixels)
 
 
 def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> None:
@@ -69,12 +69,14 @@ def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PI
     data, name = source, "the image"
     if not isinstance(data, bytes):
         name = _printable(os.fspath(data))
-        data = _read(Path(data), name)
+        data = read_image(data)
     with _quiet(), _open(data, name, max_pixels) as image:
         _check_size(*image.size, name, max_pixels)
 
 
-def _read(path: Path, name: str) -> bytes:
+def read_image(source: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image file, whatever they are. Raises `ImageError`."""
+    path, name = Path(source), _printable(os.fspath(source))
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image file")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.chat import Message, check_texts, user_message
+from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
@@ -24,6 +25,7 @@ from edgevlm.metrics import Stopwatch
 from edgevlm.parts import PartLoader
 from edgevlm.paths import find_model
 from edgevlm.processor import Processor
+from edgevlm.scoring import Scores, log_likelihoods
 
 
 class VLM:
@@ -110,6 +112,39 @@ class VLM:
                 load_s=self.load_s,
                 on_progress=on_progress,
             )
+
+    def score(
+        self,
+        images: Images,
+        question: str,
+        choices: Sequence[str],
+        config: GenerationConfig | None = None,
+        on_progress: Progress | None = None,
+    ) -> Scores:
+        """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
+
+        Of `config` only what concerns the pictures counts. Raises `ImageError`, `PromptError`, and `OptionError` for
+        choices that are empty or alike.
+        """
+        check_choices(choices)
+        watch = Stopwatch()
+        pictures = as_list(images)
+        prompt = self.prepare(
+            [user_message(question, len(pictures))], pictures, config or GenerationConfig(), watch, on_progress
+        )
+        answers = [self.processor.answer_ids(choice) for choice in choices]
+        self._check_length(len(prompt) + max(map(len, answers)))
+        with self.session(prompt) as session:
+            found = log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
+        return Scores(
+            dict(zip(choices, found, strict=True)),
+            prompt_tokens=len(prompt),
+            image_tokens=prompt.image_tokens,
+            tiles=prompt.tiles,
+            cached_tokens=watch.counts["cached_tokens"],
+            cached_tiles=prompt.cached_tiles,
+            timings=watch.timings(self.load_s, 0),
+        )
 
     def session(self, prompt: Prompt) -> AbstractContextManager[Session]:
         """Lend the session that holds most of the prompt's beginning in its KV cache."""

@@ -37,6 +37,10 @@ class Processor:
         blocks = [self.family.image_text(each) for each in grids]
         return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
 
+    def answer_ids(self, text: str) -> list[int]:
+        """Return the token ids of an answer that follows a prompt."""
+        return self.vocabulary.encode(self.answer_lead + text)
+
 
 def _read_text(path: Path) -> str:
     try:

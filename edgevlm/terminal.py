@@ -7,6 +7,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +16,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from edgevlm.bench import Report
     from edgevlm.generate import Answer
+    from edgevlm.scoring import Scores
     from edgevlm_export.pipeline import ExportReport
 
 
@@ -55,6 +58,45 @@ class Progress:
             self._status = None
 
 
+class Bar:
+    """A bar with the time that is left on stderr, silent when stderr is no terminal; rows that failed are told."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self._progress = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=None, rate="loading the model …")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how many of how many are done."""
+        task = self._progress.tasks[0]
+        if task.total is None:
+            self._progress.reset(self._task, total=total, completed=done)
+            return
+        rate = f"{task.speed * 60:.0f}/min" if task.speed else ""
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Tell a row that failed."""
+        if "error" in row:
+            where = f"line {row['line']}" if "line" in row else row["path"]
+            self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    """Print a picture's name and what was answered about it, or what was wrong with it."""
+    Console().print(Text(f"{row['path']}  {row.get('answer', row.get('error'))}"), soft_wrap=True)
+
+
 def print_cut(answer: Answer) -> None:
     """Say on stderr why an answer ended before the model did."""
     if answer.finish_reason != "stop":
@@ -80,6 +122,12 @@ def print_stats(answer: Answer) -> None:
         "peak memory": f"{answer.peak_memory_bytes / 2**20:,.0f} MiB",
     }
     _print_pairs(rows, Console(stderr=True))
+
+
+def print_scores(scores: Scores) -> None:
+    """Print the choices with their probabilities, the likeliest first."""
+    for choice, probability in sorted(scores.probabilities.items(), key=lambda each: -each[1]):
+        Console().print(Text(f"{probability:7.2%}  {choice}"), soft_wrap=True)
 
 
 def print_bench(report: Report) -> None:

@@ -185,6 +185,18 @@ def test_a_bad_form_is_one_line(make, message: str) -> None:  # type: ignore[no-
     assert "\n" not in str(error.value)
 
 
+def test_a_form_that_spells_a_special_token_s_name_is_refused(vlm: VLM) -> None:
+    with pytest.raises(OptionError, match="the constraint cannot be followed") as error:
+        vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(["an <image>"])))
+    assert "\n" not in str(error.value)
+    assert vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=3)).generated_tokens == 3
+
+
+def test_what_is_no_constraint_is_refused() -> None:
+    with pytest.raises(OptionError, match="constraint must be a Constraint"):
+        GenerationConfig(constraint=METER)  # type: ignore[arg-type]
+
+
 def test_a_constraint_is_a_value() -> None:
     again = Constraint.json_schema(json.dumps(METER))
     assert again == FORMS["schema"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
     from edgevlm.device import RuntimeConfig
+    from edgevlm.form import Form
     from edgevlm.generate import GenerationConfig
 
 
@@ -50,6 +53,30 @@ def generation_options(command: Any) -> Any:
     ):
         command = option(command)
     return command
+
+
+def form_options(command: Any) -> Any:
+    """Add the options that say what form an answer has; one of them at most may be given."""
+    for option in (
+        click.option("--regex", help="Answer with text that this regular expression matches from end to end."),
+        click.option(
+            "--choices", help="Rate these answers, separated by commas: yes,no. Quote one that holds a comma."
+        ),
+        click.option("--schema", type=click.Path(path_type=Path), help="Answer with JSON of this JSON Schema, a file."),
+    ):
+        command = option(command)
+    return command
+
+
+def answer_form(options: dict[str, Any]) -> Form:
+    """Return the form that `form_options` ask for."""
+    from edgevlm.form import Form
+
+    given = [name for name in ("schema", "choices", "regex") if options[name] is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"--{given[0]} and --{given[1]} exclude each other")
+    choices = next(csv.reader([options["choices"]], skipinitialspace=True), []) if given == ["choices"] else None
+    return Form.of(schema=options["schema"], choices=choices, regex=options["regex"])
 
 
 def runtime_config(options: dict[str, Any]) -> RuntimeConfig:

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgevlm.commands.options import generation_config, generation_options, model_options, runtime_config
+from edgevlm.commands.options import (
+    answer_form,
+    form_options,
+    generation_config,
+    generation_options,
+    model_options,
+    runtime_config,
+)
 from edgevlm.errors import ImageError
 
 if TYPE_CHECKING:
     from edgevlm.device import RuntimeConfig
     from edgevlm.generate import GenerationConfig
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
 
 @click.command()
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
 @model_options
 @generation_options
+@form_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer.")
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
@@ -33,18 +41,26 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     edgevlm run before.png after.png "What has changed?" -m ./my-model
     edgevlm run "What is the capital of France?"
     cat photo.jpg | edgevlm run - "Describe it." --json
+    edgevlm run gauge.jpg "Read the gauge." --schema reading.json
+    edgevlm run door.jpg "Is the door open?" --choices yes,no
     """
     *images, question = arguments
-    generation, runtime = generation_config(options), runtime_config(options)
+    generation, runtime, form = generation_config(options), runtime_config(options), answer_form(options)
     _check_question(question)
-    _answer([_image(name) for name in images], question, options["model"], generation, runtime, as_json, stats)
+    asked = [_image(name) for name in images], question
+    if form.choices:
+        _rate(*asked, form.choices, options["model"], generation, runtime, as_json)
+    else:
+        generation = replace(generation, constraint=form.constraint)
+        _answer(*asked, options["model"], generation, runtime, as_json, stats)
 
 
 def _check_question(question: str) -> None:
     """Catch the likeliest slip: a picture and no question."""
+    from edgevlm.image import IMAGE_SUFFIXES
     from edgevlm.paths import is_there
 
-    names_image = question.lower().endswith(_IMAGE_SUFFIXES) and len(question.split()) == 1
+    names_image = question.lower().endswith(IMAGE_SUFFIXES) and len(question.split()) == 1
     is_file = Path(question).suffix and is_there(Path(question)) and Path(question).is_file()
     if question == "-" or names_image or is_file:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
@@ -59,6 +75,31 @@ def _image(name: str) -> bytes | str:
     return data
 
 
+def _rate(
+    images: list[bytes | str],
+    question: str,
+    choices: Sequence[str],
+    model: str | None,
+    generation: GenerationConfig,
+    runtime: RuntimeConfig,
+    as_json: bool,
+) -> None:
+    from edgevlm.image import probe_image
+    from edgevlm.terminal import Progress, print_scores
+
+    for image in images:
+        probe_image(image)
+    with Progress() as progress:
+        progress.stage("loading the model")
+        from edgevlm.model import VLM
+
+        scores = VLM(model, runtime).score(images, question, choices, generation, progress.step)
+    if as_json:
+        click.echo(json.dumps(scores.to_dict(), ensure_ascii=False))
+    else:
+        print_scores(scores)
+
+
 def _answer(
     images: list[bytes | str],
     question: str,
@@ -68,6 +109,7 @@ def _answer(
     as_json: bool,
     stats: bool,
 ) -> None:
+    from edgevlm.generate import check_satisfied
     from edgevlm.image import probe_image
     from edgevlm.terminal import Progress, print_cut, print_stats
 
@@ -87,8 +129,10 @@ def _answer(
     assert answer is not None
     if as_json:
         click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
-        return
-    click.echo()
-    print_cut(answer)
-    if stats:
-        print_stats(answer)
+    else:
+        click.echo()
+        if answer.satisfied is not False:
+            print_cut(answer)
+        if stats:
+            print_stats(answer)
+    check_satisfied(answer)

@@ -1,0 +1,75 @@
+"""Rows in a file, JSON Lines, that outlive a crash."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from edgevlm.errors import OutputError
+
+Row: TypeAlias = dict[str, Any]
+_LONGEST_ROW = 2**20
+
+
+def read_rows(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
+    """Return the whole rows of a file from `offset`, each with its size in bytes; none if there is no file.
+
+    Raises `OutputError` for a file that holds anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
+    rows = []
+    for line in data[: _whole(data)].splitlines(keepends=True):
+        row = _parse(line)
+        if not isinstance(row, dict):
+            raise OutputError(f"{path} holds something other than answers; choose another file, or delete it")
+        rows.append((row, len(line)))
+    return rows
+
+
+def append_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Put rows at the end of a file and onto the disk, after cutting off what a crash left of another."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - _LONGEST_ROW))
+        tail = file.read()
+        file.truncate(end - len(tail) + _whole(tail))
+        file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system has against writing into an `OutputError`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; nothing is lost, run the same command again"
+        ) from None
+
+
+def _whole(data: bytes) -> int:
+    """Return the length of `data` without a last row that was cut short."""
+    end = data.rfind(b"\n") + 1
+    last = data[data.rfind(b"\n", 0, max(0, end - 1)) + 1 : end]
+    # A power cut may leave a row's length on the disk and not what was in it.
+    return end - len(last) if last and not last.strip(b"\0\n") else end
+
+
+def _parse(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

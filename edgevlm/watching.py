@@ -1,0 +1,201 @@
+"""A folder of pictures, each answered once, soon after it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from edgevlm.errors import ImageError, OptionError
+from edgevlm.image import IMAGE_SUFFIXES, load_image, read_image
+from edgevlm.jobs import ROW_ERRORS, Defaults, ask, job_key
+from edgevlm.jsonl import Row
+from edgevlm.ledger import ignore
+from edgevlm.store import Store
+
+if TYPE_CHECKING:
+    from edgevlm.model import VLM
+
+_SCAN_S = 10.0
+"""How often the whole folder is looked through: of what another machine writes to a share, no notice comes."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Which folder is watched, and what is asked about each picture in it."""
+
+    folder: Path
+    defaults: Defaults
+    recursive: bool = False
+    settle_s: float = 1.0
+    """A file must have stayed as it is for so long before it is read."""
+    patience_s: float = 30.0
+    """A file that cannot be read as a picture is taken for a broken one when it has stayed so for so long."""
+
+    def __post_init__(self) -> None:
+        if not self.folder.is_dir():
+            raise OptionError(f"no such folder: {self.folder}")
+        if not self.defaults.question:
+            raise OptionError("watching needs a question")
+        if not 0 < self.settle_s <= self.patience_s:
+            raise OptionError("the time to settle must be above 0 and not above the patience")
+        if find_spec("watchfiles") is None:
+            raise OptionError("watching needs watchfiles; install it with: pip install 'edgevlm[watch]'")
+
+
+@dataclass
+class _Waiting:
+    """A file that may still be being written."""
+
+    size: int
+    mtime_ns: int
+    since: float = field(default_factory=monotonic)
+    broken: bool = False
+
+
+class Watcher:
+    """Answers a folder's pictures into a store, those first that were there before.
+
+    A picture is known by its name, its bytes and what is asked: one that is written anew is answered anew, one that was
+    answered before a restart is not.
+    """
+
+    def __init__(self, watch: Watch, vlm: VLM, store: Store, on_row: Callable[[Row], object] = ignore) -> None:
+        self._watch, self._vlm, self._store, self._on_row = watch, vlm, store, on_row
+        self._question = watch.defaults.question or ""
+        self._job = job_key(watch.defaults.salt(str(vlm.folder)), self._question.encode())
+        self._folder = watch.folder.resolve()
+        self._waiting: dict[Path, _Waiting] = {}
+        self._done: dict[Path, tuple[int, int]] = {}
+
+    def run(self, stop: Event) -> None:
+        """Watch until `stop` is set; an answer that is being made is made. Raises `OptionError`, `OutputError`."""
+        from watchfiles import watch
+
+        step = max(10, int(1000 * self._watch.settle_s / 4))
+        scanned = None
+        for changes in watch(
+            self._folder,
+            watch_filter=None,
+            stop_event=stop,
+            rust_timeout=step,
+            debounce=step,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+            recursive=self._watch.recursive,
+        ):
+            for _, name in changes:
+                self._notice(Path(name))
+            if scanned is None or monotonic() - scanned > _SCAN_S:  # first when the watch is already on
+                for path in self._scan():
+                    self._notice(path)
+                scanned = monotonic()
+            for path in list(self._waiting):
+                if stop.is_set():
+                    return
+                self._consider(path)
+
+    def _scan(self) -> Iterator[Path]:
+        """Yield the folder's files, the oldest first."""
+        pattern = "**/*" if self._watch.recursive else "*"
+        if not self._folder.is_dir():
+            raise OptionError(f"the folder {self._folder} is gone")
+        found = [
+            (stat.st_mtime_ns, path)
+            for path in self._folder.glob(pattern)
+            if _is_picture(path) and (stat := _stat(path))
+        ]
+        yield from (path for _, path in sorted(found))
+
+    def _notice(self, path: Path) -> None:
+        """Let a file wait, or wait anew if it has been written since, unless it has been answered."""
+        stat = _stat(path) if _is_picture(path) else None
+        if stat is None:
+            self._waiting.pop(path, None)
+            return
+        waiting, facts = self._waiting.get(path), (stat.st_size, stat.st_mtime_ns)
+        if facts == self._done.get(path) or (waiting and facts == (waiting.size, waiting.mtime_ns)):
+            return
+        if self._store.has_file(self._job, self._name(path), *facts):
+            self._settle(path, *facts)
+        else:
+            self._waiting[path] = _Waiting(*facts)
+
+    def _settle(self, path: Path, size: int, mtime_ns: int) -> None:
+        """Take note that there is nothing to do about a file as it is."""
+        self._done[path] = size, mtime_ns
+        self._waiting.pop(path, None)
+
+    def _consider(self, path: Path) -> None:
+        """Answer a file that has been left alone for long enough and is a picture, or will not become one."""
+        self._notice(path)
+        waiting = self._waiting.get(path)
+        if waiting is None:
+            return
+        age = monotonic() - waiting.since
+        if age < (self._watch.patience_s if waiting.broken else self._watch.settle_s):
+            return
+        try:
+            data = read_image(path)
+            load_image(data)
+        except ImageError as error:
+            if waiting.broken:
+                self._add(path, waiting, {"sha256": _hash_of(path), "question": self._question, "error": str(error)})
+            waiting.broken = True
+            return
+        if len(data) == waiting.size:  # else it grew while it was read
+            self._answer(path, waiting, data)
+
+    def _answer(self, path: Path, waiting: _Waiting, data: bytes) -> None:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if self._store.has_picture(self._job, self._name(path), sha256):
+            self._settle(path, waiting.size, waiting.mtime_ns)
+            return
+        defaults = self._watch.defaults
+        try:
+            row = ask(self._vlm, [data], self._question, defaults.config, defaults.form)
+        except ROW_ERRORS as error:
+            row = {"question": self._question, "error": str(error)}
+        self._add(path, waiting, row | {"sha256": sha256})
+
+    def _add(self, path: Path, waiting: _Waiting, row: Row) -> None:
+        head = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "path": self._name(path),
+            "sha256": row["sha256"],
+            "size": waiting.size,
+            "mtime_ns": waiting.mtime_ns,
+            "job": self._job,
+        }
+        self._store.add(head | row)
+        self._settle(path, waiting.size, waiting.mtime_ns)
+        self._on_row(head | row)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """Return a file's facts, or None if it is gone or none."""
+    try:
+        return path.stat() if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _hash_of(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(read_image(path)).hexdigest()
+    except ImageError:
+        return None

@@ -1,0 +1,1 @@
+"""Worked examples of answers that a program can use; see README.md beside this."""

@@ -1,0 +1,451 @@
+"""A file of jobs to a file of answers: in order, whole after a kill, shared by processes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm import VLM, GenerationConfig, OptionError, OutputError
+from edgevlm.batch import Batch, run_batch
+from edgevlm.form import Form
+from edgevlm.jobs import Defaults, read_jobs
+from edgevlm.ledger import CHUNK, Ledger, Row
+from tests.conftest import F32, photograph
+from tests.test_cli import COMMAND, POSIX, cli
+
+QUESTION = "What is in this picture?"
+SHORT = GenerationConfig(max_new_tokens=8, detail="low")
+OPTIONS = ["--device", "CPU", "--inference-precision", "f32", "--no-cache", "--max-new-tokens", "8", "--detail", "low"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of twelve pictures."""
+    flower = photograph("flower.jpg")
+    for number in range(12):
+        Image.fromarray(flower[number * 20 : number * 20 + 200, :200]).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    """Write rows, JSON or bytes as they are, as lines."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def questions(count: int) -> list[dict[str, Any]]:
+    return [{"id": n, "image": f"{n % 12}.png", "question": f"{QUESTION} Number {n}."} for n in range(count)]
+
+
+def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows without what is measured."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, exported: Path, folder: Path) -> None:
+    schema = {"enum": ["open", "shut"]}
+    (folder / "schema.json").write_text(json.dumps(schema), encoding="utf-8")
+    rows: list[Any] = [
+        {"image": "0.png", "question": QUESTION, "id": "first"},
+        b"",
+        {"image": ["0.png", "1.png"], "question": "Compare."},
+        {"question": "Name a river.", "max_new_tokens": 3},
+        {"image": "2.png", "question": QUESTION, "schema": schema},
+        {"image": "2.png", "question": QUESTION, "schema": "schema.json"},
+        {"image": "2.png", "question": QUESTION, "choices": ["yes", "no"]},
+        {"image": "2.png", "question": QUESTION, "regex": "[0-9]{3}"},
+        {"image": "2.png"},
+    ]
+    jobs = write(folder / "jobs.jsonl", rows)
+    batch = Batch(jobs, folder / "out.jsonl", str(exported), F32, Defaults("The default question?", Form(), SHORT))
+    progress: list[tuple[int, int]] = []
+    tally = run_batch(batch, on_progress=lambda *each: progress.append(each))
+    assert tally.to_dict() == {"jobs": 8, "answered": 8, "failed": 0, "known": 0}
+    found = read(folder / "out.jsonl")
+    assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert found[0]["id"] == "first"
+    assert found[0]["answer"] == vlm.generate(folder / "0.png", QUESTION, SHORT).text
+    assert found[1]["answer"] == vlm.generate([folder / "0.png", folder / "1.png"], "Compare.", SHORT).text
+    assert len(found[1]["sha256"]) == 2
+    assert found[2]["finish_reason"] == "length"
+    assert found[3]["value"] == found[4]["value"] in ("open", "shut")
+    assert found[5]["probabilities"] == pytest.approx(
+        vlm.score(folder / "2.png", QUESTION, ["yes", "no"], SHORT).probabilities, abs=1e-3
+    )
+    assert found[6]["answer"].isdigit()
+    assert found[7]["answer"] == vlm.generate(folder / "2.png", "The default question?", SHORT).text
+    assert progress[0] == (0, 8)
+    assert progress[-1] == (8, 8)
+    assert sorted(path.name for path in folder.glob("out*")) == ["out.jsonl"]
+
+
+BAD = [
+    (b"{", "the row is not JSON"),
+    (b"[]", "the row is not a JSON object"),
+    (b"\xff\xfe", "the row is not JSON"),
+    ({"image": "nonesuch.png", "question": QUESTION}, "no such image file"),
+    ({"image": "notes.txt", "question": QUESTION}, "not an image"),
+    ({"image": "cut.png", "question": QUESTION}, "cannot be decoded"),
+    ({"imgae": "0.png", "question": QUESTION}, "unknown field 'imgae'"),
+    ({"image": 7, "question": QUESTION}, "'image' is of the wrong type"),
+    ({"image": "0.png"}, 'no "question"'),
+    ({"question": "word " * 600}, "the model's context holds 512"),
+    ({"question": "an <image>"}, "may not contain <image>"),
+    ({"question": QUESTION, "schema": {"type": "nonesuch"}}, "the JSON schema cannot be used"),
+    ({"question": QUESTION, "schema": "nonesuch.json"}, "no such schema file"),
+    ({"question": QUESTION, "choices": []}, "choices must be"),
+    ({"question": QUESTION, "regex": "a", "choices": ["a"]}, "exclude each other"),
+    ({"question": QUESTION, "regex": "[a-z]{100}"}, "the answer is not whole"),
+    ({"question": QUESTION, "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+]
+
+
+def test_a_bad_row_is_told_and_the_others_are_answered(exported: Path, folder: Path) -> None:
+    (folder / "notes.txt").write_text("not a picture", encoding="utf-8")
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:2000])
+    rows = [row for bad, _ in BAD for row in (bad, {"question": "Name a river.", "max_new_tokens": 2})]
+    write(folder / "jobs.jsonl", rows)
+    arguments = ["batch", folder / "jobs.jsonl", "-o", folder / "out.jsonl", "-m", exported, *OPTIONS]
+    result = cli(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    found = read(folder / "out.jsonl")
+    assert [row["line"] for row in found] == list(range(1, len(rows) + 1))
+    told = result.stderr.splitlines()
+    assert told[-1] == f"{len(BAD)} of {len(rows)} rows answered: {folder / 'out.jsonl'}"
+    for number, (_, message) in enumerate(BAD):
+        assert message in found[2 * number]["error"]
+        assert "answer" in found[2 * number + 1]
+        assert told[number].startswith(f"line {2 * number + 1}: ")
+        assert message in told[number]
+    again = cli(*arguments, "--json")
+    assert json.loads(again.stdout) == {
+        "jobs": len(rows), "answered": len(BAD), "failed": len(BAD), "known": len(rows)
+    }  # fmt: skip
+    assert read(folder / "out.jsonl") == found
+
+
+def mutations(data: bytes, count: int) -> list[bytes]:
+    """Return copies of a file with bytes flipped, cut, repeated or put elsewhere."""
+    random = np.random.default_rng(5)
+    found = []
+    for _ in range(count):
+        mutant = bytearray(data)
+        for _ in range(int(random.integers(1, 6))):
+            at, size = int(random.integers(len(mutant))), int(random.integers(1, 40))
+            kind = random.integers(4)
+            if kind == 0:
+                mutant[at] = int(random.integers(256))
+            elif kind == 1:
+                del mutant[at : at + size]
+            elif kind == 2:
+                mutant[at:at] = mutant[at : at + size]
+            else:
+                mutant[at : at + size] = random.bytes(min(size, len(mutant) - at))
+        found.append(bytes(mutant))
+    return found
+
+
+def test_hundreds_of_mutated_pictures_cost_their_own_rows_only(exported: Path, tmp_path: Path) -> None:
+    picture = Image.fromarray(photograph("flower.jpg")[:60, :60])
+    rows = []
+    for kind in ("png", "jpeg", "webp", "gif", "bmp", "tiff"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        for number, data in enumerate(mutations(buffer.getvalue(), 60)):
+            (tmp_path / f"{number}.{kind}").write_bytes(data)
+            rows.append({"image": f"{number}.{kind}", "question": "?"})
+    jobs = write(tmp_path / "jobs.jsonl", rows)
+    config = GenerationConfig(max_new_tokens=1, detail="low")
+    run_batch(Batch(jobs, tmp_path / "out.jsonl", str(exported), F32, Defaults(config=config)))
+    found = read(tmp_path / "out.jsonl")
+    assert [row["image"] for row in found] == [row["image"] for row in rows]
+    failed = [row for row in found if "error" in row]
+    assert 50 < len(failed) < 350
+    assert all("answer" in row for row in found if row not in failed)
+
+
+def start(folder: Path, exported: Path, *options: str) -> subprocess.Popen[bytes]:
+    arguments = ["batch", "jobs.jsonl", "-o", "out.jsonl", "-m", str(exported), *OPTIONS, *options]
+    return subprocess.Popen(
+        [*COMMAND, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.005)
+
+
+@POSIX
+def test_killed_again_and_again_nothing_is_lost_and_nothing_twice(exported: Path, folder: Path) -> None:
+    rows = questions(90)
+    write(folder / "jobs.jsonl", rows)
+    for goal in (1, 20, 45):
+        process = start(folder, exported)
+        wait_for(lambda goal=goal: lines(folder / "out.jsonl") >= goal, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        before = lines(folder / "out.jsonl")
+        assert before < 90
+    process = start(folder, exported, "--json")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    found = read(folder / "out.jsonl")
+    assert [row["id"] for row in found] == list(range(90))
+    assert json.loads(stdout)["known"] >= before
+    batch = Batch(folder / "jobs.jsonl", folder / "whole.jsonl", str(exported), F32, Defaults(config=SHORT))
+    run_batch(batch)
+    assert plain(found) == plain(read(folder / "whole.jsonl"))
+    assert not (folder / "out.jsonl.parts").exists()
+
+
+@POSIX
+def test_processes_share_a_folder_and_take_over_from_one_that_dies(exported: Path, folder: Path) -> None:
+    write(folder / "jobs.jsonl", questions(120))
+    first, second = start(folder, exported, "--workers", "2"), start(folder, exported)
+    parts = folder / "out.jsonl.parts"
+    wait_for(lambda: lines(folder / "out.jsonl") and len(list(parts.glob("*.jsonl"))) > 1, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    assert lines(folder / "out.jsonl") < 120
+    _, stderr = second.communicate()
+    assert second.returncode == 0, stderr
+    found = read(folder / "out.jsonl")
+    assert [row["id"] for row in found] == list(range(120))
+    wait_for(lambda: not parts.exists())
+
+
+@POSIX
+def test_one_of_several_workers_may_die(exported: Path, folder: Path) -> None:
+    import psutil
+
+    write(folder / "jobs.jsonl", questions(80))
+    process = start(folder, exported, "--workers", "2", "--json")
+    wait_for(lambda: lines(folder / "out.jsonl") > 3, process)
+    workers = [each for each in psutil.Process(process.pid).children() if "spawn_main" in " ".join(each.cmdline())]
+    assert len(workers) == 2
+    workers[0].kill()
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["answered"] == 80
+    assert [row["id"] for row in read(folder / "out.jsonl")] == list(range(80))
+
+
+@POSIX
+def test_workers_do_not_outlive_a_parent_that_is_killed(exported: Path, folder: Path) -> None:
+    import psutil
+
+    write(folder / "jobs.jsonl", questions(400))
+    process = start(folder, exported, "--workers", "2")
+    wait_for(lambda: lines(folder / "out.jsonl") > 3, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE of Linux")
+def test_a_write_that_the_system_refuses_loses_nothing(exported: Path, folder: Path) -> None:
+    """The kernel cuts the write in the middle of a row, as a full disk does."""
+    write(folder / "jobs.jsonl", questions(30))
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
+        "from edgevlm.cli import main; main(sys.argv[1:])"
+    )
+    arguments = ["batch", "jobs.jsonl", "-o", "out.jsonl", "-m", str(exported), *OPTIONS]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "Error: cannot write out.jsonl: File too large; nothing is lost, run the same command again\n"
+    )
+    assert (folder / "out.jsonl").stat().st_size == 3000
+    assert not (folder / "out.jsonl").read_bytes().endswith(b"\n")
+    process = start(folder, exported)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    assert [row["id"] for row in read(folder / "out.jsonl")] == list(range(30))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a small file system of Linux's")
+def test_a_full_disk_loses_nothing(exported: Path, folder: Path) -> None:
+    write(folder / "jobs.jsonl", questions(30))
+    disk = folder / "disk"
+    disk.mkdir()
+    arguments = ["batch", "jobs.jsonl", "-o", "disk/out.jsonl", "-m", str(exported), *OPTIONS]
+    command = " ".join([*COMMAND, *arguments])
+    script = f"""
+        mount -t tmpfs -o size=12k none disk && {command}; code=$?
+        mount -o remount,size=10m disk && {command} || exit 7
+        cat disk/out.jsonl; exit $code
+    """
+    done = subprocess.run(
+        ["/usr/bin/env", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if "mount:" in done.stderr or "unshare:" in done.stderr:
+        pytest.skip("no file system may be mounted here")
+    assert done.returncode == 1, done.stderr
+    assert "No space left on device; nothing is lost, run the same command again" in done.stderr
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == list(range(30))
+
+
+def ledger_of(folder: Path, count: int, salt: str = "") -> Ledger:
+    write(folder / "jobs.jsonl", questions(count))
+    return Ledger(folder / "out.jsonl", read_jobs(folder / "jobs.jsonl", salt))
+
+
+def answer(job: Any) -> Row:
+    return {"line": job.line, "job": job.key, "answer": f"to {job.line}"}
+
+
+DYING = """
+import os, random, sys, time
+from pathlib import Path
+from edgevlm.jobs import read_jobs
+from edgevlm.ledger import Ledger
+
+chance = random.Random(int(sys.argv[1]))
+
+def answer(job):
+    time.sleep(0.004 * chance.random())
+    if chance.random() < 0.02:
+        os._exit(9)
+    return {"line": job.line, "job": job.key}
+
+Ledger(Path("out.jsonl"), read_jobs(Path("jobs.jsonl"), "")).work(answer)
+"""
+
+
+def test_processes_that_keep_dying_write_each_row_once(tmp_path: Path) -> None:
+    write(tmp_path / "jobs.jsonl", questions(150))
+    running: list[subprocess.Popen[bytes]] = []
+    started, codes = 0, set()
+    while running or not started or lines(tmp_path / "out.jsonl") < 150:
+        while len(running) < 4 and lines(tmp_path / "out.jsonl") < 150:
+            started += 1
+            running.append(subprocess.Popen([sys.executable, "-c", DYING, str(started)], cwd=tmp_path))
+        time.sleep(0.02)
+        codes |= {process.poll() for process in running}
+        running = [process for process in running if process.poll() is None]
+        assert started < 60
+    assert codes <= {None, 0, 9}
+    assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, 151))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.jsonl", "out.jsonl"]
+
+
+def test_more_jobs_may_be_added_later(tmp_path: Path) -> None:
+    asked: list[int] = []
+    for count in (3, 3, CHUNK, 2 * CHUNK + 1):
+        ledger = ledger_of(tmp_path, count)
+        ledger.refresh()
+        ledger.work(lambda job: asked.append(job.line) or answer(job))
+        assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, count + 1))
+    assert asked == list(range(1, 2 * CHUNK + 2))
+
+
+@pytest.mark.parametrize("left", [b'{"line": 99, "job"', b"\0" * 40, b"\0" * 40 + b"\n", b'{"answer": 1'])
+def test_what_a_crash_left_of_a_row_is_cut_off(tmp_path: Path, left: bytes) -> None:
+    ledger = ledger_of(tmp_path, CHUNK)
+
+    def crash(job: Any) -> Row:
+        if job.line == 4:
+            raise ZeroDivisionError
+        return answer(job)
+
+    with pytest.raises(ZeroDivisionError):
+        ledger.work(crash)
+    for path in (tmp_path / "out.jsonl", *(tmp_path / "out.jsonl.parts").glob("*.jsonl")):
+        assert lines(path) == 3
+        path.write_bytes(path.read_bytes() + left)
+    again = ledger_of(tmp_path, CHUNK)
+    again.refresh()
+    assert again.answered() == 3
+    again.work(answer)
+    assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, CHUNK + 1))
+
+
+def test_answers_to_other_jobs_are_left_alone(tmp_path: Path) -> None:
+    ledger_of(tmp_path, 5).work(answer)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    for other in (ledger_of(tmp_path, 5, salt="another model"), ledger_of(tmp_path, 4)):
+        with pytest.raises(OutputError, match="answers other jobs"):
+            other.work(answer)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    (tmp_path / "out.jsonl").write_text("my diary\nof today\n", encoding="utf-8")
+    with pytest.raises(OutputError, match="holds something other than answers"):
+        ledger_of(tmp_path, 5).work(answer)
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "my diary\nof today\n"
+
+
+def test_the_same_row_twice_is_answered_twice(tmp_path: Path) -> None:
+    write(tmp_path / "jobs.jsonl", [{"question": "?"}] * 20)
+    ledger = Ledger(tmp_path / "out.jsonl", read_jobs(tmp_path / "jobs.jsonl", ""))
+    ledger.work(answer)
+    assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, 21))
+
+
+def test_another_model_or_other_options_make_another_key(exported: Path, exported_int4: Path) -> None:
+    salts = {
+        Defaults().salt(str(exported)),
+        Defaults().salt(str(exported_int4)),
+        Defaults(question="What?").salt(str(exported)),
+        Defaults(config=SHORT).salt(str(exported)),
+        Defaults(form=Form.of(regex="a")).salt(str(exported)),
+    }
+    assert len(salts) == 5
+
+
+def test_what_concerns_all_rows_is_one_error(exported: Path, folder: Path) -> None:
+    write(folder / "jobs.jsonl", questions(3))
+
+    def error(*arguments: object) -> str:
+        result = cli("batch", *arguments)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.count("\n") == 1
+        return result.stderr
+
+    out = folder / "out.jsonl"
+    assert "no such jobs file" in error(folder / "nonesuch.jsonl", "-o", out, "-m", exported)
+    assert "cannot read the jobs file" in error(folder, "-o", out, "-m", exported)
+    assert "no model 'nonesuch'" in error(folder / "jobs.jsonl", "-o", out, "-m", "nonesuch")
+    assert "workers must be between 1 and 256, not 0" in error(
+        folder / "jobs.jsonl", "-o", out, "-m", exported, "--workers", 0
+    )
+    assert "cannot" in error(folder / "jobs.jsonl", "-o", folder / "0.png" / "out.jsonl", "-m", exported)
+    assert "cannot read" in error(folder / "jobs.jsonl", "-o", folder, "-m", exported)
+    with pytest.raises(OptionError):
+        Batch(folder / "jobs.jsonl", out, workers=1000)
+
+
+def test_nothing_to_do_is_done_without_loading_the_model(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "jobs.jsonl").write_text("\n\n", encoding="utf-8")
+    result = cli("batch", tmp_path / "jobs.jsonl", "-o", tmp_path / "out.jsonl", "-m", exported)
+    assert (result.exit_code, result.stderr) == (0, f"0 of 0 rows answered: {tmp_path / 'out.jsonl'}\n")

@@ -1,0 +1,122 @@
+"""Choices rated from the logits: the formula, shared prefixes, and what the command line prints."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgevlm import VLM, ImageError, OptionError, PromptError
+from edgevlm.chat import user_message
+from edgevlm.sampling import log_softmax
+from tests.test_cli import cli
+
+QUESTION = "What is in this picture?"
+CHOICES = ["yes", "yes, two", "no", "a red circle above a blue square", "a red circle", "Größe 🙂"]
+
+
+def by_hand(vlm: VLM, choice: str) -> float:
+    """Return a choice's log-likelihood from one pass over the prompt and the choice."""
+    tokenizer = vlm.processor.tokenizer
+    prompt = vlm.processor.prompt_ids([user_message(QUESTION, 0)], [])
+    ids = [*tokenizer.encode(" " + choice), vlm.manifest.eos_token_ids[0]]
+    rows = log_softmax(vlm.language_model.session().step([*prompt, *ids])[len(prompt) - 1 : -1])
+    return float(rows[np.arange(len(ids)), ids].sum())
+
+
+def test_the_scores_are_those_of_separate_passes(vlm: VLM) -> None:
+    scores = vlm.score(None, QUESTION, CHOICES)
+    assert list(scores.log_likelihoods) == CHOICES
+    for choice in CHOICES:
+        assert math.isclose(scores.log_likelihoods[choice], by_hand(vlm, choice), abs_tol=2e-3), choice
+    weights = [math.exp(by_hand(vlm, choice)) for choice in CHOICES]
+    assert list(scores.probabilities.values()) == pytest.approx([each / sum(weights) for each in weights], abs=1e-3)
+    assert math.isclose(sum(scores.probabilities.values()), 1.0)
+    assert math.isclose(scores.mass, sum(weights), rel_tol=1e-2)
+    assert scores.best == CHOICES[int(np.argmax(weights))]
+
+
+def test_the_order_of_choices_and_what_else_is_asked_change_nothing(vlm: VLM, china: Path) -> None:
+    forward = vlm.score(china, QUESTION, CHOICES).log_likelihoods
+    vlm.generate(china, QUESTION)
+    backward = vlm.score(china, QUESTION, CHOICES[::-1])
+    assert backward.cached_tokens == backward.prompt_tokens - 1
+    for choice in CHOICES:
+        assert math.isclose(forward[choice], backward.log_likelihoods[choice], abs_tol=2e-3)
+        alone = vlm.score(china, QUESTION, [choice])
+        assert math.isclose(forward[choice], alone.log_likelihoods[choice], abs_tol=2e-3)
+        assert alone.probabilities == {choice: 1.0}
+
+
+def test_the_prompt_is_read_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgevlm.language_model import Session
+
+    read = []
+    prefill = Session.prefill
+    monkeypatch.setattr(
+        Session, "prefill", lambda self, embeds, *rest: read.append(embeds.shape[1]) or prefill(self, embeds, *rest)
+    )
+    scores = vlm.score(None, "How many parts are there, and where?", CHOICES)
+    lengths = [len(vlm.processor.answer_ids(choice)) for choice in CHOICES]
+    assert read[0] == scores.prompt_tokens - scores.cached_tokens
+    assert sum(read[1:]) < sum(lengths)  # what two choices begin with in common is read once too
+
+
+def test_bad_choices(vlm: VLM) -> None:
+    for choices in ([], [""], ["a", "a"], "yes"):
+        with pytest.raises(OptionError, match="choices must"):
+            vlm.score(None, QUESTION, choices)
+    with pytest.raises(OptionError, match="a choice is not valid Unicode text"):
+        vlm.score(None, QUESTION, ["\ud800"])
+    with pytest.raises(OptionError, match="a choice may not contain <image>, a special token"):
+        vlm.score(None, QUESTION, ["an <image>", "yes"])
+    with pytest.raises(PromptError, match="the model's context holds 512"):
+        vlm.score(None, QUESTION, ["yes", "word " * 300])
+    with pytest.raises(ImageError):
+        vlm.score("nonesuch.png", QUESTION, ["yes"])
+
+
+def test_the_command_prints_probabilities(exported: Path, china: Path, vlm: VLM) -> None:
+    options = ["-m", exported, "--device", "CPU", "--inference-precision", "f32", "--no-cache"]
+    wanted = vlm.score(china, QUESTION, ["yes", "no, two"]).probabilities
+    arguments = ["run", china, QUESTION, *options, "--choices", 'yes, "no, two"']
+    found = json.loads(cli(*arguments, "--json").stdout)
+    assert found["probabilities"] == pytest.approx(wanted, abs=1e-4)
+    assert found["answer"] == max(wanted, key=wanted.__getitem__)
+    first, second = cli(*arguments).stdout.splitlines()
+    assert first.endswith(found["answer"])
+    assert float(first.split("%")[0]) >= float(second.split("%")[0])
+
+
+def test_the_command_answers_in_the_form_asked_for(exported: Path, tmp_path: Path) -> None:
+    options = ["-m", exported, "--device", "CPU", "--no-cache"]
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"enum": ["open", "shut"]}), encoding="utf-8")
+    done = cli("run", QUESTION, *options, "--schema", schema)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert json.loads(done.stdout) in {"open", "shut"}
+    assert cli("run", QUESTION, *options, "--regex", "[0-9]{3}").stdout.strip().isdigit()
+    cut = cli("run", QUESTION, *options, "--regex", "[0-9]{30}", "--max-new-tokens", 5, "--json")
+    assert cut.exit_code == 1
+    assert json.loads(cut.stdout)["satisfied"] is False
+    assert cut.stderr.startswith("Error: the answer is not whole and does not satisfy the constraint")
+    assert cut.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--schema", "nonesuch.json"], 1, "Error: no such schema file: nonesuch.json"),
+        (["--schema", "."], 1, "Error: cannot read the schema ."),
+        (["--regex", "("], 1, "Error: the regular expression cannot be used"),
+        (["--choices", ""], 1, "Error: choices must be one text or more"),
+        (["--choices", "yes,no", "--regex", "a"], 2, "Error: --choices and --regex exclude each other"),
+    ],
+)
+def test_a_form_that_cannot_be_is_told_before_the_model_is_loaded(options: list[str], code: int, message: str) -> None:
+    result = cli("run", QUESTION, *options)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.splitlines()[-1].startswith(message)

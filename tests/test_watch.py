@@ -1,0 +1,240 @@
+"""A watched folder: each picture once, however it comes and whatever happens to the watcher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from edgevlm import VLM, OptionError, OutputError
+from edgevlm.jobs import Defaults
+from edgevlm.store import JsonlStore, SqliteStore
+from edgevlm.watching import Watch
+from tests.conftest import heed_interrupts, photograph
+from tests.test_batch import OPTIONS, SHORT, wait_for
+from tests.test_cli import COMMAND, POSIX, cli
+
+QUESTION = "What is in this picture?"
+pytestmark = POSIX
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Forty pictures, elsewhere."""
+    folder = tmp_path_factory.mktemp("pictures")
+    flower = photograph("flower.jpg")
+    paths = [folder / f"{number:02}.png" for number in range(40)]
+    for number, path in enumerate(paths):
+        Image.fromarray(flower[number * 5 : number * 5 + 200, :200]).save(path)
+    return paths
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder to watch, empty."""
+    path = tmp_path / "camera"
+    path.mkdir()
+    return path
+
+
+class Running:
+    """`edgevlm watch` in a process of its own."""
+
+    def __init__(self, exported: Path, folder: Path, *options: str) -> None:
+        arguments = ["watch", str(folder), "--question", QUESTION, "-m", str(exported), *OPTIONS]
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments, "--settle", "0.2", "--patience", "1", *options],
+            cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, preexec_fn=heed_interrupts,  # noqa: PLW1509
+        )  # fmt: skip
+
+    def wait_for(self, condition: Any) -> None:
+        wait_for(condition, self.process)
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; return the exit code and what came on stderr."""
+        self.process.send_signal(number)
+        _, stderr = self.process.communicate(timeout=60)
+        return self.process.returncode, stderr.decode()
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of either kind of store."""
+    if path.suffix == ".jsonl":
+        data = path.read_bytes() if path.exists() else b""
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    if not path.exists():
+        return []
+    database = sqlite3.connect(path)
+    try:
+        database.row_factory = sqlite3.Row
+        return [dict(row) for row in database.execute("SELECT * FROM answers ORDER BY id")]
+    except sqlite3.OperationalError:  # no table yet
+        return []
+    finally:
+        database.close()
+
+
+def store_options(path: Path) -> list[str]:
+    return ["-o" if path.suffix == ".jsonl" else "--sqlite", str(path)]
+
+
+@pytest.mark.parametrize("kind", ["answers.jsonl", "answers.db"])
+def test_pictures_are_answered_as_they_come(
+    exported: Path, vlm: VLM, folder: Path, pictures: list[Path], kind: str
+) -> None:
+    store = folder.parent / kind
+    shutil.copy(pictures[0], folder)
+    (folder / "notes.txt").write_text("no picture", encoding="utf-8")
+    shutil.copy(pictures[5], folder / ".hidden.png")
+    watcher = Running(exported, folder, *store_options(store), "--json")
+    watcher.wait_for(lambda: len(rows_of(store)) == 1)  # it was there before
+    shutil.copy(pictures[1], folder)
+    watcher.wait_for(lambda: len(rows_of(store)) == 2)
+    shutil.copy(pictures[2], folder.parent / "moved.png")
+    (folder.parent / "moved.png").rename(folder / "moved.png")
+    watcher.wait_for(lambda: len(rows_of(store)) == 3)
+    os.utime(folder / "00.png")  # the same bytes: nothing new
+    shutil.copy(pictures[3], folder / "01.png")  # another picture under an old name
+    watcher.wait_for(lambda: len(rows_of(store)) == 4)
+    assert watcher.end()[0] == 0
+    found = rows_of(store)
+    assert [row["path"] for row in found] == ["00.png", "01.png", "moved.png", "01.png"]
+    for row, picture in zip(found, (pictures[0], pictures[1], pictures[2], pictures[3]), strict=True):
+        assert row["sha256"] == hashlib.sha256(picture.read_bytes()).hexdigest()
+        assert row["answer"] == vlm.generate(picture, QUESTION, SHORT).text
+        assert row["time"].endswith("+00:00")
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(exported: Path, folder: Path, pictures: list[Path]) -> None:
+    store = folder.parent / "answers.jsonl"
+    watcher = Running(exported, folder, "-o", str(store), "--patience", "20")
+    data = pictures[0].read_bytes()
+    shutil.copy(pictures[1], folder)
+    watcher.wait_for(lambda: rows_of(store))
+    with (folder / "slow.png").open("wb") as file:
+        for start in range(0, len(data), len(data) // 6 + 1):
+            file.write(data[start : start + len(data) // 6 + 1])
+            file.flush()
+            time.sleep(0.35)  # longer than it takes to settle: only the picture itself says that it is not whole
+    watcher.wait_for(lambda: len(rows_of(store)) == 2)
+    (folder / "broken.png").write_bytes(data[:5000])
+    time.sleep(0.6)
+    (folder / "broken.png").unlink()
+    assert watcher.end()[0] == 0
+    found = rows_of(store)
+    assert [row["path"] for row in found] == ["01.png", "slow.png"]
+    assert found[1]["sha256"] == hashlib.sha256(data).hexdigest()
+    assert "answer" in found[1]
+
+
+def test_what_never_becomes_a_picture_is_told_once(exported: Path, folder: Path, pictures: list[Path]) -> None:
+    store = folder.parent / "answers.db"
+    (folder / "cut.png").write_bytes(pictures[0].read_bytes()[:3000])
+    (folder / "empty.jpg").write_bytes(b"")
+    shutil.copy(pictures[1], folder)
+    for rows in (3, 4):  # and not again after a restart
+        watcher = Running(exported, folder, "--sqlite", str(store))
+        watcher.wait_for(lambda rows=rows: len(rows_of(store)) == rows)
+        time.sleep(1.5)
+        assert watcher.end(signal.SIGINT)[0] == 0
+        found = {row["path"]: row for row in rows_of(store)}
+        assert len(rows_of(store)) == len(found) == rows
+        shutil.copy(pictures[2], folder)
+    assert found["01.png"]["error"] is None
+    assert "cannot be decoded" in found["cut.png"]["error"]
+    assert "is empty" in found["empty.jpg"]["error"]
+
+
+@pytest.mark.parametrize("kind", ["answers.jsonl", "answers.db"])
+def test_killed_and_started_again_each_picture_has_one_row(
+    exported: Path, folder: Path, pictures: list[Path], kind: str
+) -> None:
+    store = folder.parent / kind
+    for picture in pictures[:25]:
+        shutil.copy(picture, folder)
+    for goal in (1, 9, 18):
+        watcher = Running(exported, folder, *store_options(store))
+        watcher.wait_for(lambda goal=goal: len(rows_of(store)) >= goal)
+        watcher.end(signal.SIGKILL)
+        assert len(rows_of(store)) < 25
+    for picture in pictures[25:]:  # while nobody watches
+        shutil.copy(picture, folder)
+    watcher = Running(exported, folder, *store_options(store))
+    watcher.wait_for(lambda: len(rows_of(store)) >= 40)
+    time.sleep(0.5)
+    assert watcher.end()[0] == 0
+    found = rows_of(store)
+    assert sorted(row["path"] for row in found) == [picture.name for picture in pictures]
+    assert all(row["answer"] for row in found)
+
+
+def test_forms_and_folders_within(exported: Path, folder: Path, pictures: list[Path]) -> None:
+    (folder / "line 1").mkdir()
+    shutil.copy(pictures[0], folder / "line 1")
+    schema = folder / "schema.json"
+    schema.write_text(json.dumps({"enum": ["open", "shut"]}), encoding="utf-8")
+    store = folder.parent / "answers.db"
+    watcher = Running(exported, folder, "--sqlite", str(store), "--recursive", "--schema", str(schema))
+    watcher.wait_for(lambda: rows_of(store))
+    watcher.end()
+    watcher = Running(exported, folder, "--sqlite", str(store), "--recursive", "--choices", "yes,no")
+    watcher.wait_for(lambda: len(rows_of(store)) == 2)  # asked something else, it is a new question
+    watcher.end()
+    first, second = rows_of(store)
+    assert first["path"] == "line 1/00.png"
+    assert json.loads(first["value"]) in ("open", "shut")
+    assert set(json.loads(second["probabilities"])) == {"yes", "no"}
+
+
+def test_wrong_use_is_one_line(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def error(*arguments: object) -> str:
+        result = cli("watch", *arguments, "--question", QUESTION, "-m", exported)
+        assert result.exit_code in (1, 2)
+        return result.stderr.splitlines()[-1]
+
+    out = folder.parent / "out.jsonl"
+    assert "no such folder" in error(folder / "nonesuch", "-o", out)
+    assert "name one place" in error(folder)
+    assert "name one place" in error(folder, "-o", out, "--sqlite", out)
+    assert "the time to settle must be" in error(folder, "-o", out, "--settle", 0)
+    out.write_text("my diary\n", encoding="utf-8")
+    assert "holds something other than answers" in error(folder, "-o", out)
+    out.write_text('{"mine": 1}\n', encoding="utf-8")
+    assert "holds other rows" in error(folder, "-o", out)
+    assert "cannot use the database" in error(folder, "--sqlite", out)
+    assert "cannot use the database" in error(folder, "--sqlite", folder)
+    assert "cannot read" in error(folder, "-o", folder)
+    monkeypatch.setattr("edgevlm.watching.find_spec", lambda _: None)
+    with pytest.raises(OptionError, match=r"pip install 'edgevlm\[watch\]'"):
+        Watch(folder, Defaults(question="?"))
+
+
+def test_two_do_not_write_one_file(folder: Path) -> None:
+    path = folder / "out.jsonl"
+    with JsonlStore(path), pytest.raises(OutputError, match="another process is writing"), JsonlStore(path):
+        pass
+    with JsonlStore(path):
+        pass
+    assert [each.name for each in folder.iterdir()] == ["out.jsonl"]
+
+
+def test_a_database_of_somebody_else_s_is_left_alone(folder: Path) -> None:
+    path = folder / "other.db"
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE answers (mine TEXT)")
+    database.commit()
+    with pytest.raises(OutputError, match="cannot use the database"), SqliteStore(path):
+        pass
+    assert database.execute("SELECT * FROM answers").fetchall() == []
+    database.close()
