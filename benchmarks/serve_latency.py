@@ -1,9 +1,9 @@
-"""What the server adds over the Python API: the same questions by turns in one run, the model in one process.
+"""What the server adds over the Python API: the same questions by turns in one run, the server a process of its own.
 
     python -m benchmarks.serve_latency build/smolvlm-int4 [--rounds 30] [-o benchmarks/results/serve_latency.json]
 
 Each round asks about a picture never seen before and once more about the same picture, each by the API and through
-HTTP with a stream; whichever comes second in a pair is shown a picture of its own, so that nothing is known already.
+HTTP with a stream, each with pictures of its own: JPEGs of 1600x1200, as a camera gives them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import http.client
 import json
 import statistics
 import tempfile
-import threading
 import time
 from collections import defaultdict
 from io import BytesIO
@@ -23,11 +22,10 @@ from pathlib import Path
 from PIL import Image
 
 from benchmarks.results import write_result
+from benchmarks.serve_soak import server
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.bench import QUESTION, sample_picture, touch
 from edgevlm.image import load_image
-from edgevlm.server.config import ServeConfig
-from edgevlm.server.run import Server
 
 TOKENS = 16
 
@@ -40,45 +38,41 @@ def by_api(vlm: VLM, picture: bytes, question: str) -> tuple[float, float]:
     return first, time.perf_counter() - started
 
 
-def by_http(connection: http.client.HTTPConnection, picture: bytes, question: str) -> tuple[float, float]:
-    """Return the same for a stream over a connection that stays open."""
-    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+def by_http(url: str, picture: bytes, question: str) -> tuple[float, float]:
+    """Return the same for a stream, the request's JSON being ready."""
+    shown = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": shown}}, {"type": "text", "text": question}]
     fields = {"messages": [{"role": "user", "content": content}], "max_tokens": TOKENS, "stream": True}
+    body = json.dumps(fields)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
     started, first = time.perf_counter(), 0.0
-    connection.request("POST", "/v1/chat/completions", json.dumps(fields), {"Content-Type": "application/json"})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     while line := answer.readline():
         if b'"content"' in line and b'"content":""' not in line:
             first = first or time.perf_counter() - started
+    connection.close()
     return first, time.perf_counter() - started
 
 
 def measure(model: Path, rounds: int) -> dict[str, list[float]]:
     """Return each case's times, in seconds."""
     vlm = VLM(model, RuntimeConfig(device="CPU"))
-    server = Server(lambda: vlm, ServeConfig(port=0), "model")
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.worker.ready:
-        time.sleep(0.05)
     found: dict[str, list[float]] = defaultdict(list)
-    connection = http.client.HTTPConnection(*server.socket.getsockname()[:2], timeout=300)
     with tempfile.TemporaryDirectory() as scratch:
         base = load_image(sample_picture(Path(scratch)))
-    for number in range(rounds + 1):
-        ways = ["api", "http"] if number % 2 else ["http", "api"]
-        for place, way in enumerate(ways):
-            Image.fromarray(touch(base, 2 * number + place)).save(buffer := BytesIO(), "PNG", compress_level=1)
-            for case, question in (("new picture", QUESTION), ("next question", "How many are there?")):
-                ask = by_api if way == "api" else by_http
-                first, total = ask(vlm if way == "api" else connection, buffer.getvalue(), question)  # type: ignore[operator]
-                if number:  # the first round warms up
-                    found[f"{case}, {way}, first piece"].append(first)
-                    found[f"{case}, {way}, end"].append(total)
-    connection.close()
-    server.stop()
-    thread.join()
+    with server(model) as (url, _):
+        for number in range(rounds + 1):
+            for place, way in enumerate(("api", "http") if number % 2 else ("http", "api")):
+                Image.fromarray(touch(base, 2 * number + place)).save(buffer := BytesIO(), "JPEG", quality=90)
+                for case, question in (("new picture", QUESTION), ("next question", "How many are there?")):
+                    if way == "api":
+                        first, total = by_api(vlm, buffer.getvalue(), question)
+                    else:
+                        first, total = by_http(url, buffer.getvalue(), question)
+                    if number:  # the first round warms up
+                        found[f"{case}, {way}, first piece"].append(first)
+                        found[f"{case}, {way}, end"].append(total)
     return found
 
 

@@ -494,6 +494,14 @@ def closed(connection: socket.socket) -> bool:
         return True
 
 
+def test_no_piece_of_an_answer_waits_for_the_acknowledgement_of_the_one_before(server: Server) -> None:
+    with raw(server, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        read_until(connection, b"}")
+        [served] = server._uvicorn.server_state.connections
+        sock = served.transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_long_answer_is_not_taken_for_a_slow_header(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgevlm.server.run._HEADER_TIMEOUT_S", 0.1)
     model = Braked(vlm)

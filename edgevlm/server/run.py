@@ -141,6 +141,8 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # asyncio leaves this out for a socket that it did not make: each token would wait for the last one's ACK.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._look(object(), False)
 
     def _look(self, before: object, was_closing: bool) -> None:
