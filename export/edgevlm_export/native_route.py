@@ -190,17 +190,14 @@ class PartWriter:
         wanted: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         samples: list[dict[str, Array]] = [dict(sample) for sample in data]
         models: list[ov.Model] = []
-        for number, model in enumerate(pieces(graph, PIECE_WEIGHTS)):
-            last = graph.value in produced(model)
+        for number, piece in enumerate(pieces(graph, PIECE_WEIGHTS)):
+            last = graph.value in produced(piece)
             self._clock.begin(f"{part}: reference")
-            run(model, wanted + ([] if last else samples), kept if last else None)
+            run(piece, wanted + ([] if last else samples), kept if last else None)
             self._clock.begin(f"{part}: compress")
-            model = self._compress(model, precision, samples, last=last, alone=alone)  # noqa: PLW2901
+            model = self._compress(piece, precision, samples, last=last, alone=alone)
             if not alone:
-                path = self._work / f"{part}-{number}.xml"
-                save_ir(model, path, "fp32")
-                del model
-                model = read_ir(path)  # noqa: PLW2901
+                model = mapped(model, self._work / f"{part}-{number}.xml")
                 constants.release()
             models.append(model)
         self._clock.begin(f"{part}: write")
@@ -227,6 +224,12 @@ class PartWriter:
             model.set_rt_info("8.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
             model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
         save_ir(model, self._draft / FILE_NAMES[part], precision)
+
+
+def mapped(model: ov.Model, path: Path) -> ov.Model:
+    """Write a model and return it with its weights mapped from the file instead of held in memory."""
+    save_ir(model, path, "fp32")
+    return read_ir(path)
 
 
 def run(model: ov.Model, feeds: Sequence[dict[str, Array]], kept: Sequence[int] | None = None) -> None:
