@@ -79,6 +79,10 @@ class LanguageModel:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
         return self._embeddings.embed(ids)
 
+    def warm_up(self) -> None:
+        """Read one token: what OpenVINO puts off until the first inference takes longer than a short prompt does."""
+        self.session().step([0])
+
     def session(self) -> Session:
         """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
         width = self._compiled.input("inputs_embeds").get_partial_shape()[2].get_length()

@@ -55,12 +55,11 @@ class VLM:
 
     def _load(self) -> None:
         loader = PartLoader(self.folder, self.manifest, self.config, self.device)
-        with ThreadPoolExecutor(2) as pool:  # reading and compiling a part keeps one core busy
-            vision, language_model = (
-                pool.submit(loader.vision, self.processor.family),
-                pool.submit(loader.language_model),
-            )
-            self.vision, self.language_model = vision.result(), language_model.result()
+        with ThreadPoolExecutor(1) as pool:  # reading and compiling a part keeps one core busy
+            vision = pool.submit(loader.vision, self.processor.family)
+            self.language_model = loader.language_model()
+            self.language_model.warm_up()
+            self.vision = vision.result()
         self._seen = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
 

@@ -89,15 +89,17 @@ def test_every_token_is_the_likeliest_of_those_that_the_form_allows(vlm: VLM) ->
     """Forcing and masking in steps of several tokens chooses what a step by step search chooses."""
     texts = ["a red circle", "a blue square", "a blue circle"]
     answer = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(texts)))
-    encode = vlm.processor.vocabulary.encode
-    left = [encode(" " + text) for text in texts]
-    chosen: list[int] = []
-    while not any(chosen == ids for ids in left):
-        allowed = sorted({ids[len(chosen)] for ids in left})
-        logits = next_logits(vlm, chosen)
-        chosen.append(max(allowed, key=lambda token: logits[token]) if len(allowed) > 1 else allowed[0])
-        left = [ids for ids in left if ids[: len(chosen)] == chosen]
-    assert answer.text == texts[[encode(" " + text) for text in texts].index(chosen)]
+    spelled = vlm.processor.vocabulary.token_bytes
+    rests, choices = [f" {text}".encode() for text in texts], 0
+    for number, token in enumerate(answer.token_ids):
+        if not all(rest.startswith(spelled(token)) for rest in rests):
+            logits = next_logits(vlm, list(answer.token_ids[:number]))
+            allowed = [each for each in range(len(logits)) if any(rest.startswith(spelled(each)) for rest in rests)]
+            assert token == max(allowed, key=lambda each: logits[each])
+            choices += 1
+        rests = [rest.removeprefix(spelled(token)) for rest in rests if rest.startswith(spelled(token))]
+    assert rests == [b""]
+    assert choices >= 1
 
 
 def next_logits(vlm: VLM, chosen: list[int]) -> np.ndarray:

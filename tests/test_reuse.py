@@ -257,7 +257,7 @@ def test_drafts_change_the_speed_only(fresh: VLM, question: str, temperature: fl
 
 
 def test_drafts_come_true_where_text_repeats(fresh: VLM) -> None:
-    answer = fresh.generate(None, QUESTION, GenerationConfig(max_new_tokens=250))
+    answer = fresh.generate(None, REPEATING, GenerationConfig(max_new_tokens=250))
     assert len(set(answer.token_ids)) < 150  # so small a model of chance falls into a loop
     assert answer.accepted_tokens > 20
 

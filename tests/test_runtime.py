@@ -130,7 +130,7 @@ def test_length_ends_an_answer(vlm: VLM) -> None:
 
 
 def test_the_context_ends_an_answer(vlm: VLM) -> None:
-    question = "what is " * 80
+    question = "how many " * 80
     config = GenerationConfig(max_new_tokens=10_000)
     answer = vlm.generate(None, question, config)
     assert answer.finish_reason == "context"
@@ -176,12 +176,13 @@ def test_a_seed_repeats_a_sampled_answer(vlm: VLM, china: Path) -> None:
 def test_progress_counts_the_tiles_that_are_not_known(exported: Path, china: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     vlm = VLM(exported, F32)
-    vlm.generate([china, china], QUESTION, SHORT, lambda *step: steps.append(step))
-    assert steps == [("vision", done, 26) for done in range(27)]
-    steps.clear()
-    vlm.generate(china, QUESTION, SHORT, lambda *step: steps.append(step))
-    vlm.generate(None, QUESTION, SHORT, lambda *step: steps.append(step))
-    assert steps == []
+    answer = vlm.generate([china, china], QUESTION, SHORT, lambda *step: steps.append(step))
+    tokens = [("decode", done, SHORT.max_new_tokens) for done in range(1, answer.generated_tokens + 1)]
+    assert steps == [("vision", done, 26) for done in range(27)] + tokens
+    for image in (china, None):
+        steps.clear()
+        vlm.generate(image, QUESTION, SHORT, lambda *step: steps.append(step))
+        assert {stage for stage, _, _ in steps} == {"decode"}
 
 
 def test_a_session_that_is_reset_forgets(vlm: VLM) -> None:
