@@ -6,14 +6,13 @@ python -m benchmarks.forms build/side_by_side/edgevlm-int4 [--repeat 5] [-o benc
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from unittest.mock import patch
 
-from benchmarks.results import write_result
+from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, Constraint, GenerationConfig
 from edgevlm.constraint import Guide
 from edgevlm.sampling import greedy
@@ -82,9 +81,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     found = measure(arguments.model, arguments.repeat)
-    for name, values in found.items():
-        print(f"{name:47} {statistics.median(values):8.3f}   {min(values):8.3f} to {max(values):8.3f}")
-    write_result(arguments.output, {"model": arguments.model.name, "figures": found})
+    tell_spreads(arguments.model, found, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from benchmarks.results import write_result
+from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
 from edgevlm.bench import QUESTION, sample_picture, touch
 from edgevlm.image import load_image
@@ -85,9 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         found = reuse(arguments.model, sample_picture(Path(scratch)), arguments.repeat)
     found |= drafting(arguments.model, arguments.repeat)
-    for name, values in found.items():
-        print(f"{name:45} {statistics.median(values):8.3f}   {np.min(values):8.3f} to {np.max(values):8.3f}")
-    write_result(arguments.output, {"model": arguments.model.name, "figures": found})
+    tell_spreads(arguments.model, found, arguments.output)
 
 
 if __name__ == "__main__":
