@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -185,6 +186,24 @@ def test_progress_counts_the_tiles_that_are_not_known(exported: Path, china: Pat
         assert {stage for stage, _, _ in steps} == {"decode"}
 
 
+def test_a_smaller_kv_cache_moves_the_logits_a_little(exported: Path) -> None:
+    """Each precision is what the cache really holds, and the fewer bits, the farther from float32."""
+    exact, near, far = (
+        logits_with(exported, *kind) for kind in (("f32", "float32"), ("f16", "float16"), ("u8", "uint8"))
+    )
+    drifts = [float(np.abs(logits - exact).max()) for logits in (near, far)]
+    assert 0 < drifts[0] < drifts[1] < 0.5
+
+
+def logits_with(exported: Path, precision: Any, held: str) -> np.ndarray:
+    """Return the logits of 50 steps after a text of 150 tokens."""
+    language_model = VLM(exported, replace(F32, kv_cache_precision=precision)).language_model
+    assert held in str(language_model._compiled.get_property("KV_CACHE_PRECISION"))
+    session = language_model.session()
+    session.step([number % 40 + 50 for number in range(150)])
+    return np.concatenate([session.step([number % 40 + 50]) for number in range(50)])
+
+
 def test_a_session_that_is_reset_forgets(vlm: VLM) -> None:
     session = vlm.language_model.session()
     embeds = session.embed(range(60, 90))
@@ -273,6 +292,7 @@ def test_generation_options_out_of_range(options: dict[str, Any], line: str) -> 
         ({"threads": 0}, "threads must be between 1 and 1024, not 0"),
         ({"threads": 1025}, "threads must be between 1 and 1024, not 1025"),
         ({"inference_precision": "f8"}, "inference precision must be one of auto, f32, bf16, f16"),
+        ({"kv_cache_precision": "u4"}, "KV cache precision must be one of auto, u8, f16, f32"),
     ],
 )
 def test_runtime_options_out_of_range(options: dict[str, Any], line: str) -> None:

@@ -25,6 +25,13 @@ def model_options(command: Any) -> Any:
             show_default=True,
             help="auto is OpenVINO's choice for the device; f32 is the most exact.",
         ),
+        click.option(
+            "--kv-cache-precision",
+            type=click.Choice(["auto", "u8", "f16", "f32"]),
+            default="auto",
+            show_default=True,
+            help="auto is 16 bits (float32 with --inference-precision f32); u8 halves a conversation's memory.",
+        ),
         click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
         click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
         click.option("-m", "--model", help="Exported folder or short name; may be left out while there is only one."),
@@ -87,6 +94,7 @@ def runtime_config(options: dict[str, Any]) -> RuntimeConfig:
         device=options["device"],
         threads=options["threads"],
         inference_precision=options["inference_precision"],
+        kv_cache_precision=options["kv_cache_precision"],
         cache=not options["no_cache"],
     )
 
