@@ -90,7 +90,7 @@ def _bars(axes: Axes, figures: Result, names: Sequence[str]) -> None:
 
 def guide(result: Result) -> str:
     """Return the four rows in which guides to small models compare these ways of running one."""
-    lines = ["## Four ways to run it", "", f"16 new tokens, {result['rounds']} rounds, medians.", ""]
+    lines = ["## Four ways to run it", "", f"16 new tokens, medians of {result['rounds']} round(s).", ""]
     lines += ["| | TTFT s | TPOT ms | end to end s | tokens/s |", "|---|---|---|---|---|"]
     for title, name in GUIDE_ROWS.items():
         each = {figure: value["median"] for figure, value in result["figures"][name].items()}
