@@ -252,7 +252,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip(),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
         "python": platform.python_version(),
         "edgevlm": __version__,
         "openvino": version("openvino"),
