@@ -313,7 +313,7 @@ class Run:
 
 def _some_sheets(tokenizer: Any, settings: Settings) -> np.ndarray:
     drawer = Drawer(tokenizer, settings.seed, sheets=True)
-    return np.stack([shrink(drawer.scene(index).image) for index in range(300)])
+    return np.stack([shrink(drawer.scene(index).image) for index in range(120)])
 
 
 def _answer_tokens(batch: Batch) -> int:
