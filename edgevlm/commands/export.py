@@ -42,10 +42,11 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 @click.option("--calibration", type=click.Path(path_type=Path), help="Your own pictures and questions.")
 @click.option(
     "--via",
-    type=click.Choice(["auto", "native", "optimum"]),
+    type=click.Choice(["auto", "native", "optimum", "onnx"]),
     default="auto",
     show_default=True,
-    help="native needs no torch; optimum goes through optimum-intel; auto is native where it covers the checkpoint.",
+    help="native needs no torch; optimum goes through optimum-intel; onnx reads the checkpoint's own ONNX files; auto "
+    "is native where it covers the checkpoint, and onnx where there are no safetensors.",
 )
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the uncompressed model.")
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
@@ -60,6 +61,7 @@ def export(source: str, output: Path | None, as_json: bool, **options: Any) -> N
     edgevlm export ./my-checkpoint --int8 -o ./my-model
     edgevlm export ./my-checkpoint --int4 --gptq --calibration ./pictures
     edgevlm export ./my-checkpoint --int8 --via optimum
+    edgevlm export ./with-onnx-files --int8 --via onnx
     """
     missing = [name for name in ("nncf", "safetensors", "huggingface_hub") if find_spec(name) is None]
     if missing:

@@ -10,9 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import SourceError
+from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
+from edgevlm_export.options import Route
 
-_WANTED = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", "LICENSE*", "README.md"]
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+_ONNX_FILES: Mapping[str, tuple[str, ...]] = {
+    VISION: ("vision_encoder.onnx",),
+    TEXT_EMBEDDINGS: ("embed_tokens.onnx",),
+    LANGUAGE: ("decoder_model_merged.onnx", "decoder_with_past_model.onnx"),
+}
+"""What each part is called as Transformers.js reads it, the first name before the next."""
 _COPIED = (".json", ".jinja", ".txt", ".model")
 
 
@@ -76,32 +84,65 @@ class Checkpoint:
             and not path.name.endswith(".safetensors.index.json")
         ]
 
+    @property
+    def has_safetensors(self) -> bool:
+        """Whether there are weights to make graphs for, or only graphs with their weights in them."""
+        return _has_safetensors(self.folder)
+
+    def onnx_files(self) -> dict[str, Path]:
+        """Return the ONNX file of each part, all of them in `onnx/` or beside config.json. Raises `SourceError`."""
+        lacking = f"{self.folder} has no ONNX files, neither in onnx/ nor beside config.json"
+        for place in (self.folder / "onnx", self.folder):
+            found = {
+                part: path
+                for part, names in _ONNX_FILES.items()
+                for name in reversed(names)
+                if (path := place / name).is_file()
+            }
+            missing = [" or ".join(names) for part, names in _ONNX_FILES.items() if part not in found]
+            if not missing:
+                return found
+            if found:
+                lacking = f"{place} lacks {missing[0]}, without which the other ONNX files are of no use"
+                break
+        raise SourceError(lacking)
+
     def weight_files(self) -> list[Path]:
         """Return the safetensors files, all that the index names where there is one."""
         return [self.folder / name for name in _weight_names(self.folder)]
 
 
-def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Return the checkpoint that `source` names. Raises `SourceError`."""
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None, via: Route = "auto") -> Checkpoint:
+    """Return the checkpoint that `source` names, with the weights that the route `via` reads. Raises `SourceError`."""
     folder = Path(source)
     if folder.is_dir():
-        return _open_folder(folder, folder.resolve().name, None)
+        return _open_folder(folder, folder.resolve().name, None, via)
     if folder.exists():
         raise SourceError(f"{source} is a file; give the checkpoint's folder or a hub id")
-    snapshot = _fetch(str(source), revision)
-    return _open_folder(snapshot, str(source), snapshot.name)
+    snapshot = _fetch(str(source), revision, via)
+    return _open_folder(snapshot, str(source), snapshot.name, via)
 
 
-def _open_folder(folder: Path, source: str, revision: str | None) -> Checkpoint:
+def _open_folder(folder: Path, source: str, revision: str | None, via: Route) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise SourceError(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
     checkpoint = Checkpoint(folder, source, revision, _read_json(folder / "config.json"))
-    if not any((folder / name).is_file() for name in _WEIGHT_FILES):
-        raise SourceError(f"{folder} has no model.safetensors; only safetensors weights are read")
+    has_onnx = any(place.is_dir() and any(place.glob("*.onnx")) for place in (folder / "onnx", folder))
+    from_onnx = via == "onnx" or (via == "auto" and has_onnx and not checkpoint.has_safetensors)
+    if from_onnx:
+        checkpoint.onnx_files()
+    elif not checkpoint.has_safetensors:
+        other = "; --via onnx reads its ONNX files" if has_onnx else ""
+        raise SourceError(f"{folder} has no model.safetensors; only safetensors weights are read{other}")
     if not (folder / "tokenizer.json").is_file():
         raise SourceError(f"{folder} has no tokenizer.json; save the checkpoint's fast tokenizer there first")
-    _check_weights(folder)
+    if not from_onnx:
+        _check_weights(folder)
     return checkpoint
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _WEIGHT_FILES)
 
 
 def _check_weights(folder: Path) -> None:
@@ -128,7 +169,18 @@ def _weight_names(folder: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
+def _fetch(repo: str, revision: str | None, via: Route) -> Path:
+    """Return the hub repository's snapshot with what the route reads: safetensors, or ONNX where there are none."""
+    if via != "onnx":
+        snapshot = _download(repo, revision, [*_SMALL, "*.safetensors"], ["*/*"])
+        if via != "auto" or _has_safetensors(snapshot):
+            return snapshot
+    names = [name for alternatives in _ONNX_FILES.values() for name in alternatives]
+    wanted = [f"onnx/{name}{ending}" for name in names for ending in ("", "_data*", ".data")]
+    return _download(repo, revision, [*_SMALL, *wanted], ["onnx/*.json"])
+
+
+def _download(repo: str, revision: str | None, wanted: list[str], unwanted: list[str]) -> Path:
     """Return the hub repository's snapshot in the Hugging Face cache, downloading what is missing."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import constants, snapshot_download
@@ -142,7 +194,7 @@ def _fetch(repo: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except HFValidationError:
         raise SourceError(f"no folder {repo!r} here, and it is no hub id of the form owner/name") from None
     except GatedRepoError:

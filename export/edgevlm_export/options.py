@@ -12,7 +12,7 @@ from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4", "w8a8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 UNCOMPRESSED = ("fp32", "fp16")
-Route: TypeAlias = Literal["native", "optimum", "auto"]
+Route: TypeAlias = Literal["native", "optimum", "onnx", "auto"]
 VERIFY_TOKENS = 32
 """Positions of each case whose logits are compared."""
 
@@ -59,7 +59,8 @@ class ExportOptions:
     calibration: Path | None = None
     """A folder or JSONL of pictures and questions; None is the set that ships with the exporter."""
     via: Route = "auto"
-    """`native` makes the graphs itself, `optimum` has optimum-intel trace them in torch; `auto` is native if it can."""
+    """`native` makes the graphs itself, `optimum` has optimum-intel trace them in torch, `onnx` reads the
+    checkpoint's own ONNX files; `auto` is native if it can, and onnx where there are no safetensors."""
     verify: bool = True
     force: bool = False
     revision: str | None = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,16 @@ from edgevlm.errors import ExportError, SourceError
 from edgevlm.manifest import Manifest
 from edgevlm.model import VLM
 from edgevlm.paths import models_dir
-from edgevlm_export import native_route, optimum_route
+from edgevlm_export import native_route, onnx_route, optimum_route
 from edgevlm_export.calibration import load_pairs
 from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.clock import OnStage, StageClock
 from edgevlm_export.draft import draft_folder
-from edgevlm_export.families import Architecture, UncoveredError, architecture, family_facts
+from edgevlm_export.families import UncoveredError, architecture, family_facts
 from edgevlm_export.folder import Written, seal, start_folder
 from edgevlm_export.memory import PeakMemory
-from edgevlm_export.options import ExportOptions
+from edgevlm_export.options import ExportOptions, Route
 from edgevlm_export.verify import Verification, check, scales, verify
-from edgevlm_export.weights import Weights
 
 _REFERENCE_CONFIG = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
@@ -70,24 +70,17 @@ def export(
     clock = StageClock(on_stage)
     with PeakMemory() as memory:
         clock.begin("checkpoint")
-        checkpoint = open_checkpoint(source, options.revision)
+        checkpoint = open_checkpoint(source, options.revision, options.via)
         facts = family_facts(checkpoint)
-        native = choose_route(checkpoint, facts, options)
+        write_parts, via = choose_route(checkpoint, facts, options)
         pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
         target = output or models_dir() / default_name(checkpoint, options)
         with draft_folder(target, force=options.force) as draft:
             work = draft / "work"
             work.mkdir()
             manifest = start_folder(work, checkpoint, facts)
-            if native:
-                written = native_route.write_parts(*native, manifest, pairs, options, draft, work, clock)
-            else:
-                written = optimum_route.write_parts(checkpoint, manifest, pairs, options, draft, work, clock)
-            manifest = replace(
-                manifest,
-                tool_versions=written.tool_versions,
-                export_options=_as_json(options, "native" if native else "optimum"),
-            )
+            written = write_parts(manifest, pairs, options, draft, work, clock)
+            manifest = replace(manifest, tool_versions=written.tool_versions, export_options=_as_json(options, via))
             manifest = seal(draft, manifest, written.precisions)
             verification = None
             if options.verify:
@@ -107,21 +100,30 @@ def default_name(checkpoint: Checkpoint, options: ExportOptions) -> str:
 
 def choose_route(
     checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions
-) -> tuple[Architecture, Weights] | None:
-    """Return the model as graphs and its tensors, or None for the route through optimum-intel. Raises `ExportError`."""
+) -> tuple[Callable[..., Written], Route]:
+    """Return what writes the parts, and the route's name. Raises `ExportError` where no route can."""
+    if options.via == "onnx" or not checkpoint.has_safetensors:
+        _need(onnx_route.LIBRARIES, "its ONNX files", "export-onnx")
+        files = checkpoint.onnx_files()
+        onnx_route.check_parts(files)
+        return partial(onnx_route.write_parts, files), "onnx"
     if options.via != "optimum":
         try:
             found = architecture(checkpoint, facts)
-            return found, native_route.open_weights(checkpoint, found)
+            return partial(native_route.write_parts, found, native_route.open_weights(checkpoint, found)), "native"
         except UncoveredError as error:
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
-    if missing := [name for name in optimum_route.LIBRARIES if find_spec(name) is None]:
+    _need(optimum_route.LIBRARIES, "optimum-intel", "export-torch")
+    return partial(optimum_route.write_parts, checkpoint), "optimum"
+
+
+def _need(libraries: Sequence[str], route: str, extra: str) -> None:
+    if missing := [name for name in libraries if find_spec(name) is None]:
         raise ExportError(
-            f"this checkpoint goes through optimum-intel, which needs {', '.join(missing)};"
-            " install it with: pip install 'edgevlm[export-torch]'"
+            f"this checkpoint goes through {route}, which needs {', '.join(missing)};"
+            f" install it with: pip install 'edgevlm[{extra}]'"
         )
-    return None
 
 
 def verify_folder(draft: Path, written: Written) -> Verification:

@@ -1,0 +1,180 @@
+"""The route from a checkpoint's own ONNX files, against ONNX Runtime on the same files and against the native route."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgevlm import VLM, GenerationConfig
+from edgevlm.chat import user_message
+from edgevlm.errors import SourceError
+from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, load_manifest
+from edgevlm.metrics import Stopwatch
+from edgevlm_export import ExportOptions, export
+from edgevlm_export.checkpoint import open_checkpoint
+from edgevlm_export.onnx_route import Reference
+from tests.conftest import F32, photograph
+from tests.onnx_files import write_onnx
+from tests.test_graph import runtime_kinds
+from tests.test_native import language_outputs
+
+
+@pytest.fixture(scope="session")
+def onnx_checkpoint(smolvlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny SmolVLM as ONNX files alone."""
+    return write_onnx(smolvlm, tmp_path_factory.mktemp("onnx") / "tiny-onnx")
+
+
+@pytest.fixture(scope="session")
+def from_onnx(onnx_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export without compression. Tests must not change it."""
+    return export(onnx_checkpoint, tmp_path_factory.mktemp("exports") / "onnx-fp32", ExportOptions("fp32")).folder
+
+
+def test_onnx_files_are_the_source_where_there_are_no_safetensors(from_onnx: Path) -> None:
+    manifest = load_manifest(from_onnx)
+    assert manifest.export_options["via"] == "onnx"
+    assert {"onnx", "onnxruntime"} < set(manifest.tool_versions)
+    assert manifest.verification is not None
+    assert manifest.verification["reference"] == "onnxruntime"
+    assert manifest.verification["greedy_agreement"] == 1
+    assert manifest.verification["positions"] == 64
+    assert max(part["max_abs_error"] for part in manifest.verification["parts"].values()) < 1e-4
+
+
+def test_the_parts_run_fused(from_onnx: Path) -> None:
+    """As those of the other routes: see tests/test_graph.py."""
+    vlm = VLM(from_onnx, F32)
+    kinds = runtime_kinds(vlm.language_model._compiled)
+    assert kinds["ScaledDotProductAttention"] == 2
+    assert kinds["FullyConnected"] == 2 * 4 + 1
+    assert kinds["MatMul"] <= 1
+    assert kinds["RMS"] == 2 * 2 + 1
+    assert kinds["RoPE"] == 2 * 2
+    assert kinds["MemoryInput"] == kinds["MemoryOutput"] == 2 * 2
+    kinds = runtime_kinds(vlm.vision._compiled)
+    assert kinds["FullyConnected"] == 2 * 4 + 1
+    assert kinds["MVN"] == 2 * 2 + 1
+    assert kinds["Softmax"] == kinds["MatMul"] == 0
+
+
+def test_the_same_greedy_text_as_onnxruntime_and_the_native_route(
+    from_onnx: Path, onnx_checkpoint: Path, exported_smolvlm: Path
+) -> None:
+    config = GenerationConfig(max_new_tokens=64, detail="high")
+    vlm = VLM(from_onnx, F32)
+    image = photograph("china.jpg")
+    answer = vlm.generate(image, "What?", config)
+    assert answer.token_ids == VLM(exported_smolvlm, F32).generate(image, "What?", config).token_ids
+    tiles = vlm.processor.preprocess([image], config)
+    prompt = vlm.prepare([user_message("What?", 1)], [image], config, Stopwatch())
+    reference = Reference(open_checkpoint(onnx_checkpoint).onnx_files())
+    tokens, _ = reference.greedy(prompt.inputs_embeds, len(answer.token_ids))
+    assert list(tokens) == list(answer.token_ids)
+    pixel_values = np.concatenate([each.pixel_values for each in tiles])
+    np.testing.assert_allclose(vlm.vision.encode(pixel_values), reference.encode(pixel_values), atol=1e-4)
+
+
+def test_masked_entries_and_swapped_beams(from_onnx: Path, exported_smolvlm: Path) -> None:
+    for got, wanted in zip(*(language_outputs(folder) for folder in (from_onnx, exported_smolvlm)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_compression(precision: str, onnx_checkpoint: Path, tmp_path: Path) -> None:
+    report = export(onnx_checkpoint, tmp_path / "out", ExportOptions(precision, via="onnx"))  # type: ignore[arg-type]
+    assert report.verification is not None
+    assert report.verification.parts[LANGUAGE].cosine > {"int8": 0.999, "int4": 0.9}[precision]
+    assert [report.manifest.parts[part].precision for part in (VISION, TEXT_EMBEDDINGS, LANGUAGE)] == [
+        "int8",
+        "int8",
+        precision,
+    ]
+    kinds = runtime_kinds(VLM(report.folder, F32).language_model._compiled)
+    assert (kinds["ScaledDotProductAttention"], kinds["FullyConnected"]) == (2, 9)
+
+
+def test_files_beside_the_config_and_safetensors_ignored_on_demand(
+    onnx_checkpoint: Path, smolvlm: Path, from_onnx: Path, tmp_path: Path
+) -> None:
+    flat = Path(shutil.copytree(smolvlm, tmp_path / "flat"))
+    for path in (onnx_checkpoint / "onnx").iterdir():
+        shutil.copyfile(path, flat / path.name)
+    options = ExportOptions("fp32", via="onnx", verify=False)
+    report = export(flat, tmp_path / "out", options)
+    assert report.manifest.export_options["via"] == "onnx"
+    assert {path.name for path in report.folder.iterdir()} == {path.name for path in from_onnx.iterdir()}
+
+
+def refused(onnx_checkpoint: Path, folder: Path, edit: Callable[[Path], None]) -> str:
+    """Return the line with which an edited copy is refused, nothing written."""
+    shutil.copytree(onnx_checkpoint, folder / "copy")
+    edit(folder / "copy")
+    with pytest.raises(SourceError) as caught:
+        export(folder / "copy", folder / "out", ExportOptions("fp32", via="onnx"))
+    assert not (folder / "out").exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def add_node(path: Path, kind: str, domain: str = "") -> None:
+    """Put one more node into an ONNX file."""
+    model = onnx.load(path)
+    model.graph.node.append(onnx.helper.make_node(kind, ["x"], ["y"], domain=domain))
+    onnx.save(model, path)
+
+
+def add_input(path: Path, name: str) -> None:
+    """Give an ONNX file one more input."""
+    model = onnx.load(path)
+    model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, [1]))
+    onnx.save(model, path)
+
+
+DECODER = "onnx/decoder_with_past_model.onnx"
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "quantized weights": (
+        lambda f: add_node(f / DECODER, "MatMulNBits", "com.microsoft"),
+        "decoder_with_past_model.onnx is quantized already (MatMulNBits); take the float32 file",
+    ),
+    "quantized activations": (
+        lambda f: add_node(f / "onnx/vision_encoder.onnx", "DynamicQuantizeLinear"),
+        "vision_encoder.onnx is quantized already (DynamicQuantizeLinear); take the float32 file",
+    ),
+    "quantize and dequantize": (
+        lambda f: add_node(f / "onnx/embed_tokens.onnx", "DequantizeLinear"),
+        "embed_tokens.onnx is quantized already (DequantizeLinear); take the float32 file",
+    ),
+    "two decoders": (
+        lambda f: add_input(f / DECODER, "use_cache_branch"),
+        "holds two decoders behind use_cache_branch; give decoder_with_past_model.onnx alone",
+    ),
+    "unknown input": (
+        lambda f: add_input(f / DECODER, "pixel_values"),
+        "asks for an input pixel_values, which edgevlm does not have",
+    ),
+    "no past key values": (
+        lambda f: shutil.copyfile(f / "onnx/embed_tokens.onnx", f / DECODER),
+        "decoder_with_past_model.onnx has no input attention_mask, so it is not the language part",
+    ),
+    "a part missing": (
+        lambda f: (f / "onnx/embed_tokens.onnx").unlink(),
+        "lacks embed_tokens.onnx, without which the other ONNX files are of no use",
+    ),
+    "truncated": (
+        lambda f: (f / DECODER).write_bytes((f / DECODER).read_bytes()[:5000]),
+        "is no ONNX file, or a damaged one",
+    ),
+    "no files": (lambda f: shutil.rmtree(f / "onnx"), "has no ONNX files, neither in onnx/ nor beside config.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_cannot_be_read_is_refused(damage: str, onnx_checkpoint: Path, tmp_path: Path) -> None:
+    edit, line = DAMAGES[damage]
+    assert line in refused(onnx_checkpoint, tmp_path, edit)
