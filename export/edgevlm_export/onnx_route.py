@@ -16,7 +16,7 @@ import numpy as np
 
 import edgevlm
 from edgevlm.chat import user_message
-from edgevlm.device import core, first_line
+from edgevlm.device import core, first_line, import_openvino
 from edgevlm.errors import SourceError
 from edgevlm.generate import GenerationConfig
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
@@ -121,9 +121,25 @@ def write_parts(
 def convert(path: Path, make: Callable[[ov.Model], ov.Model]) -> ov.Model:
     """Read an ONNX file and make it what the runtime takes. Raises `SourceError`."""
     try:
-        return make(core().read_model(path))
+        model = make(core().read_model(path))
     except RuntimeError as error:
         raise SourceError(f"OpenVINO cannot convert {path.name}: {first_line(error)}") from None
+    turn_weights(model)
+    return model
+
+
+def turn_weights(model: ov.Model) -> None:
+    """Keep weights as `(out, in)`, as torch has them: NNCF's scale estimation goes wrong on `(in, out)`."""
+    opset = import_openvino().opset13
+    for node in model.get_ops():
+        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
+            continue
+        weights = node.input_value(1).get_node()
+        if weights.get_type_name() == "Constant" and len(weights.get_output_shape(0)) == 2:
+            turned = opset.constant(np.ascontiguousarray(weights.data.T))
+            product = opset.matmul(node.input_value(0), turned, node.get_attributes()["transpose_a"], True)
+            product.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(product.output(0))
 
 
 def run_reference(
