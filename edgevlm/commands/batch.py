@@ -10,6 +10,7 @@ import click
 
 from edgevlm.commands.options import (
     answer_form,
+    chosen_model,
     form_options,
     generation_config,
     generation_options,
@@ -46,7 +47,7 @@ def batch(jobs: Path, output: Path, question: str | None, workers: int, as_json:
     from edgevlm.terminal import Bar
 
     defaults = Defaults(question, answer_form(options), generation_config(options))
-    what = Batch(jobs, output, options["model"], runtime_config(options), defaults, workers)
+    what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:
         tally = run_batch(what, bar.row, bar.progress)
     if as_json:
