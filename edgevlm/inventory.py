@@ -17,7 +17,7 @@ from edgevlm.manifest import check_files, load_manifest
 from edgevlm.paths import cache_dir, list_models, models_dir
 
 _ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
-_RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "jinja2", "click")
+_RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "llguidance", "jinja2", "click")
 _EXPORT = ("nncf", "safetensors", "huggingface-hub", "torch", "transformers", "optimum-intel", "onnx", "onnxruntime")
 
 

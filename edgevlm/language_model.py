@@ -74,6 +74,7 @@ class LanguageModel:
     def __init__(self, compiled: ov.CompiledModel, embeddings: TextEmbeddings) -> None:
         self._compiled = compiled
         self._embeddings = embeddings
+        self._hidden_size = compiled.input("inputs_embeds").get_partial_shape()[2].get_length()
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
@@ -85,8 +86,7 @@ class LanguageModel:
 
     def session(self) -> Session:
         """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
-        width = self._compiled.input("inputs_embeds").get_partial_shape()[2].get_length()
-        return Session(self._compiled.create_infer_request(), self._embeddings.request(), width)
+        return Session(self._compiled.create_infer_request(), self._embeddings.request(), self._hidden_size)
 
 
 class Session:
