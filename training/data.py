@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from training.degrade import degrade
-from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH
+from training.gaze import gazes
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SHUFFLE
 from training.scene import Random, Scene
 from training.scenes import SCENES, pages, sheets
 
@@ -36,7 +37,9 @@ SHEETS_AMONG, PAGES_AMONG = 0.1, 0.4
 text part where to look."""
 
 
-Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], list[tuple[int, int]]]
+Row: TypeAlias = tuple[
+    np.ndarray, list[int], list[int], list[int], list[int], list[tuple[int, int]], list[tuple[int, int]]
+]
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Batch:
     positions: np.ndarray  # (B, S) int64
     segments: np.ndarray  # (B, S) int16: 0 the prefix, k the k-th question, -1 padding
     marks: np.ndarray  # (n, 3) int64: picture, patch, what is drawn there (index into MARKS)
+    gazes: np.ndarray  # (n, 3) int64: picture, position, image token to look at for the id to predict there
 
 
 class Drawer:
@@ -62,10 +66,10 @@ class Drawer:
         self._share = share / share.sum()
         self._ramp = ramp
         self._sheets = sheets
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
         image_tokens = "<image>" * IMAGE_TOKENS
         block = f"<fake_token_around_image><global-img>{image_tokens}<fake_token_around_image>"
-        self._prefix = self._encode(f"<|user|>{block}")
+        self._prefix = self._encode(f"<|user|>{block}")[0]
 
     def scene(self, index: int, name: str | None = None) -> Scene:
         """Return the scene, its picture as a camera saw it."""
@@ -101,22 +105,28 @@ class Drawer:
         """Return pixels, ids, labels, positions, segments and marks of one picture, without what makes it too long."""
         ids, labels = list(self._prefix), [IGNORED] * len(self._prefix)
         positions, segments = list(range(len(ids))), [0] * len(ids)
+        looks: list[tuple[int, int]] = []
         for number, pair in enumerate(scene.pairs, 1):
-            question = self._encode(f"{pair.question}<|end|><|assistant|>")
-            answer = self._encode(f"{pair.answer}<|end|>")
+            question, _ = self._encode(f"{pair.question}<|end|><|assistant|>")
+            answer, spans = self._encode(f"{pair.answer}<|end|>")
             text = question + answer[:-1]
             if len(ids) + len(text) > LONGEST and number > 1:
                 continue
+            places = gazes(scene, pair, spans[:-1], IMAGE_SIZE // PATCH // SHUFFLE)
+            first = len(ids) + len(question) - 1
+            looks += [(first + index, place) for index, each in enumerate(places) for place in each]
             ids += text
             labels += [IGNORED] * (len(question) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
-        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene)
+        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene), looks
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return token ids and the characters of each."""
         found = self._ids.get(text)
         if found is None:
-            found = self._ids[text] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            found = self._ids[text] = (encoded["input_ids"], encoded["offset_mapping"])
             if len(self._ids) > 20_000:
                 self._ids.clear()
         return found
@@ -154,11 +164,16 @@ def collate(rows: list[Row]) -> Batch:
     def pad(part: int, value: int, kind: type) -> np.ndarray:
         return np.array([row[part] + [value] * (longest - len(row[part])) for row in rows], kind)
 
+    def flat(part: int) -> np.ndarray:
+        found = [(index, *each) for index, row in enumerate(rows) for each in row[part]]
+        return np.array(found, np.int64).reshape(-1, 3)
+
     return Batch(
         np.stack([row[0] for row in rows]),
         pad(1, 0, np.int64),
         pad(2, IGNORED, np.int64),
         pad(3, 0, np.int64),
         pad(4, -1, np.int16),
-        np.array([(index, *mark) for index, row in enumerate(rows) for mark in row[5]], np.int64).reshape(-1, 3),
+        flat(5),
+        flat(6),
     )

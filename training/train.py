@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from training.data import IGNORED, MARKS, Batch, Drawer, shrink
-from training.model import IMAGE_SIZE, PATCH, load_model, make_config, make_model, save_checkpoint
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, load_model, make_config, make_model, save_checkpoint
 from training.tokenizer import train_tokenizer
 
 SHEET_USES, SHEETS_KEPT = 3, 200
@@ -39,6 +40,8 @@ class Settings:
     """Pictures over which the camera's damage grows to its full strength."""
     guide: float = 0.5
     """Weight of the guide's loss, which falls with the rates."""
+    gaze: float = 0.2
+    """Weight of the gaze's loss, which falls with the rates."""
     decay: float = 0.3
     """The last share of the run, over which the rates fall to zero."""
     seed: int = 1
@@ -136,6 +139,43 @@ class Guide:
         target[picture, patch, name] = 1.0
         every = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
         return every / max(len(batch.marks), 1)
+
+
+GAZERS = ((1, 2), (2, 2))
+"""Layers of the text part, and how many heads of each are told where to look."""
+
+
+class Gaze:
+    """Tells some heads of the text part which image tokens show what the answer says next.
+
+    The answers' own loss has them look about for tens of thousands of pictures before they find it out.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._image = model.config.image_token_id
+        self._seen: dict[int, Any] = {}
+        for index, heads in GAZERS:
+            hook = partial(self._keep, index, heads)
+            model.model.text_model.layers[index].self_attn.register_forward_hook(hook)
+
+    def _keep(self, index: int, heads: int, _module: Any, _inputs: Any, outputs: Any) -> None:
+        self._seen[index] = outputs[1][:, :heads]
+
+    def loss(self, batch: Batch) -> Any:
+        """Return the mean -log of the attention that falls on the places to look at."""
+        import torch
+
+        first = int((batch.input_ids[0] == self._image).argmax())
+        some = next(iter(self._seen.values()))
+        wanted = torch.zeros(*batch.labels.shape, IMAGE_TOKENS, device=some.device)
+        picture, position, place = torch.from_numpy(batch.gazes).to(some.device).unbind(1)
+        wanted[picture, position, place] = 1.0
+        told = wanted.any(-1)
+        total = torch.zeros((), device=some.device)
+        for weights in self._seen.values():
+            rows = weights[..., first : first + IMAGE_TOKENS].transpose(0, 1)[:, told].float()  # (heads, told, places)
+            total = total - ((rows * wanted[told]).sum(-1) + 1e-6).log().mean()
+        return total / len(self._seen)
 
 
 def pixel_values(batch: Batch, device: str) -> Any:
@@ -242,6 +282,7 @@ class Run:
         if self._device == "cpu":
             self.model.set_attn_implementation("eager")  # the fused kernel's backward takes a third of the step here
         self._guide = Guide(self.model, self._device)
+        self._gaze = Gaze(self.model)
         self._optimisers = make_optimisers(self.model, self._guide, settings)
         rates = [group["lr"] for each in self._optimisers for group in each.param_groups]
         self._counts: dict[str, int] = {}
@@ -255,20 +296,22 @@ class Run:
         return self._counts.get(self.stage, 0)
 
     def step(self, batch: list[Batch]) -> Any:
-        """Learn from one batch; return the loss, the share of right answer tokens and the guide's loss."""
+        """Learn from one batch; return the loss, the share of right answer tokens, the guide's loss, the gaze's."""
         import torch
 
         factor = rate_at(self.seen, self._settings)
         for group, rate in self._groups:
             group["lr"] = rate * factor
         weights = [len(part.pixels) if self.stage == "sheets" else _answer_tokens(part) for part in batch]
-        figures = torch.zeros(3)
+        figures = torch.zeros(4)
         for part, weight in zip(batch, weights, strict=True):
             loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device)
             guiding = self._guide.loss(part)
+            gazing = self._gaze.loss(part) if self.stage == "pictures" and len(part.gazes) else torch.zeros(())
             share = weight / sum(weights)
-            ((loss + self._settings.guide * factor * guiding) * share).backward()
-            figures += share * torch.stack([loss.detach(), right.detach(), guiding.detach()]).cpu()
+            aids = self._settings.guide * guiding + self._settings.gaze * gazing
+            ((loss + factor * aids) * share).backward()
+            figures += share * torch.stack([each.detach().cpu() for each in (loss, right, guiding, gazing)])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self._optimisers:
             optimiser.step()
@@ -340,7 +383,7 @@ class Log:
             return
         means = (sum(self._figures) / len(self._figures)).tolist()
         row: dict[str, float] = {self._stage: seen}
-        row |= {name: round(value, 4) for name, value in zip(("loss", "right", "guide"), means, strict=True)}
+        row |= {name: round(value, 4) for name, value in zip(("loss", "right", "guide", "gaze"), means, strict=True)}
         row["per_s"] = round((seen - self._since) / (now - self._reported), 1)
         row["minutes"] = round((now - self._started) / 60, 1)
         print(json.dumps(row), flush=True)

@@ -1,0 +1,100 @@
+"""Where an answer comes from: for each of its tokens, the places of the picture that show what it says.
+
+Answers alone leave the text part blind for tens of thousands of pictures; while it learns, some of its attention heads
+are told these places.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from training.scene import QA, Mark, Scene
+
+Places = frozenset[int]
+
+_ALIASES = {"hole": "gap", "missing": "gap", "lit": "on", "bar": "top", "peak": "spike", "anomaly": "spike"}
+_NOT_ASKED = {"on", "off", "top", "part"}
+"""Names that questions use in another sense."""
+_WITHIN = 3
+"""How many marks apart the neighbours of a reading may have been drawn."""
+
+
+def gazes(scene: Scene, pair: QA, spans: Sequence[tuple[int, int]], side: int) -> list[Places]:
+    """Return for each token of the answer the cells to look at, in a grid of `side` x `side`.
+
+    `spans` are the characters of each token. An answer that spells a run of marks is followed mark by mark. Otherwise a
+    token's places are those where what it names is drawn, among those that the question names, if it names any; a token
+    that names nothing has the question's.
+    """
+    cells = [_cell(scene, mark, side) for mark in scene.marks]
+    asked = _asked(scene, pair, cells)
+    units = [_unit(pair.answer, span) for span in spans]
+    named = [unit for unit in dict.fromkeys(units) if unit[1] in {mark.name for mark in scene.marks}]
+    spelt = dict(zip(named, _spelt([unit[1] for unit in named], scene.marks) or (), strict=False))
+    found: list[Places] = []
+    for unit in units:
+        if unit in spelt:
+            here = frozenset({cells[spelt[unit]]})
+        else:
+            here = frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == unit[1])
+        here = (here & asked or asked) if asked else here
+        found.append(here - {-1})
+    return found
+
+
+def _cell(scene: Scene, mark: Mark, side: int) -> int:
+    width, height = scene.image.size
+    if not (0 <= mark.x < width and 0 <= mark.y < height):
+        return -1
+    return int(mark.y / height * side) * side + int(mark.x / width * side)
+
+
+def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
+    """Return where the things are that the question names: where all of them are, or else any."""
+    words = {word for raw in re.findall(r"[a-z]+", pair.question.lower()) for word in (raw, raw.removesuffix("s"))}
+    names = {_ALIASES.get(word, word) for word in words if len(word) > 1 and word not in _NOT_ASKED}
+    names |= {"needle", "hub"} if pair.task == "gauge" or "a gauge" in pair.answer else set()
+    places = [
+        frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == name) for name in names
+    ]
+    places = [each for each in places if each]
+    if not places:
+        return frozenset()
+    common = frozenset.intersection(*places)
+    return common or frozenset.union(*places)
+
+
+def _unit(answer: str, span: tuple[int, int]) -> tuple[int, str]:
+    """Return start and text of the word or the sign that a token is part of."""
+    start, end = span
+    while start < end and answer[start] == " ":
+        start += 1
+    if start >= end:
+        return (start, "")
+    for word in re.finditer(r"[a-z]{2,}", answer):
+        if word.start() <= start < word.end():
+            return (word.start(), word.group().removesuffix("s"))
+    return (start, answer[start])
+
+
+def _spelt(names: list[str], marks: list[Mark]) -> list[int] | None:
+    """Return the marks that spell `names` in the order they were drawn, if one run alone does."""
+    if len(names) < 2:
+        return None
+    runs = [run for first in range(len(marks)) if (run := _run(names, marks, first))]
+    return runs[0] if runs and all(run[-1] == runs[0][-1] for run in runs) else None
+
+
+def _run(names: list[str], marks: list[Mark], first: int) -> list[int] | None:
+    if marks[first].name != names[0]:
+        return None
+    run = [first]
+    for name in names[1:]:
+        last = max(run)
+        near = range(max(0, last - 1), min(len(marks), last + _WITHIN + 1))
+        after = [index for index in near if marks[index].name == name and index not in run]
+        if not after:
+            return None
+        run.append(after[0])
+    return run
