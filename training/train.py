@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from training.data import IGNORED, MARKS, Batch, Drawer, shrink
-from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, load_model, make_config, make_model, save_checkpoint
+from training.model import (
+    IMAGE_SIZE,
+    IMAGE_TOKENS,
+    PATCH,
+    SHUFFLE,
+    load_model,
+    make_config,
+    make_model,
+    save_checkpoint,
+)
 from training.tokenizer import train_tokenizer
 
 SHEET_USES, SHEETS_KEPT = 3, 200
@@ -115,33 +124,58 @@ def attention_mask(segments: Any) -> Any:
 
 
 class Guide:
-    """A linear layer that names what is drawn at each patch: it teaches the vision tower, and is not part of the model.
+    """Linear layers that name what is drawn at each patch: they teach the vision tower, and are not part of the model.
 
     Answers alone leave the tower at chance for tens of thousands of pictures, since they say nothing of where to look.
+    `layer` looks at the tower's patches, `joint` at image tokens, of which each must still hold all its patches.
     """
 
     def __init__(self, model: Any, device: str) -> None:
         import torch
 
-        tower = model.model.vision_model
+        tower, width = model.model.vision_model, model.config.text_config.hidden_size
         self.layer = torch.nn.Linear(tower.config.hidden_size, len(MARKS)).to(device)
-        torch.nn.init.constant_(self.layer.bias, -4.0)
+        self.joint = torch.nn.Linear(width, SHUFFLE**2 * len(MARKS)).to(device)
         self._patches: Any = None
+        self._tokens: Any = None
+        for layer in (self.layer, self.joint):
+            torch.nn.init.zeros_(layer.weight)
+            torch.nn.init.constant_(layer.bias, -4.0)
         tower.post_layernorm.register_forward_hook(lambda *args: setattr(self, "_patches", args[2]))
+        model.model.connector.register_forward_hook(lambda *args: setattr(self, "_tokens", args[2]))
 
-    def loss(self, batch: Batch) -> Any:
-        """Return the binary cross-entropy of the batch's marks in the last forward pass, by mark."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return both layers' weights."""
+        return {"layer": self.layer.state_dict(), "joint": self.joint.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take both layers' weights."""
+        self.layer.load_state_dict(state["layer"])
+        self.joint.load_state_dict(state["joint"])
+
+    def loss(self, batch: Batch) -> tuple[Any, Any]:
+        """Return the binary cross-entropy of the batch's marks in the last forward pass, by mark, for each layer.
+
+        The second is zero if the tower alone has looked.
+        """
         import torch
 
+        side = IMAGE_SIZE // PATCH
         logits = self.layer(self._patches.float())  # (B, patches, names)
         target = torch.zeros_like(logits)
         picture, patch, name = torch.from_numpy(batch.marks).to(logits.device).unbind(1)
         target[picture, patch, name] = 1.0
-        every = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-        return every / max(len(batch.marks), 1)
+        count = max(len(batch.marks), 1)
+        entropy = partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="sum")
+        if self._tokens is None:
+            return entropy(logits, target) / count, torch.zeros((), device=logits.device)
+        blocks = (side // SHUFFLE, SHUFFLE, side // SHUFFLE, SHUFFLE, len(MARKS))
+        joined = target.view(-1, *blocks).transpose(2, 3).reshape(len(target), IMAGE_TOKENS, -1)
+        tokens, self._tokens = self.joint(self._tokens.float()), None
+        return entropy(logits, target) / count, entropy(tokens, joined) / count
 
 
-GAZERS = ((1, 2), (2, 2))
+GAZERS = ((1, 2), (2, 4))
 """Layers of the text part, and how many heads of each are told where to look."""
 
 
@@ -231,6 +265,7 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     for name, weight in model.named_parameters():
         matrix = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else rest).append(weight)
+    rest += guide.joint.parameters()
     muon = torch.optim.Muon(hidden, lr=settings.muon_rate, weight_decay=0.01, momentum=0.95)
     return [muon, torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
 
@@ -296,22 +331,22 @@ class Run:
         return self._counts.get(self.stage, 0)
 
     def step(self, batch: list[Batch]) -> Any:
-        """Learn from one batch; return the loss, the share of right answer tokens, the guide's loss, the gaze's."""
+        """Learn from one batch; return its figures, as `NAMES` has them."""
         import torch
 
         factor = rate_at(self.seen, self._settings)
         for group, rate in self._groups:
             group["lr"] = rate * factor
         weights = [len(part.pixels) if self.stage == "sheets" else _answer_tokens(part) for part in batch]
-        figures = torch.zeros(4)
+        figures = torch.zeros(5)
         for part, weight in zip(batch, weights, strict=True):
             loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device)
-            guiding = self._guide.loss(part)
+            guiding, joining = self._guide.loss(part)
             gazing = self._gaze.loss(part) if self.stage == "pictures" and len(part.gazes) else torch.zeros(())
             share = weight / sum(weights)
-            aids = self._settings.guide * guiding + self._settings.gaze * gazing
+            aids = self._settings.guide * (guiding + joining) / 2 + self._settings.gaze * gazing
             ((loss + factor * aids) * share).backward()
-            figures += share * torch.stack([each.detach().cpu() for each in (loss, right, guiding, gazing)])
+            figures += share * torch.stack([each.detach().cpu() for each in (loss, right, guiding, joining, gazing)])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self._optimisers:
             optimiser.step()
@@ -333,7 +368,7 @@ class Run:
         path = self._settings.folder / "state.pt"
         state = {
             "model": self.model.state_dict(),
-            "guide": self._guide.layer.state_dict(),
+            "guide": self._guide.state_dict(),
             "optimisers": [each.state_dict() for each in self._optimisers],
             "counts": self._counts,
         }
@@ -348,7 +383,7 @@ class Run:
             return
         state = torch.load(path, map_location=self._device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self._guide.layer.load_state_dict(state["guide"])
+        self._guide.load_state_dict(state["guide"])
         for optimiser, each in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(each)
         self._counts = dict(state["counts"])
@@ -361,6 +396,10 @@ def _some_sheets(tokenizer: Any, settings: Settings) -> np.ndarray:
 
 def _answer_tokens(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
+
+
+NAMES = ("loss", "right", "guide", "joint", "gaze")
+"""A step's figures: the loss, the share of right answer tokens, the losses of the guide's layers and of the gaze."""
 
 
 class Log:
@@ -383,7 +422,7 @@ class Log:
             return
         means = (sum(self._figures) / len(self._figures)).tolist()
         row: dict[str, float] = {self._stage: seen}
-        row |= {name: round(value, 4) for name, value in zip(("loss", "right", "guide", "gaze"), means, strict=True)}
+        row |= {name: round(value, 4) for name, value in zip(NAMES, means, strict=True)}
         row["per_s"] = round((seen - self._since) / (now - self._reported), 1)
         row["minutes"] = round((now - self._started) / 60, 1)
         print(json.dumps(row), flush=True)
