@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from training.degrade import degrade
-from training.gaze import gazes
+from training.gaze import asked_words, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SHUFFLE
 from training.scene import Random, Scene
 from training.scenes import SCENES, pages, sheets
@@ -37,9 +37,8 @@ SHEETS_AMONG, PAGES_AMONG = 0.1, 0.25
 text part where to look."""
 
 
-Row: TypeAlias = tuple[
-    np.ndarray, list[int], list[int], list[int], list[int], list[tuple[int, int]], list[tuple[int, int]]
-]
+Pairs: TypeAlias = list[tuple[int, int]]
+Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], Pairs, Pairs, Pairs]
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Batch:
     segments: np.ndarray  # (B, S) int16: 0 the prefix, k the k-th question, -1 padding
     marks: np.ndarray  # (n, 3) int64: picture, patch, what is drawn there (index into MARKS)
     gazes: np.ndarray  # (n, 3) int64: picture, position, image token to look at for the id to predict there
+    words: np.ndarray  # (n, 3) int64: picture, position, position of a word that says what is asked
 
 
 class Drawer:
@@ -66,7 +66,7 @@ class Drawer:
         self._share = share / share.sum()
         self._ramp = ramp
         self._sheets = sheets
-        self._ids: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+        self._ids: dict[str, tuple[list[int], Pairs]] = {}
         image_tokens = "<image>" * IMAGE_TOKENS
         block = f"<fake_token_around_image><global-img>{image_tokens}<fake_token_around_image>"
         self._prefix = self._encode(f"<|user|>{block}")[0]
@@ -105,23 +105,26 @@ class Drawer:
         """Return pixels, ids, labels, positions, segments and marks of one picture, without what makes it too long."""
         ids, labels = list(self._prefix), [IGNORED] * len(self._prefix)
         positions, segments = list(range(len(ids))), [0] * len(ids)
-        looks: list[tuple[int, int]] = []
+        looks: Pairs = []
+        words: Pairs = []
         for number, pair in enumerate(scene.pairs, 1):
-            question, _ = self._encode(f"{pair.question}<|end|><|assistant|>")
+            question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
             answer, spans = self._encode(f"{pair.answer}<|end|>")
             text = question + answer[:-1]
             if len(ids) + len(text) > LONGEST and number > 1:
                 continue
             places = gazes(scene, pair, spans[:-1], IMAGE_SIZE // PATCH // SHUFFLE)
             first = len(ids) + len(question) - 1
+            told = [len(ids) + index for index in asked_words(pair.question, asked[:-2])]
+            words += [(first + index, word) for index in range(len(answer)) for word in told]
             looks += [(first + index, place) for index, each in enumerate(places) for place in each]
             ids += text
             labels += [IGNORED] * (len(question) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
-        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene), looks
+        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene), looks, words
 
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode(self, text: str) -> tuple[list[int], Pairs]:
         """Return token ids and the characters of each."""
         found = self._ids.get(text)
         if found is None:
@@ -145,7 +148,7 @@ def shrink(image: Image.Image) -> np.ndarray:
     return np.asarray(small.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
 
 
-def marked_patches(scene: Scene) -> list[tuple[int, int]]:
+def marked_patches(scene: Scene) -> Pairs:
     """Return patch and index into `MARKS` of every mark inside the picture."""
     side = IMAGE_SIZE // PATCH
     width, height = scene.image.size
@@ -176,4 +179,5 @@ def collate(rows: list[Row]) -> Batch:
         pad(4, -1, np.int16),
         flat(5),
         flat(6),
+        flat(7),
     )

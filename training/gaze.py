@@ -9,18 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from training.draw import COLOURS
 from training.scene import QA, Mark, Scene
+from training.scenes.things import PARTS, SHAPES
 
 Places = frozenset[int]
+Span = tuple[int, int]
 
-_ALIASES = {"hole": "gap", "missing": "gap", "lit": "on", "bar": "top", "peak": "spike", "anomaly": "spike"}
+_ALIASES = {"hole": "gap", "missing": "gap", "lack": "gap", "lit": "on", "peak": "spike", "anomaly": "spike"}
+_WORDS = {*SHAPES, *PARTS, *COLOURS, "gap", "spike", "on"}
 _NOT_ASKED = {"on", "off", "top", "part"}
 """Names that questions use in another sense."""
 _WITHIN = 3
 """How many marks apart the neighbours of a reading may have been drawn."""
 
 
-def gazes(scene: Scene, pair: QA, spans: Sequence[tuple[int, int]], side: int) -> list[Places]:
+def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Places]:
     """Return for each token of the answer the cells to look at, in a grid of `side` x `side`.
 
     `spans` are the characters of each token. An answer that spells a run of marks is followed mark by mark. Otherwise a
@@ -30,17 +34,44 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[tuple[int, int]], side: int) -
     cells = [_cell(scene, mark, side) for mark in scene.marks]
     asked = _asked(scene, pair, cells)
     units = [_unit(pair.answer, span) for span in spans]
-    named = [unit for unit in dict.fromkeys(units) if unit[1] in {mark.name for mark in scene.marks}]
+    drawn = set() if _is_gauge(pair) else {mark.name for mark in scene.marks}
+    named = [unit for unit in dict.fromkeys(units) if unit[1] in drawn]
     spelt = dict(zip(named, _spelt([unit[1] for unit in named], scene.marks) or (), strict=False))
     found: list[Places] = []
     for unit in units:
         if unit in spelt:
-            here = frozenset({cells[spelt[unit]]})
-        else:
-            here = frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == unit[1])
-        here = (here & asked or asked) if asked else here
-        found.append(here - {-1})
+            found.append(frozenset({cells[spelt[unit]]}) - {-1})
+            continue
+        here = frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == unit[1])
+        found.append(((here & asked or asked) if asked else here) - {-1})
     return found
+
+
+def _is_gauge(pair: QA) -> bool:
+    """Return whether the answer tells a gauge's reading, whose digits are not those on its scale."""
+    return pair.task == "gauge" or "a gauge" in pair.answer
+
+
+def asked_words(question: str, spans: Sequence[Span]) -> list[int]:
+    """Return the tokens of a question, whose characters are `spans`, that say what it is about."""
+    words = [word for word in re.finditer(r"[A-Za-z0-9]+", question) if _tells(word)]
+    return [
+        index
+        for index, (start, end) in enumerate(spans)
+        if any(start < word.end() and word.start() < end for word in words)
+    ]
+
+
+def _tells(word: re.Match[str]) -> bool:
+    if word.start() > 0 and (word.group()[0].isupper() or word.group()[0].isdigit()):
+        return True
+    return bool(_names(word.group()))
+
+
+def _names(text: str) -> set[str]:
+    """Return the marks that a question's words name."""
+    words = {word for raw in re.findall(r"[a-z]+", text.lower()) for word in (raw, raw.removesuffix("s"))}
+    return {_ALIASES.get(word, word) for word in words if len(word) > 1 and word not in _NOT_ASKED} & _WORDS
 
 
 def _cell(scene: Scene, mark: Mark, side: int) -> int:
@@ -52,9 +83,10 @@ def _cell(scene: Scene, mark: Mark, side: int) -> int:
 
 def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
     """Return where the things are that the question names: where all of them are, or else any."""
-    words = {word for raw in re.findall(r"[a-z]+", pair.question.lower()) for word in (raw, raw.removesuffix("s"))}
-    names = {_ALIASES.get(word, word) for word in words if len(word) > 1 and word not in _NOT_ASKED}
-    names |= {"needle", "hub"} if pair.task == "gauge" or "a gauge" in pair.answer else set()
+    if pair.task == "chart" and (bar := _bar(scene, pair.question)):
+        return frozenset(cells[index] for index in bar)
+    names = _names(pair.question)
+    names |= {"needle", "hub"} if _is_gauge(pair) else set()
     places = [
         frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == name) for name in names
     ]
@@ -63,6 +95,17 @@ def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
         return frozenset()
     common = frozenset.intersection(*places)
     return common or frozenset.union(*places)
+
+
+def _bar(scene: Scene, question: str) -> list[int]:
+    """Return the marks of the bar that the question names by its label: its top, and the label."""
+    marks = scene.marks
+    for word in re.findall(r"\b[A-Z][a-zA-Z0-9]*", question[1:]):
+        runs = [run for first in range(len(marks)) if (run := _run(list(word), marks, first))]
+        tops = [index for index, mark in enumerate(marks) if mark.name == "top"]
+        if runs and tops:
+            return [runs[0][0], min(tops, key=lambda index: abs(marks[index].x - marks[runs[0][0]].x))]
+    return []
 
 
 def _unit(answer: str, span: tuple[int, int]) -> tuple[int, str]:

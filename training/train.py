@@ -47,9 +47,9 @@ class Settings:
     """Pictures over which the rates rise."""
     ramp: int = 60_000
     """Pictures over which the camera's damage grows to its full strength."""
-    guide: float = 0.5
+    guide: float = 1.0
     """Weight of the guide's loss, which falls with the rates."""
-    gaze: float = 0.2
+    gaze: float = 0.3
     """Weight of the gaze's loss, which falls with the rates."""
     decay: float = 0.3
     """The last share of the run, over which the rates fall to zero."""
@@ -175,12 +175,12 @@ class Guide:
         return entropy(logits, target) / count, entropy(tokens, joined) / count
 
 
-GAZERS = ((1, 2), (2, 4))
-"""Layers of the text part, and how many heads of each are told where to look."""
+READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
+"""Layers of the text part and how many heads of each are told which words matter, or where to look."""
 
 
 class Gaze:
-    """Tells some heads of the text part which image tokens show what the answer says next.
+    """Tells some heads of the text part what is asked about, and which image tokens show what the answer says next.
 
     The answers' own loss has them look about for tens of thousands of pictures before they find it out.
     """
@@ -188,7 +188,7 @@ class Gaze:
     def __init__(self, model: Any) -> None:
         self._image = model.config.image_token_id
         self._seen: dict[int, Any] = {}
-        for index, heads in GAZERS:
+        for index, heads in (READERS | GAZERS).items():
             hook = partial(self._keep, index, heads)
             model.model.text_model.layers[index].self_attn.register_forward_hook(hook)
 
@@ -196,20 +196,26 @@ class Gaze:
         self._seen[index] = outputs[1][:, :heads]
 
     def loss(self, batch: Batch) -> Any:
-        """Return the mean -log of the attention that falls on the places to look at."""
+        """Return the mean -log of the attention that falls on the words and on the places to look at."""
+        first = int((batch.input_ids[0] == self._image).argmax())
+        places = batch.gazes + np.array((0, 0, first))
+        losses = [self._missed(index, batch.words) for index in READERS]
+        losses += [self._missed(index, places) for index in GAZERS]
+        return sum(losses) / len(losses)
+
+    def _missed(self, index: int, wanted: np.ndarray) -> Any:
+        """Return the mean -log of what one layer's heads give to the `wanted` (n, 3): picture, from, to."""
         import torch
 
-        first = int((batch.input_ids[0] == self._image).argmax())
-        some = next(iter(self._seen.values()))
-        wanted = torch.zeros(*batch.labels.shape, IMAGE_TOKENS, device=some.device)
-        picture, position, place = torch.from_numpy(batch.gazes).to(some.device).unbind(1)
-        wanted[picture, position, place] = 1.0
-        told = wanted.any(-1)
-        total = torch.zeros((), device=some.device)
-        for weights in self._seen.values():
-            rows = weights[..., first : first + IMAGE_TOKENS].transpose(0, 1)[:, told].float()  # (heads, told, places)
-            total = total - ((rows * wanted[told]).sum(-1) + 1e-6).log().mean()
-        return total / len(self._seen)
+        weights = self._seen[index]  # (B, heads, S, S)
+        target = torch.zeros(len(weights), *weights.shape[2:], device=weights.device)
+        picture, position, seen = torch.from_numpy(wanted).to(weights.device).unbind(1)
+        target[picture, position, seen] = 1.0
+        told = target.any(-1)
+        if not told.any():
+            return torch.zeros((), device=weights.device)
+        given = (weights.transpose(0, 1)[:, told].float() * target[told]).sum(-1)
+        return -(given + 1e-6).log().mean()
 
 
 def pixel_values(batch: Batch, device: str) -> Any:
@@ -342,7 +348,7 @@ class Run:
         for part, weight in zip(batch, weights, strict=True):
             loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device)
             guiding, joining = self._guide.loss(part)
-            gazing = self._gaze.loss(part) if self.stage == "pictures" and len(part.gazes) else torch.zeros(())
+            gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros(())
             share = weight / sum(weights)
             aids = self._settings.guide * (guiding + joining) / 2 + self._settings.gaze * gazing
             ((loss + factor * aids) * share).backward()
