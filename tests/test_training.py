@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from training.data import IGNORED, MARKS, Drawer, collate, marked_patches, shrin
 from training.degrade import tilt
 from training.draw import font_files
 from training.evaluate import Score, judge
+from training.gaze import asked_words, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
 from training.tokenizer import train_tokenizer
-from training.train import Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
+from training.train import Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +99,7 @@ def test_a_row_trains_each_question_as_if_it_stood_alone(tokenizer: object) -> N
 def test_labels_are_the_answers_and_nothing_else(tokenizer: object) -> None:
     drawer = Drawer(tokenizer, seed=9)
     scene = drawer.scene(4)
-    _, _, labels, _, segments, _ = drawer.row(scene)
+    _, _, labels, _, segments, *_ = drawer.row(scene)
     for number, pair in enumerate(scene.pairs, 1):
         ids = [label for label, segment in zip(labels, segments, strict=True) if segment == number and label != IGNORED]
         assert tokenizer.decode(ids) == f"{pair.answer}<|end|>"  # type: ignore[attr-defined]
@@ -205,17 +207,72 @@ def test_the_guide_scores_the_marks(tokenizer: object) -> None:
     assert set(batch.marks[:, 0]) == {0, 1}
     loss_of(model, batch, "cpu")
     before = guide.loss(batch)
-    torch.nn.init.constant_(guide.layer.weight, 0.0)
-    guide.layer.bias.data.fill_(-20.0)
-    for name in set(batch.marks[:, 2].tolist()):
-        guide.layer.bias.data[name] = 0.0
+    for layer in (guide.layer, guide.joint):
+        layer.bias.data.fill_(-20.0)
+        for name in set(batch.marks[:, 2].tolist()):
+            layer.bias.data.view(-1, len(MARKS))[:, name] = 0.0
     loss_of(model, batch, "cpu")
     patches = (IMAGE_SIZE // 16) ** 2
     named = len(set(batch.marks[:, 2].tolist()))
-    assert float(guide.loss(batch).detach()) == pytest.approx(
-        2 * patches * named * np.log(2) / len(batch.marks), rel=1e-3
-    )
-    assert float(before.detach()) > 0
+    wanted = 2 * patches * named * np.log(2) / len(batch.marks)
+    assert [float(each.detach()) for each in guide.loss(batch)] == pytest.approx([wanted, wanted], rel=1e-3)
+    assert all(float(each.detach()) > 0 for each in before)
+
+
+def test_an_image_token_holds_the_marks_of_its_own_patches(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=12)
+    model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
+    guide = Guide(model, "cpu")
+    row = drawer.row(drawer.scene(0))
+    batch = collate([(*row[:5], [(13, 0)], *row[6:])])  # row 1, column 1 of 12 x 12: the first token's fourth patch
+    guide.joint.bias.data.fill_(-50.0).view(4, len(MARKS))[3, 0] = 50.0
+    loss_of(model, batch, "cpu")
+    wrongly_named = float(guide.loss(batch)[1].detach()) / 50
+    assert wrongly_named == pytest.approx(35)  # the other 35 tokens, and not this one
+
+
+def test_an_answer_s_signs_are_looked_for_where_they_are_drawn(tokenizer: object) -> None:
+    marks = [Mark(10, 10, "4"), Mark(70, 10, "2"), Mark(110, 10, "."), Mark(170, 10, "2"), Mark(20, 170, "4")]
+    pair = QA("display", "What does the display read?", "42.2")
+    scene = Scene(Image.new("RGB", (180, 180)), marks, [pair])
+    assert gazes(scene, pair, [(0, 1), (1, 2), (2, 3), (3, 4)], 6) == [{0}, {2}, {3}, {5}]
+
+
+def test_what_a_question_names_says_where_to_look() -> None:
+    marks = [Mark(10, 10, "star"), Mark(10, 10, "red"), Mark(170, 170, "ring"), Mark(170, 170, "red")]
+    scene = Scene(Image.new("RGB", (180, 180)), marks)
+    asked = QA("shape", "What colour is the ring?", "red")
+    assert gazes(scene, asked, [(0, 3)], 6) == [{35}]
+    counted = QA("count", "How many stars are there?", "1")
+    assert gazes(scene, counted, [(0, 1)], 6) == [{0}]
+    absent = QA("presence", "Is there a nut?", "no")
+    assert gazes(scene, absent, [(0, 2)], 6) == [frozenset()]
+
+
+def test_only_the_telling_words_of_a_question_are_told() -> None:
+    question = "Is there a yellow nut on LED 3?"
+    spans = [(word.start(), word.end()) for word in re.finditer(r" ?\w+|\?", question)]
+    assert [question[slice(*spans[index])] for index in asked_words(question, spans)] == [
+        " yellow",
+        " nut",
+        " LED",
+        " 3",
+    ]
+
+
+def test_the_gaze_scores_the_attention_on_what_is_wanted(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=12)
+    model = make_model(make_config(tokenizer, 64, 1, 3), seed=1)
+    model.set_attn_implementation("eager")
+    gaze = Gaze(model)
+    batch = collate([drawer.row(drawer.scene(index)) for index in range(4)])
+    assert len(batch.gazes)
+    loss_of(model, batch, "cpu")
+    loss = gaze.loss(batch)
+    loss.backward()
+    text = model.model.text_model.layers
+    assert float(loss.detach()) > 1
+    assert all(text[index].self_attn.q_proj.weight.grad.abs().sum() > 0 for index in (0, 1, 2))
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,9 @@ class Gaze:
     def __init__(self, model: Any) -> None:
         self._image = model.config.image_token_id
         self._seen: dict[int, Any] = {}
-        for index, heads in (READERS | GAZERS).items():
-            hook = partial(self._keep, index, heads)
-            model.model.text_model.layers[index].self_attn.register_forward_hook(hook)
+        for index, layer in enumerate(model.model.text_model.layers):
+            if heads := (READERS | GAZERS).get(index):
+                layer.self_attn.register_forward_hook(partial(self._keep, index, heads))
 
     def _keep(self, index: int, heads: int, _module: Any, _inputs: Any, outputs: Any) -> None:
         self._seen[index] = outputs[1][:, :heads]
@@ -199,8 +199,7 @@ class Gaze:
         """Return the mean -log of the attention that falls on the words and on the places to look at."""
         first = int((batch.input_ids[0] == self._image).argmax())
         places = batch.gazes + np.array((0, 0, first))
-        losses = [self._missed(index, batch.words) for index in READERS]
-        losses += [self._missed(index, places) for index in GAZERS]
+        losses = [self._missed(index, batch.words if index in READERS else places) for index in self._seen]
         return sum(losses) / len(losses)
 
     def _missed(self, index: int, wanted: np.ndarray) -> Any:

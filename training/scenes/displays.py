@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from training.draw import Colour, Pen, canvas, clutter, fit, font_files, jitter, load_font, panel, shade, text
+from training.draw import Box, Colour, Pen, canvas, clutter, fit, font_files, jitter, load_font, panel, shade, text
 from training.scene import Random, Scene, between, chance, pick
 
 QUESTIONS = (
@@ -66,19 +66,7 @@ def scene(random: Random) -> Scene:
     x0, y0 = between(random, 0.02, 0.98) * (width - wide), between(random, 0.02, 0.98) * (height - high)
     box = (x0, y0, x0 + wide, y0 + high)
     clutter(random, pen, [(0, 0, width, y0), (0, y0 + high, width, height)], ground)
-    reading, unit = value(random), pick(random, UNITS) if chance(random, 0.5) else ""
-    if chance(random, 0.75):
-        lit, dark = jitter(random, pick(random, LIT)), jitter(random, (16, 16, 18), 14)
-    else:
-        lit, dark = jitter(random, (25, 30, 25), 15), jitter(random, (165, 185, 150), 20)
-    panel(random, pen, box, dark)
-    inner = (x0 + wide * 0.06, y0 + high * 0.14, x0 + wide * 0.94, y0 + high * 0.86)
-    unit_width = 0.2 * (inner[2] - inner[0]) if unit else 0.0
-    area = (inner[0], inner[1], inner[2] - unit_width, inner[3])
-    (seven_segment if chance(random, 0.6) else dot_matrix)(random, pen, area, reading, lit, dark)
-    if unit:
-        face = fit(random, unit, unit_width * 0.8, (inner[3] - inner[1]) * 0.5)
-        text(pen, (inner[2] - unit_width * 0.45, between(random, inner[1] + 8, inner[3] - 8)), unit, face, lit)
+    reading, unit = display(random, pen, box)
     result = Scene(image, pen.marks)
     answer = f"{reading} {unit}" if unit else reading
     result.ask("display", QUESTIONS, answer, random)
@@ -87,6 +75,27 @@ def scene(random: Random) -> Scene:
     if chance(random, 0.3):
         result.describe(random, f"a display reading {answer}")
     return result
+
+
+def display(random: Random, pen: Pen, box: Box) -> tuple[str, str]:
+    """Draw one display; return its reading and its unit, if it shows one."""
+    (x0, y0, x1, y1), wide, high = box, box[2] - box[0], box[3] - box[1]
+    reading, unit = value(random), pick(random, UNITS) if chance(random, 0.5) else ""
+    if chance(random, 0.75):
+        lit, dark = jitter(random, pick(random, LIT)), jitter(random, (16, 16, 18), 14)
+    else:
+        lit, dark = jitter(random, (25, 30, 25), 15), jitter(random, (165, 185, 150), 20)
+    panel(random, pen, box, dark)
+    inner = (x0 + wide * 0.06, y0 + high * 0.14, x1 - wide * 0.06, y1 - high * 0.14)
+    unit_width = 0.2 * (inner[2] - inner[0]) if unit else 0.0
+    area = (inner[0], inner[1], inner[2] - unit_width, inner[3])
+    (seven_segment if chance(random, 0.6) else dot_matrix)(random, pen, area, reading, lit, dark)
+    if unit:
+        room = max(0.0, (inner[3] - inner[1]) / 2 - 8)
+        face = fit(random, unit, unit_width * 0.8, (inner[3] - inner[1]) * 0.5)
+        middle = (inner[1] + inner[3]) / 2
+        text(pen, (inner[2] - unit_width * 0.45, middle + between(random, -room, room)), unit, face, lit)
+    return reading, unit
 
 
 def seven_segment(
@@ -111,8 +120,8 @@ def seven_segment(
     for symbol in reading:
         left = start + at * wide
         if symbol == ".":
-            r = thick * 0.62
-            x, y = left - wide * 0.06, y1 - r
+            r = min(thick * 0.62, wide * 0.11)
+            x, y = left - wide * 0.13 - (y1 - y0) / 2 * slant, y1 - r
             pen.ellipse((x - r, y - r, x + r, y + r), fill=lit)
             pen.mark(x, y, symbol)
             continue

@@ -6,9 +6,10 @@ al. 2022). They are for training alone; no task is judged by them.
 
 from __future__ import annotations
 
-from training.draw import COLOURS, Box, Pen, background, fit, ink, jitter, luminance, named, text
+from training.draw import COLOURS, Box, Pen, background, canvas, fit, ink, jitter, luminance, named, text
 from training.scene import Random, Scene, between, chance, pick
-from training.scenes.displays import LIT, dot_matrix, seven_segment
+from training.scenes.displays import LIT, display, dot_matrix, seven_segment
+from training.scenes.labels import code
 from training.scenes.sheets import SIGNS
 from training.scenes.things import PARTS, SHAPES, Thing, draw
 
@@ -16,6 +17,40 @@ DIGITS = "0123456789"
 
 
 def scene(random: Random) -> Scene:
+    """Draw a page of signs and things, or one of displays and codes."""
+    return readings(random) if chance(random, 0.5) else grid(random)
+
+
+def readings(random: Random) -> Scene:
+    """Draw one to five displays and codes below each other, of any width."""
+    image, pen, _ = canvas(random)
+    width, height = image.size
+    rows = int(random.integers(1, 6))
+    high = height / rows
+    lines = []
+    for row in range(rows):
+        wide = width * between(random, 0.45, 0.98)
+        x0, y0 = (width - wide) * random.random(), row * high + high * between(random, 0.02, 0.12)
+        box = (x0, y0, x0 + wide, y0 + high * between(random, 0.6, 0.86))
+        lines.append(" ".join(display(random, pen, box)).strip() if chance(random, 0.6) else _code(random, pen, box))
+    result = Scene(image, pen.marks)
+    result.describe(random, "; ".join(lines))
+    row = int(random.integers(rows))
+    result.ask("page", (f"What is in row {row + 1}?",), lines[row], random)
+    return result
+
+
+def _code(random: Random, pen: Pen, box: Box) -> str:
+    level = int(random.integers(10, 250))
+    paper = jitter(random, (level, level, level), 40)
+    pen.rectangle(box, fill=paper)
+    line = code(random)
+    face = fit(random, line, (box[2] - box[0]) * 0.94, (box[3] - box[1]) * between(random, 0.7, 1.0))
+    text(pen, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), line, face, ink(random, paper))
+    return line
+
+
+def grid(random: Random) -> Scene:
     """Draw a page of one to five rows, evenly spaced."""
     width, height = int(random.integers(180, 300)), int(random.integers(180, 300))
     image, ground = background(random, width, height)
