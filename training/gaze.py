@@ -29,8 +29,10 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
 
     `spans` are the characters of each token. An answer that spells a run of marks is followed mark by mark. Otherwise a
     token's places are those where what it names is drawn, among those that the question names, if it names any; a token
-    that names nothing has the question's.
+    that names nothing has the question's. Nothing is told of counts.
     """
+    if pair.task == "count" or pair.question.startswith("How many"):
+        return [frozenset()] * len(spans)  # attention gives the mean of what it looks at, not how much there is
     cells = [_cell(scene, mark, side) for mark in scene.marks]
     asked = _asked(scene, pair, cells)
     units = [_unit(pair.answer, span) for span in spans]
