@@ -11,16 +11,25 @@ from collections.abc import Sequence
 
 from training.draw import COLOURS
 from training.scene import QA, Mark, Scene
+from training.scenes.lights import ORDINALS
 from training.scenes.things import PARTS, SHAPES
 
 Places = frozenset[int]
 Span = tuple[int, int]
 
-_ALIASES = {"hole": "gap", "missing": "gap", "lack": "gap", "lit": "on", "peak": "spike", "anomaly": "spike"}
+_ALIASES = {
+    "hole": "gap",
+    "missing": "gap",
+    "lack": "gap",
+    "lit": "on",
+    "showing": "on",
+    "peak": "spike",
+    "anomaly": "spike",
+}
 _WORDS = {*SHAPES, *PARTS, *COLOURS, "gap", "spike", "on"}
 _NOT_ASKED = {"on", "off", "top", "part"}
 """Names that questions use in another sense."""
-_WITHIN = 3
+_WITHIN = 6
 """How many marks apart the neighbours of a reading may have been drawn."""
 
 
@@ -85,6 +94,8 @@ def _cell(scene: Scene, mark: Mark, side: int) -> int:
 
 def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
     """Return where the things are that the question names: where all of them are, or else any."""
+    if (lamp := _lamp(scene, pair.question)) is not None:
+        return frozenset({cells[lamp]})
     if pair.task == "chart" and (bar := _bar(scene, pair.question)):
         return frozenset(cells[index] for index in bar)
     names = _names(pair.question)
@@ -97,6 +108,19 @@ def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
         return frozenset()
     common = frozenset.intersection(*places)
     return common or frozenset.union(*places)
+
+
+def _lamp(scene: Scene, question: str) -> int | None:
+    """Return the state's mark of the LED or the switch that the question counts off."""
+    number = re.search(r"(?:LED|indicator|switch) (\d)", question)
+    ordinal = re.search(r"(\w+) switch", question)
+    if number:
+        place = int(number[1]) - 1
+    elif ordinal and ordinal[1] in ORDINALS:
+        place = ORDINALS.index(ordinal[1])
+    else:
+        return None
+    return [index for index, mark in enumerate(scene.marks) if mark.name in {"on", "off"}][place]
 
 
 def _bar(scene: Scene, question: str) -> list[int]:
@@ -137,7 +161,7 @@ def _run(names: list[str], marks: list[Mark], first: int) -> list[int] | None:
     run = [first]
     for name in names[1:]:
         last = max(run)
-        near = range(max(0, last - 1), min(len(marks), last + _WITHIN + 1))
+        near = range(max(0, last - 2), min(len(marks), last + _WITHIN + 1))
         after = [index for index in near if marks[index].name == name and index not in run]
         if not after:
             return None
