@@ -231,6 +231,17 @@ def test_auto_keeps_the_tiles_that_the_pixels_fill() -> None:
     assert (found.rows, found.cols, len(found)) == (1, 3, 4)
 
 
+@pytest.mark.parametrize(
+    ("height", "grid"),
+    [(20, (1, 3)), (94, (1, 3)), (96, (2, 3)), (144, (2, 3)), (158, (2, 3)), (160, (3, 3)), (192, (3, 3))],
+)
+def test_auto_gives_a_picture_the_grid_nearest_to_its_shape(height: int, grid: tuple[int, int]) -> None:
+    """A picture of 3 x 2.25 tiles is shrunk to two rows by a ninth, where three rows would stretch it by a third."""
+    found = family(image_processor("idefics3")).preprocess(noise(height, 3 * TILE), "auto", None)
+    assert (found.rows, found.cols) == grid
+    assert found.pixels.shape[1:3] == (TILE, TILE)
+
+
 @pytest.mark.parametrize("detail", DETAILS)
 @pytest.mark.parametrize(("longest_edge", "tile"), [(LONGEST_EDGE, TILE), (300, TILE), (50, TILE), (315, 63)])
 def test_max_tiles_is_respected(detail: Detail, longest_edge: int, tile: int) -> None:

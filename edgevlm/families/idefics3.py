@@ -48,7 +48,8 @@ class Idefics3:
         """Return the tiles of a picture `(H, W, 3)`.
 
         `high` is what the checkpoint's own processor does, which enlarges a small picture to the full grid; `auto`
-        never enlarges the longer side; `low` is the global view only. `max_tiles` lowers the grid until it fits.
+        never enlarges the longer side, and gives a picture that does not fill the full grid the one nearest to its
+        shape; `low` is the global view only. `max_tiles` lowers the grid until it fits.
         """
         if max_tiles is not None and max_tiles < 1:
             raise OptionError(f"max_tiles must be at least 1, not {max_tiles}")
@@ -60,7 +61,7 @@ class Idefics3:
             small = self._resize(whole, *_fit(height, width, self.longest_edge))
             return self._tiles([self._resize(small, self.tile, self.tile)], 0, 0)
         small = self._resize(whole, *_fit(height, width, longest_edge))
-        grid_height, grid_width = _to_grid(small.height, small.width, self.tile)
+        grid_height, grid_width = self._grid(small.height, small.width, longest_edge, detail)
         gridded = self._resize(small, grid_height, grid_width)
         rows, cols = grid_height // self.tile, grid_width // self.tile
         if rows == cols == 1:
@@ -104,16 +105,22 @@ class Idefics3:
         if detail == "auto":
             longest_edge = min(longest_edge, max(height, width) // self.tile * self.tile)
         while max_tiles is not None and longest_edge > self.tile:
-            if self._tile_count(height, width, longest_edge) <= max_tiles:
+            if self._tile_count(height, width, longest_edge, detail) <= max_tiles:
                 break
             longest_edge -= self.tile
         lowered = detail == "auto" or max_tiles is not None
         return None if lowered and longest_edge <= self.tile else longest_edge
 
-    def _tile_count(self, height: int, width: int, longest_edge: int) -> int:
-        grid_height, grid_width = _to_grid(*_fit(height, width, longest_edge), self.tile)
+    def _tile_count(self, height: int, width: int, longest_edge: int, detail: Detail) -> int:
+        grid_height, grid_width = self._grid(*_fit(height, width, longest_edge), longest_edge, detail)
         tiles = (grid_height // self.tile) * (grid_width // self.tile)
         return tiles + 1 if tiles > 1 else 1
+
+    def _grid(self, height: int, width: int, longest_edge: int, detail: Detail) -> tuple[int, int]:
+        """Return the size in whole tiles: the nearest for `auto` below the full grid, else as the reference rounds."""
+        if detail == "auto" and longest_edge < self.longest_edge:
+            return _nearest(height, self.tile), _nearest(width, self.tile)
+        return _to_grid(height, width, self.tile)
 
     def _resize(self, image: Image.Image, height: int, width: int) -> Image.Image:
         return image.resize((width, height), resample=self.resample)
@@ -153,6 +160,11 @@ def _fit(height: int, width: int, longest_edge: int) -> tuple[int, int]:
         else:
             height, width = MAX_SIDE, int(MAX_SIDE * aspect_ratio)
     return max(height, 1), max(width, 1)
+
+
+def _nearest(side: int, tile: int) -> int:
+    """Return the multiple of `tile` nearest to `side`, at least one."""
+    return max(1, (side + tile // 2) // tile) * tile
 
 
 def _to_grid(height: int, width: int, tile: int) -> tuple[int, int]:
