@@ -30,7 +30,7 @@ MARKS = (
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
 LONGEST = 112
 """Tokens of a row; a question that would make it longer is left out."""
-WEIGHTS = {"display": 2.0, "label": 1.5, "gauge": 1.5}
+WEIGHTS = {"display": 2.0, "label": 1.5}
 """How often a kind of scene is drawn: more of those that learn slowly."""
 SHEETS_AMONG, PAGES_AMONG = 0.08, 0.3
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the

@@ -30,6 +30,8 @@ from training.model import (
 )
 from training.tokenizer import train_tokenizer
 
+SIDE = IMAGE_SIZE // PATCH // SHUFFLE
+"""Image tokens in a row of the picture."""
 SHEET_USES, SHEETS_KEPT = 3, 200
 """How often a batch of sheets is learned from, and how many are kept for it."""
 
@@ -127,7 +129,8 @@ class Guide:
     """Linear layers that name what is drawn at each patch: they teach the vision tower, and are not part of the model.
 
     Answers alone leave the tower at chance for tens of thousands of pictures, since they say nothing of where to look.
-    `layer` looks at the tower's patches, `joint` at image tokens, of which each must still hold all its patches.
+    `layer` looks at the tower's patches, `joint` at image tokens, of which each must still hold all its patches, and
+    `place` tells a token's row and column.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -136,31 +139,36 @@ class Guide:
         tower, width = model.model.vision_model, model.config.text_config.hidden_size
         self.layer = torch.nn.Linear(tower.config.hidden_size, len(MARKS)).to(device)
         self.joint = torch.nn.Linear(width, SHUFFLE**2 * len(MARKS)).to(device)
+        self.place = torch.nn.Linear(width, 2 * SIDE).to(device)
         self._patches: Any = None
         self._tokens: Any = None
-        for layer in (self.layer, self.joint):
+        for layer in self.layers.values():
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.constant_(layer.bias, -4.0)
         tower.post_layernorm.register_forward_hook(lambda *args: setattr(self, "_patches", args[2]))
         model.model.connector.register_forward_hook(lambda *args: setattr(self, "_tokens", args[2]))
 
+    @property
+    def layers(self) -> dict[str, Any]:
+        """The layers by name."""
+        return {"layer": self.layer, "joint": self.joint, "place": self.place}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return both layers' weights."""
-        return {"layer": self.layer.state_dict(), "joint": self.joint.state_dict()}
+        """Return all layers' weights."""
+        return {name: layer.state_dict() for name, layer in self.layers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take both layers' weights."""
-        self.layer.load_state_dict(state["layer"])
-        self.joint.load_state_dict(state["joint"])
+        """Take all layers' weights."""
+        for name, layer in self.layers.items():
+            layer.load_state_dict(state[name])
 
     def loss(self, batch: Batch) -> tuple[Any, Any]:
-        """Return the binary cross-entropy of the batch's marks in the last forward pass, by mark, for each layer.
+        """Return the binary cross-entropy of the last forward pass' marks, by mark: of patches, of image tokens.
 
-        The second is zero if the tower alone has looked.
+        The places' cross-entropy is part of the second, which is zero if the tower alone has looked.
         """
         import torch
 
-        side = IMAGE_SIZE // PATCH
         logits = self.layer(self._patches.float())  # (B, patches, names)
         target = torch.zeros_like(logits)
         picture, patch, name = torch.from_numpy(batch.marks).to(logits.device).unbind(1)
@@ -169,10 +177,20 @@ class Guide:
         entropy = partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="sum")
         if self._tokens is None:
             return entropy(logits, target) / count, torch.zeros((), device=logits.device)
-        blocks = (side // SHUFFLE, SHUFFLE, side // SHUFFLE, SHUFFLE, len(MARKS))
+        blocks = (SIDE, SHUFFLE, SIDE, SHUFFLE, len(MARKS))
         joined = target.view(-1, *blocks).transpose(2, 3).reshape(len(target), IMAGE_TOKENS, -1)
-        tokens, self._tokens = self.joint(self._tokens.float()), None
-        return entropy(logits, target) / count, entropy(tokens, joined) / count
+        tokens, self._tokens = self._tokens.float(), None
+        named = entropy(self.joint(tokens), joined) / count
+        return entropy(logits, target) / count, named + self._misplaced(tokens)
+
+    def _misplaced(self, tokens: Any) -> Any:
+        """Return the mean cross-entropy of rows and columns."""
+        import torch
+
+        rows, columns = self.place(tokens).flatten(0, 1).chunk(2, -1)
+        places = torch.arange(IMAGE_TOKENS, device=tokens.device).repeat(len(tokens))
+        entropy = torch.nn.functional.cross_entropy
+        return (entropy(rows, places // SIDE) + entropy(columns, places % SIDE)) / 2
 
 
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
@@ -270,7 +288,7 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     for name, weight in model.named_parameters():
         matrix = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else rest).append(weight)
-    rest += guide.joint.parameters()
+    rest += [*guide.joint.parameters(), *guide.place.parameters()]
     muon = torch.optim.Muon(hidden, lr=settings.muon_rate, weight_decay=0.01, momentum=0.95)
     return [muon, torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
 
