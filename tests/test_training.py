@@ -15,7 +15,7 @@ from training.data import IGNORED, MARKS, Drawer, collate, marked_patches, shrin
 from training.degrade import tilt
 from training.draw import font_files
 from training.evaluate import Score, judge
-from training.gaze import asked_words, gazes
+from training.gaze import SINK, asked_words, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
@@ -245,10 +245,26 @@ def test_what_a_question_names_says_where_to_look() -> None:
     scene = Scene(Image.new("RGB", (180, 180)), marks)
     asked = QA("shape", "What colour is the ring?", "red")
     assert gazes(scene, asked, [(0, 3)], 6) == [{35}]
-    counted = QA("count", "How many stars are there?", "1")
-    assert gazes(scene, counted, [(0, 1)], 6) == [frozenset()]
-    absent = QA("presence", "Is there a nut?", "no")
-    assert gazes(scene, absent, [(0, 2)], 6) == [frozenset()]
+    counted_stars = QA("count", "How many stars are there?", "1")
+    assert gazes(scene, counted_stars, [(0, 1)], 6) == [frozenset()]
+    assert counted(scene, counted_stars, 6) == {SINK: 0.75, 0: 0.25}
+    assert counted(scene, QA("count", "Count the crosses.", "0"), 6) == {SINK: 1.0}
+    assert counted(scene, asked, 6) == {}
+    absent = QA("presence", "Is there a red nut?", "no")
+    assert gazes(scene, absent, [(0, 2)], 6) == [{SINK}]
+
+
+def test_what_is_looked_at_are_image_tokens_and_the_first_token(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=12)
+    scene = Scene(Image.new("RGB", (180, 180)), [Mark(170, 170, "nut")], [QA("count", "Count the nuts.", "1")])
+    batch = collate([drawer.row(scene)])
+    assert len(batch.gazes) == 0
+    seen, shares = batch.counts[:, 2].astype(int), batch.counts[:, 3]
+    image = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[attr-defined]
+    assert seen.tolist() == [0, np.flatnonzero(batch.input_ids[0] == image)[-1]]
+    assert shares.tolist() == [0.75, 0.25]
+    answer = int(batch.counts[0, 1])
+    assert tokenizer.decode([batch.labels[0, answer]]) == "1"  # type: ignore[attr-defined]
 
 
 def test_only_the_telling_words_of_a_question_are_told() -> None:

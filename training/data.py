@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from training.degrade import degrade
-from training.gaze import asked_words, gazes
-from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SHUFFLE
+from training.gaze import SINK, asked_words, counted, gazes
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE
 from training.scene import Random, Scene
 from training.scenes import SCENES, pages, sheets
 
@@ -38,7 +38,8 @@ text part where to look."""
 
 
 Pairs: TypeAlias = list[tuple[int, int]]
-Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], Pairs, Pairs, Pairs]
+Shares: TypeAlias = list[tuple[int, int, float]]
+Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], Pairs, Pairs, Pairs, Shares]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class Batch:
     positions: np.ndarray  # (B, S) int64
     segments: np.ndarray  # (B, S) int16: 0 the prefix, k the k-th question, -1 padding
     marks: np.ndarray  # (n, 3) int64: picture, patch, what is drawn there (index into MARKS)
-    gazes: np.ndarray  # (n, 3) int64: picture, position, image token to look at for the id to predict there
+    gazes: np.ndarray  # (n, 3) int64: picture, position, position to look at for the id to predict there
     words: np.ndarray  # (n, 3) int64: picture, position, position of a word that says what is asked
+    counts: np.ndarray  # (n, 4) float64: picture, position, position to look at, share of the attention
 
 
 class Drawer:
@@ -70,6 +72,7 @@ class Drawer:
         image_tokens = "<image>" * IMAGE_TOKENS
         block = f"<fake_token_around_image><global-img>{image_tokens}<fake_token_around_image>"
         self._prefix = self._encode(f"<|user|>{block}")[0]
+        self._first = self._prefix.index(tokenizer.convert_tokens_to_ids("<image>"))
 
     def scene(self, index: int, name: str | None = None) -> Scene:
         """Return the scene, its picture as a camera saw it."""
@@ -107,22 +110,29 @@ class Drawer:
         positions, segments = list(range(len(ids))), [0] * len(ids)
         looks: Pairs = []
         words: Pairs = []
+        counts: Shares = []
         for number, pair in enumerate(scene.pairs, 1):
             question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
             answer, spans = self._encode(f"{pair.answer}<|end|>")
             text = question + answer[:-1]
             if len(ids) + len(text) > LONGEST and number > 1:
                 continue
-            places = gazes(scene, pair, spans[:-1], IMAGE_SIZE // PATCH // SHUFFLE)
+            places = gazes(scene, pair, spans[:-1], SIDE)
             first = len(ids) + len(question) - 1
             told = [len(ids) + index for index in asked_words(pair.question, asked[:-2])]
             words += [(first + index, word) for index in range(len(answer)) for word in told]
-            looks += [(first + index, place) for index, each in enumerate(places) for place in each]
+            looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
+            shares = counted(scene, pair, SIDE)
+            counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
             ids += text
             labels += [IGNORED] * (len(question) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
-        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene), looks, words
+        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene), looks, words, counts
+
+    def _seen(self, place: int) -> int:
+        """Return the position of an image token, or of the sink."""
+        return 0 if place == SINK else self._first + place
 
     def _encode(self, text: str) -> tuple[list[int], Pairs]:
         """Return token ids and the characters of each."""
@@ -167,9 +177,9 @@ def collate(rows: list[Row]) -> Batch:
     def pad(part: int, value: int, kind: type) -> np.ndarray:
         return np.array([row[part] + [value] * (longest - len(row[part])) for row in rows], kind)
 
-    def flat(part: int) -> np.ndarray:
+    def flat(part: int, kind: type = np.int64, width: int = 3) -> np.ndarray:
         found = [(index, *each) for index, row in enumerate(rows) for each in row[part]]
-        return np.array(found, np.int64).reshape(-1, 3)
+        return np.array(found, kind).reshape(-1, width)
 
     return Batch(
         np.stack([row[0] for row in rows]),
@@ -180,4 +190,5 @@ def collate(rows: list[Row]) -> Batch:
         flat(5),
         flat(6),
         flat(7),
+        flat(8, np.float64, 4),
     )

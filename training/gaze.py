@@ -29,6 +29,11 @@ _ALIASES = {
 _WORDS = {*SHAPES, *PARTS, *COLOURS, "gap", "spike", "on"}
 _NOT_ASKED = {"on", "off", "top", "part"}
 """Names that questions use in another sense."""
+SINK = -2
+"""Instead of a place: the prompt's first token, to look at for want of anything in the picture."""
+SINK_WEIGHT = 3.0
+"""As many things as the sink is worth when things are counted."""
+_OUTSIDE = -1
 _WITHIN = 6
 """How many marks apart the neighbours of a reading may have been drawn."""
 
@@ -38,10 +43,10 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
 
     `spans` are the characters of each token. An answer that spells a run of marks is followed mark by mark. Otherwise a
     token's places are those where what it names is drawn, among those that the question names, if it names any; a token
-    that names nothing has the question's. Nothing is told of counts.
+    that names nothing has the question's. What is not there has the sink; of counts, `counted` tells.
     """
-    if pair.task == "count" or pair.question.startswith("How many"):
-        return [frozenset()] * len(spans)  # attention gives the mean of what it looks at, not how much there is
+    if _counts(pair):
+        return [frozenset()] * len(spans)
     cells = [_cell(scene, mark, side) for mark in scene.marks]
     asked = _asked(scene, pair, cells)
     units = [_unit(pair.answer, span) for span in spans]
@@ -51,11 +56,32 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
     found: list[Places] = []
     for unit in units:
         if unit in spelt:
-            found.append(frozenset({cells[spelt[unit]]}) - {-1})
+            found.append(frozenset({cells[spelt[unit]]}) - {_OUTSIDE})
             continue
         here = frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == unit[1])
-        found.append(((here & asked or asked) if asked else here) - {-1})
+        found.append(((here & asked or asked) if asked else here) - {_OUTSIDE})
     return found
+
+
+def counted(scene: Scene, pair: QA, side: int) -> dict[int, float]:
+    """Return which share of its attention each cell and the sink should have to count what the question asks for.
+
+    Attention gives the mean of what it looks at, not how much there is; beside a sink of fixed weight w, n things have
+    n / (n + w) of it. Empty where nothing is counted.
+    """
+    if not _counts(pair):
+        return {}
+    names = _names(pair.question)
+    if not names:
+        names = {"on"} if re.search(r"\b(on|up)\b", pair.question) else {"on", "off"}
+    places = [_cell(scene, mark, side) for mark in scene.marks if mark.name in names]
+    places = [place for place in places if place >= 0]
+    whole = len(places) + SINK_WEIGHT
+    return {SINK: SINK_WEIGHT / whole} | {place: places.count(place) / whole for place in places}
+
+
+def _counts(pair: QA) -> bool:
+    return pair.answer.isdigit() and (pair.task == "count" or pair.question.startswith("How many"))
 
 
 def _is_gauge(pair: QA) -> bool:
@@ -81,14 +107,18 @@ def _tells(word: re.Match[str]) -> bool:
 
 def _names(text: str) -> set[str]:
     """Return the marks that a question's words name."""
-    words = {word for raw in re.findall(r"[a-z]+", text.lower()) for word in (raw, raw.removesuffix("s"))}
+    words = {
+        word
+        for raw in re.findall(r"[a-z]+", text.lower())
+        for word in (raw, raw.removesuffix("s"), raw.removesuffix("es"))
+    }
     return {_ALIASES.get(word, word) for word in words if len(word) > 1 and word not in _NOT_ASKED} & _WORDS
 
 
 def _cell(scene: Scene, mark: Mark, side: int) -> int:
     width, height = scene.image.size
     if not (0 <= mark.x < width and 0 <= mark.y < height):
-        return -1
+        return _OUTSIDE
     return int(mark.y / height * side) * side + int(mark.x / width * side)
 
 
@@ -104,10 +134,10 @@ def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
         frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == name) for name in names
     ]
     places = [each for each in places if each]
-    if not places:
-        return frozenset()
-    common = frozenset.intersection(*places)
-    return common or frozenset.union(*places)
+    common = frozenset.intersection(*places) if len(places) == len(names) and places else frozenset()
+    if pair.task == "presence" and pair.answer == "no" and not common:
+        return frozenset({SINK})
+    return common or frozenset().union(*places)
 
 
 def _lamp(scene: Scene, question: str) -> int | None:

@@ -6,7 +6,9 @@ import math
 from typing import Any
 
 IMAGE_SIZE, PATCH, SHUFFLE = 192, 16, 2
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH // SHUFFLE) ** 2
+SIDE = IMAGE_SIZE // PATCH // SHUFFLE
+"""Image tokens in a row of the picture."""
+IMAGE_TOKENS = SIDE**2
 
 
 def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_layers: int = 4) -> Any:

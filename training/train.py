@@ -23,6 +23,7 @@ from training.model import (
     IMAGE_TOKENS,
     PATCH,
     SHUFFLE,
+    SIDE,
     load_model,
     make_config,
     make_model,
@@ -30,8 +31,6 @@ from training.model import (
 )
 from training.tokenizer import train_tokenizer
 
-SIDE = IMAGE_SIZE // PATCH // SHUFFLE
-"""Image tokens in a row of the picture."""
 SHEET_USES, SHEETS_KEPT = 3, 200
 """How often a batch of sheets is learned from, and how many are kept for it."""
 
@@ -204,7 +203,6 @@ class Gaze:
     """
 
     def __init__(self, model: Any) -> None:
-        self._image = model.config.image_token_id
         self._seen: dict[int, Any] = {}
         for index, layer in enumerate(model.model.text_model.layers):
             if heads := (READERS | GAZERS).get(index):
@@ -215,10 +213,22 @@ class Gaze:
 
     def loss(self, batch: Batch) -> Any:
         """Return the mean -log of the attention that falls on the words and on the places to look at."""
-        first = int((batch.input_ids[0] == self._image).argmax())
-        places = batch.gazes + np.array((0, 0, first))
-        losses = [self._missed(index, batch.words if index in READERS else places) for index in self._seen]
-        return sum(losses) / len(losses)
+        losses = [self._missed(index, batch.words if index in READERS else batch.gazes) for index in self._seen]
+        return sum(losses) / len(losses) + self._miscounted(batch.counts)
+
+    def _miscounted(self, counts: np.ndarray) -> Any:
+        """Return the mean divergence of the gazers' attention from the `counts` (n, 4): picture, from, to, share."""
+        import torch
+
+        every = [weights for index, weights in self._seen.items() if index in GAZERS]
+        if not len(counts) or not every:
+            return torch.zeros(())
+        weights = torch.cat(every, 1)
+        picture, position, seen = torch.from_numpy(counts[:, :3].astype(np.int64)).to(weights.device).unbind(1)
+        share = torch.from_numpy(counts[:, 3]).to(weights.device, torch.float32)
+        given = weights.transpose(0, 1)[:, picture, position, seen].float() + 1e-6  # (heads, n)
+        questions = len(np.unique(counts[:, :2], axis=0))
+        return 0.3 * (share * (share / given).log()).sum() / (len(given) * questions)
 
     def _missed(self, index: int, wanted: np.ndarray) -> Any:
         """Return the mean -log of what one layer's heads give to the `wanted` (n, 3): picture, from, to."""
