@@ -201,10 +201,15 @@ def test_another_models_outputs_fail_the_verification(idefics3: Path, exported_s
 
 
 def test_the_folder_loads_with_optimum_intel(exported: Path, vlm: VLM) -> None:
+    says_the_same_with_optimum_intel(exported, vlm)
+
+
+def says_the_same_with_optimum_intel(folder: Path, vlm: VLM) -> None:
+    """Fail unless optimum-intel, given the folder, continues a picture's prompt token for token as `vlm` does."""
     from optimum.intel import OVModelForVisualCausalLM
 
     model = OVModelForVisualCausalLM.from_pretrained(
-        exported, ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "CACHE_DIR": ""}
+        folder, ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "CACHE_DIR": ""}
     )
     config = GenerationConfig(max_new_tokens=32, detail="high")
     image = photograph("china.jpg")

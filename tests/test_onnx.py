@@ -12,14 +12,17 @@ import pytest
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.chat import user_message
+from edgevlm.device import import_openvino
 from edgevlm.errors import SourceError
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.checkpoint import open_checkpoint
+from edgevlm_export.onnx_graph import fuse_attention
 from edgevlm_export.onnx_route import Reference
 from tests.conftest import F32, photograph
 from tests.onnx_files import write_onnx
+from tests.test_export import says_the_same_with_optimum_intel
 from tests.test_graph import runtime_kinds
 from tests.test_native import language_outputs
 
@@ -45,6 +48,25 @@ def test_onnx_files_are_the_source_where_there_are_no_safetensors(from_onnx: Pat
     assert manifest.verification["greedy_agreement"] == 1
     assert manifest.verification["positions"] == 64
     assert max(part["max_abs_error"] for part in manifest.verification["parts"].values()) < 1e-4
+
+
+def test_the_folder_loads_with_optimum_intel(from_onnx: Path) -> None:
+    says_the_same_with_optimum_intel(from_onnx, VLM(from_onnx, F32))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_attention_of_an_unknown_form_is_told(known: bool, caplog: pytest.LogCaptureFixture) -> None:
+    opset = import_openvino().opset13
+    q, k, v = (opset.parameter([1, 2, -1, 8], np.float32, name=name) for name in "qkv")
+    weights = opset.softmax(opset.matmul(q, k, False, True), -1)
+    mixed = opset.matmul(weights if known else opset.sqrt(weights), v, False, False)
+    model = import_openvino().Model([mixed], [q, k, v], "language")
+    with caplog.at_level("WARNING"):
+        assert fuse_attention(model) == known
+    told = (
+        "1 of 1 attentions of language are of a form that is not known here; they stay several operations, and slower"
+    )
+    assert caplog.messages == ([] if known else [told])
 
 
 def test_the_parts_run_fused(from_onnx: Path) -> None:

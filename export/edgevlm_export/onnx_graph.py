@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgevlm_export.graphs.blocks import Output
 
+_LOG = logging.getLogger(__name__)
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -111,9 +113,20 @@ class _Factor:
 
 
 def fuse_attention(model: ov.Model) -> int:
-    """Replace softmax(scale q kT + mask) v by one operation each; return how many there were."""
+    """Replace softmax(scale q kT + mask) v by one operation each; return how many there were.
+
+    One that is not recognised is left as it is, right but slow, and told through `logging`.
+    """
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Softmax"]
-    return sum(_fuse(node) for node in found)
+    fused = sum(_fuse(node) for node in found)
+    if fused < len(found):
+        _LOG.warning(
+            "%d of %d attentions of %s are of a form that is not known here; they stay several operations, and slower",
+            len(found) - fused,
+            len(found),
+            model.get_friendly_name(),
+        )
+    return fused
 
 
 def _fuse(softmax: ov.Node) -> bool:
