@@ -14,7 +14,7 @@ import numpy.typing as npt
 from edgevlm.chat import Message, check_texts, user_message
 from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
-from edgevlm.device import RuntimeConfig, resolve_device
+from edgevlm.device import RuntimeConfig, first_line, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
 from edgevlm.errors import ContextLengthError, DeviceError, PromptError
 from edgevlm.families import Tiles
@@ -58,7 +58,10 @@ class VLM:
         with ThreadPoolExecutor(1) as pool:  # reading and compiling a part keeps one core busy
             vision = pool.submit(loader.vision, self.processor.family)
             self.language_model = loader.language_model()
-            self.language_model.warm_up()
+            try:
+                self.language_model.warm_up()
+            except RuntimeError as error:  # what a device has compiled it may still not run
+                raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
             self.vision = vision.result()
         self._seen = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)

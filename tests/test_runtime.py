@@ -26,9 +26,9 @@ from edgevlm import (
     RuntimeConfig,
 )
 from edgevlm.chat import user_message
-from edgevlm.device import core
+from edgevlm.device import core, import_openvino
 from tests.conftest import F32, photograph
-from tests.damage import copy_export, edit_manifest
+from tests.damage import copy_export, edit_manifest, reseal
 
 QUESTION = "What is in this picture?"
 SHORT = GenerationConfig(max_new_tokens=16)
@@ -243,6 +243,19 @@ def test_a_bad_request_leaves_the_model_usable(
         ask(vlm)
     assert str(caught.value) == line
     assert vlm.generate(None, QUESTION, SHORT).generated_tokens == 16
+
+
+def test_parts_that_do_not_fit_each_other_are_told_when_they_are_loaded(exported: Path, tmp_path: Path) -> None:
+    opset = import_openvino().opset13
+    folder = copy_export(exported, tmp_path / "tiny")
+    ids = opset.parameter([-1, -1], np.int64, name="input")
+    table = opset.constant(np.zeros((1000, 3), np.float32))  # embeddings narrower than the language model's
+    found = import_openvino().Model([opset.gather(table, ids, np.int64(0))], [ids], "table")
+    found.output(0).set_names({"inputs_embeds"})
+    import_openvino().save_model(found, folder / "openvino_text_embeddings_model.xml")
+    reseal(folder)
+    with pytest.raises(DeviceError, match="CPU cannot run this model: "):
+        VLM(folder, F32)
 
 
 def test_the_cpu_is_what_auto_means_without_a_gpu(vlm: VLM, exported: Path) -> None:
