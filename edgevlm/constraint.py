@@ -132,7 +132,8 @@ class Vocabulary:
     def _tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
-        return LLTokenizer(self._source.to_json(), n_vocab=self._size, eos_token=self._eos)
+        size = max(self._size, self._source.size)  # a tokenizer may know tokens that the model has no logits for
+        return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
 
     def _get(self) -> LLTokenizer:
         with self._lock:

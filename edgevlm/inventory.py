@@ -22,7 +22,7 @@ _EXPORT = ("nncf", "safetensors", "huggingface-hub", "torch", "transformers", "o
 
 
 def describe_models(*, full_check: bool = False) -> list[dict[str, Any]]:
-    """Return name, family, precision, size and state of every exported model, damaged ones included."""
+    """Return name, family, precision, size and state of every model with a short name, damaged ones included."""
     return [_describe(folder, full_check) for folder in list_models()]
 
 

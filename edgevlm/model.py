@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,20 +25,25 @@ from edgevlm.language_model import Session, SessionPool
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.parts import PartLoader
-from edgevlm.paths import find_model
+from edgevlm.paths import DEFAULT_NOTICE, find_model
 from edgevlm.processor import Processor
 from edgevlm.scoring import Scores, log_likelihoods
+
+_LOG = logging.getLogger(__name__)
 
 
 class VLM:
     """A vision-language model that answers questions about pictures.
 
-    `model` is an exported folder or a short name under edgevlm's models folder; None means the only model there.
+    `model` is an exported folder or a short name under edgevlm's models folder; None means the bundled model, which
+    is for displays, gauges, lights, labels, parts and simple charts, and says so once through `logging`.
     Safe to use from several threads: each answer has its own state. Raises `ModelError` and `DeviceError`.
     """
 
     def __init__(self, model: str | os.PathLike[str] | None = None, config: RuntimeConfig | None = None) -> None:
         started = perf_counter()
+        if model is None:
+            _LOG.warning(DEFAULT_NOTICE)
         self.folder = find_model(model)
         self.config = config or RuntimeConfig()
         self.manifest = load_manifest(self.folder)

@@ -1,4 +1,7 @@
-"""Where edgevlm keeps models and compiled models: XDG folders through platformdirs, `EDGEVLM_HOME` above them."""
+"""Where models and compiled models are: XDG folders through platformdirs, `EDGEVLM_HOME` above them, and the package.
+
+The package brings one model of its own, `panel`, which answers when none is named.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,13 @@ import platformdirs
 from edgevlm.errors import ModelNotFoundError
 
 MANIFEST = "edgevlm.json"
+DEFAULT_MODEL = "panel"
+DEFAULT_NOTICE = (
+    "panel answers: the small bundled model, for lights, switches, shapes, parts and displays; it often misreads"
+    " labels, charts and gauges. For other pictures: edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct, then name it"
+    " with -m."
+)
+_BUNDLED = Path(__file__).parent / "models"
 
 
 def models_dir() -> Path:
@@ -25,11 +35,14 @@ def cache_dir() -> Path:
 
 
 def list_models() -> list[Path]:
-    """Return the exported folders in the models folder, by name; unfinished ones are hidden."""
-    folder = models_dir()
-    if not folder.is_dir():
-        return []
-    return sorted(path.parent for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith("."))
+    """Return the exported folders that have a short name: the bundled ones, then the user's, which go first by name."""
+    found = {path.parent.name: path.parent for folder in (_BUNDLED, models_dir()) for path in _exports(folder)}
+    return [found[name] for name in sorted(found)]
+
+
+def _exports(folder: Path) -> list[Path]:
+    """Return the manifests one level below `folder`; unfinished exports are hidden."""
+    return [path for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
 
 
 def is_there(path: Path) -> bool:
@@ -41,13 +54,13 @@ def is_there(path: Path) -> bool:
 
 
 def find_model(name: str | os.PathLike[str] | None) -> Path:
-    """Return the exported folder that `name` means: a folder, a short name, or, for None, the only model there is.
+    """Return the exported folder that `name` means: a folder, a short name, or, for None, the bundled model.
 
     Raises `ModelNotFoundError`.
     """
     if name is None:
-        return _only_model()
-    for folder in (Path(name), models_dir() / name):
+        return default_model()
+    for folder in (Path(name), models_dir() / name, _BUNDLED / name):
         if is_there(folder) and folder.is_dir():
             return folder
     if is_there(Path(name)):
@@ -57,11 +70,9 @@ def find_model(name: str | os.PathLike[str] | None) -> Path:
     )
 
 
-def _only_model() -> Path:
-    models = list_models()
-    if len(models) == 1:
-        return models[0]
-    if not models:
-        raise ModelNotFoundError("no model has been exported yet; make one with `edgevlm export SOURCE --int4`")
-    names = ", ".join(path.name for path in models)
-    raise ModelNotFoundError(f"several models are there, name one with -m: {names}")
+def default_model() -> Path:
+    """Return the folder of the bundled model. Raises `ModelNotFoundError`."""
+    folder = _BUNDLED / DEFAULT_MODEL
+    if not is_there(folder):
+        raise ModelNotFoundError(f"{folder}, the bundled model, is missing; name another with -m, or reinstall edgevlm")
+    return folder

@@ -23,6 +23,7 @@ class Processor:
         self.tokenizer = Tokenizer(folder)
         self.template = ChatTemplate(_read_text(folder / manifest.chat_template), manifest.special_tokens)
         self.vocabulary = Vocabulary(self.tokenizer, manifest.vocab_size, manifest.eos_token_ids)
+        self._vocab_size = manifest.vocab_size
         self.answer_lead = self.template.answer_lead()
 
     def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Tiles]:
@@ -35,7 +36,11 @@ class Processor:
         if len(rest) != len(grids):
             raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(grids)} images")
         blocks = [self.family.image_text(each) for each in grids]
-        return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
+        ids = self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
+        unknown = next((each for each in ids if each >= self._vocab_size), None)
+        if unknown is not None:
+            raise PromptError(f"the model has no embedding for {self.tokenizer.token(unknown)}; leave it out")
+        return ids
 
     def answer_ids(self, text: str) -> list[int]:
         """Return the token ids of an answer that follows a prompt."""

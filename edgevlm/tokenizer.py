@@ -38,6 +38,15 @@ class Tokenizer:
         """Return the tokenizer in the format of `tokenizer.json`."""
         return str(self._fast.to_str())
 
+    @property
+    def size(self) -> int:
+        """How many tokens there are, added ones included."""
+        return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    def token(self, token_id: int) -> str:
+        """Return what a token is called."""
+        return str(self._fast.id_to_token(token_id))
+
     def decode(self, ids: list[int]) -> str:
         """Return the text of `ids` without special tokens."""
         return str(self._fast.decode(ids, skip_special_tokens=True))

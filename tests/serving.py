@@ -29,7 +29,7 @@ PATIENCE_S = 30.0
 @contextmanager
 def serving(vlm: VLM, **options: Any) -> Iterator[Server]:
     """Run a server for `vlm` on a free port until the block ends."""
-    server = Server(lambda: vlm, ServeConfig(port=0, **options), "tiny")
+    server = Server(lambda: vlm, ServeConfig(port=0, **options), options.get("model_name", "tiny"))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

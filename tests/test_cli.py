@@ -139,10 +139,9 @@ def test_a_full_context_is_told(exported: Path) -> None:
     assert result.stderr == "(cut: the context is full)\n"
 
 
-def test_short_names_and_the_only_model(exported: Path, own_home: Path) -> None:
+def test_short_names(exported: Path, own_home: Path) -> None:
     copy_export(exported, own_home / "models" / "tiny")
     by_path = answered(QUESTION, "-m", exported, "--max-new-tokens", 8)["answer"]
-    assert answered(QUESTION, "--max-new-tokens", 8)["answer"] == by_path
     assert answered(QUESTION, "-m", "tiny", "--max-new-tokens", 8)["answer"] == by_path
     assert list((own_home / "cache" / "compiled").rglob("*.blob"))
 
@@ -162,11 +161,10 @@ def test_no_cache_leaves_no_compiled_model(exported: Path, own_home: Path) -> No
     assert not (own_home / "cache").exists()
 
 
-def test_models_of_an_empty_folder(own_home: Path) -> None:
-    result = cli("models")
-    line = f"No models under {own_home / 'models'} yet; make one with `edgevlm export SOURCE --int4`.\n"
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "", line)
-    assert json.loads(cli("models", "--json").stdout) == []
+def test_without_exports_the_bundled_model_is_listed(own_home: Path) -> None:
+    [only] = json.loads(cli("models", "--check", "--json").stdout)
+    assert (only["name"], only["source"], only["state"]) == ("panel", "panel", "checked")
+    assert "panel" in cli("models").stdout
 
 
 def test_models_lists_sound_and_damaged_ones(exported_int4: Path, own_home: Path) -> None:
@@ -177,7 +175,7 @@ def test_models_lists_sound_and_damaged_ones(exported_int4: Path, own_home: Path
     (unreadable / "edgevlm.json").write_text("{", encoding="utf-8")
     copy_export(exported_int4, own_home / "models" / ".hidden")
     found = {each["name"]: each for each in json.loads(cli("models", "--json").stdout)}
-    assert sorted(found) == ["damaged", "sound", "unreadable"]
+    assert sorted(found) == ["damaged", "panel", "sound", "unreadable"]
     assert found["sound"]["state"] == "ok"
     assert found["sound"]["size_bytes"] == sum(path.stat().st_size for path in sound.iterdir()) - manifest_size(sound)
     assert found["sound"]["precision"] == "vision_embeddings int8, text_embeddings int8, language int4"

@@ -175,23 +175,12 @@ def test_a_prompt_longer_than_the_context(exported: Path) -> None:
     )
 
 
-def test_no_model_at_all(own_home: Path) -> None:
-    line = "no model has been exported yet; make one with `edgevlm export SOURCE --int4`"
-    assert error("run", QUESTION) == line
-
-
 @pytest.mark.parametrize("name", ["nonesuch", "folder/nonesuch", "n" * 300])
 def test_no_such_model(own_home: Path, name: str) -> None:
     assert error("run", QUESTION, "-m", name) == (
         f"no model {name!r}: not a folder here and not under {own_home / 'models'};"
         " `edgevlm models` lists what is there"
     )
-
-
-def test_several_models_and_none_named(exported: Path, own_home: Path) -> None:
-    for name in ("b", "a"):
-        copy_export(exported, own_home / "models" / name)
-    assert error("run", QUESTION) == "several models are there, name one with -m: a, b"
 
 
 def test_a_file_for_a_model(china: Path) -> None:

@@ -159,6 +159,15 @@ def test_the_wheel_holds_the_page_and_the_unit(wheel: zipfile.ZipFile) -> None:
     assert {"edgevlm/server/page.html", "edgevlm/server/edgevlm.service"} <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_the_default_model_in_twelve_megabytes(wheel: zipfile.ZipFile) -> None:
+    folder = "edgevlm/models/panel/"
+    packed = [info for info in wheel.infolist() if info.filename.startswith(folder)]
+    names = {info.filename.removeprefix(folder) for info in packed}
+    assert names == {path.name for path in (ROOT / folder).iterdir()}
+    assert {"edgevlm.json", "openvino_language_model.bin", "tokenizer.json", "README.md"} <= names
+    assert sum(info.compress_size for info in packed) <= 12e6
+
+
 def test_only_the_export_extra_requires_the_exporter_s_libraries(wheel: zipfile.ZipFile) -> None:
     text = wheel.read(f"edgevlm-{edgevlm.__version__}.dist-info/METADATA").decode()
     required = Parser().parsestr(text).get_all("Requires-Dist", [])

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from edgevlm import (
     VLM,
     Answer,
+    Constraint,
     DamagedModelError,
     DeviceError,
     GenerationConfig,
@@ -27,6 +29,7 @@ from edgevlm import (
 )
 from edgevlm.chat import user_message
 from edgevlm.device import core, import_openvino
+from edgevlm.manifest import load_manifest
 from tests.conftest import F32, photograph
 from tests.damage import copy_export, edit_manifest, reseal
 
@@ -243,6 +246,21 @@ def test_a_bad_request_leaves_the_model_usable(
         ask(vlm)
     assert str(caught.value) == line
     assert vlm.generate(None, QUESTION, SHORT).generated_tokens == 16
+
+
+def test_a_tokenizer_may_know_more_tokens_than_the_model(exported: Path, tmp_path: Path) -> None:
+    folder = copy_export(exported, tmp_path / "tiny")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    vocab_size = load_manifest(folder).vocab_size
+    for number in range(vocab_size - tokenizer.get_vocab_size() + 1):
+        tokenizer.add_special_tokens([f"<extra_{number}>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    reseal(folder)
+    vlm = VLM(folder, F32)
+    with pytest.raises(PromptError, match=f"no embedding for <extra_{number}>; leave it out"):
+        vlm.generate(None, f"What is <extra_{number}>?", SHORT)
+    answer = vlm.generate(None, QUESTION, replace(SHORT, constraint=Constraint.choices(["yes", "no"])))
+    assert answer.text in {"yes", "no"}
 
 
 def test_parts_that_do_not_fit_each_other_are_told_when_they_are_loaded(exported: Path, tmp_path: Path) -> None:

@@ -71,5 +71,15 @@ def evaluate(exports: tuple[Path, ...], pictures: int, processes: int, output: P
     run(list(exports), pictures, processes, output)
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("examples"))
+def examples(folder: Path) -> None:
+    """Draw the example pictures and their questions into FOLDER: those that the bundled model reads."""
+    from edgevlm import VLM
+    from training.examples import write_examples
+
+    write_examples(folder, VLM("panel"))
+
+
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from typing import Any
 
 IMAGE_SIZE, PATCH, SHUFFLE = 192, 16, 2
@@ -173,6 +174,7 @@ def save_checkpoint(model: Any, tokenizer: Any, folder: Any) -> None:
         image_std=[0.5, 0.5, 0.5],
     )
     processor = Idefics3Processor(
-        image_processor, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=tokenizer.chat_template
-    )
+        image_processor, deepcopy(tokenizer), image_seq_len=IMAGE_TOKENS, chat_template=tokenizer.chat_template
+    )  # which adds a token to its tokenizer that the model has no embedding for
     processor.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

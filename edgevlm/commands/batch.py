@@ -11,6 +11,7 @@ import click
 
 from edgevlm.commands.options import (
     answer_form,
+    chosen_model,
     form_options,
     generation_config,
     generation_options,
@@ -52,7 +53,7 @@ def batch(
     from edgevlm.terminal import Bar
 
     defaults = Defaults(question, answer_form(options), generation_config(options))
-    what = Batch(jobs, output, options["model"], runtime_config(options), defaults, workers)
+    what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:
         carry_out = None
         if ray:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgevlm.commands.options import chosen_model
+
 if TYPE_CHECKING:
     from edgevlm.bench import Report
 
@@ -79,7 +81,7 @@ def _bench(model: str | None, image: Path | None, options: dict[str, Any]) -> Re
     swept = {name: options[name] for name in names}
     swept |= {name: options[name] or (None,) for name in ("threads", "max_tiles", "prompt_tokens")}
     sweep = Sweep(**swept)
-    folder = find_model(model)
+    folder = find_model(chosen_model(model))
     with TemporaryDirectory(prefix="edgevlm-", ignore_cleanup_errors=True) as scratch, Progress() as progress:
         picture = image or sample_picture(Path(scratch))
         return measure(folder, load_image(picture), picture, sweep, progress.stage)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from edgevlm.commands.options import generation_config, generation_options, model_options, runtime_config
+from edgevlm.commands.options import chosen_model, generation_config, generation_options, model_options, runtime_config
 
 
 @click.command()
@@ -30,9 +30,10 @@ def chat(images: tuple[str, ...], system: str | None, **options: Any) -> None:
     generation, runtime = generation_config(options), runtime_config(options)
     for image in images:
         probe_image(image)
+    chosen = chosen_model(options["model"])
     with Progress() as progress:
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
-        vlm = VLM(options["model"], runtime)
+        vlm = VLM(chosen, runtime)
     talk(vlm.chat(generation, system), images)

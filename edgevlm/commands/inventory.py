@@ -12,23 +12,20 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context
 def models(ctx: click.Context, check: bool, as_json: bool) -> None:
-    """List the exported models, with size and precision.
+    """List the bundled and the exported models, with size and precision.
 
     \b
     edgevlm models
     edgevlm models --check
     """
     from edgevlm.inventory import describe_models
-    from edgevlm.paths import models_dir
     from edgevlm.terminal import print_models
 
     found = describe_models(full_check=check)
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False))
-    elif found:
-        print_models(found)
     else:
-        click.echo(f"No models under {models_dir()} yet; make one with `edgevlm export SOURCE --int4`.", err=True)
+        print_models(found)
     if check and any(each["state"].startswith("damaged") for each in found):
         ctx.exit(1)
 

@@ -34,10 +34,20 @@ def model_options(command: Any) -> Any:
         ),
         click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
         click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
-        click.option("-m", "--model", help="Exported folder or short name; may be left out while there is only one."),
+        click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]"),
     ):
         command = option(command)
     return command
+
+
+def chosen_model(name: str | None) -> str | Path:
+    """Return the model that was named, or the bundled one, saying so on stderr."""
+    from edgevlm.paths import DEFAULT_NOTICE, default_model
+
+    if name is not None:
+        return name
+    click.echo(DEFAULT_NOTICE, err=True)
+    return default_model()
 
 
 def generation_options(command: Any) -> Any:

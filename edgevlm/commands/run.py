@@ -13,6 +13,7 @@ import click
 
 from edgevlm.commands.options import (
     answer_form,
+    chosen_model,
     form_options,
     generation_config,
     generation_options,
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
     """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
 
+    Without -m the bundled model answers, for pictures of panels and parts alone.
+
     \b
-    edgevlm run photo.jpg "What is in this picture?"
+    edgevlm run panel.png "Which lamp is lit?"
+    edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
     edgevlm run before.png after.png "What has changed?" -m ./my-model
-    edgevlm run "What is the capital of France?"
     cat photo.jpg | edgevlm run - "Describe it." --json
     edgevlm run gauge.jpg "Read the gauge." --schema reading.json
     edgevlm run door.jpg "Is the door open?" --choices yes,no
@@ -89,11 +92,12 @@ def _rate(
 
     for image in images:
         probe_image(image)
+    chosen = chosen_model(model)
     with Progress() as progress:
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
-        scores = VLM(model, runtime).score(images, question, choices, generation, progress.step)
+        scores = VLM(chosen, runtime).score(images, question, choices, generation, progress.step)
     if as_json:
         click.echo(json.dumps(scores.to_dict(), ensure_ascii=False))
     else:
@@ -115,11 +119,12 @@ def _answer(
 
     for image in images:  # a bad picture is told before the model is loaded
         probe_image(image)
+    chosen = chosen_model(model)
     with Progress() as progress:
         progress.stage("loading the model")
         from edgevlm.model import VLM
 
-        vlm = VLM(model, runtime)
+        vlm = VLM(chosen, runtime)
         answer = None
         for piece in vlm.stream(images, question, generation, progress.step):
             progress.clear()

@@ -13,6 +13,7 @@ import click
 
 from edgevlm.commands.options import (
     answer_form,
+    chosen_model,
     form_options,
     generation_config,
     generation_options,
@@ -69,11 +70,12 @@ def watch(
     what = Watch(folder, Defaults(question, form, generation), recursive, settle, patience)
     with SqliteStore(sqlite) if sqlite else JsonlStore(output) as store:  # type: ignore[arg-type]
         stop = _until_told()
+        chosen = chosen_model(options["model"])
         with Progress() as progress:
             progress.stage("loading the model")
             from edgevlm.model import VLM
 
-            vlm = VLM(options["model"], runtime)
+            vlm = VLM(chosen, runtime)
         show = _print_json if as_json else print_row if sys.stdout.isatty() else _say_nothing
         click.echo(f"watching {folder}", err=True)
         Watcher(what, vlm, store, show).run(stop)
