@@ -21,6 +21,7 @@ BROWSER = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="there is no Chromium on this machine")
+ROOT = Path(__file__).parents[1]
 KEY = "a-key-of-some-length"
 SCHEMA = {
     "type": "object",
@@ -96,6 +97,15 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shown") / "red.png"
     Image.new("RGB", (90, 70), (200, 30, 30)).save(path)
     return path
+
+
+def test_the_bundled_model_s_answers_are_true(browser: Any) -> None:
+    with serving(VLM("panel"), model_name="panel") as server:
+        for page in open_page(browser, server):
+            sync_api.expect(page.locator("#model")).to_have_text("panel")
+            page.locator("#file").set_input_files(ROOT / "examples" / "light.png")
+            assert ask(page, "What colour is the tower light showing?") == "green"
+            assert ask(page, "Is the red lamp lit?", answers=2) == "no"
 
 
 def test_a_picture_a_question_and_another(page: Any, vlm: VLM, picture: Path) -> None:
