@@ -188,6 +188,7 @@ class VLM:
         with watch.stage("preprocess"):
             looks = [self._preprocess(image, config) for image in images]
             ids = np.asarray(self.processor.prompt_ids(messages, [found for _, found in looks]), np.int64)
+        self.processor.check_known(ids)
         self._check_length(len(ids))
         with watch.stage("vision"):
             pictures = self._encode(looks, config.cache_salt, on_progress)

@@ -36,11 +36,13 @@ class Processor:
         if len(rest) != len(grids):
             raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(grids)} images")
         blocks = [self.family.image_text(each) for each in grids]
-        ids = self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
+        return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
+
+    def check_known(self, ids: Sequence[int]) -> None:
+        """Raise `PromptError` for a token that the tokenizer knows and the model has no embedding for."""
         unknown = next((each for each in ids if each >= self._vocab_size), None)
         if unknown is not None:
             raise PromptError(f"the model has no embedding for {self.tokenizer.token(unknown)}; leave it out")
-        return ids
 
     def answer_ids(self, text: str) -> list[int]:
         """Return the token ids of an answer that follows a prompt."""
