@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgevlm.chat import ChatTemplate, Message
@@ -38,7 +38,7 @@ class Processor:
         blocks = [self.family.image_text(each) for each in grids]
         return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
 
-    def check_known(self, ids: Sequence[int]) -> None:
+    def check_known(self, ids: Iterable[int]) -> None:
         """Raise `PromptError` for a token that the tokenizer knows and the model has no embedding for."""
         unknown = next((each for each in ids if each >= self._vocab_size), None)
         if unknown is not None:
