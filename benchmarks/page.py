@@ -41,6 +41,11 @@ def one_tile(result: Result) -> str:
     return "\n".join(["## The global view alone", "", *_peers(result, names)])
 
 
+def detail(result: Result) -> str:
+    """Return the section of the tiles that a picture is given: the checkpoint's own number, and `auto`."""
+    return "\n".join(["## As many tiles as the picture fills", "", *_peers(result, list(result["figures"]))])
+
+
 def _peers(result: Result, names: Sequence[str]) -> list[str]:
     figures = result["figures"]
     peers = [name for name in names if name.startswith("optimum")]
@@ -160,6 +165,7 @@ def _finish(figure: Figure, name: str) -> None:
 
 SECTIONS: dict[str, Callable[[Result], str]] = {
     "side_by_side": side_by_side,
+    "detail": detail,
     "one_tile": one_tile,
     "guide": guide,
     "reuse": reuse,
