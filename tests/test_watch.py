@@ -9,6 +9,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,38 @@ def test_killed_and_started_again_each_picture_has_one_row(
     found = rows_of(store)
     assert sorted(row["path"] for row in found) == [picture.name for picture in pictures]
     assert all(row["answer"] for row in found)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_FSIZE of Linux")
+@pytest.mark.parametrize(("kind", "limit"), [("answers.jsonl", 3000), ("answers.db", 131072)])
+def test_a_write_that_the_system_refuses_loses_nothing(
+    exported: Path, folder: Path, pictures: list[Path], kind: str, limit: int
+) -> None:
+    """The kernel refuses what would make the store larger, as a full disk does."""
+    store = folder.parent / kind
+    for picture in pictures:
+        shutil.copy(picture, folder)
+    limited = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
+        "from edgevlm.cli import main; main(sys.argv[1:])"
+    )
+    arguments = ["watch", str(folder), "--question", QUESTION, "-m", str(exported), *OPTIONS, "--settle", "0.2"]
+    done = subprocess.run(
+        [sys.executable, "-c", limited, *arguments, *store_options(store)],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: cannot ")
+    assert str(store) in last
+    before = rows_of(store)
+    assert 0 < len(before) < len(pictures)
+    watcher = Running(exported, folder, *store_options(store))
+    watcher.wait_for(lambda: len(rows_of(store)) == len(pictures))
+    assert watcher.end()[0] == 0
+    found = rows_of(store)
+    assert found[: len(before)] == before
+    assert sorted(row["path"] for row in found) == [picture.name for picture in pictures]
 
 
 def test_forms_and_folders_within(exported: Path, folder: Path, pictures: list[Path]) -> None:
