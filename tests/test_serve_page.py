@@ -99,15 +99,6 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_bundled_model_s_answers_are_true(browser: Any) -> None:
-    with serving(VLM("panel"), model_name="panel") as server:
-        for page in open_page(browser, server):
-            sync_api.expect(page.locator("#model")).to_have_text("panel")
-            page.locator("#file").set_input_files(ROOT / "examples" / "light.png")
-            assert ask(page, "What colour is the tower light showing?") == "green"
-            assert ask(page, "Is the red lamp lit?", answers=2) == "no"
-
-
 def test_a_picture_a_question_and_another(page: Any, vlm: VLM, picture: Path) -> None:
     ready(page)
     page.locator("#file").set_input_files(picture)
@@ -288,3 +279,12 @@ def test_no_other_page_may_frame_it_or_read_from_it(browser: Any, server: Server
     assert "tiny" not in read
     assert page.frames[1].locator("#question").count() == 0
     context.close()
+
+
+def test_the_bundled_model_s_answers_are_true(browser: Any) -> None:
+    with serving(VLM("panel"), model_name="panel") as server:
+        for page in open_page(browser, server):
+            sync_api.expect(page.locator("#model")).to_have_text("panel")
+            page.locator("#file").set_input_files(ROOT / "examples" / "light.png")
+            assert ask(page, "What colour is the tower light showing?") == "green"
+            assert ask(page, "Is the red lamp lit?", answers=2) == "no"
