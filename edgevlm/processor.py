@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from edgevlm.chat import ChatTemplate, Message
 from edgevlm.constraint import Vocabulary
@@ -38,11 +41,11 @@ class Processor:
         blocks = [self.family.image_text(each) for each in grids]
         return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
 
-    def check_known(self, ids: Iterable[int]) -> None:
+    def check_known(self, ids: npt.NDArray[np.int64]) -> None:
         """Raise `PromptError` for a token that the tokenizer knows and the model has no embedding for."""
-        unknown = next((each for each in ids if each >= self._vocab_size), None)
-        if unknown is not None:
-            raise PromptError(f"the model has no embedding for {self.tokenizer.token(unknown)}; leave it out")
+        unknown = ids[ids >= self._vocab_size]
+        if len(unknown):
+            raise PromptError(f"the model has no embedding for {self.tokenizer.token(int(unknown[0]))}; leave it out")
 
     def answer_ids(self, text: str) -> list[int]:
         """Return the token ids of an answer that follows a prompt."""

@@ -21,6 +21,7 @@ from tests.serving import ask, data_url, serving, shown, wait_until
 from tests.test_cli import COMMAND, cli
 from training.evaluate import judge
 from training.scene import QA
+from training.scenes import SCENES
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -46,7 +47,7 @@ def test_it_is_right_about_the_shipped_pictures(panel: VLM, line: dict[str, Any]
 
 
 def test_the_examples_are_pictures_of_every_kind() -> None:
-    assert len({line["image"] for line in QUESTIONS}) >= 6
+    assert {line["image"] for line in QUESTIONS} == {f"{kind}.png" for kind in SCENES}
     assert {line["image"] for line in QUESTIONS} == {path.name for path in EXAMPLES.glob("*.png")}
 
 

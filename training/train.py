@@ -194,6 +194,8 @@ class Guide:
 
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
 """Layers of the text part and how many heads of each are told which words matter, or where to look."""
+COUNTING = 0.3
+"""Weight of counts within the gaze's loss."""
 
 
 class Gaze:
@@ -228,7 +230,7 @@ class Gaze:
         share = torch.from_numpy(counts[:, 3]).to(weights.device, torch.float32)
         given = weights.transpose(0, 1)[:, picture, position, seen].float() + 1e-6  # (heads, n)
         questions = len(np.unique(counts[:, :2], axis=0))
-        return 0.3 * (share * (share / given).log()).sum() / (len(given) * questions)
+        return COUNTING * (share * (share / given).log()).sum() / (len(given) * questions)
 
     def _missed(self, index: int, wanted: np.ndarray) -> Any:
         """Return the mean -log of what one layer's heads give to the `wanted` (n, 3): picture, from, to."""
@@ -347,8 +349,7 @@ class Run:
         else:
             self.model = make_model(config, settings.seed, _some_sheets(tokenizer, settings))
         self.model.to(self._device).train()
-        if self._device == "cpu":
-            self.model.set_attn_implementation("eager")  # the fused kernel's backward takes a third of the step here
+        self.model.set_attn_implementation("eager")  # fused kernels give the gaze no weights, and are slower on a CPU
         self._guide = Guide(self.model, self._device)
         self._gaze = Gaze(self.model)
         self._optimisers = make_optimisers(self.model, self._guide, settings)
