@@ -20,7 +20,7 @@ from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, sa
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
 from training.tokenizer import train_tokenizer
-from training.train import Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
+from training.train import STEPS, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,17 +185,63 @@ def test_marks_move_with_the_picture() -> None:
     for seed in range(20):
         image = Image.new("RGB", (300, 200), "black")
         ImageDraw.Draw(image).ellipse((216, 46, 224, 54), fill="white")
-        scene = Scene(image, [Mark(220, 50, "circle")])
+        scene = Scene(image, [Mark(220, 50, "circle", 0.4)])
         tilt(scene, np.random.default_rng(seed), 1.0)
         ys, xs = np.nonzero(np.asarray(scene.image.convert("L")) > 128)
         [mark] = scene.marks
         assert (mark.x, mark.y) == pytest.approx((xs.mean(), ys.mean()), abs=1.5)
+        assert (mark.name, mark.share) == ("circle", 0.4)
 
 
 def test_marks_are_named_patches_of_the_small_picture() -> None:
     marks = [Mark(299, 0, "A"), Mark(10, 199, "needle"), Mark(301, 5, "A"), Mark(5, -1, "A"), Mark(5, 5, "€")]
     scene = Scene(Image.new("RGB", (300, 200)), marks)
     assert marked_patches(scene) == [(11, MARKS.index("A")), (132, MARKS.index("needle"))]
+
+
+def test_a_gauge_s_hub_tells_its_reading() -> None:
+    for seed in range(20):
+        scene = SCENES["gauge"](np.random.default_rng(seed))
+        [(hub, share)] = [(mark, mark.share) for mark in scene.marks if mark.name == "hub"]
+        [scale] = [mark.name for mark in scene.marks if ".." in mark.name and (mark.x, mark.y) == (hub.x, hub.y)]
+        assert scale in MARKS
+        low, high = map(int, scale.split(".."))
+        assert share is not None
+        assert low + share * (high - low) == pytest.approx(float(scene.pairs[0].answer), abs=0.011 * (high - low))
+
+
+def test_a_bar_s_name_tells_its_value_and_whether_it_is_the_highest() -> None:
+    drawn = [SCENES["chart"](np.random.default_rng(seed)) for seed in range(40)]
+    charts = [scene for scene in drawn if any(mark.name == "bar" for mark in scene.marks)]
+    assert len(charts) > 10
+    for scene in charts:
+        described = scene.pairs[-1].answer
+        bars = [mark for mark in scene.marks if mark.name == "bar"]
+        values = [int(word) for word in re.findall(r" (\d+)", described)]
+        scale = {int(mark.name[3:]) for mark in scene.marks if mark.name.startswith("0..")}
+        assert [round(mark.share * scale.copy().pop()) for mark in bars if mark.share is not None] == values
+        asked = scene.pairs[0]
+        spans = [(index, index + 1) for index in range(len(asked.answer))]
+        [highest] = [mark for mark in scene.marks if mark.name == "highest" and mark.y == bars[0].y]
+        side = 12
+        row, column = int(highest.y / scene.image.height * side), int(highest.x / scene.image.width * side)
+        looked = frozenset[int]().union(*gazes(scene, asked, spans, side))
+        assert any(abs(row - place // side) <= 1 and abs(column - place % side) <= 2 for place in looked)
+
+
+def test_the_guide_scores_the_shares_at_their_patches(tokenizer: object) -> None:
+    model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
+    guide = Guide(model, "cpu")
+    scene = Scene(Image.new("RGB", (180, 180)), [Mark(20, 20, "hub", 0.25)], [QA("gauge", "Read the gauge.", "25")])
+    batch = collate([Drawer(tokenizer, seed=12).row(scene)])
+    assert batch.shares.tolist() == [[0, 13, 0.25]]  # row 1, column 1 of 12 x 12: the first token's fourth patch
+    losses = []
+    for step, other in ((12, 13), (12, 12), (3, 3)):
+        guide.share.bias.data.fill_(-30.0).view(4, STEPS + 1)[3, [step, other]] = 0.0
+        loss_of(model, batch, "cpu")
+        losses.append(float(guide.loss(batch)[1].detach()))
+    least = losses[0] - np.log(2)  # 0.25 lies midway between two of fifty steps
+    assert losses == pytest.approx([least + np.log(2), least + 15, least + 30], rel=1e-2)
 
 
 def test_the_guide_scores_the_marks(tokenizer: object) -> None:
@@ -225,7 +271,7 @@ def test_an_image_token_holds_the_marks_of_its_own_patches(tokenizer: object) ->
     model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
     guide = Guide(model, "cpu")
     row = drawer.row(drawer.scene(0))
-    batch = collate([(*row[:5], [(13, 0)], *row[6:])])  # row 1, column 1 of 12 x 12: the first token's fourth patch
+    batch = collate([(*row[:5], [(13, 0)], [], *row[7:])])  # row 1, column 1 of 12 x 12: the first token's fourth patch
     guide.joint.bias.data.fill_(-50.0).view(4, len(MARKS))[3, 0] = 50.0
     loss_of(model, batch, "cpu")
     guide.place.bias.data.fill_(0)
@@ -247,7 +293,7 @@ def test_what_a_question_names_says_where_to_look() -> None:
     assert gazes(scene, asked, [(0, 3)], 6) == [{35}]
     counted_stars = QA("count", "How many stars are there?", "1")
     assert gazes(scene, counted_stars, [(0, 1)], 6) == [frozenset()]
-    assert counted(scene, counted_stars, 6) == {SINK: 0.75, 0: 0.25}
+    assert counted(scene, counted_stars, 6) == pytest.approx({SINK: 8 / 9, 0: 1 / 9})
     assert counted(scene, QA("count", "Count the crosses.", "0"), 6) == {SINK: 1.0}
     assert counted(scene, asked, 6) == {}
     absent = QA("presence", "Is there a red nut?", "no")
@@ -262,7 +308,7 @@ def test_what_is_looked_at_are_image_tokens_and_the_first_token(tokenizer: objec
     seen, shares = batch.counts[:, 2].astype(int), batch.counts[:, 3]
     image = tokenizer.convert_tokens_to_ids("<image>")  # type: ignore[attr-defined]
     assert seen.tolist() == [0, np.flatnonzero(batch.input_ids[0] == image)[-1]]
-    assert shares.tolist() == [0.75, 0.25]
+    assert shares.tolist() == pytest.approx([8 / 9, 1 / 9])
     answer = int(batch.counts[0, 1])
     assert tokenizer.decode([batch.labels[0, answer]]) == "1"  # type: ignore[attr-defined]
 

@@ -16,8 +16,8 @@ from PIL import Image
 from training.degrade import degrade
 from training.gaze import SINK, asked_words, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE
-from training.scene import Random, Scene
-from training.scenes import SCENES, pages, sheets
+from training.scene import Mark, Random, Scene
+from training.scenes import SCENES, charts, gauges, pages, sheets
 
 IGNORED = -100
 MARKS = (
@@ -25,21 +25,25 @@ MARKS = (
     *("circle", "square", "triangle", "star", "cross", "diamond", "hexagon", "ring", "nut", "washer", "screw", "gear"),
     *("red", "green", "blue", "yellow", "orange", "purple", "white", "black", "gray"),
     *("on", "off", "part", "gap", "needle", "hub", "top", "spike"),
+    *("bar", "highest", "lowest"),
+    *dict.fromkeys(f"{low}..{high}" for low, high, *_ in (*gauges.SCALES, *((0, top) for top in charts.TOPS))),
 )
 """What the vision tower is told about single patches while it learns."""
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
 LONGEST = 112
 """Tokens of a row; a question that would make it longer is left out."""
-WEIGHTS = {"display": 2.0, "label": 1.5}
+WEIGHTS = {"display": 1.5, "label": 2.0, "gauge": 2.5, "chart": 1.5, "count": 1.5, "missing": 0.6}
 """How often a kind of scene is drawn: more of those that learn slowly."""
-SHEETS_AMONG, PAGES_AMONG = 0.08, 0.3
+SHEETS_AMONG, PAGES_AMONG = 0.06, 0.24
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
 text part where to look."""
 
 
 Pairs: TypeAlias = list[tuple[int, int]]
 Shares: TypeAlias = list[tuple[int, int, float]]
-Row: TypeAlias = tuple[np.ndarray, list[int], list[int], list[int], list[int], Pairs, Pairs, Pairs, Shares]
+Row: TypeAlias = tuple[
+    np.ndarray, list[int], list[int], list[int], list[int], Pairs, list[tuple[int, float]], Pairs, Pairs, Shares
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Batch:
     positions: np.ndarray  # (B, S) int64
     segments: np.ndarray  # (B, S) int16: 0 the prefix, k the k-th question, -1 padding
     marks: np.ndarray  # (n, 3) int64: picture, patch, what is drawn there (index into MARKS)
+    shares: np.ndarray  # (n, 3) float64: picture, patch, how far along its scale stands what is there
     gazes: np.ndarray  # (n, 3) int64: picture, position, position to look at for the id to predict there
     words: np.ndarray  # (n, 3) int64: picture, position, position of a word that says what is asked
     counts: np.ndarray  # (n, 4) float64: picture, position, position to look at, share of the attention
@@ -128,7 +133,8 @@ class Drawer:
             labels += [IGNORED] * (len(question) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
-        return shrink(scene.image), ids, labels, positions, segments, marked_patches(scene), looks, words, counts
+        marks, measured = marked_patches(scene), measured_patches(scene)
+        return shrink(scene.image), ids, labels, positions, segments, marks, measured, looks, words, counts
 
     def _seen(self, place: int) -> int:
         """Return the position of an image token, or of the sink."""
@@ -160,14 +166,23 @@ def shrink(image: Image.Image) -> np.ndarray:
 
 def marked_patches(scene: Scene) -> Pairs:
     """Return patch and index into `MARKS` of every mark inside the picture."""
+    placed = ((patch_of(scene, mark), _MARK_INDEX.get(mark.name)) for mark in scene.marks)
+    return [(patch, name) for patch, name in placed if patch is not None and name is not None]
+
+
+def measured_patches(scene: Scene) -> list[tuple[int, float]]:
+    """Return patch and share of every mark that measures something."""
+    placed = dict.fromkeys((patch_of(scene, mark), mark.share) for mark in scene.marks)
+    return [(patch, share) for patch, share in placed if patch is not None and share is not None]
+
+
+def patch_of(scene: Scene, mark: Mark) -> int | None:
+    """Return the patch a mark falls into, None outside the picture."""
     side = IMAGE_SIZE // PATCH
     width, height = scene.image.size
-    found = []
-    for mark in scene.marks:
-        column, row = int(mark.x / width * side), int(mark.y / height * side)
-        if mark.name in _MARK_INDEX and 0 <= column < side and 0 <= row < side and min(mark.x, mark.y) >= 0:
-            found.append((row * side + column, _MARK_INDEX[mark.name]))
-    return found
+    if not (0 <= mark.x < width and 0 <= mark.y < height):
+        return None
+    return int(mark.y / height * side) * side + int(mark.x / width * side)
 
 
 def collate(rows: list[Row]) -> Batch:
@@ -188,7 +203,8 @@ def collate(rows: list[Row]) -> Batch:
         pad(3, 0, np.int64),
         pad(4, -1, np.int16),
         flat(5),
-        flat(6),
+        flat(6, np.float64),
         flat(7),
-        flat(8, np.float64, 4),
+        flat(8),
+        flat(9, np.float64, 4),
     )

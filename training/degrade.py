@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
-from training.scene import Mark, Random, Scene, between, chance
+from training.scene import Random, Scene, between, chance
 
 
 def degrade(scene: Scene, random: Random, strength: float = 1.0) -> None:
@@ -53,7 +54,7 @@ def tilt(scene: Scene, random: Random, strength: float) -> None:
     back = np.linalg.inv(np.array([[a, b, c], [d, e, f], [g, h, 1.0]]))
     for index, mark in enumerate(scene.marks):
         x, y, w = back @ (mark.x, mark.y, 1.0)
-        scene.marks[index] = Mark(x / w, y / w, mark.name)
+        scene.marks[index] = replace(mark, x=x / w, y=y / w)
 
 
 def shadow(image: Image.Image, random: Random) -> Image.Image:

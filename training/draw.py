@@ -116,9 +116,9 @@ class Pen(ImageDraw.ImageDraw):
         super().__init__(image)
         self.marks: list[Mark] = []
 
-    def mark(self, x: float, y: float, *names: str) -> None:
-        """Remember what is at `(x, y)`."""
-        self.marks += [Mark(x, y, name) for name in names]
+    def mark(self, x: float, y: float, *names: str, share: float | None = None) -> None:
+        """Remember what is at `(x, y)`, and how far along its scale it stands."""
+        self.marks += [Mark(x, y, name, share) for name in names]
 
 
 def canvas(random: Random, base: Colour | None = None) -> tuple[Image.Image, Pen, Colour]:

@@ -25,13 +25,15 @@ _ALIASES = {
     "showing": "on",
     "peak": "spike",
     "anomaly": "spike",
+    "largest": "highest",
+    "smallest": "lowest",
 }
-_WORDS = {*SHAPES, *PARTS, *COLOURS, "gap", "spike", "on"}
+_WORDS = {*SHAPES, *PARTS, *COLOURS, "gap", "spike", "on", "highest", "lowest"}
 _NOT_ASKED = {"on", "off", "top", "part"}
 """Names that questions use in another sense."""
 SINK = -2
 """Instead of a place: the prompt's first token, to look at for want of anything in the picture."""
-SINK_WEIGHT = 3.0
+SINK_WEIGHT = 8.0
 """As many things as the sink is worth when things are counted."""
 _OUTSIDE = -1
 _WITHIN = 6

@@ -30,6 +30,8 @@ class Mark:
     x: float
     y: float
     name: str
+    share: float | None = None
+    """How far along its scale it stands, 0 to 1, if it measures anything."""
 
 
 @dataclass

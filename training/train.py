@@ -31,6 +31,8 @@ from training.model import (
 )
 from training.tokenizer import train_tokenizer
 
+STEPS = 50
+"""Into how many steps the guide parts a scale."""
 SHEET_USES, SHEETS_KEPT = 3, 200
 """How often a batch of sheets is learned from, and how many are kept for it."""
 
@@ -128,8 +130,8 @@ class Guide:
     """Linear layers that name what is drawn at each patch: they teach the vision tower, and are not part of the model.
 
     Answers alone leave the tower at chance for tens of thousands of pictures, since they say nothing of where to look.
-    `layer` looks at the tower's patches, `joint` at image tokens, of which each must still hold all its patches, and
-    `place` tells a token's row and column.
+    `layer` looks at the tower's patches, `joint` at image tokens, of which each must still hold all its patches,
+    `place` tells a token's row and column, and `share` how far along its scale stands what each patch shows.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -139,6 +141,7 @@ class Guide:
         self.layer = torch.nn.Linear(tower.config.hidden_size, len(MARKS)).to(device)
         self.joint = torch.nn.Linear(width, SHUFFLE**2 * len(MARKS)).to(device)
         self.place = torch.nn.Linear(width, 2 * SIDE).to(device)
+        self.share = torch.nn.Linear(width, SHUFFLE**2 * (STEPS + 1)).to(device)
         self._patches: Any = None
         self._tokens: Any = None
         for layer in self.layers.values():
@@ -150,7 +153,7 @@ class Guide:
     @property
     def layers(self) -> dict[str, Any]:
         """The layers by name."""
-        return {"layer": self.layer, "joint": self.joint, "place": self.place}
+        return {"layer": self.layer, "joint": self.joint, "place": self.place, "share": self.share}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all layers' weights."""
@@ -164,7 +167,7 @@ class Guide:
     def loss(self, batch: Batch) -> tuple[Any, Any]:
         """Return the binary cross-entropy of the last forward pass' marks, by mark: of patches, of image tokens.
 
-        The places' cross-entropy is part of the second, which is zero if the tower alone has looked.
+        The places' and shares' cross-entropy is part of the second, which is zero if the tower alone has looked.
         """
         import torch
 
@@ -180,7 +183,7 @@ class Guide:
         joined = target.view(-1, *blocks).transpose(2, 3).reshape(len(target), IMAGE_TOKENS, -1)
         tokens, self._tokens = self._tokens.float(), None
         named = entropy(self.joint(tokens), joined) / count
-        return entropy(logits, target) / count, named + self._misplaced(tokens)
+        return entropy(logits, target) / count, named + self._misplaced(tokens) + self._misread(tokens, batch.shares)
 
     def _misplaced(self, tokens: Any) -> Any:
         """Return the mean cross-entropy of rows and columns."""
@@ -190,6 +193,21 @@ class Guide:
         places = torch.arange(IMAGE_TOKENS, device=tokens.device).repeat(len(tokens))
         entropy = torch.nn.functional.cross_entropy
         return (entropy(rows, places // SIDE) + entropy(columns, places % SIDE)) / 2
+
+    def _misread(self, tokens: Any, shares: np.ndarray) -> Any:
+        """Return the mean cross-entropy of the `shares` (n, 3), each parted between the two nearest of its steps."""
+        import torch
+
+        if not len(shares):
+            return torch.zeros((), device=tokens.device)
+        picture, patch = shares[:, :2].astype(np.int64).T
+        row, column = np.divmod(patch, SIDE * SHUFFLE)
+        token = row // SHUFFLE * SIDE + column // SHUFFLE
+        within = row % SHUFFLE * SHUFFLE + column % SHUFFLE
+        logits = self.share(tokens[picture, token]).unflatten(-1, (SHUFFLE**2, -1))[np.arange(len(shares)), within]
+        steps = torch.arange(STEPS + 1, device=tokens.device)
+        wanted = torch.from_numpy(shares[:, 2:] * STEPS).to(tokens.device, torch.float32)
+        return torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1))
 
 
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
@@ -300,7 +318,7 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     for name, weight in model.named_parameters():
         matrix = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else rest).append(weight)
-    rest += [*guide.joint.parameters(), *guide.place.parameters()]
+    rest += [*guide.joint.parameters(), *guide.place.parameters(), *guide.share.parameters()]
     muon = torch.optim.Muon(hidden, lr=settings.muon_rate, weight_decay=0.01, momentum=0.95)
     return [muon, torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
 

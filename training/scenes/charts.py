@@ -33,18 +33,20 @@ def axes(random: Random):  # type: ignore[no-untyped-def]
     )
     colour = ink(random, ground)
     pen.line((box[0], box[3], box[2], box[3]), fill=colour, width=2)
-    if chance(random, 0.8):
+    if chance(random, 0.2):
+        pen.rectangle(box, outline=colour, width=1)
+    elif chance(random, 0.8):
         pen.line((box[0], box[1], box[0], box[3]), fill=colour, width=2)
     return image, pen, box, colour
 
 
-def scale(random: Random, pen, box, top: int, colour) -> None:  # type: ignore[no-untyped-def]
-    """Write the numbers of the vertical axis, sometimes with grid lines."""
+def scale(random: Random, pen, box, top: int, colour, height: float = 1.0) -> None:  # type: ignore[no-untyped-def]
+    """Write the numbers of the vertical axis, `top` at `height` of the plot, sometimes with grid lines."""
     face = fit(random, "100", box[0] * 0.7, (box[3] - box[1]) * 0.08)
     steps = pick(random, (2, 4, 5))
     grid = chance(random, 0.5)
     for index in range(steps + 1):
-        y = box[3] - (box[3] - box[1]) * index / steps
+        y = box[3] - (box[3] - box[1]) * height * index / steps
         text(pen, (box[0] * 0.85, y), f"{top * index / steps:g}", face, colour, "rm")
         if grid and index:
             pen.line((box[0], y, box[2], y), fill=(150, 150, 150), width=1)
@@ -61,7 +63,8 @@ def bar_chart(random: Random) -> Scene:
         order = np.sort(values)
         if order[-1] - order[-2] >= 0.06 * top and order[1] - order[0] >= 0.06 * top:
             break
-    scale(random, pen, box, top, colour)
+    height = between(random, 0.86, 0.97)
+    scale(random, pen, box, top, colour, height)
     shown = chance(random, 0.6)
     slot = (box[2] - box[0]) / count
     wide = slot * between(random, 0.45, 0.8)
@@ -70,10 +73,13 @@ def bar_chart(random: Random) -> Scene:
     face = fit(random, "Wed" if len(names[0]) > 2 else "P1", slot * 0.8, box[3] * 0.09)
     for index, value in enumerate(values):
         x = box[0] + slot * (index + 0.5)
-        y = box[3] - (box[3] - box[1]) * 0.94 * int(value) / top
+        share = int(value) / top
+        y = box[3] - (box[3] - box[1]) * height * share
         fill = named(random, pick(random, ("blue", "green", "orange", "purple", "red"))) if many else one
         pen.rectangle((x - wide / 2, y, x + wide / 2, box[3]), fill=fill)
-        pen.mark(x, y, "top")
+        place = {order[-1]: ("highest",), order[0]: ("lowest",)}.get(value, ())
+        pen.mark(x, y, "top", *place, share=share)
+        pen.mark(x, (box[3] + image.height) / 2, "bar", *place, f"0..{top}", share=share)
         text(pen, (x, (box[3] + image.height) / 2), names[index], face, colour)
         if shown:
             text(pen, (x, max(y - face.size * 0.6, face.size * 0.5)), str(value), face, colour)
@@ -119,7 +125,7 @@ def line_chart(random: Random) -> Scene:
         points, fill=named(random, pick(random, ("blue", "red", "green", "purple"))), width=int(random.integers(1, 4))
     )
     if spike is not None:
-        pen.mark(*points[spike], "spike")
+        pen.mark(*points[spike], "spike", share=spike / (count - 1))
     result = Scene(image, pen.marks)
     questions = (
         "Is there a spike in the curve?",

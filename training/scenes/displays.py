@@ -113,7 +113,7 @@ def seven_segment(
     wide = min((x1 - x0) / cells, high * between(random, 0.5, 0.75))
     start = x1 - wide * cells if chance(random, 0.6) else x0 + between(random, 0, 1) * (x1 - x0 - wide * cells)
     slant = between(random, -0.02, 0.14)
-    thick = between(random, 0.1, 0.17) * wide / 0.62
+    thick = between(random, 0.07, 0.17) * wide / 0.62
     ghost = between(random, 0, 0.12) if chance(random, 0.5) else 0.0
     off: Colour = tuple(round(d + (c - d) * ghost) for c, d in zip(lit, dark, strict=True))  # type: ignore[assignment]
     at = 0

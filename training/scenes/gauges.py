@@ -85,9 +85,10 @@ def scene(random: Random) -> Scene:
             width=max(1, round(radius * (0.03 if major else 0.015))),
         )
     numerals = fit(random, str(high) if high > 99 else "-20", radius * 0.27, radius * between(random, 0.15, 0.21))
+    inset = between(random, 0.2, 0.34)
     for index in range(ticks + 1):
         value = low + index * step
-        text(pen, at(value, outer - between(random, 0.24, 0.26)), str(value), numerals, colour)
+        text(pen, at(value, outer - inset - between(random, 0, 0.02)), str(value), numerals, colour)
     unit = pick(random, UNITS)
     if unit:
         text(
@@ -99,8 +100,9 @@ def scene(random: Random) -> Scene:
         )
     value = between(random, low, high) if chance(random, 0.8) else low + step * int(random.integers(0, ticks + 1))
     needle(random, pen, (cx, cy), at(value, between(random, 0.6, 0.85)), radius, face)
-    pen.mark(*at(value, 0.7), "needle")
-    pen.mark(cx, cy, "hub")
+    share = (value - low) / (high - low)
+    pen.mark(*at(value, 0.7), "needle", share=share)
+    pen.mark(cx, cy, "hub", f"{low}..{high}", share=share)
     result = Scene(image, pen.marks)
     result.ask("gauge", QUESTIONS, written(value, low, high), random, tolerance=0.02 * (high - low))
     if chance(random, 0.3):
@@ -122,9 +124,9 @@ def needle(random: Random, pen, centre, tip, radius: float, face) -> None:  # ty
     """Draw the needle, its tail and its hub."""
     cx, cy = centre
     colour = (
-        named(random, pick(random, ("red", "red", "black", "orange")))
+        named(random, pick(random, ("red", "red", "black", "orange", "blue")))
         if sum(face) > 380
-        else named(random, pick(random, ("red", "white", "orange", "yellow")))
+        else named(random, pick(random, ("red", "white", "orange", "yellow", "blue")))
     )
     dx, dy = tip[0] - cx, tip[1] - cy
     length = math.hypot(dx, dy)

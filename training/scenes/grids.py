@@ -16,8 +16,10 @@ def scene(random: Random) -> Scene:
     rows, columns = int(random.integers(2, 6)), int(random.integers(2, 7))
     margin = between(random, 0.04, 0.12)
     box = (width * margin, height * margin, width * (1 - margin), height * (1 - margin))
-    plate = shade(ground, between(random, 0.7, 1.3))
-    panel(random, pen, box, plate)
+    plate = ground
+    if chance(random, 0.65):
+        plate = shade(ground, between(random, 0.7, 1.3))
+        panel(random, pen, box, plate)
     cell_w, cell_h = (box[2] - box[0]) * 0.94 / columns, (box[3] - box[1]) * 0.94 / rows
     r = min(cell_w, cell_h) * between(random, 0.28, 0.4)
     holes = chance(random, 0.3)

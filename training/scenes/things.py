@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from training.draw import Colour, Pen, shade
-from training.scene import Random, between
+from training.scene import Random, between, chance, pick
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "hexagon", "ring")
 PARTS = ("nut", "washer", "screw", "gear")
@@ -72,7 +72,7 @@ def _circle(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colo
 
 
 def _ring(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    thick = 0.28 if thing.kind == "ring" else 0.5
+    thick = between(random, 0.2, 0.32) if thing.kind == "ring" else between(random, 0.46, 0.6)
     pen.ellipse(_round(thing.x, thing.y, thing.r), outline=colour, width=max(2, round(thing.r * thick)))
 
 
@@ -85,41 +85,47 @@ def _triangle(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Co
 
 
 def _star(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    pen.polygon(polygon(thing.x, thing.y, thing.r, 5, _UP, 0.42), fill=colour)
+    pen.polygon(polygon(thing.x, thing.y, thing.r, 5, _UP, between(random, 0.36, 0.5)), fill=colour)
 
 
 def _diamond(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    x, y, r = thing.x, thing.y, thing.r
-    pen.polygon([(x, y - r), (x + r * 0.66, y), (x, y + r), (x - r * 0.66, y)], fill=colour)
+    x, y, r, wide = thing.x, thing.y, thing.r, thing.r * between(random, 0.56, 0.76)
+    pen.polygon([(x, y - r), (x + wide, y), (x, y + r), (x - wide, y)], fill=colour)
 
 
 def _hexagon(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    pen.polygon(polygon(thing.x, thing.y, thing.r, 6, 0.0), fill=colour)
+    pen.polygon(polygon(thing.x, thing.y, thing.r, 6, pick(random, (0.0, math.pi / 6))), fill=colour)
 
 
 def _cross(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    x, y, long, short = thing.x, thing.y, thing.r * 0.95, thing.r * 0.32
+    x, y, long, short = thing.x, thing.y, thing.r * 0.95, thing.r * between(random, 0.24, 0.38)
     pen.rectangle((x - short, y - long, x + short, y + long), fill=colour)
     pen.rectangle((x - long, y - short, x + long, y + short), fill=colour)
 
 
 def _nut(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    edge = shade(colour, 0.65)
+    edge, hole = shade(colour, pick(random, (0.65, 1.0))), thing.r * between(random, 0.42, 0.54)
     pen.polygon(polygon(thing.x, thing.y, thing.r, 6, between(random, 0, 1)), fill=colour, outline=edge)
-    pen.ellipse(_round(thing.x, thing.y, thing.r * 0.48), fill=ground, outline=edge)
+    pen.ellipse(_round(thing.x, thing.y, hole), fill=ground, outline=edge)
 
 
 def _gear(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
-    pen.polygon(polygon(thing.x, thing.y, thing.r, 9, between(random, 0, 1), 0.74), fill=colour)
-    pen.ellipse(_round(thing.x, thing.y, thing.r * 0.3), fill=ground)
+    teeth, depth = int(random.integers(8, 12)), between(random, 0.7, 0.8)
+    pen.polygon(polygon(thing.x, thing.y, thing.r, teeth, between(random, 0, 1), depth), fill=colour)
+    pen.ellipse(_round(thing.x, thing.y, thing.r * between(random, 0.25, 0.38)), fill=ground)
 
 
 def _screw(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
     x, y, r = thing.x, thing.y, thing.r
     turn = between(random, 0, 2 * math.pi)
     dx, dy = math.cos(turn) * r, math.sin(turn) * r
-    pen.line((x - dx * 0.3, y - dy * 0.3, x + dx, y + dy), fill=colour, width=max(2, round(r * 0.3)))
+    pen.line(
+        (x - dx * 0.3, y - dy * 0.3, x + dx, y + dy), fill=colour, width=max(2, round(r * between(random, 0.22, 0.34)))
+    )
     hx, hy, edge = x - dx * 0.5, y - dy * 0.5, shade(colour, 0.65)
+    if chance(random, 0.3):
+        pen.ellipse(_round(hx, hy, r * 0.45), fill=colour)
+        return
     pen.ellipse(_round(hx, hy, r * 0.45), fill=colour, outline=edge)
     ends = (hx - dy * 0.3, hy + dx * 0.3, hx + dy * 0.3, hy - dx * 0.3)
     pen.line(ends, fill=edge, width=max(1, round(r * 0.12)))
