@@ -19,6 +19,11 @@ PRECISIONS = ("auto", "f32", "bf16", "f16")
 KVCachePrecision = Literal["auto", "u8", "f16", "f32"]
 KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
 
+KERNELS_KEPT = 256
+"""Kernels for shapes met before that a part keeps on a CPU, of a dozen for each length of prompt. OpenVINO's own 5,000
+let a process that meets prompts of many lengths grow for thousands of requests; one step of an answer needs under a
+hundred."""
+
 
 @dataclass(frozen=True)
 class RuntimeConfig:
@@ -59,8 +64,10 @@ class RuntimeConfig:
     def properties(self, device: str) -> dict[str, Any]:
         """Return OpenVINO's properties for a part without a KV cache."""
         properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if self.threads is not None and device.startswith("CPU"):
-            properties["INFERENCE_NUM_THREADS"] = self.threads
+        if device.startswith("CPU"):
+            properties["CPU_RUNTIME_CACHE_CAPACITY"] = KERNELS_KEPT
+            if self.threads is not None:
+                properties["INFERENCE_NUM_THREADS"] = self.threads
         if self.inference_precision != "auto":
             properties["INFERENCE_PRECISION_HINT"] = self.inference_precision
         if self.inference_precision == "f32" and device.startswith("CPU"):

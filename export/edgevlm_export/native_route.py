@@ -156,7 +156,6 @@ def language_inputs(inputs_embeds: Array, ids: Array, image_embeds: Array, image
         "inputs_embeds": merge(inputs_embeds.copy(), ids, image_token_id, flat),
         "attention_mask": np.ones((1, len(ids)), np.int64),
         "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-        "beam_idx": np.zeros(1, np.int32),
     }
 
 

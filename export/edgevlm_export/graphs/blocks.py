@@ -1,4 +1,8 @@
-"""A part of a model as a row of blocks, so that it can be built, run and compressed a few layers at a time."""
+"""A part of a model as a row of blocks, so that it can be built, run and compressed a few layers at a time.
+
+A piece keeps no state: nothing that runs it needs any, and OpenVINO's CPU plugin does not give back the memory of a
+compiled model whose attention has a state. What the whole model needs is added when its pieces have been joined.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,9 @@ _PRODUCED = "produced."
 
 @dataclass
 class Flow:
-    """The named values between blocks, and the state that they write."""
+    """The named values between blocks."""
 
     values: dict[str, Output] = field(default_factory=dict)
-    sinks: list[ov.Node] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Output:
         return self.values[name]
@@ -52,6 +55,8 @@ class Graph:
     """The value that is the part's output."""
     output: str
     """The name that the output has."""
+    finish: Callable[[ov.Model], ov.Model] = lambda model: model
+    """What makes of the joined pieces the whole model."""
 
 
 def pieces(graph: Graph, limit: int) -> Iterator[ov.Model]:
@@ -105,15 +110,17 @@ def _build(inputs: Mapping[str, tuple[str, list[int]]], blocks: Sequence[Block])
         if value.get_node().get_type_name() != "Parameter":
             value.get_tensor().set_names({_PRODUCED + name})
             results.append(openvino.opset13.result(value))
-    return openvino.Model(results, flow.sinks, used)
+    return openvino.Model(results, used)
 
 
 def join(models: Sequence[ov.Model], graph: Graph, name: str) -> ov.Model:
-    """Return one model of the pieces: each takes its inputs from the outputs of those before, or from the graph's."""
+    """Return one finished model of the pieces.
+
+    Each takes its inputs from the outputs of those before, or from the graph's.
+    """
     openvino = import_openvino()
     parameters: dict[str, Any] = {}
     values: dict[str, Output] = {}
-    sinks = []
     for model in models:
         for parameter in model.get_parameters():
             label = parameter.get_friendly_name()
@@ -123,10 +130,9 @@ def join(models: Sequence[ov.Model], graph: Graph, name: str) -> ov.Model:
                 parameters[label] = parameter
                 values[label] = parameter.output(0)
         values |= {label: output.get_node().input_value(0) for label, output in produced(model).items()}
-        sinks += model.get_sinks()
     for label, value in values.items():
         value.get_tensor().set_names({label} if label in parameters else set())
     end = values[graph.value]
     end.get_tensor().set_names({graph.output})
     order = [parameters[label] for label in graph.inputs]
-    return openvino.Model([openvino.opset13.result(end)], sinks, order, name)
+    return graph.finish(openvino.Model([openvino.opset13.result(end)], order, name))

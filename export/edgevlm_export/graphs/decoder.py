@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,7 +99,7 @@ def shapes(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def language_graph(decoder: Decoder, constants: Constants) -> Graph:
-    """Return the stateful language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`."""
+    """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache."""
     q, kv, _ = decoder.widths
     hidden = decoder.hidden_size
     in_layer = hidden * (2 * q + 2 * kv + 3 * decoder.intermediate_size)
@@ -112,9 +113,8 @@ def language_graph(decoder: Decoder, constants: Constants) -> Graph:
         "attention_mask": ("i64", (-1, -1)),
         "position_ids": ("i64", (-1, -1)),
         "inputs_embeds": ("f32", (-1, -1, hidden)),
-        "beam_idx": ("i32", (-1,)),
     }
-    return Graph(inputs, [start, *layers, head], "logits", "logits")
+    return Graph(inputs, [start, *layers, head], "logits", "logits", partial(keep_cache, decoder=decoder))
 
 
 def text_embeddings_graph(decoder: Decoder, constants: Constants) -> Graph:
@@ -159,7 +159,7 @@ def decoder_layer(flow: Flow, decoder: Decoder, constants: Constants, index: int
 
 
 def attention(x: Output, flow: Flow, decoder: Decoder, constants: Constants, index: int) -> ov.Node:
-    """Grouped-query attention over the layer's KV cache."""
+    """Grouped-query attention; keys and values are named as the layer's KV cache will be."""
     opset = import_openvino().opset13
     at = f"{decoder.layer(index)}.self_attn"
     qkv = linear(x, constants, f"{at}.q_proj", f"{at}.k_proj", f"{at}.v_proj")
@@ -170,25 +170,44 @@ def attention(x: Output, flow: Flow, decoder: Decoder, constants: Constants, ind
         k = rms_norm(per_head(k, kv_heads, head_dim), constants, f"{at}.k_norm", decoder.rms_norm_eps)
     q, k, v = to_heads(q, heads, head_dim), to_heads(k, kv_heads, head_dim), to_heads(v, kv_heads, head_dim)
     q, k = rotate(q, flow["cos"], flow["sin"], head_dim), rotate(k, flow["cos"], flow["sin"], head_dim)
-    k = repeat_heads(cached(flow, k, index, "key", decoder), decoder)
-    v = repeat_heads(cached(flow, v, index, "value", decoder), decoder)
+    k = repeat_heads(named(k, cache_name(index, "key")), decoder)
+    v = repeat_heads(named(v, cache_name(index, "value")), decoder)
     scale = np.float32(head_dim**-0.5)
     mixed = opset.scaled_dot_product_attention(q, k, v, flow["attention_bias"], scale, causal=False)
     return linear(from_heads(mixed, heads * head_dim), constants, f"{at}.o_proj")
 
 
-def cached(flow: Flow, new: Output, index: int, kind: str, decoder: Decoder) -> ov.Node:
-    """Append `new` to one layer's keys or values and return all; `beam_idx` picks the sequences to go on with."""
+def cache_name(index: int, kind: str) -> str:
+    """Return what one layer's cache of keys or values is called."""
+    return f"past_key_values.{index}.{kind}present.{index}.{kind}"
+
+
+def keep_cache(model: ov.Model, decoder: Decoder) -> ov.Model:
+    """Return the model with every layer attending to earlier calls' keys and values too.
+
+    `beam_idx` picks the sequences to go on with.
+    """
+    openvino = import_openvino()
+    beam_idx = openvino.op.Parameter(openvino.Type.i32, openvino.PartialShape([-1]))
+    beam_idx.set_friendly_name("beam_idx")
+    beam_idx.output(0).set_names({"beam_idx"})
+    names = {cache_name(index, kind) for index in range(decoder.num_hidden_layers) for kind in ("key", "value")}
+    sinks = [cached(node, beam_idx, decoder) for node in model.get_ordered_ops() if node.get_friendly_name() in names]
+    return openvino.Model(model.get_results(), sinks, [*model.get_parameters(), beam_idx], model.get_friendly_name())
+
+
+def cached(new: ov.Node, beam_idx: ov.Node, decoder: Decoder) -> ov.Node:
+    """Put the cache called as `new` is before it, for all that read it; return what stores it."""
     opset = import_openvino().opset13
-    name = f"past_key_values.{index}.{kind}present.{index}.{kind}"
+    readers, name = new.output(0).get_target_inputs(), new.get_friendly_name()
+    new.set_friendly_name(f"{name}/new")
     heads, head_dim = decoder.num_key_value_heads, decoder.head_dim
-    batch = opset.shape_of(flow["beam_idx"])
-    empty = opset.broadcast(np.float32(0), opset.concat([batch, np.array([heads, 0, head_dim])], 0))
+    empty = opset.broadcast(np.float32(0), opset.concat([opset.shape_of(beam_idx), np.array([heads, 0, head_dim])], 0))
     past = opset.read_value(empty, name, np.float32, [-1, heads, -1, head_dim])
-    chosen = opset.gather(past, flow["beam_idx"], np.int64(0))
-    present = opset.concat([chosen, new], -2)
-    flow.sinks.append(opset.assign(present, name))
-    return present
+    present = opset.concat([opset.gather(past, beam_idx, np.int64(0)), new], -2)
+    for reader in readers:
+        reader.replace_source_output(present.output(0))
+    return opset.assign(present, name)
 
 
 def repeat_heads(x: Output, decoder: Decoder) -> ov.Node:
