@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,39 @@ def test_an_answer_fits_a_form(panel: VLM, server: Server) -> None:
     assert json.loads(answer["choices"][0]["message"]["content"]) == {"answer": line["answer"]}
     scores = panel.score(EXAMPLES / line["image"], line["question"], ["yes", "no"])
     assert scores.probabilities[line["answer"]] > 0.5
+
+
+def test_its_tokens_come_with_their_probabilities(server: Server) -> None:
+    line = next(line for line in QUESTIONS if line["image"] == "light.png")
+    messages = shown(data_url(EXAMPLES / line["image"]), text=line["question"])
+    status, answer = ask(server, messages=messages, logprobs=True, top_logprobs=2)
+    assert status == 200
+    [choice] = answer["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == choice["message"]["content"]
+    assert all(math.exp(token["logprob"]) > 0.5 for token in tokens)
+
+
+def test_a_function_is_called_with_what_the_picture_shows(server: Server) -> None:
+    line = next(line for line in QUESTIONS if line["image"] == "light.png")
+    parameters = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "yellow", "green", "blue", "white"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    function = {"name": "report", "description": "Report the colour.", "parameters": parameters}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(
+            model="panel",
+            messages=shown(data_url(EXAMPLES / line["image"]), text=line["question"]),
+            tools=[{"type": "function", "function": function}],
+            tool_choice="required",
+            max_tokens=60,
+        )
+    [call] = answer.choices[0].message.tool_calls
+    assert call.function.name == "report"
+    assert json.loads(call.function.arguments) == {"colour": line["answer"]}
 
 
 def test_a_file_of_jobs_gets_its_answers(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ KEY, OTHER_KEY = "a-key-of-some-length", "another-key-of-some-length"
 RED = data_url(Image.new("RGB", (64, 48), (200, 30, 30)))
 
 
+@pytest.fixture(scope="module", params=["tiny", "bundled"])
+def vlm(request: pytest.FixtureRequest, exported: Path) -> VLM:
+    """The tests' own model, and the one that ships."""
+    return VLM(exported, F32) if request.param == "tiny" else VLM("panel")
+
+
 @pytest.fixture(scope="module")
 def server(vlm: VLM) -> Iterator[Server]:
     with serving(vlm, max_images=2, max_pixels=1_000_000, max_prompt_chars=5000, max_body_bytes=2**20) as server:
@@ -430,7 +436,7 @@ def test_an_answer_that_takes_too_long(braked: Braked) -> None:
 
 def test_a_stream_that_takes_too_long_ends_with_an_error(vlm: VLM) -> None:
     model = Braked(vlm)
-    model.stop_at = 12
+    model.stop_at = 4
     with serving(model, time_limit_s=0.5) as server, raw(server, question(body(stream=True))) as connection:
         text = read_until(connection, b"time_limit")
         assert text.startswith(b"HTTP/1.1 200")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from training.data import IGNORED, MARKS, Drawer, collate, marked_patches, shrin
 from training.degrade import tilt
 from training.draw import font_files
 from training.evaluate import Score, judge
+from training.forms import formed
 from training.gaze import SINK, asked_words, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
@@ -311,6 +313,33 @@ def test_what_is_looked_at_are_image_tokens_and_the_first_token(tokenizer: objec
     assert shares.tolist() == pytest.approx([8 / 9, 1 / 9])
     answer = int(batch.counts[0, 1])
     assert tokenizer.decode([batch.labels[0, answer]]) == "1"  # type: ignore[attr-defined]
+
+
+def test_an_answer_may_stand_in_a_form(tokenizer: object) -> None:
+    asked = [QA("count", "Count the nuts.", "10"), QA("light", "Which lamp is lit?", "red")]
+    pairs = [formed(pair, np.random.default_rng(seed)) for seed in range(300) for pair in asked]
+    inside = [pair for pair in pairs if pair.lead]
+    assert 0.1 < len(inside) / len(pairs) < 0.2
+    for pair in inside:
+        call = re.fullmatch(r"<tool_call>(.*)</tool_call>", pair.lead + pair.answer + pair.close)
+        found = json.loads(call[1] if call else pair.lead + pair.answer + pair.close)
+        found = found["arguments"] if call else found
+        [value] = found.values() if isinstance(found, dict) else found
+        assert value in (10, "10", "red")
+    assert any(pair.answer == "10" and pair.lead == "[" for pair in inside)
+
+
+def test_of_a_form_only_what_follows_is_learned(tokenizer: object) -> None:
+    marks = [Mark(10, 10, "4"), Mark(70, 10, "2")]
+    pair = QA("display", "Read the display.", "42", lead='{"value": ', close="}")
+    scene = Scene(Image.new("RGB", (180, 180)), marks, [pair])
+    batch = collate([Drawer(tokenizer, seed=12).row(scene)])
+    decode = tokenizer.decode  # type: ignore[attr-defined]
+    text = decode(batch.input_ids[0])
+    assert text.rstrip("\x00").split("<|assistant|>")[1].startswith('{"value": 42}')
+    told = np.flatnonzero(batch.labels[0] != IGNORED)
+    assert decode(batch.labels[0, told]) == "42}<|end|>"
+    assert [told.tolist().index(place) for place in batch.gazes[:, 1]] == [0, 1]
 
 
 def test_only_the_telling_words_of_a_question_are_told() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from training.degrade import degrade
+from training.forms import formed
 from training.gaze import SINK, asked_words, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE
 from training.scene import Mark, Random, Scene
@@ -106,7 +107,9 @@ class Drawer:
 
     def _shuffled(self, index: int) -> Scene:
         scene = self.scene(index)
-        np.random.default_rng((self._seed, index, 1)).shuffle(scene.pairs)
+        random = np.random.default_rng((self._seed, index, 1))
+        random.shuffle(scene.pairs)
+        scene.pairs = [formed(pair, random) for pair in scene.pairs]
         return scene
 
     def row(self, scene: Scene) -> Row:
@@ -118,19 +121,20 @@ class Drawer:
         counts: Shares = []
         for number, pair in enumerate(scene.pairs, 1):
             question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
-            answer, spans = self._encode(f"{pair.answer}<|end|>")
-            text = question + answer[:-1]
+            lead = self._encode(pair.lead)[0]
+            answer, spans = self._encode(f"{pair.answer}{pair.close}<|end|>")
+            text = question + lead + answer[:-1]
             if len(ids) + len(text) > LONGEST and number > 1:
                 continue
-            places = gazes(scene, pair, spans[:-1], SIDE)
-            first = len(ids) + len(question) - 1
+            places = gazes(scene, pair, [span for span in spans if span[0] < len(pair.answer)], SIDE)
+            first = len(ids) + len(question) + len(lead) - 1
             told = [len(ids) + index for index in asked_words(pair.question, asked[:-2])]
             words += [(first + index, word) for index in range(len(answer)) for word in told]
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
             shares = counted(scene, pair, SIDE)
             counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
             ids += text
-            labels += [IGNORED] * (len(question) - 1) + answer
+            labels += [IGNORED] * (len(question) + len(lead) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
         marks, measured = marked_patches(scene), measured_patches(scene)

@@ -21,6 +21,10 @@ class QA:
     answer: str
     tolerance: float | None = None
     """Largest error of a numeric answer; None asks for the exact text."""
+    lead: str = ""
+    """What is written before the answer, as a form does that the model did not choose."""
+    close: str = ""
+    """What ends the form."""
 
 
 @dataclass(frozen=True)
