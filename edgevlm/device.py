@@ -20,9 +20,9 @@ KVCachePrecision = Literal["auto", "u8", "f16", "f32"]
 KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
 
 KERNELS_KEPT = 256
-"""Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met costs
-about 8 ms more. With OpenVINO's own 5,000 a process that meets prompts of many lengths grows for thousands of requests;
-on SmolVLM-256M's shape 16 suffice to keep the next token as fast."""
+"""Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met
+costs about 8 ms more. With OpenVINO's own 5,000 a process that meets prompts of many lengths grows for thousands of
+requests; on SmolVLM-256M's shape 16 suffice to keep the next token as fast."""
 
 
 @dataclass(frozen=True)
