@@ -51,7 +51,7 @@ def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: 
     from training.train import Settings
     from training.train import train as run
 
-    limit = {} if stop_minutes is None else {"stop_minutes": stop_minutes}
+    limit: dict[str, Any] = {} if stop_minutes is None else {"stop_minutes": stop_minutes}
     run(Settings(folder, start=start, **options, **limit), sheets)
 
 

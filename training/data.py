@@ -197,7 +197,7 @@ def collate(rows: list[Row]) -> Batch:
         return np.array([row[part] + [value] * (longest - len(row[part])) for row in rows], kind)
 
     def flat(part: int, kind: type = np.int64, width: int = 3) -> np.ndarray:
-        found = [(index, *each) for index, row in enumerate(rows) for each in row[part]]
+        found = [(index, *each) for index, row in enumerate(rows) for each in row[part]]  # type: ignore[misc]
         return np.array(found, kind).reshape(-1, width)
 
     return Batch(

@@ -13,6 +13,7 @@ from training.scene import Mark, Random, between, chance, pick
 
 Colour: TypeAlias = tuple[int, int, int]
 Box: TypeAlias = tuple[float, float, float, float]
+Point: TypeAlias = tuple[float, float]
 
 COLOURS: dict[str, Colour] = {
     "red": (214, 39, 40),

@@ -94,27 +94,29 @@ STYLES: dict[str, Callable[[str, int], Scene]] = {"held-out": held_out, "second 
 Outcome: TypeAlias = tuple[QA, str]
 
 
-def ask(export: Path, style: str, name: str, pictures: int) -> list[Outcome]:
-    """Ask the export about `pictures` pictures of one kind, on one thread."""
-    vlm = VLM(export, RuntimeConfig(threads=1))
+def ask(exports: list[Path], style: str, name: str, pictures: int) -> list[list[Outcome]]:
+    """Ask every export about the same `pictures` pictures of one kind, on one thread."""
+    models = [VLM(export, RuntimeConfig(threads=1)) for export in exports]
     config = GenerationConfig(max_new_tokens=64)
-    outcomes = []
+    outcomes: list[list[Outcome]] = [[] for _ in exports]
     for index in range(pictures):
         scene = STYLES[style](name, index)
         image = np.asarray(scene.image)
-        outcomes += [(pair, vlm.generate(image, pair.question, config).text.strip()) for pair in scene.pairs]
+        for vlm, found in zip(models, outcomes, strict=True):
+            found += [(pair, vlm.generate(image, pair.question, config).text.strip()) for pair in scene.pairs]
     return outcomes
 
 
 def evaluate(exports: list[Path], pictures: int, processes: int) -> dict[tuple[str, str], list[Score]]:
     """Return the scores of every export in both styles, by task, the last one over all."""
-    jobs = [(export, style, name, pictures) for export in exports for style in STYLES for name in SCENES]
+    jobs = [(style, name) for style in STYLES for name in SCENES]
     outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     with get_context("spawn").Pool(processes) as pool, Progress() as progress:
         step = progress.add_task("asking", total=len(jobs))
-        running = [(job, pool.apply_async(ask, job)) for job in jobs]
-        for (export, style, *_), result in running:
-            outcomes[export.name, style] += result.get()
+        running = [(style, pool.apply_async(ask, (exports, style, name, pictures))) for style, name in jobs]
+        for style, result in running:
+            for export, found in zip(exports, result.get(), strict=True):
+                outcomes[export.name, style] += found
             progress.advance(step)
     return {column: scores(each) for column, each in outcomes.items()}
 

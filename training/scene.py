@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
+_T = TypeVar("_T")
 Random: TypeAlias = np.random.Generator
 DESCRIBE = ("Describe the picture.", "What do you see?", "What does the picture show?", "What is in the picture?")
 
@@ -57,7 +59,7 @@ class Scene:
         self.ask("description", DESCRIBE, answer, random, tolerance)
 
 
-def pick(random: Random, choices):  # type: ignore[no-untyped-def]
+def pick(random: Random, choices: Sequence[_T]) -> _T:
     """Return one of `choices`, all equally likely."""
     return choices[int(random.integers(len(choices)))]
 

@@ -58,7 +58,7 @@ class Sheet:
 
     def text(self, x: float, y: float, words: str, size: float, random: Random, colour: Any = None) -> None:
         """Write a line of about `size` pixels, centred."""
-        style = {"ha": "center", "va": "center", "color": colour or self.ink, "fontsize": size * 0.72}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": colour or self.ink, "fontsize": size * 0.72}
         self.axes.text(x, y, words, fontproperties=pick(random, _fonts()), **style)
 
     def image(self) -> Image.Image:
@@ -136,8 +136,8 @@ def gauge(random: Random) -> Scene:
         (x0, y0), (x1, y1) = (at(low + index * step / minor, r) for r in (0.86, 0.72 if major else 0.79))
         sheet.axes.plot([x0, x1], [y0, y1], color=mark, linewidth=1.4 if major else 0.7)
         if major:
-            value = low + index // minor * step
-            sheet.text(*at(value, 0.57), str(value), radius * 0.15, random, mark)
+            tick = low + index // minor * step
+            sheet.text(*at(tick, 0.57), str(tick), radius * 0.15, random, mark)
     value = between(random, low, high)
     (x0, y0), (x1, y1) = at(value, -0.15), at(value, 0.78)
     sheet.axes.plot(

@@ -110,7 +110,8 @@ def _start_worker(tokenizer: Any, settings: Settings, sheets: bool) -> None:
 
 
 def _draw(start: int) -> list[Batch]:
-    return _worker["drawer"].batch(start, _worker["batch"])
+    drawer: Drawer = _worker["drawer"]
+    return drawer.batch(start, _worker["batch"])
 
 
 def attention_mask(segments: Any) -> Any:
@@ -314,7 +315,8 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     """Return Muon for the hidden matrices and AdamW for everything else."""
     import torch
 
-    hidden, rest = [], [*guide.layer.parameters()]
+    hidden: list[Any] = []
+    rest = [*guide.layer.parameters()]
     for name, weight in model.named_parameters():
         matrix = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else rest).append(weight)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
-from training.draw import canvas, fit, font_files, ink, load_font, named, text
+from training.draw import Box, Colour, Pen, canvas, fit, font_files, ink, load_font, named, text
 from training.scene import Random, Scene, between, chance, pick
 
 CATEGORIES = (
@@ -21,7 +22,7 @@ def scene(random: Random) -> Scene:
     return bar_chart(random) if chance(random, 0.55) else line_chart(random)
 
 
-def axes(random: Random):  # type: ignore[no-untyped-def]
+def axes(random: Random) -> tuple[Image.Image, Pen, Box, Colour]:
     """Return picture, pen, the box of the plot and the ink, the axes drawn."""
     image, pen, ground = canvas(random, None if chance(random, 0.3) else (250, 250, 250))
     width, height = image.size
@@ -40,7 +41,7 @@ def axes(random: Random):  # type: ignore[no-untyped-def]
     return image, pen, box, colour
 
 
-def scale(random: Random, pen, box, top: int, colour, height: float = 1.0) -> None:  # type: ignore[no-untyped-def]
+def scale(random: Random, pen: Pen, box: Box, top: int, colour: Colour, height: float = 1.0) -> None:
     """Write the numbers of the vertical axis, `top` at `height` of the plot, sometimes with grid lines."""
     face = fit(random, "100", box[0] * 0.7, (box[3] - box[1]) * 0.08)
     steps = pick(random, (2, 4, 5))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from training.draw import canvas, fit, ink, jitter, named, panel, shade, text
+from training.draw import Colour, Pen, Point, canvas, fit, ink, jitter, named, panel, shade, text
 from training.scene import Random, Scene, between, chance, pick
 
 QUESTIONS = (
@@ -67,10 +67,11 @@ def scene(random: Random) -> Scene:
     if chance(random, 0.3):
         zone = sorted((between(random, low, high), high if chance(random, 0.6) else low))
         box = (cx - radius * outer, cy - radius * outer, cx + radius * outer, cy + radius * outer)
-        angles = [math.degrees(start + (v - low) / (high - low) * sweep) for v in zone]
+        first, last = (math.degrees(start + (v - low) / (high - low) * sweep) for v in zone)
         pen.arc(
             box,
-            *angles,
+            first,
+            last,
             fill=named(random, pick(random, ("red", "green", "yellow"))),
             width=max(2, round(radius * 0.07)),
         )
@@ -120,7 +121,7 @@ def written(value: float, low: float, high: float) -> str:
     return body.lstrip("-") if float(body) == 0 else body
 
 
-def needle(random: Random, pen, centre, tip, radius: float, face) -> None:  # type: ignore[no-untyped-def]
+def needle(random: Random, pen: Pen, centre: Point, tip: Point, radius: float, face: Colour) -> None:
     """Draw the needle, its tail and its hub."""
     cx, cy = centre
     colour = (

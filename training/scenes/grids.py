@@ -39,6 +39,7 @@ def scene(random: Random) -> Scene:
             draw(random, pen, Thing("circle" if holes else kind, "part", x, y, r), colour, plate)
     result = Scene(image, pen.marks)
     noun = "hole" if holes else "part"
+    questions: tuple[str, ...]
     questions = (f"Is a {noun} missing?", f"Is there a gap in the grid of {noun}s?", f"Does the grid lack a {noun}?")
     result.ask("missing", questions, "yes" if missing else "no", random)
     questions = (f"Which {noun} is missing?", f"Where is a {noun} missing?", "Give row and column of the gap.")

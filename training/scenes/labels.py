@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.draw import Pen, canvas, clutter, fit, ink, jitter, panel, text
+from training.draw import Box, Colour, Pen, canvas, clutter, fit, ink, jitter, panel, text
 from training.scene import Random, Scene, between, chance, pick
 
 LETTERS, DIGITS = "ABCDEFGHJKLMNPQRSTUVWXYZ", "0123456789"
@@ -61,7 +61,7 @@ def scene(random: Random) -> Scene:
     return result
 
 
-def barcode(random: Random, pen: Pen, box: tuple[float, float, float, float], colour) -> None:  # type: ignore[no-untyped-def]
+def barcode(random: Random, pen: Pen, box: Box, colour: Colour) -> None:
     """Draw stripes that stand for a bar code."""
     x = box[0]
     while x < box[2]:

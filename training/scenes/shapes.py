@@ -36,12 +36,12 @@ def scene(random: Random) -> Scene:
     if chance(random, 0.5):
         kind, colour = one.kind, one.colour if chance(random, 0.6) else colour
     there = any(thing.kind == kind and thing.colour == colour for thing in things)
-    questions = (
+    yes_or_no = (
         f"Is there a {colour} {kind}?",
         f"Do you see a {colour} {kind}?",
         f"Does the picture show a {colour} {kind}?",
     )
-    result.ask("presence", questions, "yes" if there else "no", random)
+    result.ask("presence", yes_or_no, "yes" if there else "no", random)
     if chance(random, 0.3):
         x, y = round(100 * one.x / width), round(100 * one.y / height)
         questions = (
