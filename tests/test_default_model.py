@@ -100,26 +100,15 @@ def test_its_tokens_come_with_their_probabilities(server: Server) -> None:
     assert all(math.exp(token["logprob"]) > 0.5 for token in tokens)
 
 
-def test_a_function_is_called_with_what_the_picture_shows(server: Server) -> None:
+def test_a_form_holds_what_the_picture_shows(server: Server) -> None:
     line = next(line for line in QUESTIONS if line["image"] == "light.png")
-    parameters = {
-        "type": "object",
-        "properties": {"colour": {"enum": ["red", "yellow", "green", "blue", "white"]}},
-        "required": ["colour"],
-        "additionalProperties": False,
-    }
-    function = {"name": "report", "description": "Report the colour.", "parameters": parameters}
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.chat.completions.create(
-            model="panel",
-            messages=shown(data_url(EXAMPLES / line["image"]), text=line["question"]),
-            tools=[{"type": "function", "function": function}],
-            tool_choice="required",
-            max_tokens=60,
-        )
-    [call] = answer.choices[0].message.tool_calls
-    assert call.function.name == "report"
-    assert json.loads(call.function.arguments) == {"colour": line["answer"]}
+    colours = {"enum": ["red", "yellow", "green", "blue", "white"]}
+    schema = {"type": "object", "properties": {"colour": colours}, "required": ["colour"]}
+    form = {"type": "json_schema", "json_schema": {"name": "lamp", "schema": schema | {"additionalProperties": False}}}
+    messages = shown(data_url(EXAMPLES / line["image"]), text=line["question"])
+    status, answer = ask(server, messages=messages, response_format=form, max_tokens=40)
+    assert status == 200
+    assert json.loads(answer["choices"][0]["message"]["content"]) == {"colour": line["answer"]}
 
 
 def test_a_file_of_jobs_gets_its_answers(tmp_path: Path) -> None:
