@@ -66,6 +66,7 @@ class RuntimeConfig:
         properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if device.startswith("CPU"):
             properties["CPU_RUNTIME_CACHE_CAPACITY"] = KERNELS_KEPT
+            properties["ENABLE_CPU_PINNING"] = False  # else every process with one thread takes the same core
             if self.threads is not None:
                 properties["INFERENCE_NUM_THREADS"] = self.threads
         if self.inference_precision != "auto":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
@@ -288,6 +290,18 @@ def test_the_cpu_is_what_auto_means_without_a_gpu(vlm: VLM, exported: Path) -> N
 def test_threads_do_not_change_an_exact_answer(vlm: VLM, exported: Path, china: Path) -> None:
     one = VLM(exported, RuntimeConfig(device="CPU", threads=1, inference_precision="f32", cache=False))
     assert one.generate(china, QUESTION, SHORT).token_ids == vlm.generate(china, QUESTION, SHORT).token_ids
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="where a thread may run cannot be asked here")
+def test_no_thread_is_bound_to_a_core(exported: Path, china: Path) -> None:
+    vlm, free, seen = VLM(exported, replace(F32, threads=1)), os.sched_getaffinity(0), set()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(vlm.generate, china, "What is this?", GenerationConfig(max_new_tokens=40))
+        while not answer.done():
+            for task in os.listdir("/proc/self/task"):
+                with suppress(OSError):  # it ended meanwhile
+                    seen.add(frozenset(os.sched_getaffinity(int(task))))
+    assert seen == {frozenset(free)}
 
 
 def test_no_such_device_or_model(exported: Path) -> None:
