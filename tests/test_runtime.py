@@ -298,9 +298,9 @@ def test_no_thread_is_bound_to_a_core(exported: Path, china: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(vlm.generate, china, "What is this?", GenerationConfig(max_new_tokens=40))
         while not answer.done():
-            for task in os.listdir("/proc/self/task"):
+            for task in Path("/proc/self/task").iterdir():
                 with suppress(OSError):  # it ended meanwhile
-                    seen.add(frozenset(os.sched_getaffinity(int(task))))
+                    seen.add(frozenset(os.sched_getaffinity(int(task.name))))
     assert seen == {frozenset(free)}
 
 
