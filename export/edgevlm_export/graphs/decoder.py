@@ -191,8 +191,9 @@ def keep_cache(model: ov.Model, decoder: Decoder) -> ov.Model:
     beam_idx = openvino.op.Parameter(openvino.Type.i32, openvino.PartialShape([-1]))
     beam_idx.set_friendly_name("beam_idx")
     beam_idx.output(0).set_names({"beam_idx"})
-    names = {cache_name(index, kind) for index in range(decoder.num_hidden_layers) for kind in ("key", "value")}
-    sinks = [cached(node, beam_idx, decoder) for node in model.get_ordered_ops() if node.get_friendly_name() in names]
+    nodes = {node.get_friendly_name(): node for node in model.get_ordered_ops()}
+    names = [cache_name(index, kind) for index in range(decoder.num_hidden_layers) for kind in ("key", "value")]
+    sinks = [cached(nodes[name], beam_idx, decoder) for name in names]
     return openvino.Model(model.get_results(), sinks, [*model.get_parameters(), beam_idx], model.get_friendly_name())
 
 
