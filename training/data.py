@@ -15,9 +15,9 @@ from PIL import Image
 
 from training.degrade import degrade
 from training.forms import formed
-from training.gaze import SINK, asked_words, counted, gazes
+from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE
-from training.scene import Mark, Random, Scene
+from training.scene import Random, Scene
 from training.scenes import SCENES, charts, gauges, pages, sheets
 
 IGNORED = -100
@@ -170,23 +170,14 @@ def shrink(image: Image.Image) -> np.ndarray:
 
 def marked_patches(scene: Scene) -> Pairs:
     """Return patch and index into `MARKS` of every mark inside the picture."""
-    placed = ((patch_of(scene, mark), _MARK_INDEX.get(mark.name)) for mark in scene.marks)
-    return [(patch, name) for patch, name in placed if patch is not None and name is not None]
+    placed = ((cell_of(scene, mark, IMAGE_SIZE // PATCH), _MARK_INDEX.get(mark.name)) for mark in scene.marks)
+    return [(patch, name) for patch, name in placed if patch != OUTSIDE and name is not None]
 
 
 def measured_patches(scene: Scene) -> list[tuple[int, float]]:
     """Return patch and share of every mark that measures something."""
-    placed = dict.fromkeys((patch_of(scene, mark), mark.share) for mark in scene.marks)
-    return [(patch, share) for patch, share in placed if patch is not None and share is not None]
-
-
-def patch_of(scene: Scene, mark: Mark) -> int | None:
-    """Return the patch a mark falls into, None outside the picture."""
-    side = IMAGE_SIZE // PATCH
-    width, height = scene.image.size
-    if not (0 <= mark.x < width and 0 <= mark.y < height):
-        return None
-    return int(mark.y / height * side) * side + int(mark.x / width * side)
+    placed = dict.fromkeys((cell_of(scene, mark, IMAGE_SIZE // PATCH), mark.share) for mark in scene.marks)
+    return [(patch, share) for patch, share in placed if patch != OUTSIDE and share is not None]
 
 
 def collate(rows: list[Row]) -> Batch:

@@ -35,7 +35,8 @@ SINK = -2
 """Instead of a place: the prompt's first token, to look at for want of anything in the picture."""
 SINK_WEIGHT = 8.0
 """As many things as the sink is worth when things are counted."""
-_OUTSIDE = -1
+OUTSIDE = -1
+"""What stands for the cell of a mark that is not in the picture."""
 _WITHIN = 6
 """How many marks apart the neighbours of a reading may have been drawn."""
 
@@ -49,7 +50,7 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
     """
     if _counts(pair):
         return [frozenset()] * len(spans)
-    cells = [_cell(scene, mark, side) for mark in scene.marks]
+    cells = [cell_of(scene, mark, side) for mark in scene.marks]
     asked = _asked(scene, pair, cells)
     units = [_unit(pair.answer, span) for span in spans]
     drawn = set() if _is_gauge(pair) else {mark.name for mark in scene.marks}
@@ -58,10 +59,10 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
     found: list[Places] = []
     for unit in units:
         if unit in spelt:
-            found.append(frozenset({cells[spelt[unit]]}) - {_OUTSIDE})
+            found.append(frozenset({cells[spelt[unit]]}) - {OUTSIDE})
             continue
         here = frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == unit[1])
-        found.append(((here & asked or asked) if asked else here) - {_OUTSIDE})
+        found.append(((here & asked or asked) if asked else here) - {OUTSIDE})
     return found
 
 
@@ -76,7 +77,7 @@ def counted(scene: Scene, pair: QA, side: int) -> dict[int, float]:
     names = _names(pair.question)
     if not names:
         names = {"on"} if re.search(r"\b(on|up)\b", pair.question) else {"on", "off"}
-    places = [_cell(scene, mark, side) for mark in scene.marks if mark.name in names]
+    places = [cell_of(scene, mark, side) for mark in scene.marks if mark.name in names]
     places = [place for place in places if place >= 0]
     whole = len(places) + SINK_WEIGHT
     return {SINK: SINK_WEIGHT / whole} | {place: places.count(place) / whole for place in places}
@@ -117,10 +118,11 @@ def _names(text: str) -> set[str]:
     return {_ALIASES.get(word, word) for word in words if len(word) > 1 and word not in _NOT_ASKED} & _WORDS
 
 
-def _cell(scene: Scene, mark: Mark, side: int) -> int:
+def cell_of(scene: Scene, mark: Mark, side: int) -> int:
+    """Return the cell a mark falls into, in a grid of `side` x `side`, or `OUTSIDE`."""
     width, height = scene.image.size
     if not (0 <= mark.x < width and 0 <= mark.y < height):
-        return _OUTSIDE
+        return OUTSIDE
     return int(mark.y / height * side) * side + int(mark.x / width * side)
 
 
