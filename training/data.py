@@ -33,7 +33,7 @@ MARKS = (
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
 LONGEST = 112
 """Tokens of a row; a question that would make it longer is left out."""
-WEIGHTS = {"display": 1.5, "label": 2.0, "gauge": 2.5, "chart": 1.5, "count": 1.5, "missing": 0.6}
+WEIGHTS = {"display": 2.0, "label": 3.5, "gauge": 4.0, "chart": 2.0, "count": 2.0, "missing": 0.8, "light": 1.2}
 """How often a kind of scene is drawn: more of those that learn slowly."""
 SHEETS_AMONG, PAGES_AMONG = 0.06, 0.24
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
