@@ -35,10 +35,10 @@ OPTIMUM = {
 }
 EDGEVLM = {
     "edgevlm FP32": ["--fp32"],
-    "edgevlm INT8": ["--int8"],
-    "edgevlm INT8 + W8A8": ["--int8", "--vision-precision", "w8a8"],
-    "edgevlm INT4": ["--int4"],
-    "edgevlm INT4 + W8A8": ["--int4", "--vision-precision", "w8a8"],
+    "edgevlm INT8": ["--int8", "--vision-precision", "int8"],
+    "edgevlm INT8 + W8A8": ["--int8"],
+    "edgevlm INT4": ["--int4", "--vision-precision", "int8"],
+    "edgevlm INT4 + W8A8": ["--int4"],
 }
 PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "llama.cpp Q4_0, F16 vision": ("llama.cpp", peer_models.gguf),

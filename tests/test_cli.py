@@ -178,7 +178,7 @@ def test_models_lists_sound_and_damaged_ones(exported_int4: Path, own_home: Path
     assert sorted(found) == ["damaged", "panel", "sound", "unreadable"]
     assert found["sound"]["state"] == "ok"
     assert found["sound"]["size_bytes"] == sum(path.stat().st_size for path in sound.iterdir()) - manifest_size(sound)
-    assert found["sound"]["precision"] == "vision_embeddings int8, text_embeddings int8, language int4"
+    assert found["sound"]["precision"] == "vision_embeddings w8a8, text_embeddings int8, language int4"
     assert found["damaged"]["state"].startswith(f"damaged: {damaged / 'openvino_language_model.bin'} has ")
     assert found["unreadable"]["state"].startswith(f"damaged: {unreadable / 'edgevlm.json'} cannot be read (")
     table = cli("models")

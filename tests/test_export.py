@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from edgevlm import VLM, ExportError, GenerationConfig, OptionError, VerificationError
+from edgevlm import VLM, GenerationConfig, OptionError, VerificationError
 from edgevlm.chat import user_message
 from edgevlm.device import read_ir
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, hash_file, load_manifest
 from edgevlm_export import ExportOptions, export, native_route
+from edgevlm_export.calibration import load_pairs, verification_pairs, with_questions
 from edgevlm_export.convert import greedy
 from edgevlm_export.options import Int4Recipe
 from edgevlm_export.verify import check, scales, verify
@@ -62,9 +63,10 @@ def test_the_optimum_route_names_its_tools(exported_via_optimum: Path) -> None:
     [
         (ExportOptions("fp32"), ("fp32", "fp32", "fp32")),
         (ExportOptions("fp16"), ("fp16", "fp16", "fp16")),
-        (ExportOptions("int8"), ("int8", "int8", "int8")),
-        (ExportOptions("int4"), ("int8", "int8", "int4")),
-        (ExportOptions("int4", int4=Int4Recipe(all_layers=True)), ("int8", "int4", "int4")),
+        (ExportOptions("int8"), ("w8a8", "int8", "int8")),
+        (ExportOptions("int4"), ("w8a8", "int8", "int4")),
+        (ExportOptions("int4", int4=Int4Recipe(all_layers=True)), ("w8a8", "int4", "int4")),
+        (ExportOptions("int4", vision_precision="int8"), ("int8", "int8", "int4")),
         (ExportOptions("int8", vision_precision="fp16"), ("fp16", "int8", "int8")),
         (ExportOptions("fp32", lm_precision="int4"), ("fp32", "int8", "int4")),
     ],
@@ -154,12 +156,27 @@ def test_w8a8_computes_the_vision_part_in_integers(idefics3: Path, exported: Pat
     assert VLM(tmp_path / "out").generate(photograph("china.jpg"), "What?").tiles == 13
 
 
-def test_w8a8_needs_pictures(idefics3: Path, tmp_path: Path) -> None:
+def test_a_calibration_set_without_pictures_leaves_the_vision_part_the_shipped_ones(
+    idefics3: Path, tmp_path: Path
+) -> None:
     (tmp_path / "text.jsonl").write_text('{"question": "What is red?"}\n', encoding="utf-8")
-    options = ExportOptions("int8", vision_precision="w8a8", calibration=tmp_path / "text.jsonl")
-    with pytest.raises(ExportError, match="need pictures to calibrate on, and the calibration set has none"):
-        export(idefics3, tmp_path / "out", options)
-    assert not (tmp_path / "out").exists()
+    report = export(idefics3, tmp_path / "out", ExportOptions("int8", calibration=tmp_path / "text.jsonl"))
+    assert report.manifest.parts[VISION].precision == "w8a8"
+    again = export(idefics3, tmp_path / "shipped", ExportOptions("int8"))
+    assert again.verification is not None
+    assert again.verification.parts[VISION].cosine > 0.98
+    name = again.manifest.parts[VISION].file.replace(".xml", ".bin")
+    assert hash_file(report.folder / name) == hash_file(again.folder / name)
+
+
+def test_pictures_without_questions_are_for_the_vision_part(idefics3: Path, china: Path, tmp_path: Path) -> None:
+    rows = [{"image": str(china)}, {"question": "What is red?"}]
+    (tmp_path / "set.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pairs = load_pairs(tmp_path / "set.jsonl")
+    assert [pair.question for pair in with_questions(pairs)] == ["What is red?"]
+    assert set(verification_pairs(pairs)) == {"text"}
+    report = export(idefics3, tmp_path / "out", ExportOptions("int4", calibration=tmp_path / "set.jsonl"))
+    assert report.manifest.parts[VISION].precision == "w8a8"
 
 
 @pytest.mark.parametrize("options", [{"precision": "w8a8"}, {"lm_precision": "w8a8"}])

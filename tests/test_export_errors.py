@@ -347,7 +347,8 @@ def test_a_target_that_cannot_be_made(idefics3: Path, tmp_path: Path) -> None:
         ("", "is empty"),
         ("not json\n", 'line 1: not {"image": ..., "question": ...}'),
         ('{"question": "What?"}\n{"image": "gone.png", "question": "What?"}\n', "line 2: no such picture: "),
-        ('{"image": "gone.png"}\n', 'line 1: not {"image": ..., "question": ...}'),
+        ('{"image": "gone.png"}\n', "line 1: no such picture: "),
+        ('{"answer": "Yes."}\n', 'line 1: not {"image": ..., "question": ...}'),
     ],
 )
 def test_a_bad_calibration_set_is_refused_before_any_work(text: str, line: str, idefics3: Path, tmp_path: Path) -> None:

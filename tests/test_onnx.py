@@ -116,7 +116,7 @@ def test_compression(precision: str, onnx_checkpoint: Path, tmp_path: Path) -> N
     assert report.verification is not None
     assert report.verification.parts[LANGUAGE].cosine > {"int8": 0.999, "int4": 0.9}[precision]
     assert [report.manifest.parts[part].precision for part in (VISION, TEXT_EMBEDDINGS, LANGUAGE)] == [
-        "int8",
+        "w8a8",
         "int8",
         precision,
     ]

@@ -81,5 +81,14 @@ def examples(folder: Path) -> None:
     write_examples(folder, VLM("panel"))
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=Path("export/edgevlm_export/calibration"))
+def calibration(folder: Path) -> None:
+    """Draw the pictures into FOLDER that the exporter calibrates the vision part on, beside those that are there."""
+    from training.examples import write_calibration
+
+    write_calibration(folder)
+
+
 if __name__ == "__main__":
     main()

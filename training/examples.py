@@ -1,4 +1,5 @@
-"""The pictures under `examples/`: held-out ones that the shipped model reads, each with questions and what is true."""
+"""Pictures that ship: those under `examples/`, held-out ones that the shipped model reads, each with questions and what
+is true; and those that the exporter calibrates the vision part on."""
 
 from __future__ import annotations
 
@@ -6,14 +7,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
+from training.degrade import degrade
 from training.evaluate import TARGETS, held_out, judge
 from training.scene import Scene
 from training.scenes import SCENES
 
 MOST = 300
 """Held-out pictures of a kind that are looked through."""
+CALIBRATION_SEED, CALIBRATION_PICTURES, CALIBRATION_SIDE = 777, 20, 384
 
 
 def write_examples(folder: Path, vlm: VLM) -> None:
@@ -47,3 +51,18 @@ def _judged(name: str, index: int) -> Scene:
 def _reads(vlm: VLM, scene: Scene) -> bool:
     image, config = np.asarray(scene.image), GenerationConfig(max_new_tokens=64)
     return all(judge(pair, vlm.generate(image, pair.question, config).text) for pair in scene.pairs)
+
+
+def write_calibration(folder: Path) -> None:
+    """Write pictures of all kinds in turn, and a line for each into the folder's `calibration.jsonl`."""
+    listed = folder / "calibration.jsonl"
+    others = [line for line in listed.read_text(encoding="utf-8").splitlines() if '"scene-' not in line]
+    names = [f"scene-{index:02}.jpg" for index in range(CALIBRATION_PICTURES)]
+    for index, name in enumerate(names):
+        random = np.random.default_rng((CALIBRATION_SEED, index))
+        scene = list(SCENES.values())[index % len(SCENES)](random)
+        degrade(scene, random)
+        scene.image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE), Image.Resampling.LANCZOS)
+        scene.image.convert("RGB").save(folder / name, quality=85)
+    text = "".join(f"{line}\n" for line in [*others, *(json.dumps({"image": name}) for name in names)])
+    listed.write_text(text, encoding="utf-8")

@@ -49,7 +49,7 @@ class Settings:
     warmup: int = 4000
     """Pictures over which the rates rise."""
     ramp: int = 60_000
-    """Pictures over which the camera's damage grows to its full strength; a checkpoint that is begun with bears it all."""
+    """Pictures over which the camera's damage grows to its full strength, all of it with `start`."""
     guide: float = 1.0
     """Weight of the guide's loss, which falls with the rates."""
     gaze: float = 0.3
@@ -106,7 +106,9 @@ def _start_worker(tokenizer: Any, settings: Settings, sheets: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "nice"):
         os.nice(5)
-    _worker.update(drawer=Drawer(tokenizer, settings.seed, 0 if settings.start else settings.ramp, sheets), batch=settings.batch)
+    _worker.update(
+        drawer=Drawer(tokenizer, settings.seed, 0 if settings.start else settings.ramp, sheets), batch=settings.batch
+    )
 
 
 def _draw(start: int) -> list[Batch]:

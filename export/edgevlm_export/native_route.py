@@ -26,7 +26,7 @@ from edgevlm.generate import GenerationConfig
 from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION, Manifest
 from edgevlm.model import merge
 from edgevlm.processor import Processor
-from edgevlm_export.calibration import Pair, verification_pairs, vision_samples
+from edgevlm_export.calibration import Pair, verification_pairs, vision_samples, with_questions
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.clock import StageClock
 from edgevlm_export.compress import compress, import_nncf
@@ -85,7 +85,8 @@ def write_parts(
     processor = Processor(work, manifest)
     chosen = verification_pairs(pairs) if options.verify else {}
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
-    texts = {pair: tokenize(processor, pair) for pair in [*chosen.values(), *(pairs if needs_data else ())]}
+    learned = with_questions(pairs) if needs_data else []
+    texts = {pair: tokenize(processor, pair) for pair in [*chosen.values(), *learned]}
     table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
     embeds = {pair: look_up(table, text.ids) for pair, text in texts.items()}
     writer = PartWriter(architecture, weights, options, draft, work, clock)
@@ -101,7 +102,7 @@ def write_parts(
         pair: language_inputs(embeds[pair], text.ids, image_embeds.get(pair, nothing), processor.family.image_token_id)
         for pair, text in texts.items()
     }
-    data = [inputs[pair] for pair in pairs] if needs_data else []
+    data = [inputs[pair] for pair in learned]
     kept = [texts[pair].compared for pair in chosen.values()]
     logits = writer.write(LANGUAGE, [inputs[pair] for pair in chosen.values()], data, kept)
 
@@ -215,8 +216,7 @@ class PartWriter:
             return compress(model, "int8", recipe)  # the head by itself, which stays INT8
         if not last:  # what NNCF takes for the last layer here is none
             recipe = replace(recipe, all_layers=True)
-        names = [each.get_any_name() for each in model.inputs]
-        return compress(model, precision, recipe, [{name: sample[name] for name in names} for sample in samples])
+        return compress(model, precision, recipe, samples)
 
     def _save(self, part: str, model: ov.Model, precision: Precision) -> None:
         if part == LANGUAGE:  # as optimum-intel marks what it converts: for a GPU's float16, and for the KV cache
