@@ -12,12 +12,13 @@ import json
 import tempfile
 from collections import defaultdict
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
 from edgevlm.bench import QUESTION, sample_picture, touch
-from edgevlm.image import load_image
+from edgevlm.image import RGB, load_image
 
 TO_REPEAT = json.dumps(
     [{"line": n, "part": f"A{n}-7731", "count": 12 + n, "state": "checked and accepted"} for n in range(1, 6)]
@@ -26,27 +27,39 @@ COPY = f"Repeat the following JSON exactly, without comment:\n{TO_REPEAT}"
 PROSE = "Tell a short story about a lighthouse keeper and a storm."
 
 
+ROWS, COLS = 3, 4
+"""The tiles that a picture of 1600x1200 is split into."""
+
+
 def reuse(model: Path, picture: Path, repeat: int) -> dict[str, list[float]]:
-    """Return the time to the first token of a new picture, a next question and a changed tile, with ratios."""
+    """Return the time to the first token of a new picture, a next question and each tile changed, with ratios."""
     image, config = load_image(picture), GenerationConfig(max_new_tokens=1, detail="high")
     found: dict[str, list[float]] = defaultdict(list)
     vlm = VLM(model)
     vlm.generate(image, QUESTION, config)
     for number in range(1, repeat + 1):
         shown = touch(image, number)
-        changed = shown.copy()
-        changed[150:250, 500:700] = 255 - changed[150:250, 500:700]  # inside one tile of the upper row
-        cases = {
-            "new picture": vlm.generate(shown, QUESTION, config),
-            "next question": vlm.generate(shown, "How many people are there?", config),
-            "one tile changed": vlm.generate(changed, QUESTION, config),
-        }
-        first = cases["new picture"].timings.ttft_s
-        for name, answer in cases.items():
+        new = vlm.generate(shown, QUESTION, config)
+        cases = [("new picture", new), ("next question", vlm.generate(shown, "How many people are there?", config))]
+        for row, col in product(range(ROWS), range(COLS)):
+            vlm.generate(shown, QUESTION, config)
+            changed = vlm.generate(with_change(shown, row, col), QUESTION, config)
+            cases += [("one tile changed", changed), (f"one tile changed, row {row + 1} of {ROWS}", changed)]
+        for name, answer in cases:
             found[f"{name}, TTFT s"].append(answer.timings.ttft_s)
-            found[f"{name}, ratio"].append(answer.timings.ttft_s / first)
+            found[f"{name}, ratio"].append(answer.timings.ttft_s / new.timings.ttft_s)
             found[f"{name}, tiles encoded"].append(answer.tiles - answer.cached_tiles)
     return found
+
+
+def with_change(image: RGB, row: int, col: int) -> RGB:
+    """Return the picture with a patch inside one tile inverted."""
+    height, width = image.shape[0] // ROWS, image.shape[1] // COLS
+    changed = image.copy()
+    rows = slice(row * height + height // 3, (row + 1) * height - height // 3)
+    cols = slice(col * width + width // 4, (col + 1) * width - width // 4)
+    changed[rows, cols] = 255 - changed[rows, cols]
+    return changed
 
 
 def drafting(model: Path, repeat: int) -> dict[str, list[float]]:
