@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,12 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     once = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
     for name, weight in once["model"].items():
         torch.testing.assert_close(state["model"][name], weight, rtol=1e-2, atol=1e-3)
-    assert (tmp_path / "whole" / "checkpoint" / "model.safetensors").is_file()
+    going_on = replace(whole, folder=tmp_path / "next", start=tmp_path / "whole" / "checkpoint")
+    run = Run(going_on, load_tokenizer(going_on), "pictures")
+    for layer, weights in run.guide.state_dict().items():
+        for name, weight in weights.items():
+            assert weight.any()
+            torch.testing.assert_close(weight, once["guide"][layer][name].bfloat16().float())
 
 
 def test_sheets_teach_the_tower_and_leave_the_text_part_alone(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ from training.tokenizer import train_tokenizer
 
 STEPS = 50
 """Into how many steps the guide parts a scale."""
+GUIDE = "guide.safetensors"
+"""What is written beside a finished checkpoint, to go on from there when the run's own state is gone."""
 SHEET_USES, SHEETS_KEPT = 3, 200
 """How often a batch of sheets is learned from, and how many are kept for it."""
 
@@ -65,7 +67,7 @@ class Settings:
     stop_minutes: float = math.inf
     """Save and end after this time; the same command goes on from there."""
     start: Path | None = None
-    """A checkpoint to begin with, instead of chance."""
+    """A checkpoint to begin with, instead of chance, and the guide that lies beside it, if one does."""
 
 
 def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False) -> Iterator[list[Batch]]:
@@ -166,6 +168,22 @@ class Guide:
         """Take all layers' weights."""
         for name, layer in self.layers.items():
             layer.load_state_dict(state[name])
+
+    def save(self, path: Path) -> None:
+        """Write the layers' weights in BF16, for a run that begins with the checkpoint beside them."""
+        import torch
+        from safetensors.torch import save_file
+
+        state = {f"{name}.{key}": weight for name, each in self.state_dict().items() for key, weight in each.items()}
+        save_file({name: weight.to("cpu", torch.bfloat16) for name, weight in state.items()}, path)
+
+    def load(self, path: Path) -> None:
+        """Take the weights that `save` wrote."""
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+        for name, layer in self.layers.items():
+            layer.load_state_dict({key: state[f"{name}.{key}"].float() for key in layer.state_dict()})
 
     def loss(self, batch: Batch) -> tuple[Any, Any]:
         """Return the binary cross-entropy of the last forward pass' marks, by mark: of patches, of image tokens.
@@ -352,6 +370,7 @@ def train(settings: Settings, sheets: bool = False) -> None:
     finally:
         run.save()
     save_checkpoint(run.model.to("cpu").eval(), tokenizer, settings.folder / "checkpoint")
+    run.guide.save(settings.folder / GUIDE)
 
 
 class Run:
@@ -372,9 +391,11 @@ class Run:
             self.model = make_model(config, settings.seed, _some_sheets(tokenizer, settings))
         self.model.to(self._device).train()
         self.model.set_attn_implementation("eager")  # fused kernels give the gaze no weights, and are slower on a CPU
-        self._guide = Guide(self.model, self._device)
+        self.guide = Guide(self.model, self._device)
+        if settings.start and (settings.start.parent / GUIDE).is_file():
+            self.guide.load(settings.start.parent / GUIDE)
         self._gaze = Gaze(self.model)
-        self._optimisers = make_optimisers(self.model, self._guide, settings)
+        self._optimisers = make_optimisers(self.model, self.guide, settings)
         rates = [group["lr"] for each in self._optimisers for group in each.param_groups]
         self._counts: dict[str, int] = {}
         self._resume()  # which makes new groups
@@ -397,7 +418,7 @@ class Run:
         figures = torch.zeros(5)
         for part, weight in zip(batch, weights, strict=True):
             loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device)
-            guiding, joining = self._guide.loss(part)
+            guiding, joining = self.guide.loss(part)
             gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros(())
             share = weight / sum(weights)
             aids = self._settings.guide * (guiding + joining) / 2 + self._settings.gaze * gazing
@@ -424,7 +445,7 @@ class Run:
         path = self._settings.folder / "state.pt"
         state = {
             "model": self.model.state_dict(),
-            "guide": self._guide.state_dict(),
+            "guide": self.guide.state_dict(),
             "optimisers": [each.state_dict() for each in self._optimisers],
             "counts": self._counts,
         }
@@ -439,7 +460,7 @@ class Run:
             return
         state = torch.load(path, map_location=self._device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        self._guide.load_state_dict(state["guide"])
+        self.guide.load_state_dict(state["guide"])
         for optimiser, each in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(each)
         self._counts = dict(state["counts"])
