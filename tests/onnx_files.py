@@ -34,6 +34,18 @@ class Vision(torch.nn.Module):
         return self.connector(self.vision.post_layernorm(hidden))
 
 
+class FirstDecoder(torch.nn.Module):
+    """The decoder of a first call, without past keys and values."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.decoder = Decoder(model)
+
+    def forward(self, inputs_embeds: Any, attention_mask: Any, position_ids: Any) -> tuple[Any, ...]:
+        nothing = inputs_embeds.new_zeros(inputs_embeds.shape[0], 2, 0, 16)
+        return self.decoder(inputs_embeds, attention_mask, position_ids, *(nothing for _ in PAST))
+
+
 class Decoder(torch.nn.Module):
     """Decoder and head with the keys and values so far as inputs, one longer as outputs."""
 
@@ -92,6 +104,41 @@ def write_onnx(checkpoint: Path, folder: Path) -> Path:
     axes |= dict.fromkeys([*PAST, *PRESENT], cached)
     write_part(Decoder(model), folder / "onnx" / "decoder_with_past_model.onnx", inputs, ["logits", *PRESENT], axes)
     return folder
+
+
+def merge_decoders(checkpoint: Path, with_past: Path, target: Path) -> None:
+    """Write one file of a checkpoint's two decoders, behind `use_cache_branch`, as optimum merges them."""
+    import onnx
+    from onnx import TensorProto, helper
+    from onnx.compose import add_prefix
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, attn_implementation="eager").eval()
+    text, total = {0: "batch_size", 1: "sequence_length"}, {0: "batch_size", 1: "total_sequence_length"}
+    inputs = {
+        "inputs_embeds": torch.randn(2, 3, 64),
+        "attention_mask": torch.ones(2, 3, dtype=torch.long),
+        "position_ids": torch.arange(3)[None].repeat(2, 1),
+    }
+    axes = {"inputs_embeds": text, "attention_mask": total, "position_ids": text, "logits": text}
+    axes |= {name: {0: "batch_size", 2: "sequence_length"} for name in PRESENT}
+    write_part(FirstDecoder(model), target, inputs, ["logits", *PRESENT], axes)
+    past = onnx.load(with_past)
+    branches = {
+        name: add_prefix(each, f"{name}/", rename_inputs=False).graph
+        for name, each in (("then_branch", past), ("else_branch", onnx.load(target)))
+    }
+    shared = list(branches["else_branch"].initializer)  # optimum keeps what both have outside, and the rest within
+    for branch in branches.values():
+        del branch.input[:]
+    del branches["else_branch"].initializer[:]
+    outputs = [each.name for each in past.graph.output]
+    switch = helper.make_node("If", ["use_cache_branch"], outputs, **branches)
+    flag = helper.make_tensor_value_info("use_cache_branch", TensorProto.BOOL, [1])
+    graph = helper.make_graph([switch], "merged", [*past.graph.input, flag], past.graph.output, shared)
+    merged = helper.make_model(graph, opset_imports=past.opset_import, ir_version=past.ir_version)
+    onnx.checker.check_model(merged)
+    onnx.save(merged, target)
 
 
 def write_part(module: Any, path: Path, inputs: dict[str, Any], outputs: list[str], axes: dict[str, Any]) -> None:

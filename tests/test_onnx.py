@@ -21,7 +21,7 @@ from edgevlm_export.checkpoint import open_checkpoint
 from edgevlm_export.onnx_graph import fuse_attention
 from edgevlm_export.onnx_route import Reference
 from tests.conftest import F32, photograph
-from tests.onnx_files import write_onnx
+from tests.onnx_files import merge_decoders, write_onnx
 from tests.test_export import says_the_same_with_optimum_intel
 from tests.test_graph import runtime_kinds
 from tests.test_native import language_outputs
@@ -136,6 +136,20 @@ def test_files_beside_the_config_and_safetensors_ignored_on_demand(
     assert {path.name for path in report.folder.iterdir()} == {path.name for path in from_onnx.iterdir()}
 
 
+def test_a_decoder_merged_of_two(onnx_checkpoint: Path, smolvlm: Path, from_onnx: Path, tmp_path: Path) -> None:
+    """Optimum's form: a decoder for the first call and one that reads past key values, behind a switch."""
+    folder = Path(shutil.copytree(onnx_checkpoint, tmp_path / "merged"))
+    merge_decoders(smolvlm, folder / DECODER, folder / "onnx" / "decoder_model_merged.onnx")
+    (folder / DECODER).unlink()
+    report = export(folder, tmp_path / "out", ExportOptions("fp32"))
+    assert report.verification is not None
+    assert report.verification.greedy_agreement == 1
+    assert report.verification.parts[LANGUAGE].max_abs_error < 1e-4
+    assert {path.name for path in report.folder.iterdir()} == {path.name for path in from_onnx.iterdir()}
+    for found, wanted in zip(language_outputs(report.folder), language_outputs(from_onnx), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def refused(onnx_checkpoint: Path, folder: Path, edit: Callable[[Path], None]) -> str:
     """Return the line with which an edited copy is refused, nothing written."""
     shutil.copytree(onnx_checkpoint, folder / "copy")
@@ -175,9 +189,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: add_node(f / "onnx/embed_tokens.onnx", "DequantizeLinear"),
         "embed_tokens.onnx is quantized already (DequantizeLinear); take the float32 file",
     ),
-    "two decoders": (
+    "a switch that switches nothing": (
         lambda f: add_input(f / DECODER, "use_cache_branch"),
-        "holds two decoders behind use_cache_branch; give decoder_with_past_model.onnx alone",
+        "has an input use_cache_branch that does not choose between two decoders in one place",
     ),
     "unknown input": (
         lambda f: add_input(f / DECODER, "pixel_values"),

@@ -26,6 +26,7 @@ from edgevlm_export import onnx_graph
 from edgevlm_export.calibration import Pair, verification_pairs
 from edgevlm_export.clock import StageClock
 from edgevlm_export.folder import FILE_NAMES, Written, save_ir
+from edgevlm_export.onnx_branch import SWITCH, check_switch, with_past
 from edgevlm_export.optimum_route import compress_parts, copy_small_files
 from edgevlm_export.options import VERIFY_TOKENS, ExportOptions
 from edgevlm_export.verify import Array
@@ -42,7 +43,7 @@ _INPUTS: Mapping[str, set[str]] = {
     TEXT_EMBEDDINGS: {"input_ids"},
     LANGUAGE: {"inputs_embeds", "attention_mask", "past_key_values.0.key"},
 }
-_OPTIONAL = {"pixel_attention_mask", "position_ids"}
+_OPTIONAL = {"pixel_attention_mask", "position_ids", SWITCH}
 
 
 def check_parts(parts: Mapping[str, Path]) -> None:
@@ -65,10 +66,7 @@ def check_parts(parts: Mapping[str, Path]) -> None:
             raise SourceError(
                 f"{path.name} has no input {min(missing)}, so it is not the {part} part that is read here"
             )
-        if "use_cache_branch" in names:
-            raise SourceError(
-                f"{path.name} holds two decoders behind use_cache_branch; give decoder_with_past_model.onnx alone"
-            )
+        check_switch(graph, path.name)
         others = {name for name in names - _INPUTS[part] - _OPTIONAL if not name.startswith("past_key_values.")}
         if others := others - {each.name for each in graph.initializer}:
             raise SourceError(f"{path.name} asks for an input {min(others)}, which edgevlm does not have")
@@ -105,6 +103,7 @@ def write_parts(
         clock.begin("reference")
         cases, reference = run_reference(parts, processor, manifest, pairs)
     clock.begin("convert")
+    parts = {**parts, LANGUAGE: with_past(parts[LANGUAGE], work / "branch")}
     makers: dict[str, Callable[[ov.Model], ov.Model]] = {
         VISION: lambda model: onnx_graph.vision(model, processor.family.tokens_per_tile, manifest.hidden_size),
         TEXT_EMBEDDINGS: onnx_graph.text_embeddings,
@@ -222,6 +221,7 @@ class Reference:
                     "inputs_embeds": embeds,
                     "attention_mask": np.ones((1, length + new), np.int64),
                     "position_ids": np.arange(length, length + new)[None],
+                    SWITCH: np.array([length > 0]),
                     **past,
                 }
             )
