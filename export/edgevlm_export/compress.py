@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None = None
+    model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[Mapping[str, Any]] | None = None
 ) -> ov.Model:
     """Return `model` compressed; `samples` hold model inputs for the precisions and recipes that need data."""
     if precision in UNCOMPRESSED:
@@ -29,7 +29,7 @@ def compress(
 
 
 def _compress(
-    model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[dict[str, Any]] | None
+    model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[Mapping[str, Any]] | None
 ) -> ov.Model:
     nncf = import_nncf()
     if precision == "w8a8":
