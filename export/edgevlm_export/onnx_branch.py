@@ -38,7 +38,7 @@ def with_past(path: Path, folder: Path) -> Path:
     branch = next(each.g for each in chosen.attribute if each.name == "then_branch")
     ends = zip(branch.output, chosen.output, strict=True)
     inlined = [*branch.node, *(onnx.helper.make_node("Identity", [inner.name], [outer]) for inner, outer in ends)]
-    nodes = [each for node in graph.node for each in (inlined if node is chosen else [node])]
+    nodes = [each for node in graph.node for each in (inlined if SWITCH in node.input else [node])]
     alone = onnx.helper.make_graph(
         nodes,
         graph.name,
