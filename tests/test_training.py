@@ -122,6 +122,7 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     once = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)
     for name, weight in once["model"].items():
         torch.testing.assert_close(state["model"][name], weight, rtol=1e-2, atol=1e-3)
+    assert (tmp_path / "whole" / "checkpoint" / "model.safetensors").is_file()
     going_on = replace(whole, folder=tmp_path / "next", start=tmp_path / "whole" / "checkpoint")
     run = Run(going_on, load_tokenizer(going_on), "pictures")
     for layer, weights in run.guide.state_dict().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from io import BytesIO
 
@@ -9,6 +10,13 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
 from training.scene import Random, Scene, between, chance
+
+
+def photographed(draw: Callable[[Random], Scene], random: Random) -> Scene:
+    """Return what `draw` draws, as a camera saw it."""
+    scene = draw(random)
+    degrade(scene, random)
+    return scene
 
 
 def degrade(scene: Scene, random: Random, strength: float = 1.0) -> None:

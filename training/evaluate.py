@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from training import second
-from training.degrade import degrade
+from training.degrade import photographed
 from training.scene import QA, Scene
 from training.scenes import SCENES
 
@@ -77,10 +77,7 @@ def judge(pair: QA, answer: str) -> bool:
 
 def held_out(name: str, index: int) -> Scene:
     """Return held-out picture `index` of one kind, as a camera saw it."""
-    random = np.random.default_rng((HELD_OUT_SEED, list(SCENES).index(name), index))
-    scene = SCENES[name](random)
-    degrade(scene, random)
-    return scene
+    return photographed(SCENES[name], np.random.default_rng((HELD_OUT_SEED, list(SCENES).index(name), index)))
 
 
 def second_style(name: str, index: int) -> Scene:

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
-from training.degrade import degrade
+from training.degrade import photographed
 from training.evaluate import TARGETS, held_out, judge
 from training.scene import Scene
 from training.scenes import SCENES
@@ -59,9 +59,8 @@ def write_calibration(folder: Path) -> None:
     others = [line for line in listed.read_text(encoding="utf-8").splitlines() if '"scene-' not in line]
     names = [f"scene-{index:02}.jpg" for index in range(CALIBRATION_PICTURES)]
     for index, name in enumerate(names):
-        random = np.random.default_rng((CALIBRATION_SEED, index))
-        scene = list(SCENES.values())[index % len(SCENES)](random)
-        degrade(scene, random)
+        kind = list(SCENES.values())[index % len(SCENES)]
+        scene = photographed(kind, np.random.default_rng((CALIBRATION_SEED, index)))
         scene.image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE), Image.Resampling.LANCZOS)
         scene.image.convert("RGB").save(folder / name, quality=85)
     text = "".join(f"{line}\n" for line in [*others, *(json.dumps({"image": name}) for name in names)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from training.degrade import degrade
+from training.degrade import photographed
 from training.scenes import SCENES
 
 CELL, TEXT = 260, 92
@@ -18,9 +18,7 @@ def contact_sheet(seed: int, count: int, only: str | None = None, columns: int =
     sheet = Image.new("RGB", (columns * CELL, rows * (CELL + TEXT)), "white")
     pen, face = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
     for index in range(count):
-        random = np.random.default_rng((seed, index))
-        scene = SCENES[names[index % len(names)]](random)
-        degrade(scene, random)
+        scene = photographed(SCENES[names[index % len(names)]], np.random.default_rng((seed, index)))
         image = scene.image
         image.thumbnail((CELL - 8, CELL - 8))
         x, y = index % columns * CELL, index // columns * (CELL + TEXT)

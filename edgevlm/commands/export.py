@@ -40,7 +40,11 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
     "--scale-estimation/--no-scale-estimation", default=None, help="INT4: fit scales to inputs.  [default: yes]"
 )
 @click.option("--gptq/--no-gptq", default=None, help="INT4: correct each layer's error on real inputs (slow).")
-@click.option("--calibration", type=click.Path(path_type=Path), help="Your own pictures and questions.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="Your own pictures and questions; a folder of pictures is enough.",
+)
 @click.option(
     "--via",
     type=click.Choice(["auto", "native", "optimum", "onnx"]),

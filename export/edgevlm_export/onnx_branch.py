@@ -46,7 +46,8 @@ def with_past(path: Path, folder: Path) -> Path:
         graph.output,
         [*graph.initializer, *branch.initializer],
     )
-    made = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
+    kept = {"opset_imports": model.opset_import, "ir_version": model.ir_version, "functions": model.functions}
+    made = onnx.helper.make_model(alone, **kept)
     folder.mkdir()
     target = folder / "decoder_with_past.onnx"
     onnx.save(made, target, save_as_external_data=made.ByteSize() > _MOST_BYTES, location=f"{target.name}_data")
