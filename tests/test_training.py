@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,18 +12,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import save_file
 
-from training.data import IGNORED, MARKS, Drawer, collate, marked_patches, shrink
+from training.data import IGNORED, MARKS, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
 from training.draw import font_files
 from training.evaluate import Score, judge
 from training.forms import formed
 from training.gaze import SINK, asked_words, counted, gazes
-from training.model import IMAGE_SIZE, IMAGE_TOKENS, make_config, make_model, save_checkpoint
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE, load_model, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
+from training.scenes.gauges import SCALES
+from training.split import split
 from training.tokenizer import train_tokenizer
-from training.train import STEPS, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
+from training.train import GUIDE, STEPS, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -243,14 +246,73 @@ def test_the_guide_scores_the_shares_at_their_patches(tokenizer: object) -> None
     guide = Guide(model, "cpu")
     scene = Scene(Image.new("RGB", (180, 180)), [Mark(20, 20, "hub", 0.25)], [QA("gauge", "Read the gauge.", "25")])
     batch = collate([Drawer(tokenizer, seed=12).row(scene)])
-    assert batch.shares.tolist() == [[0, 13, 0.25]]  # row 1, column 1 of 12 x 12: the first token's fourth patch
+    assert batch.shares.tolist() == [[0, 13, 0.25]]  # row 1, column 1 of 12 x 12
     losses = []
     for step, other in ((12, 13), (12, 12), (3, 3)):
-        guide.share.bias.data.fill_(-30.0).view(4, STEPS + 1)[3, [step, other]] = 0.0
+        guide.share.bias.data.fill_(-30.0)[[step, other]] = 0.0
         loss_of(model, batch, "cpu")
         losses.append(float(guide.loss(batch)[1].detach()))
     least = losses[0] - np.log(2)  # 0.25 lies midway between two of fifty steps
     assert losses == pytest.approx([least + np.log(2), least + 15, least + 30], rel=1e-2)
+
+
+def test_the_guide_asks_the_text_part_for_what_a_reading_tells(tokenizer: object) -> None:
+    model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
+    guide = Guide(model, "cpu")
+    pair = QA("gauge", "Read the gauge.", "25", 2.0, share=0.25)
+    batch = collate([Drawer(tokenizer, seed=12).row(Scene(Image.new("RGB", (180, 180)), [], [pair]))])
+    told = batch.readings[:, 1].astype(int)
+    assert tokenizer.decode(batch.labels[0, told]) == "25"  # type: ignore[attr-defined]
+    assert batch.readings[:, 2].tolist() == [0.25, 0.25]
+    losses = []
+    for step, other in ((12, 13), (3, 3)):
+        guide.recall.bias.data.fill_(-30.0)[[step, other]] = 0.0
+        loss_of(model, batch, "cpu")
+        losses.append(guide.loss(batch)[1])
+    assert float((losses[1] - losses[0]).detach()) == pytest.approx(30 - np.log(2), rel=1e-2)
+    torch.nn.init.normal_(guide.recall.weight)
+    loss_of(model, batch, "cpu")
+    guide.loss(batch)[1].backward()
+    assert model.model.text_model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+def test_needles_to_learn_from_stand_anywhere() -> None:
+    def on_numbers(draw: Callable[[np.random.Generator], Scene]) -> int:
+        scenes = [draw(np.random.default_rng((13, seed))) for seed in range(150)]
+        scales = [(low, high, step) for low, high, step in SCALES]
+        shares = [pair.share for scene in scenes for pair in scene.pairs if pair.share is not None]
+        ticks = {round(tick / ((high - low) / step), 9) for low, high, step in scales for tick in range(51)}
+        return sum(round(share, 9) in ticks for share in shares)
+
+    assert on_numbers(SCENES["gauge"]) > 15
+    assert on_numbers(TAUGHT["gauge"]) == 0
+
+
+def test_a_token_is_split_into_its_patches(tokenizer: object, tmp_path: Path) -> None:
+    config = make_config(tokenizer, 64, 1, 1)
+    config.scale_factor = 2
+    old = make_model(config, seed=1)
+    torch.nn.init.normal_(old.model.vision_model.post_layernorm.bias)
+    save_checkpoint(old, tokenizer, tmp_path / "old" / "checkpoint")
+    sizes = {"layer": len(MARKS), "joint": 4 * len(MARKS), "place": 12, "share": 4 * (STEPS + 1)}
+    guide = {f"{name}.weight": torch.randn(size, 64) for name, size in sizes.items()}
+    guide |= {f"{name}.bias": torch.randn(size) for name, size in sizes.items()}
+    save_file(guide, tmp_path / "old" / GUIDE)
+    split(tmp_path / "old" / "checkpoint", tmp_path / "new" / "checkpoint")
+    new = load_model(tmp_path / "new" / "checkpoint")
+    kept = Guide(new, "cpu")
+    kept.load(tmp_path / "new" / GUIDE)
+    assert torch.equal(kept.joint.weight.data, guide["joint.weight"][: len(MARKS)])
+    pictures = torch.rand(8, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
+    with torch.no_grad():
+        patches = new.model.vision_model(pictures).last_hidden_state
+        tokens = new.model.connector(patches)
+        first, *others = load_model(
+            tmp_path / "old" / "checkpoint"
+        ).model.connector.modality_projection.proj.weight.chunk(4, 1)
+        wanted = patches @ first.T + sum(others) @ patches.mean((0, 1))
+    assert tokens.shape == (8, IMAGE_TOKENS, 64)
+    assert (tokens - wanted).norm() < 0.25 * wanted.norm()
 
 
 def test_the_guide_scores_the_marks(tokenizer: object) -> None:
@@ -267,25 +329,24 @@ def test_the_guide_scores_the_marks(tokenizer: object) -> None:
         for name in set(batch.marks[:, 2].tolist()):
             layer.bias.data.view(-1, len(MARKS))[:, name] = 0.0
     loss_of(model, batch, "cpu")
-    patches = (IMAGE_SIZE // 16) ** 2
     named = len(set(batch.marks[:, 2].tolist()))
-    wanted = 2 * patches * named * np.log(2) / len(batch.marks)
+    wanted = 2 * IMAGE_TOKENS * named * np.log(2) / len(batch.marks)
     unplaced = np.log(IMAGE_TOKENS**0.5)
     assert [float(each.detach()) for each in guide.loss(batch)] == pytest.approx([wanted, wanted + unplaced], rel=1e-3)
     assert all(float(each.detach()) > 0 for each in before)
 
 
-def test_an_image_token_holds_the_marks_of_its_own_patches(tokenizer: object) -> None:
+def test_an_image_token_holds_the_marks_of_its_own_patch(tokenizer: object) -> None:
     drawer = Drawer(tokenizer, seed=12)
     model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
     guide = Guide(model, "cpu")
     row = drawer.row(drawer.scene(0))
-    batch = collate([(*row[:5], [(13, 0)], [], *row[7:])])  # row 1, column 1 of 12 x 12: the first token's fourth patch
-    guide.joint.bias.data.fill_(-50.0).view(4, len(MARKS))[3, 0] = 50.0
+    batch = collate([(*row[:5], [(13, 0)], [], *row[7:10], [])])
+    guide.joint.bias.data.fill_(-50.0)[0] = 50.0
     loss_of(model, batch, "cpu")
     guide.place.bias.data.fill_(0)
-    wrongly_named = (float(guide.loss(batch)[1].detach()) - np.log(6)) / 50
-    assert wrongly_named == pytest.approx(35)  # the other 35 tokens, and not this one
+    wrongly_named = (float(guide.loss(batch)[1].detach()) - np.log(SIDE)) / 50
+    assert wrongly_named == pytest.approx(IMAGE_TOKENS - 1)  # the other tokens, and not this one
 
 
 def test_an_answer_s_signs_are_looked_for_where_they_are_drawn(tokenizer: object) -> None:

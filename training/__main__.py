@@ -56,6 +56,20 @@ def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: 
 
 
 @main.command()
+@click.argument("old", type=click.Path(path_type=Path, exists=True))
+@click.argument("new", type=click.Path(path_type=Path))
+def split(old: Path, new: Path) -> None:
+    """Write the checkpoint OLD, whose image tokens show four patches each, to NEW with a token for each patch.
+
+    \b
+    python -m training split runs/more/checkpoint runs/split/checkpoint
+    """
+    from training.split import split as run
+
+    run(old, new)
+
+
+@main.command()
 @click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--pictures", default=300, help="Pictures of each kind.")
 @click.option("--processes", default=2, help="Processes that ask, one thread each.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,9 +17,13 @@ from PIL import Image
 from training.degrade import degrade
 from training.forms import formed
 from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes
-from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
 from training.scene import Random, Scene
 from training.scenes import SCENES, charts, gauges, pages, sheets
+
+TAUGHT = SCENES | {"gauge": partial(gauges.scene, ticked=0.0)}
+"""What is drawn to learn from. A model that has seen many needles stand on numbers takes to saying round ones: where it
+doubts a digit, its neighbours share what it believes, and the zero of a number does not."""
 
 IGNORED = -100
 MARKS = (
@@ -31,9 +36,18 @@ MARKS = (
 )
 """What the vision tower is told about single patches while it learns."""
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
-LONGEST = 112
+LONGEST = 220
 """Tokens of a row; a question that would make it longer is left out."""
-WEIGHTS = {"display": 2.0, "label": 3.5, "gauge": 4.0, "chart": 2.0, "count": 2.0, "missing": 0.8, "light": 1.2}
+WEIGHTS = {
+    "display": 2.0,
+    "label": 2.5,
+    "gauge": 4.0,
+    "chart": 2.5,
+    "count": 2.5,
+    "missing": 0.8,
+    "light": 1.5,
+    "shape": 1.5,
+}
 """How often a kind of scene is drawn: more of those that learn slowly."""
 SHEETS_AMONG, PAGES_AMONG = 0.06, 0.24
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
@@ -42,8 +56,9 @@ text part where to look."""
 
 Pairs: TypeAlias = list[tuple[int, int]]
 Shares: TypeAlias = list[tuple[int, int, float]]
+Measured: TypeAlias = list[tuple[int, float]]
 Row: TypeAlias = tuple[
-    np.ndarray, list[int], list[int], list[int], list[int], Pairs, list[tuple[int, float]], Pairs, Pairs, Shares
+    np.ndarray, list[int], list[int], list[int], list[int], Pairs, Measured, Pairs, Pairs, Shares, Measured
 ]
 
 
@@ -61,6 +76,7 @@ class Batch:
     gazes: np.ndarray  # (n, 3) int64: picture, position, position to look at for the id to predict there
     words: np.ndarray  # (n, 3) int64: picture, position, position of a word that says what is asked
     counts: np.ndarray  # (n, 4) float64: picture, position, position to look at, share of the attention
+    readings: np.ndarray  # (n, 3) float64: picture, position, how far along its scale stands what is told there
 
 
 class Drawer:
@@ -90,13 +106,13 @@ class Drawer:
 
     def _kind(self, random: Random, name: str | None) -> Callable[[Random], Scene]:
         if name is not None:
-            return SCENES[name]
+            return TAUGHT[name]
         chosen = 0.0 if self._sheets else random.random()
         if chosen < SHEETS_AMONG:
             return sheets.scene
         if chosen < SHEETS_AMONG + PAGES_AMONG:
             return pages.scene
-        return SCENES[str(random.choice(self._names, p=self._share))]
+        return TAUGHT[str(random.choice(self._names, p=self._share))]
 
     def batch(self, first: int, count: int) -> list[Batch]:
         """Return pictures `first` to `first + count - 1` in two halves: the shorter rows, the longer ones."""
@@ -119,6 +135,7 @@ class Drawer:
         looks: Pairs = []
         words: Pairs = []
         counts: Shares = []
+        readings: Measured = []
         for number, pair in enumerate(scene.pairs, 1):
             question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
             lead = self._encode(pair.lead)[0]
@@ -133,12 +150,14 @@ class Drawer:
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
             shares = counted(scene, pair, SIDE)
             counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
+            if pair.share is not None:
+                readings += [(first + index, pair.share) for index in range(len(places))]
             ids += text
             labels += [IGNORED] * (len(question) + len(lead) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))
             segments += [number] * len(text)
         marks, measured = marked_patches(scene), measured_patches(scene)
-        return shrink(scene.image), ids, labels, positions, segments, marks, measured, looks, words, counts
+        return shrink(scene.image), ids, labels, positions, segments, marks, measured, looks, words, counts, readings
 
     def _seen(self, place: int) -> int:
         """Return the position of an image token, or of the sink."""
@@ -170,13 +189,13 @@ def shrink(image: Image.Image) -> np.ndarray:
 
 def marked_patches(scene: Scene) -> Pairs:
     """Return patch and index into `MARKS` of every mark inside the picture."""
-    placed = ((cell_of(scene, mark, IMAGE_SIZE // PATCH), _MARK_INDEX.get(mark.name)) for mark in scene.marks)
+    placed = ((cell_of(scene, mark, SIDE), _MARK_INDEX.get(mark.name)) for mark in scene.marks)
     return [(patch, name) for patch, name in placed if patch != OUTSIDE and name is not None]
 
 
-def measured_patches(scene: Scene) -> list[tuple[int, float]]:
+def measured_patches(scene: Scene) -> Measured:
     """Return patch and share of every mark that measures something."""
-    placed = dict.fromkeys((cell_of(scene, mark, IMAGE_SIZE // PATCH), mark.share) for mark in scene.marks)
+    placed = dict.fromkeys((cell_of(scene, mark, SIDE), mark.share) for mark in scene.marks)
     return [(patch, share) for patch, share in placed if patch != OUTSIDE and share is not None]
 
 
@@ -202,4 +221,5 @@ def collate(rows: list[Row]) -> Batch:
         flat(7),
         flat(8),
         flat(9, np.float64, 4),
+        flat(10, np.float64),
     )

@@ -6,10 +6,12 @@ import math
 from copy import deepcopy
 from typing import Any
 
-IMAGE_SIZE, PATCH, SHUFFLE = 192, 16, 2
-SIDE = IMAGE_SIZE // PATCH // SHUFFLE
-"""Image tokens in a row of the picture."""
+IMAGE_SIZE, PATCH = 192, 16
+SIDE = IMAGE_SIZE // PATCH
+"""Patches, and image tokens, in a row of the picture."""
 IMAGE_TOKENS = SIDE**2
+CONTEXT = 1024
+"""Positions that the text part has room for."""
 
 
 def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_layers: int = 4) -> Any:
@@ -20,7 +22,7 @@ def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_l
     return Idefics3Config(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         pad_token_id=end,
-        scale_factor=SHUFFLE,
+        scale_factor=1,
         tie_word_embeddings=False,
         text_config={
             "model_type": "llama",
@@ -31,7 +33,7 @@ def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_l
             "num_attention_heads": width // 32,
             "num_key_value_heads": width // 64,
             "head_dim": 32,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": CONTEXT,
             "rope_theta": 10000.0,
             "pad_token_id": end,
             "tie_word_embeddings": False,

@@ -23,6 +23,8 @@ class QA:
     answer: str
     tolerance: float | None = None
     """Largest error of a numeric answer; None asks for the exact text."""
+    share: float | None = None
+    """How far along its scale stands what is read, 0 to 1, if a scale is read."""
     lead: str = ""
     """What is written before the answer, as a form does that the model did not choose."""
     close: str = ""
@@ -49,10 +51,16 @@ class Scene:
     pairs: list[QA] = field(default_factory=list)
 
     def ask(
-        self, task: str, questions: tuple[str, ...], answer: str, random: Random, tolerance: float | None = None
+        self,
+        task: str,
+        questions: tuple[str, ...],
+        answer: str,
+        random: Random,
+        tolerance: float | None = None,
+        share: float | None = None,
     ) -> None:
         """Add one question, worded in one of several ways."""
-        self.pairs.append(QA(task, pick(random, questions), answer, tolerance))
+        self.pairs.append(QA(task, pick(random, questions), answer, tolerance, share))
 
     def describe(self, random: Random, answer: str, tolerance: float | None = None) -> None:
         """Add the question for a description: one long answer teaches more than several short ones."""

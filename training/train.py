@@ -19,10 +19,7 @@ import numpy as np
 
 from training.data import IGNORED, MARKS, Batch, Drawer, shrink
 from training.model import (
-    IMAGE_SIZE,
     IMAGE_TOKENS,
-    PATCH,
-    SHUFFLE,
     SIDE,
     load_model,
     make_config,
@@ -135,8 +132,9 @@ class Guide:
     """Linear layers that name what is drawn at each patch: they teach the vision tower, and are not part of the model.
 
     Answers alone leave the tower at chance for tens of thousands of pictures, since they say nothing of where to look.
-    `layer` looks at the tower's patches, `joint` at image tokens, of which each must still hold all its patches,
-    `place` tells a token's row and column, and `share` how far along its scale stands what each patch shows.
+    `layer` looks at the tower's patches, `joint` at the image tokens made of them,
+    `place` tells a token's row and column, and `share` how far along its scale stands what each patch shows. `recall`
+    asks the text part, whose heads have looked there by then, for the share that a reading is about to tell.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -144,21 +142,26 @@ class Guide:
 
         tower, width = model.model.vision_model, model.config.text_config.hidden_size
         self.layer = torch.nn.Linear(tower.config.hidden_size, len(MARKS)).to(device)
-        self.joint = torch.nn.Linear(width, SHUFFLE**2 * len(MARKS)).to(device)
+        self.joint = torch.nn.Linear(width, len(MARKS)).to(device)
         self.place = torch.nn.Linear(width, 2 * SIDE).to(device)
-        self.share = torch.nn.Linear(width, SHUFFLE**2 * (STEPS + 1)).to(device)
+        self.share = torch.nn.Linear(width, STEPS + 1).to(device)
+        self.recall = torch.nn.Linear(width, STEPS + 1).to(device)
         self._patches: Any = None
+        self._looked: Any = None
         self._tokens: Any = None
         for layer in self.layers.values():
             torch.nn.init.zeros_(layer.weight)
             torch.nn.init.constant_(layer.bias, -4.0)
         tower.post_layernorm.register_forward_hook(lambda *args: setattr(self, "_patches", args[2]))
         model.model.connector.register_forward_hook(lambda *args: setattr(self, "_tokens", args[2]))
+        layers = model.model.text_model.layers
+        layers[min(max(GAZERS), len(layers) - 1)].register_forward_hook(lambda *args: setattr(self, "_looked", args[2]))
 
     @property
     def layers(self) -> dict[str, Any]:
         """The layers by name."""
-        return {"layer": self.layer, "joint": self.joint, "place": self.place, "share": self.share}
+        names = ("layer", "joint", "place", "share", "recall")
+        return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """Return all layers' weights."""
@@ -200,11 +203,10 @@ class Guide:
         entropy = partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="sum")
         if self._tokens is None:
             return entropy(logits, target) / count, torch.zeros((), device=logits.device)
-        blocks = (SIDE, SHUFFLE, SIDE, SHUFFLE, len(MARKS))
-        joined = target.view(-1, *blocks).transpose(2, 3).reshape(len(target), IMAGE_TOKENS, -1)
         tokens, self._tokens = self._tokens.float(), None
-        named = entropy(self.joint(tokens), joined) / count
-        return entropy(logits, target) / count, named + self._misplaced(tokens) + self._misread(tokens, batch.shares)
+        named = entropy(self.joint(tokens), target) / count
+        lost = self._misplaced(tokens) + self._misread(tokens, batch.shares) + self._forgotten(batch.readings)
+        return entropy(logits, target) / count, named + lost
 
     def _misplaced(self, tokens: Any) -> Any:
         """Return the mean cross-entropy of rows and columns."""
@@ -216,19 +218,34 @@ class Guide:
         return (entropy(rows, places // SIDE) + entropy(columns, places % SIDE)) / 2
 
     def _misread(self, tokens: Any, shares: np.ndarray) -> Any:
-        """Return the mean cross-entropy of the `shares` (n, 3), each parted between the two nearest of its steps."""
+        """Return the mean cross-entropy of the `shares` (n, 3)."""
         import torch
 
         if not len(shares):
             return torch.zeros((), device=tokens.device)
         picture, patch = shares[:, :2].astype(np.int64).T
-        row, column = np.divmod(patch, SIDE * SHUFFLE)
-        token = row // SHUFFLE * SIDE + column // SHUFFLE
-        within = row % SHUFFLE * SHUFFLE + column % SHUFFLE
-        logits = self.share(tokens[picture, token]).unflatten(-1, (SHUFFLE**2, -1))[np.arange(len(shares)), within]
-        steps = torch.arange(STEPS + 1, device=tokens.device)
-        wanted = torch.from_numpy(shares[:, 2:] * STEPS).to(tokens.device, torch.float32)
-        return torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1))
+        logits = self.share(tokens[picture, patch])
+        return torch.nn.functional.cross_entropy(logits, _parted(shares[:, 2:], logits))
+
+    def _forgotten(self, readings: np.ndarray) -> Any:
+        """Return the mean cross-entropy of the `readings` (n, 3) in what the text part holds at their positions."""
+        import torch
+
+        if not len(readings):
+            return torch.zeros((), device=self._looked.device)
+        picture, position = torch.from_numpy(readings[:, :2].astype(np.int64)).to(self._looked.device).unbind(1)
+        held = self._looked[picture, position].float()
+        logits = self.recall(torch.nn.functional.rms_norm(held, held.shape[-1:]))
+        return torch.nn.functional.cross_entropy(logits, _parted(readings[:, 2:], logits))
+
+
+def _parted(shares: np.ndarray, logits: Any) -> Any:
+    """Return targets `(n, STEPS + 1)`: each of the `shares` (n, 1) parted between the two nearest of its steps."""
+    import torch
+
+    steps = torch.arange(STEPS + 1, device=logits.device)
+    wanted = torch.from_numpy(shares * STEPS).to(logits.device, torch.float32)
+    return (1 - (wanted - steps).abs()).clamp(0, 1)
 
 
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
@@ -299,8 +316,7 @@ def look(model: Any, batch: Batch, device: str) -> None:
     """Let the vision tower alone look at the pictures, for the guide."""
     import torch
 
-    side = IMAGE_SIZE // PATCH
-    mask = torch.ones(len(batch.pixels), side, side, dtype=torch.bool, device=device)
+    mask = torch.ones(len(batch.pixels), SIDE, SIDE, dtype=torch.bool, device=device)
     with torch.autocast(device, torch.bfloat16):
         model.model.vision_model(pixel_values=pixel_values(batch, device), patch_attention_mask=mask)
 
@@ -340,7 +356,7 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     for name, weight in model.named_parameters():
         matrix = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else rest).append(weight)
-    rest += [*guide.joint.parameters(), *guide.place.parameters(), *guide.share.parameters()]
+    rest += [weight for name, each in guide.layers.items() if name != "layer" for weight in each.parameters()]
     muon = torch.optim.Muon(hidden, lr=settings.muon_rate, weight_decay=0.01, momentum=0.95)
     return [muon, torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
 

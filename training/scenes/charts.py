@@ -96,7 +96,7 @@ def bar_chart(random: Random) -> Scene:
         result.ask("chart", ("Which bar is the lowest?", "Which category has the smallest value?"), lowest, random)
     index = int(random.integers(count))
     questions = (f"What is the value of {names[index]}?", f"How high is the bar {names[index]}?")
-    result.ask("chart", questions, str(values[index]), random, tolerance=0.0 if shown else 0.05 * top)
+    result.ask("chart", questions, str(values[index]), random, 0.0 if shown else 0.05 * top, values[index] / top)
     told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
     result.describe(random, f"a bar chart: {told}", 0.0 if shown else 0.05 * top)
     return result
@@ -137,7 +137,7 @@ def line_chart(random: Random) -> Scene:
     if spike is not None:
         where = round(100 * spike / (count - 1))
         result.ask(
-            "chart", ("Where is the spike?", "At which position is the spike?"), str(where), random, tolerance=5.0
+            "chart", ("Where is the spike?", "At which position is the spike?"), str(where), random, 5.0, where / 100
         )
     told = "no spike" if spike is None else f"a spike at {round(100 * spike / (count - 1))}"
     result.describe(random, f"a line chart up to {top}, {told}", 5.0)

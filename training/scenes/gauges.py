@@ -33,8 +33,8 @@ SCALES = (
 UNITS = ("bar", "°C", "psi", "%", "kPa", "V", "A", "rpm", "")
 
 
-def scene(random: Random) -> Scene:
-    """Draw one round gauge."""
+def scene(random: Random, ticked: float = 0.2) -> Scene:
+    """Draw one round gauge; the share `ticked` of needles stands on a number."""
     image, pen, ground = canvas(random)
     width, height = image.size
     radius = between(random, 0.36, 0.48) * min(width, height)
@@ -99,13 +99,14 @@ def scene(random: Random) -> Scene:
             fit(random, unit, radius * 0.4, radius * 0.16),
             colour,
         )
-    value = between(random, low, high) if chance(random, 0.8) else low + step * int(random.integers(0, ticks + 1))
+    anywhere = chance(random, 1 - ticked)
+    value = between(random, low, high) if anywhere else low + step * int(random.integers(0, ticks + 1))
     needle(random, pen, (cx, cy), at(value, between(random, 0.6, 0.85)), radius, face)
     share = (value - low) / (high - low)
     pen.mark(*at(value, 0.7), "needle", share=share)
     pen.mark(cx, cy, "hub", f"{low}..{high}", share=share)
     result = Scene(image, pen.marks)
-    result.ask("gauge", QUESTIONS, written(value, low, high), random, tolerance=0.02 * (high - low))
+    result.ask("gauge", QUESTIONS, written(value, low, high), random, 0.02 * (high - low), share)
     if chance(random, 0.3):
         result.ask("gauge", RANGE_QUESTIONS, str(high), random)
     scale = f"from {low} to {high} {unit}".strip()

@@ -10,6 +10,7 @@ from training.draw import COLOURS, Box, Pen, background, canvas, fit, ink, jitte
 from training.scene import Random, Scene, between, chance, pick
 from training.scenes.displays import LIT, display, dot_matrix, seven_segment
 from training.scenes.labels import code
+from training.scenes.shapes import pointed_at
 from training.scenes.sheets import SIGNS
 from training.scenes.things import PARTS, SHAPES, Thing, draw
 
@@ -76,7 +77,10 @@ def grid(random: Random) -> Scene:
     word = pick(random, pick(random, page))
     places = [(r, c) for r, words in enumerate(page, 1) for c, each in enumerate(words, 1) if each == word]
     if len(places) == 1:
-        result.ask("page", (f"Where is the {word}?",), f"row {places[0][0]}, column {places[0][1]}", random)
+        row, column = places[0]
+        result.ask("page", (f"Where is the {word}?",), f"row {row}, column {column}", random)
+        x, y = 100 * (x0 + (column - 0.5) * wide) / width, 100 * (y0 + (row - 0.5) * high) / height
+        result.ask("page", pointed_at(word), f"x {x:.0f}, y {y:.0f}", random, 6.0)
     return result
 
 

@@ -44,17 +44,18 @@ def scene(random: Random) -> Scene:
     result.ask("presence", yes_or_no, "yes" if there else "no", random)
     if chance(random, 0.3):
         x, y = round(100 * one.x / width), round(100 * one.y / height)
-        questions = (
-            f"Give the rough coordinates of the {one.kind} in percent.",
-            f"At which point is the {one.kind}, in percent?",
-        )
-        result.ask("point", questions, f"x {x}, y {y}", random, tolerance=6.0)
+        result.ask("point", pointed_at(one.kind), f"x {x}, y {y}", random, tolerance=6.0)
     told = [
         f"{each.colour} {each.kind} x {round(100 * each.x / width)}, y {round(100 * each.y / height)}"
         for each in sorted(things, key=lambda each: each.x)
     ]
     result.describe(random, "; ".join(told), 6.0)
     return result
+
+
+def pointed_at(name: str) -> tuple[str, ...]:
+    """Return the questions for a point."""
+    return f"Give the rough coordinates of the {name} in percent.", f"At which point is the {name}, in percent?"
 
 
 def quadrant(thing: Thing, width: int, height: int) -> str:
