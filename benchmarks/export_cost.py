@@ -23,6 +23,8 @@ from edgevlm_export.memory import PeakMemory
 
 WEIGHTS_ALONE = ["--vision-precision", "int8"]
 """What compresses weights alone, as optimum-cli does."""
+SAME_WORK = [*WEIGHTS_ALONE, "--no-scale-estimation", "--no-verify"]
+"""What leaves out all that optimum-cli does not do: it compresses without data, and compares nothing."""
 
 
 def commands(checkpoint: Path, output: Path) -> dict[str, list[str]]:
@@ -35,6 +37,7 @@ def commands(checkpoint: Path, output: Path) -> dict[str, list[str]]:
         "edgevlm": edgevlm_command("native", checkpoint, output, []),
         "edgevlm --vision-precision int8": edgevlm_command("native", checkpoint, output, WEIGHTS_ALONE),
         "the same, --no-verify": edgevlm_command("native", checkpoint, output, [*WEIGHTS_ALONE, "--no-verify"]),
+        "edgevlm, no more than optimum-cli does": edgevlm_command("native", checkpoint, output, SAME_WORK),
         "edgevlm --via optimum": edgevlm_command("optimum", checkpoint, output, []),
     }
 
