@@ -59,11 +59,18 @@ FIGURES = (
 )
 
 
-def exports(checkpoint: Path, folder: Path) -> dict[str, Path]:
-    """Make every export that is missing and return their folders by name."""
+def _asked(name: str, only: Sequence[str]) -> bool:
+    """Tell whether `only` asks for what is called `name`, or for a way to use it: all, where it is empty."""
+    return not only or any(each.split(",")[0] == name for each in only)
+
+
+def exports(checkpoint: Path, folder: Path, only: Sequence[str] = ()) -> dict[str, Path]:
+    """Make every export that is asked for and missing, and return their folders by name."""
     scripts = Path(sys.executable).parent
     made = {}
     for name, options in {**OPTIMUM, **EDGEVLM}.items():
+        if not _asked(name, only):
+            continue
         made[name] = folder / name.lower().replace(" ", "-").replace("+-", "")
         if made[name].is_dir():
             continue
@@ -76,10 +83,12 @@ def exports(checkpoint: Path, folder: Path) -> dict[str, Path]:
     return made
 
 
-def peer_files(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """Make the files of the other peers and return their folders by name, and why one could not be made."""
+def peer_files(checkpoint: Path, folder: Path, only: Sequence[str] = ()) -> tuple[dict[str, Path], dict[str, str]]:
+    """Make the files of the other peers that are asked for and return their folders by name, and why one is missing."""
     made, left_out = {}, {}
     for name, (system, build) in PARTS.items():
+        if only and name not in only:
+            continue
         source = checkpoint
         try:
             if system.endswith("-text"):
@@ -93,14 +102,14 @@ def peer_files(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], dict[st
 def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Path]]:
     """Return name -> (system of `peers`, model folder)."""
     found = {"PyTorch FP32": ("torch-fp32", checkpoint), "PyTorch BF16": ("torch-bf16", checkpoint)}
-    found |= {name: ("optimum", made[name]) for name in OPTIMUM}
+    found |= {name: ("optimum", made[name]) for name in OPTIMUM if name in made}
     found |= {name: (system, made[name]) for name, (system, _) in PARTS.items() if name in made}
-    for name in EDGEVLM:
-        found[name] = ("edgevlm", made[name])
-    for name in ("edgevlm INT4", "edgevlm INT4 + W8A8"):
-        found[f"{name}, detail auto"] = ("edgevlm-auto", made[name])
-    found["optimum INT4, one tile"] = ("optimum-low", made["optimum INT4"])
-    found["edgevlm INT4, one tile"] = ("edgevlm-low", made["edgevlm INT4"])
+    found |= {name: ("edgevlm", made[name]) for name in EDGEVLM if name in made}
+    ways = {"detail auto": "edgevlm-auto", "one tile": "edgevlm-low"}
+    quickest = [name for name in ("edgevlm INT4", "edgevlm INT4 + W8A8") if name in made]
+    found |= {f"{name}, {way}": (system, made[name]) for way, system in ways.items() for name in quickest}
+    if "optimum INT4" in made:
+        found["optimum INT4, one tile"] = ("optimum-low", made["optimum INT4"])
     return found
 
 
@@ -123,8 +132,8 @@ def run(
     checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Sequence[str], only: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Alternate all systems, or `only` some, and return their medians with the range, and why any was left out."""
-    made, left_out = peer_files(checkpoint, folder)
-    every = systems(checkpoint, exports(checkpoint, folder) | made)
+    made, left_out = peer_files(checkpoint, folder, only)
+    every = systems(checkpoint, exports(checkpoint, folder, only) | made)
     every = {name: each for name, each in every.items() if not only or name in only}
     answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number in range(rounds):

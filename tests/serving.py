@@ -22,7 +22,8 @@ from edgevlm.image import ImageInput
 from edgevlm.server.config import ServeConfig
 from edgevlm.server.run import Server
 
-QUESTION = "What is in this picture?"
+QUESTION = "What is the size of the grid?"
+"""The bundled model answers it with several tokens, with a picture or without."""
 PATIENCE_S = 30.0
 
 
