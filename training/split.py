@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from training.data import MARKS, Drawer, shrink
+from training.data import MARKS, Drawer, collate
 from training.model import CONTEXT, SIDE, load_model, save_checkpoint
-from training.train import GUIDE, STEPS
+from training.train import GUIDE, STEPS, pixel_values
 
 OLD = 2
 """Patches in a row of an old token."""
@@ -31,10 +29,10 @@ def split(old: Path, new: Path, seed: int = 2) -> None:
     tokenizer = AutoTokenizer.from_pretrained(old)
     model = load_model(old)
     drawer = Drawer(tokenizer, seed)
-    pictures = torch.from_numpy(np.stack([shrink(drawer.scene(index).image) for index in range(PICTURES)]))
+    pictures = collate([drawer.row(drawer.scene(index)) for index in range(PICTURES)])
     with torch.no_grad():
         patches = model.model.vision_model(
-            pixel_values=pictures.permute(0, 3, 1, 2).float().div(127.5).sub(1.0),
+            pixel_values=pixel_values(pictures, "cpu"),
             patch_attention_mask=torch.ones(PICTURES, SIDE, SIDE, dtype=torch.bool),
         ).last_hidden_state.flatten(0, 1)
         blocks = model.model.connector.modality_projection.proj.weight.chunk(OLD**2, 1)

@@ -132,9 +132,9 @@ class Guide:
     """Linear layers that name what is drawn at each patch: they teach the vision tower, and are not part of the model.
 
     Answers alone leave the tower at chance for tens of thousands of pictures, since they say nothing of where to look.
-    `layer` looks at the tower's patches, `joint` at the image tokens made of them,
-    `place` tells a token's row and column, and `share` how far along its scale stands what each patch shows. `recall`
-    asks the text part, whose heads have looked there by then, for the share that a reading is about to tell.
+    `layer` looks at the tower's patches, `joint` at the image tokens made of them, `place` tells a token's row and
+    column, and `share` how far along its scale stands what each patch shows. `recall` asks the text part, whose heads
+    have looked there by then, for the share that a reading is about to tell.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -205,8 +205,9 @@ class Guide:
             return entropy(logits, target) / count, torch.zeros((), device=logits.device)
         tokens, self._tokens = self._tokens.float(), None
         named = entropy(self.joint(tokens), target) / count
-        lost = self._misplaced(tokens) + self._misread(tokens, batch.shares) + self._forgotten(batch.readings)
-        return entropy(logits, target) / count, named + lost
+        looked = torch.nn.functional.rms_norm(self._looked.float(), self._looked.shape[-1:])
+        read = _misread(self.share, tokens, batch.shares) + _misread(self.recall, looked, batch.readings)
+        return entropy(logits, target) / count, named + self._misplaced(tokens) + read
 
     def _misplaced(self, tokens: Any) -> Any:
         """Return the mean cross-entropy of rows and columns."""
@@ -217,35 +218,21 @@ class Guide:
         entropy = torch.nn.functional.cross_entropy
         return (entropy(rows, places // SIDE) + entropy(columns, places % SIDE)) / 2
 
-    def _misread(self, tokens: Any, shares: np.ndarray) -> Any:
-        """Return the mean cross-entropy of the `shares` (n, 3)."""
-        import torch
 
-        if not len(shares):
-            return torch.zeros((), device=tokens.device)
-        picture, patch = shares[:, :2].astype(np.int64).T
-        logits = self.share(tokens[picture, patch])
-        return torch.nn.functional.cross_entropy(logits, _parted(shares[:, 2:], logits))
+def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
+    """Return the mean cross-entropy of the `shares` (n, 3): picture, place in `held`, share.
 
-    def _forgotten(self, readings: np.ndarray) -> Any:
-        """Return the mean cross-entropy of the `readings` (n, 3) in what the text part holds at their positions."""
-        import torch
-
-        if not len(readings):
-            return torch.zeros((), device=self._looked.device)
-        picture, position = torch.from_numpy(readings[:, :2].astype(np.int64)).to(self._looked.device).unbind(1)
-        held = self._looked[picture, position].float()
-        logits = self.recall(torch.nn.functional.rms_norm(held, held.shape[-1:]))
-        return torch.nn.functional.cross_entropy(logits, _parted(readings[:, 2:], logits))
-
-
-def _parted(shares: np.ndarray, logits: Any) -> Any:
-    """Return targets `(n, STEPS + 1)`: each of the `shares` (n, 1) parted between the two nearest of its steps."""
+    Each is parted between the two nearest of the steps that `layer` tells.
+    """
     import torch
 
-    steps = torch.arange(STEPS + 1, device=logits.device)
-    wanted = torch.from_numpy(shares * STEPS).to(logits.device, torch.float32)
-    return (1 - (wanted - steps).abs()).clamp(0, 1)
+    if not len(shares):
+        return torch.zeros((), device=held.device)
+    picture, place = shares[:, :2].astype(np.int64).T
+    logits = layer(held[picture, place])
+    steps = torch.arange(STEPS + 1, device=held.device)
+    wanted = torch.from_numpy(shares[:, 2:] * STEPS).to(held.device, torch.float32)
+    return torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1))
 
 
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
