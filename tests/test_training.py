@@ -12,21 +12,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 
 from training.data import IGNORED, MARKS, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
 from training.draw import font_files
+from training.enlarge import enlarge
 from training.evaluate import Score, judge
 from training.forms import formed
-from training.gaze import SINK, asked_words, counted, gazes
-from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE, load_model, make_config, make_model, save_checkpoint
+from training.gaze import MOST, SINK, SINK_WEIGHT, asked_words, counted, gazes
+from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE, load_model, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES
 from training.scenes.gauges import SCALES
-from training.split import split
 from training.tokenizer import train_tokenizer
-from training.train import GUIDE, STEPS, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
+from training.train import GUIDE, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -246,7 +245,7 @@ def test_the_guide_scores_the_shares_at_their_patches(tokenizer: object) -> None
     guide = Guide(model, "cpu")
     scene = Scene(Image.new("RGB", (180, 180)), [Mark(20, 20, "hub", 0.25)], [QA("gauge", "Read the gauge.", "25")])
     batch = collate([Drawer(tokenizer, seed=12).row(scene)])
-    assert batch.shares.tolist() == [[0, 13, 0.25]]  # row 1, column 1 of 12 x 12
+    assert batch.shares.tolist() == [[0, SIDE + 1, 0.25]]  # row 1, column 1
     losses = []
     for step, other in ((12, 13), (12, 12), (3, 3)):
         guide.share.bias.data.fill_(-30.0)[[step, other]] = 0.0
@@ -288,31 +287,27 @@ def test_needles_to_learn_from_stand_anywhere() -> None:
     assert on_numbers(TAUGHT["gauge"]) == 0
 
 
-def test_a_token_is_split_into_its_patches(tokenizer: object, tmp_path: Path) -> None:
+def test_larger_pictures_keep_what_was_learned_from_smaller_ones(tokenizer: object, tmp_path: Path) -> None:
     config = make_config(tokenizer, 64, 1, 1)
-    config.scale_factor = 2
+    config.vision_config.image_size = 8 * PATCH
     old = make_model(config, seed=1)
-    torch.nn.init.normal_(old.model.vision_model.post_layernorm.bias)
+    places = old.model.vision_model.embeddings.position_embedding.weight
+    rows, columns = torch.arange(8.0).repeat_interleave(8), torch.arange(8.0).repeat(8)
+    places.data[:, 0], places.data[:, 1] = rows / 7, columns / 7
     save_checkpoint(old, tokenizer, tmp_path / "old" / "checkpoint")
-    sizes = {"layer": len(MARKS), "joint": 4 * len(MARKS), "place": 12, "share": 4 * (STEPS + 1)}
-    guide = {f"{name}.weight": torch.randn(size, 64) for name, size in sizes.items()}
-    guide |= {f"{name}.bias": torch.randn(size) for name, size in sizes.items()}
-    save_file(guide, tmp_path / "old" / GUIDE)
-    split(tmp_path / "old" / "checkpoint", tmp_path / "new" / "checkpoint")
+    Guide(old, "cpu").save(tmp_path / "old" / GUIDE)
+    enlarge(tmp_path / "old" / "checkpoint", tmp_path / "new" / "checkpoint")
     new = load_model(tmp_path / "new" / "checkpoint")
-    kept = Guide(new, "cpu")
-    kept.load(tmp_path / "new" / GUIDE)
-    assert torch.equal(kept.joint.weight.data, guide["joint.weight"][: len(MARKS)])
-    pictures = torch.rand(8, 3, IMAGE_SIZE, IMAGE_SIZE) * 2 - 1
-    with torch.no_grad():
-        patches = new.model.vision_model(pictures).last_hidden_state
-        tokens = new.model.connector(patches)
-        first, *others = load_model(
-            tmp_path / "old" / "checkpoint"
-        ).model.connector.modality_projection.proj.weight.chunk(4, 1)
-        wanted = patches @ first.T + sum(others) @ patches.mean((0, 1))
-    assert tokens.shape == (8, IMAGE_TOKENS, 64)
-    assert (tokens - wanted).norm() < 0.25 * wanted.norm()
+    moved = new.model.vision_model.embeddings.position_embedding.weight.detach().view(SIDE, SIDE, -1)
+    inside = slice(3, -3)  # at the borders there is nothing to interpolate with
+    wanted = ((torch.arange(SIDE) + 0.5) * 8 / SIDE - 0.5) / 7
+    assert torch.allclose(moved[inside, :, 0], wanted[inside, None].expand(-1, SIDE), atol=0.01)
+    assert torch.allclose(moved[:, inside, 1], wanted[None, inside].expand(SIDE, -1), atol=0.01)
+    kept = {name: weight for name, weight in new.state_dict().items() if "position_embedding" not in name}
+    before = load_model(tmp_path / "old" / "checkpoint").state_dict()
+    assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
+    Guide(new, "cpu").load(tmp_path / "new" / GUIDE)
+    assert new.model.vision_model(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).last_hidden_state.shape[1] == IMAGE_TOKENS
 
 
 def test_the_guide_scores_the_marks(tokenizer: object) -> None:
@@ -434,6 +429,28 @@ def test_the_gaze_scores_the_attention_on_what_is_wanted(tokenizer: object) -> N
     text = model.model.text_model.layers
     assert float(loss.detach()) > 1
     assert all(text[index].self_attn.q_proj.weight.grad.abs().sum() > 0 for index in (0, 1, 2))
+
+
+def test_the_gaze_counts_by_what_the_sink_has(tokenizer: object) -> None:
+    marks = [Mark(20, 20, "nut"), Mark(90, 90, "nut"), Mark(150, 150, "nut")]
+    scene = Scene(Image.new("RGB", (180, 180)), marks, [QA("count", "Count the nuts.", "3")])
+    batch = collate([Drawer(tokenizer, seed=12).row(scene)])
+    assert {round(share * MOST) for _, _, share in batch.readings} == {3}
+    model = make_model(make_config(tokenizer, 64, 1, 3), seed=1)
+    gaze, size = Gaze(model), batch.input_ids.shape[1]
+    answer, (sink, *nuts) = int(batch.counts[0, 1]), batch.counts[:, 2].astype(int)
+
+    def miscounted(*worth: float) -> float:
+        weights = torch.zeros(1, 1, size, size)
+        weights[0, 0, answer, [sink, *nuts]] = torch.tensor([SINK_WEIGHT, *worth]) / (SINK_WEIGHT + sum(worth))
+        module = model.model.text_model.layers[2].self_attn
+        for hook in module._forward_hooks.values():
+            hook(module, None, (None, weights))
+        return float(gaze.loss(batch))
+
+    assert miscounted(1, 1, 1) == pytest.approx(0, abs=1e-4)
+    assert 0 < miscounted(0.5, 1, 1.5) < 0.1
+    assert miscounted(2, 2, 2) == pytest.approx(2.5, abs=0.2)  # three too many, beyond where errors count squared
 
 
 @pytest.mark.parametrize(

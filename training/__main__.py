@@ -58,13 +58,13 @@ def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: 
 @main.command()
 @click.argument("old", type=click.Path(path_type=Path, exists=True))
 @click.argument("new", type=click.Path(path_type=Path))
-def split(old: Path, new: Path) -> None:
-    """Write the checkpoint OLD, whose image tokens show four patches each, to NEW with a token for each patch.
+def enlarge(old: Path, new: Path) -> None:
+    """Write the checkpoint OLD, which looks at smaller pictures, to NEW for pictures of today's size.
 
     \b
-    python -m training split runs/more/checkpoint runs/split/checkpoint
+    python -m training enlarge runs/patches/checkpoint runs/larger/checkpoint
     """
-    from training.split import split as run
+    from training.enlarge import enlarge as run
 
     run(old, new)
 

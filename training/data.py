@@ -16,7 +16,7 @@ from PIL import Image
 
 from training.degrade import degrade
 from training.forms import formed
-from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes
+from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes, share_told
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
 from training.scene import Random, Scene
 from training.scenes import SCENES, charts, gauges, pages, sheets
@@ -36,16 +36,16 @@ MARKS = (
 )
 """What the vision tower is told about single patches while it learns."""
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
-LONGEST = 220
+LONGEST = 332
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {
     "display": 2.0,
-    "label": 2.5,
-    "gauge": 4.0,
+    "label": 3.0,
+    "gauge": 3.5,
     "chart": 2.5,
-    "count": 2.5,
+    "count": 3.0,
     "missing": 0.8,
-    "light": 1.5,
+    "light": 2.0,
     "shape": 1.5,
 }
 """How often a kind of scene is drawn: more of those that learn slowly."""
@@ -150,8 +150,8 @@ class Drawer:
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
             shares = counted(scene, pair, SIDE)
             counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
-            if pair.share is not None:
-                readings += [(first + index, pair.share) for index in range(len(places))]
+            if (share_of := share_told(pair)) is not None:
+                readings += [(first + index, share_of) for index in range(len(places))]
             ids += text
             labels += [IGNORED] * (len(question) + len(lead) - 1) + answer
             positions += range(len(self._prefix), len(self._prefix) + len(text))

@@ -35,6 +35,8 @@ SINK = -2
 """Instead of a place: the prompt's first token, to look at for want of anything in the picture."""
 SINK_WEIGHT = 8.0
 """As many things as the sink is worth when things are counted."""
+MOST = 12
+"""As many things as are counted at most."""
 OUTSIDE = -1
 """What stands for the cell of a mark that is not in the picture."""
 _WITHIN = 6
@@ -81,6 +83,11 @@ def counted(scene: Scene, pair: QA, side: int) -> dict[int, float]:
     places = [place for place in places if place >= 0]
     whole = len(places) + SINK_WEIGHT
     return {SINK: SINK_WEIGHT / whole} | {place: places.count(place) / whole for place in places}
+
+
+def share_told(pair: QA) -> float | None:
+    """Return how far along its scale stands what an answer tells, 0 to 1: a reading, or a count among `MOST`."""
+    return min(int(pair.answer) / MOST, 1.0) if _counts(pair) else pair.share
 
 
 def _counts(pair: QA) -> bool:

@@ -6,7 +6,7 @@ import math
 from copy import deepcopy
 from typing import Any
 
-IMAGE_SIZE, PATCH = 192, 16
+IMAGE_SIZE, PATCH = 256, 16
 SIDE = IMAGE_SIZE // PATCH
 """Patches, and image tokens, in a row of the picture."""
 IMAGE_TOKENS = SIDE**2

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from training.data import IGNORED, MARKS, Batch, Drawer, shrink
+from training.gaze import SINK_WEIGHT
 from training.model import (
     IMAGE_TOKENS,
     SIDE,
@@ -32,8 +33,8 @@ STEPS = 50
 """Into how many steps the guide parts a scale."""
 GUIDE = "guide.safetensors"
 """What is written beside a finished checkpoint, to go on from there when the run's own state is gone."""
-SHEET_USES, SHEETS_KEPT = 3, 200
-"""How often a batch of sheets is learned from, and how many are kept for it."""
+USES, KEPT = {True: 3, False: 2}, 200
+"""How often a batch of sheets, and of other pictures, is learned from, and how many are kept for it."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,18 @@ class Settings:
 def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False) -> Iterator[list[Batch]]:
     """Yield batches, each in halves, from picture `first` on, drawn by worker processes, in a fixed order.
 
-    Sheets take longer to draw than to learn from: each is followed by earlier ones, chosen by seed.
+    Drawing takes time that learning lacks: each batch is followed by earlier ones, chosen by seed.
     """
-    drawn = _drawn(settings, tokenizer, first, sheets)
-    if not sheets:
-        yield from drawn
-        return
-    random, kept = np.random.default_rng((settings.seed, first)), deque[list[Batch]](maxlen=SHEETS_KEPT)
-    for batch in drawn:
+    random, kept = np.random.default_rng((settings.seed, first)), deque[list[Batch]](maxlen=KEPT)
+    for batch in _drawn(settings, tokenizer, first, sheets):
         kept.append(batch)
         yield batch
-        for _ in range(SHEET_USES - 1):
+        for _ in range(USES[sheets] - 1):
             yield kept[int(random.integers(len(kept)))]
 
 
 def _drawn(settings: Settings, tokenizer: Any, first: int, sheets: bool) -> Iterator[list[Batch]]:
-    starts = range(first, settings.pictures, settings.batch * (SHEET_USES if sheets else 1))
+    starts = range(first, settings.pictures, settings.batch * USES[sheets])
     context = get_context("spawn")
     with context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets)) as pool:
         pending: list[Any] = []
@@ -238,7 +235,7 @@ def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
 """Layers of the text part and how many heads of each are told which words matter, or where to look."""
 COUNTING = 0.3
-"""Weight of counts within the gaze's loss."""
+"""Weight of the divergence of counts within the gaze's loss."""
 
 
 class Gaze:
@@ -262,7 +259,11 @@ class Gaze:
         return sum(losses) / len(losses) + self._miscounted(batch.counts)
 
     def _miscounted(self, counts: np.ndarray) -> Any:
-        """Return the mean divergence of the gazers' attention from the `counts` (n, 4): picture, from, to, share."""
+        """Return how far the gazers' attention is from the `counts` (n, 4): picture, from, to, share.
+
+        Its mean divergence from them, and the mean error of the number that it gives: w / a - w things, if the sink,
+        worth w, has the share a. The divergence hardly minds that one thing has twice the attention of another.
+        """
         import torch
 
         every = [weights for index, weights in self._seen.items() if index in GAZERS]
@@ -273,7 +274,10 @@ class Gaze:
         share = torch.from_numpy(counts[:, 3]).to(weights.device, torch.float32)
         given = weights.transpose(0, 1)[:, picture, position, seen].float() + 1e-6  # (heads, n)
         questions = len(np.unique(counts[:, :2], axis=0))
-        return COUNTING * (share * (share / given).log()).sum() / (len(given) * questions)
+        diverged = (share * (share / given).log()).sum() / (len(given) * questions)
+        sink = seen == 0
+        told, wanted = (SINK_WEIGHT / each[..., sink].clamp(0.1) for each in (given, share.expand_as(given)))
+        return COUNTING * diverged + torch.nn.functional.smooth_l1_loss(told, wanted)
 
     def _missed(self, index: int, wanted: np.ndarray) -> Any:
         """Return the mean -log of what one layer's heads give to the `wanted` (n, 3): picture, from, to."""
