@@ -19,9 +19,15 @@ from training.forms import formed
 from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes, share_told
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
 from training.scene import Random, Scene
-from training.scenes import SCENES, charts, gauges, pages, sheets
+from training.scenes import SCENES, charts, counting, gauges, pages, sheets
 
-TAUGHT = SCENES | {"gauge": partial(gauges.scene, ticked=0.0)}
+VARIED = 0.4
+"""The share of gauges, charts and counts to learn from that are less alike than those of the held-out set."""
+TAUGHT = SCENES | {
+    "gauge": partial(gauges.scene, ticked=0.0, varied=VARIED),
+    "chart": partial(charts.scene, varied=VARIED),
+    "count": partial(counting.scene, varied=VARIED),
+}
 """What is drawn to learn from. A model that has seen many needles stand on numbers takes to saying round ones: where it
 doubts a digit, its neighbours share what it believes, and the zero of a number does not."""
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from training.draw import canvas, named
-from training.scene import Random, Scene, chance, pick
-from training.scenes.things import PARTS, SHAPES, Thing, draw, places, plural
+from training.draw import Colour, Pen, canvas, jitter, named, panel, shade
+from training.scene import Random, Scene, between, chance, pick
+from training.scenes.things import PARTS, SHAPES, Thing, draw, places, plural, some_finish
 
 METALS = ("gray", "yellow", "black", "orange")
 
 
-def scene(random: Random) -> Scene:
-    """Draw scattered things and ask how many there are of one kind."""
+def scene(random: Random, varied: float = 0.0) -> Scene:
+    """Draw scattered things and ask how many there are of one kind; the share `varied` of scenes is less plain."""
     image, pen, ground = canvas(random)
     width, height = image.size
+    loose = varied > 0 and chance(random, varied)
+    if loose:
+        ground = lie(random, pen, ground)
+    finish = some_finish(random, ground) if loose else None
     kinds = PARTS if chance(random, 0.6) else SHAPES
     target = pick(random, kinds)
     others = [kind for kind in kinds if kind != target]
@@ -21,6 +25,7 @@ def scene(random: Random) -> Scene:
     scale = min(width, height)
     total = wanted + distractors
     top = min(0.11, 0.42 / max(total, 1) ** 0.5)
+    top *= between(random, 0.75, 1.3) if loose else 1.0
     spots = places(random, total, width, height, scale * min(0.055, top * 0.75), scale * top)
     wanted = min(wanted, len(spots))
     colours = METALS if kinds is PARTS else ("red", "green", "blue", "yellow", "orange", "purple")
@@ -30,7 +35,7 @@ def scene(random: Random) -> Scene:
         for index, spot in enumerate(spots)
     ]
     for thing in things:
-        draw(random, pen, thing, named(random, thing.colour), ground)
+        draw(random, pen, thing, named(random, thing.colour), ground, finish)
     result = Scene(image, pen.marks)
     many = plural(target)
     questions = (f"How many {many} are there?", f"Count the {many}.", f"What is the number of {many}?")
@@ -45,6 +50,22 @@ def scene(random: Random) -> Scene:
     said = [f"{number} {kind if number == 1 else plural(kind)}" for kind, number in counts if number]
     result.describe(random, ", ".join(said) or "nothing")
     return result
+
+
+def lie(random: Random, pen: Pen, ground: Colour) -> Colour:
+    """Draw what things lie on, a tray or ruled paper, and return its colour."""
+    width, height = pen.im.size
+    if chance(random, 0.5):
+        tray = jitter(random, shade(ground, pick(random, (0.6, 0.8, 1.3, 1.6))), 15)
+        margin = between(random, 0, 4)
+        panel(random, pen, (margin, margin, width - margin, height - margin), tray)
+        return tray
+    step, colour = between(random, 12, 50), shade(ground, pick(random, (0.8, 1.25)))
+    for x in range(round(step), width, round(step)):
+        pen.line((x, 0, x, height), fill=colour, width=1)
+    for y in range(round(step), height, round(step)):
+        pen.line((0, y, width, y), fill=colour, width=1)
+    return ground
 
 
 def _differs(colour: tuple[int, int, int], ground: tuple[int, int, int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from training.draw import Colour, Pen, Point, canvas, fit, ink, jitter, named, panel, shade, text
@@ -33,8 +34,10 @@ SCALES = (
 UNITS = ("bar", "°C", "psi", "%", "kPa", "V", "A", "rpm", "")
 
 
-def scene(random: Random, ticked: float = 0.2) -> Scene:
-    """Draw one round gauge; the share `ticked` of needles stands on a number."""
+def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
+    """Draw one round gauge; the share `ticked` of needles stands on a number, the share `varied` is less alike."""
+    if varied > 0 and chance(random, varied):
+        return loose_scene(random)
     image, pen, ground = canvas(random)
     width, height = image.size
     radius = between(random, 0.36, 0.48) * min(width, height)
@@ -106,12 +109,96 @@ def scene(random: Random, ticked: float = 0.2) -> Scene:
     pen.mark(*at(value, 0.7), "needle", share=share)
     pen.mark(cx, cy, "hub", f"{low}..{high}", share=share)
     result = Scene(image, pen.marks)
+    ask(random, result, value, low, high, unit)
+    return result
+
+
+def ask(random: Random, result: Scene, value: float, low: int, high: int, unit: str) -> None:
+    """Add the questions about a gauge."""
+    share = (value - low) / (high - low)
     result.ask("gauge", QUESTIONS, written(value, low, high), random, 0.02 * (high - low), share)
     if chance(random, 0.3):
         result.ask("gauge", RANGE_QUESTIONS, str(high), random)
     scale = f"from {low} to {high} {unit}".strip()
     result.describe(random, f"a gauge {scale}, reading {written(value, low, high)}", 0.02 * (high - low))
+
+
+def loose_scene(random: Random) -> Scene:
+    """Draw one gauge whose parts vary freely: with or without a dial, numbers within or around the scale."""
+    image, pen, ground = canvas(random)
+    width, height = image.size
+    around = chance(random, 0.35)
+    reach = 1.36 if around else 1.0
+    radius = between(random, 0.38, 0.49) * min(width, height) / reach
+    cx = between(random, radius * reach, width - radius * reach)
+    cy = between(random, radius * reach, height - radius * reach)
+    face = ground
+    if not around and chance(random, 0.75):
+        face = jitter(random, pick(random, ((250, 250, 250), (235, 235, 228), (25, 25, 28), (200, 205, 210))), 12)
+        rim, tint = max(1, round(radius * between(random, 0.0, 0.08))), shade(face, pick(random, (0.4, 0.7, 1.0)))
+        pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=face, outline=tint, width=rim)
+    low, high, step = pick(random, SCALES)
+    sweep, colour = math.radians(between(random, 175, 320)), ink(random, face)
+    start = -math.pi / 2 - sweep / 2 + math.radians(random.normal(0, 3))
+
+    def at(value: float, r: float) -> tuple[float, float]:
+        angle = start + (value - low) / (high - low) * sweep
+        return cx + math.cos(angle) * r * radius, cy + math.sin(angle) * r * radius
+
+    outer = 1.0 if around else between(random, 0.8, 0.92)
+    zones(random, pen, (cx, cy), radius * outer, (math.degrees(start), math.degrees(start + sweep)), colour)
+    ticks = round((high - low) / step)
+    size = between(random, 0.14, 0.23)
+    numerals = fit(random, str(high) if high > 99 else "-20", radius * 0.3, radius * size)
+    gone, minor, long = between(random, 0, 0.03), pick(random, (1, 2, 4, 5, 10)), between(random, 0.06, 0.16)
+    outwards = around and chance(random, 0.4)
+    for index in range(ticks * minor + 1):
+        value, major = low + index * step / minor, index % minor == 0
+        length = (long if major else long * between(random, 0.45, 0.6)) * (-1 if outwards else 1)
+        thick = max(1, round(radius * (0.025 if major else 0.012)))
+        pen.line((*at(value, outer - gone), *at(value, outer - gone - length)), fill=colour, width=thick)
+        if major:
+            place = outer + 0.17 + (long if outwards else 0) * 0.5 if around else outer - long - 0.05 - size * 0.6
+            text(pen, at(value, place), str(round(value)), numerals, colour)
+    unit = pick(random, UNITS)
+    if unit and sweep < math.radians(290):
+        words = fit(random, unit, radius * 0.4, radius * between(random, 0.13, 0.2))
+        text(pen, (cx, cy + radius * pick(random, (-0.4 if around else 0.35, 0.3, 0.4, 0.55))), unit, words, colour)
+    value = between(random, low, high)
+    hand = needle if chance(random, 0.6) else arrow
+    hand(random, pen, (cx, cy), at(value, between(random, 0.5, 0.95) * outer), radius, face)
+    share = (value - low) / (high - low)
+    pen.mark(*at(value, 0.7 * outer), "needle", share=share)
+    pen.mark(cx, cy, "hub", f"{low}..{high}", share=share)
+    result = Scene(image, pen.marks)
+    ask(random, result, value, low, high, unit)
     return result
+
+
+def zones(random: Random, pen: Pen, centre: Point, radius: float, ends: tuple[float, float], colour: Colour) -> None:
+    """Draw the scale's arc, between `ends` in degrees: none, one in the scale's ink, or one of coloured parts."""
+    chosen, (first, last) = random.random(), ends
+    box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
+    if chosen < 0.4:
+        pen.arc(box, first, last, fill=colour, width=int(random.integers(1, 4)))
+    elif chosen < 0.75:
+        cuts = [first, *sorted(random.uniform(first, last, int(random.integers(1, 3)))), last]
+        thick = max(2, round(radius * between(random, 0.04, 0.14)))
+        for begin, end in itertools.pairwise(cuts):
+            pen.arc(box, begin, end, fill=named(random, pick(random, ("green", "yellow", "red", "gray"))), width=thick)
+
+
+def arrow(random: Random, pen: Pen, centre: Point, tip: Point, radius: float, face: Colour) -> None:
+    """Draw a hand with a head, and its hub."""
+    colour = named(random, pick(random, ("red", "black", "blue") if sum(face) > 380 else ("red", "white", "yellow")))
+    (cx, cy), (dx, dy) = centre, (tip[0] - centre[0], tip[1] - centre[1])
+    head, half = between(random, 0.12, 0.3), between(random, 0.06, 0.12)
+    neck = (tip[0] - dx * head, tip[1] - dy * head)
+    pen.line((cx, cy, *neck), fill=colour, width=max(1, round(radius * between(random, 0.02, 0.06))))
+    sides = [(neck[0] - dy * half, neck[1] + dx * half), (neck[0] + dy * half, neck[1] - dx * half)]
+    pen.polygon([*sides, tip], fill=colour)
+    hub = radius * between(random, 0.02, 0.15)
+    pen.ellipse((cx - hub, cy - hub, cx + hub, cy + hub), fill=shade(colour, pick(random, (0.5, 1.0))))
 
 
 def written(value: float, low: float, high: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.draw import Colour, Pen, shade
 from training.scene import Random, between, chance, pick
@@ -57,9 +57,34 @@ def polygon(x: float, y: float, r: float, corners: int, turn: float, inner: floa
     ]
 
 
-def draw(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour) -> None:
+@dataclass(frozen=True)
+class Finish:
+    """What lies under a thing: its shadow, moved by a share of its size, or its edge, grown beyond it."""
+
+    moved: tuple[float, float]
+    grown: float
+    colour: Colour
+
+
+def some_finish(random: Random, ground: Colour) -> Finish | None:
+    """Return a shadow, an edge or nothing."""
+    chosen = random.random()
+    if chosen < 0.35:
+        return Finish((between(random, -0.2, 0.2), between(random, 0.05, 0.2)), 1.0, shade(ground, 0.6))
+    if chosen < 0.8:
+        edge = (20, 20, 20) if chance(random, 0.7) else (240, 240, 240)
+        return Finish((0, 0), between(random, 1.08, 1.2), edge)
+    return None
+
+
+def draw(random: Random, pen: Pen, thing: Thing, colour: Colour, ground: Colour, finish: Finish | None = None) -> None:
     """Draw one thing."""
     pen.mark(thing.x, thing.y, thing.kind, *([thing.colour] if thing.colour else []))
+    if finish:
+        state = random.bit_generator.state
+        x, y = (at + thing.r * by for at, by in zip((thing.x, thing.y), finish.moved, strict=True))
+        _DRAW[thing.kind](random, pen, replace(thing, x=x, y=y, r=thing.r * finish.grown), finish.colour, ground)
+        random.bit_generator.state = state  # so that it is turned and toothed as what lies under it
     _DRAW[thing.kind](random, pen, thing, colour, ground)
 
 
