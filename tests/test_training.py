@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,15 +16,16 @@ from PIL import Image, ImageDraw
 
 from training.data import IGNORED, MARKS, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
-from training.draw import font_files
+from training.draw import Pen, font_files
 from training.enlarge import enlarge
 from training.evaluate import Score, judge
 from training.forms import formed
 from training.gaze import MOST, SINK, SINK_WEIGHT, asked_words, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE, load_model, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
-from training.scenes import SCENES
+from training.scenes import SCENES, charts, counting, gauges
 from training.scenes.gauges import SCALES
+from training.scenes.things import PARTS, SHAPES, Finish, Thing, draw
 from training.tokenizer import train_tokenizer
 from training.train import GUIDE, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
 
@@ -207,12 +209,13 @@ def test_marks_move_with_the_picture() -> None:
 def test_marks_are_named_patches_of_the_small_picture() -> None:
     marks = [Mark(299, 0, "A"), Mark(10, 199, "needle"), Mark(301, 5, "A"), Mark(5, -1, "A"), Mark(5, 5, "€")]
     scene = Scene(Image.new("RGB", (300, 200)), marks)
-    assert marked_patches(scene) == [(11, MARKS.index("A")), (132, MARKS.index("needle"))]
+    assert marked_patches(scene) == [(SIDE - 1, MARKS.index("A")), (SIDE * (SIDE - 1), MARKS.index("needle"))]
 
 
-def test_a_gauge_s_hub_tells_its_reading() -> None:
+@pytest.mark.parametrize("varied", [0.0, 1.0])
+def test_a_gauge_s_hub_tells_its_reading(varied: float) -> None:
     for seed in range(20):
-        scene = SCENES["gauge"](np.random.default_rng(seed))
+        scene = gauges.scene(np.random.default_rng(seed), varied=varied)
         [(hub, share)] = [(mark, mark.share) for mark in scene.marks if mark.name == "hub"]
         [scale] = [mark.name for mark in scene.marks if ".." in mark.name and (mark.x, mark.y) == (hub.x, hub.y)]
         assert scale in MARKS
@@ -221,11 +224,40 @@ def test_a_gauge_s_hub_tells_its_reading() -> None:
         assert low + share * (high - low) == pytest.approx(float(scene.pairs[0].answer), abs=0.011 * (high - low))
 
 
-def test_a_bar_s_name_tells_its_value_and_whether_it_is_the_highest() -> None:
-    drawn = [SCENES["chart"](np.random.default_rng(seed)) for seed in range(40)]
-    charts = [scene for scene in drawn if any(mark.name == "bar" for mark in scene.marks)]
-    assert len(charts) > 10
-    for scene in charts:
+@pytest.mark.parametrize("module", [gauges, charts, counting])
+def test_what_is_varied_is_drawn_in_other_ways_and_whole(module: ModuleType) -> None:
+    plain, varied = ([module.scene(np.random.default_rng(seed), varied=v) for seed in range(30)] for v in (0.0, 1.0))
+    again = [module.scene(np.random.default_rng(seed)) for seed in range(30)]
+    assert all(np.array_equal(one.image, two.image) for one, two in zip(plain, again, strict=True))
+    assert not any(np.array_equal(one.image, two.image) for one, two in zip(plain, varied, strict=True))
+    for scene in varied:
+        width, height = scene.image.size
+        told = [mark for mark in scene.marks if len(mark.name) > 1]
+        assert all(0 <= mark.x < width and 0 <= mark.y < height for mark in told)
+
+
+def test_a_thing_hides_what_lies_under_it() -> None:
+    for kind in (*SHAPES, *PARTS):
+        thing = Thing(kind, "red", 60, 60, 40)
+        drawn = []
+        for finish in (None, Finish((0.3, 0.3), 1.0, (0, 0, 255))):
+            image = Image.new("RGB", (120, 120), (250, 250, 250))
+            pen = Pen(image)
+            draw(np.random.default_rng(8), pen, thing, (200, 0, 0), (250, 250, 250), finish)
+            assert [mark.name for mark in pen.marks] == [kind, "red"]
+            drawn.append(np.asarray(image))
+        bare, finished = drawn
+        red, blue = (bare == (200, 0, 0)).all(-1), (finished == (0, 0, 255)).all(-1)
+        assert (finished[red] == (200, 0, 0)).all()
+        assert blue.sum() > 50
+
+
+@pytest.mark.parametrize("varied", [0.0, 1.0])
+def test_a_bar_s_name_tells_its_value_and_whether_it_is_the_highest(varied: float) -> None:
+    drawn = [charts.scene(np.random.default_rng(seed), varied) for seed in range(40)]
+    barred = [scene for scene in drawn if any(mark.name == "bar" for mark in scene.marks)]
+    assert len(barred) > 10
+    for scene in barred:
         described = scene.pairs[-1].answer
         bars = [mark for mark in scene.marks if mark.name == "bar"]
         values = [int(word) for word in re.findall(r" (\d+)", described)]
