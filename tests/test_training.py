@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +19,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from tests.serving import wait_until
 from training.data import IGNORED, MARKS, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
 from training.draw import Pen, font_files
@@ -27,7 +33,20 @@ from training.scenes import SCENES, charts, counting, gauges
 from training.scenes.gauges import SCALES
 from training.scenes.things import PARTS, SHAPES, Finish, Thing, draw
 from training.tokenizer import train_tokenizer
-from training.train import GUIDE, Gaze, Guide, Run, Settings, batches, load_tokenizer, loss_of, rate_at, train
+from training.train import (
+    GUIDE,
+    LAG,
+    Gaze,
+    Guide,
+    Run,
+    Settings,
+    batches,
+    load_tokenizer,
+    loss_of,
+    order,
+    rate_at,
+    train,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -135,13 +154,52 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
             torch.testing.assert_close(weight, once["guide"][layer][name].bfloat16().float())
 
 
+def test_each_batch_is_learned_from_again_after_others() -> None:
+    assert list(islice(order(2), LAG + 4)) == [*range(LAG), LAG, 0, LAG + 1, 1]
+    assert list(islice(order(3), 3 * LAG, 3 * LAG + 3)) == [2 * LAG, LAG, 0]
+
+
+def test_what_is_learned_from_again_is_the_same_after_a_stop(tokenizer: object, tmp_path: Path) -> None:
+    settings = Settings(tmp_path, pictures=2 * (LAG + 6), batch=2, seed=4)
+    whole = [[half.pixels for half in batch] for batch in batches(settings, tokenizer, 0)]
+    assert all(np.array_equal(*pair) for pair in zip(whole[0], whole[LAG + 1], strict=True))
+    assert len(whole) == LAG + 6
+    rest = [[half.pixels for half in batch] for batch in batches(settings, tokenizer, 2 * (LAG + 3))]
+    assert len(rest) == 3
+    for one, two in zip(rest, whole[-3:], strict=True):
+        assert all(np.array_equal(*pair) for pair in zip(one, two, strict=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no group of processes to interrupt")
+def test_ctrl_c_saves_what_was_learned(tmp_path: Path) -> None:
+    small = "pictures=10**6, batch=4, warmup=1, width=64, vision_layers=1, text_layers=1, workers=2"
+    code = (
+        "from pathlib import Path; from training.train import Settings, train\n"
+        f"if __name__ == '__main__': train(Settings(Path({str(tmp_path / 'run')!r}), {small}, save_minutes=1e-3))"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code, encoding="utf-8")
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        [sys.executable, script], start_new_session=True, env=environment, stderr=subprocess.PIPE
+    ) as run:
+        state = tmp_path / "run" / "state.pt"
+        wait_until(state.is_file)
+        state.unlink()  # another comes at once, and the last one with the interrupt
+        os.killpg(run.pid, signal.SIGINT)
+        _, errors = run.communicate(timeout=60)
+    assert b"KeyboardInterrupt" in errors
+    assert torch.load(state, weights_only=True)["counts"]["pictures"] > 0
+
+
 def test_sheets_teach_the_tower_and_leave_the_text_part_alone(tmp_path: Path) -> None:
     settings = Settings(tmp_path / "run", pictures=8, batch=4, warmup=1, width=64, vision_layers=1, text_layers=1)
     tokenizer = load_tokenizer(settings)
     before = Run(settings, tokenizer, "sheets").model.state_dict()
     train(settings, sheets=True)
     run = Run(settings, tokenizer, "sheets")
-    assert run.seen == 12  # each batch of four is learned from three times
+    assert run.seen == 8
     assert Run(settings, tokenizer, "pictures").seen == 0
     changed = {name for name, weight in run.model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed

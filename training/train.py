@@ -7,10 +7,10 @@ import math
 import os
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,10 @@ STEPS = 50
 """Into how many steps the guide parts a scale."""
 GUIDE = "guide.safetensors"
 """What is written beside a finished checkpoint, to go on from there when the run's own state is gone."""
-USES, KEPT = {True: 3, False: 2}, 200
-"""How often a batch of sheets, and of other pictures, is learned from, and how many are kept for it."""
+USES = {True: 3, False: 2}
+"""How often a batch of sheets, and of other pictures, is learned from."""
+LAG = 40
+"""How many batches are drawn until one is learned from again."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +70,38 @@ class Settings:
     """A checkpoint to begin with, instead of chance, and the guide that lies beside it, if one does."""
 
 
+def order(uses: int) -> Iterator[int]:
+    """Yield the numbers of the batches to learn from: each comes `uses` times, `LAG` fresh ones apart."""
+    for fresh in count():
+        yield from (number for number in range(fresh, -1, -LAG)[:uses])
+
+
 def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False) -> Iterator[list[Batch]]:
-    """Yield batches, each in halves, from picture `first` on, drawn by worker processes, in a fixed order.
+    """Yield batches, each in halves, after `first` pictures, drawn by worker processes, in a fixed order.
 
-    Drawing takes time that learning lacks: each batch is followed by earlier ones, chosen by seed.
+    Drawing takes time that learning lacks, so that each batch is learned from more than once.
     """
-    random, kept = np.random.default_rng((settings.seed, first)), deque[list[Batch]](maxlen=KEPT)
-    for batch in _drawn(settings, tokenizer, first, sheets):
-        kept.append(batch)
-        yield batch
-        for _ in range(USES[sheets] - 1):
-            yield kept[int(random.integers(len(kept)))]
+    numbers = list(islice(order(USES[sheets]), first // settings.batch, -(-settings.pictures // settings.batch)))
+    if not numbers:
+        return
+    oldest, newest = min(numbers), max(numbers)
+    drawn = enumerate(_drawn(settings, tokenizer, oldest, newest + 1, sheets), oldest)
+    kept: dict[int, list[Batch]] = {}
+    for number in numbers:
+        while number not in kept:
+            fresh, batch = next(drawn)
+            kept[fresh] = batch
+            kept.pop(fresh - LAG * (USES[sheets] - 1) - 1, None)
+        yield kept[number]
 
 
-def _drawn(settings: Settings, tokenizer: Any, first: int, sheets: bool) -> Iterator[list[Batch]]:
-    starts = range(first, settings.pictures, settings.batch * USES[sheets])
+def _drawn(settings: Settings, tokenizer: Any, first: int, last: int, sheets: bool) -> Iterator[list[Batch]]:
     context = get_context("spawn")
     with context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets)) as pool:
         pending: list[Any] = []
         ahead = settings.workers * 6
-        for start in starts:
-            pending.append(pool.apply_async(_draw, (start,)))
+        for number in range(first, last):
+            pending.append(pool.apply_async(_draw, (number * settings.batch,)))
             if len(pending) > ahead:
                 yield pending.pop(0).get()
         for each in pending:
@@ -99,6 +112,7 @@ _worker: dict[str, Any] = {}
 
 
 def _start_worker(tokenizer: Any, settings: Settings, sheets: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it, too; ended at its queue's lock, the pool hangs
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "nice"):
         os.nice(5)
