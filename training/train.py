@@ -73,7 +73,7 @@ class Settings:
 def order(uses: int) -> Iterator[int]:
     """Yield the numbers of the batches to learn from: each comes `uses` times, `LAG` fresh ones apart."""
     for fresh in count():
-        yield from (number for number in range(fresh, -1, -LAG)[:uses])
+        yield from range(fresh, -1, -LAG)[:uses]
 
 
 def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False) -> Iterator[list[Batch]]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
-from training.draw import Colour, Pen, Point, canvas, fit, ink, jitter, named, panel, shade, text
+from PIL import Image
+
+from training.draw import Box, Colour, Pen, Point, canvas, fit, ink, jitter, named, panel, shade, text
 from training.scene import Random, Scene, between, chance, pick
 
 QUESTIONS = (
@@ -32,6 +35,36 @@ SCALES = (
     (-1, 5, 1),
 )
 UNITS = ("bar", "°C", "psi", "%", "kPa", "V", "A", "rpm", "")
+
+
+@dataclass(frozen=True)
+class Dial:
+    """Where a gauge's values are: from `low` at the angle `start` over `sweep` radians to `high`."""
+
+    centre: Point
+    radius: float
+    start: float
+    sweep: float
+    low: int
+    high: int
+
+    def share(self, value: float) -> float:
+        """Return how far along the scale a value stands, 0 to 1."""
+        return (value - self.low) / (self.high - self.low)
+
+    def angle(self, value: float) -> float:
+        """Return a value's angle in radians."""
+        return self.start + self.share(value) * self.sweep
+
+    def at(self, value: float, r: float) -> Point:
+        """Return the point towards a value, `r` radii from the centre."""
+        angle = self.angle(value)
+        return self.centre[0] + math.cos(angle) * r * self.radius, self.centre[1] + math.sin(angle) * r * self.radius
+
+    def box(self, r: float) -> Box:
+        """Return the square around a circle of `r` radii."""
+        (cx, cy), radius = self.centre, self.radius * r
+        return cx - radius, cy - radius, cx + radius, cy + radius
 
 
 def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
@@ -61,16 +94,13 @@ def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
     sweep = math.radians(pick(random, (180, 240, 270, 270, 300)))
     start = -math.pi / 2 - sweep / 2 + math.radians(random.normal(0, 1))
     colour = ink(random, face)
-
-    def at(value: float, r: float) -> tuple[float, float]:
-        angle = start + (value - low) / (high - low) * sweep
-        return cx + math.cos(angle) * r * radius, cy + math.sin(angle) * r * radius
-
+    dial = Dial((cx, cy), radius, start, sweep, low, high)
+    at = dial.at
     outer, minor = 0.9 - rim / radius, pick(random, (2, 5, 5, 1))
     if chance(random, 0.3):
         zone = sorted((between(random, low, high), high if chance(random, 0.6) else low))
-        box = (cx - radius * outer, cy - radius * outer, cx + radius * outer, cy + radius * outer)
-        first, last = (math.degrees(start + (v - low) / (high - low) * sweep) for v in zone)
+        box = dial.box(outer)
+        first, last = (math.degrees(dial.angle(v)) for v in zone)
         pen.arc(
             box,
             first,
@@ -105,22 +135,23 @@ def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
     anywhere = chance(random, 1 - ticked)
     value = between(random, low, high) if anywhere else low + step * int(random.integers(0, ticks + 1))
     needle(random, pen, (cx, cy), at(value, between(random, 0.6, 0.85)), radius, face)
-    share = (value - low) / (high - low)
-    pen.mark(*at(value, 0.7), "needle", share=share)
-    pen.mark(cx, cy, "hub", f"{low}..{high}", share=share)
+    return told(random, image, pen, dial, value, unit)
+
+
+def told(
+    random: Random, image: Image.Image, pen: Pen, dial: Dial, value: float, unit: str, reach: float = 0.7
+) -> Scene:
+    """Return the scene of a gauge that reads `value`: its needle marked at `reach` radii, its hub, the questions."""
+    low, high, share = dial.low, dial.high, dial.share(value)
+    pen.mark(*dial.at(value, reach), "needle", share=share)
+    pen.mark(*dial.centre, "hub", f"{low}..{high}", share=share)
     result = Scene(image, pen.marks)
-    ask(random, result, value, low, high, unit)
-    return result
-
-
-def ask(random: Random, result: Scene, value: float, low: int, high: int, unit: str) -> None:
-    """Add the questions about a gauge."""
-    share = (value - low) / (high - low)
     result.ask("gauge", QUESTIONS, written(value, low, high), random, 0.02 * (high - low), share)
     if chance(random, 0.3):
         result.ask("gauge", RANGE_QUESTIONS, str(high), random)
     scale = f"from {low} to {high} {unit}".strip()
     result.describe(random, f"a gauge {scale}, reading {written(value, low, high)}", 0.02 * (high - low))
+    return result
 
 
 def loose_scene(random: Random) -> Scene:
@@ -140,13 +171,10 @@ def loose_scene(random: Random) -> Scene:
     low, high, step = pick(random, SCALES)
     sweep, colour = math.radians(between(random, 175, 320)), ink(random, face)
     start = -math.pi / 2 - sweep / 2 + math.radians(random.normal(0, 3))
-
-    def at(value: float, r: float) -> tuple[float, float]:
-        angle = start + (value - low) / (high - low) * sweep
-        return cx + math.cos(angle) * r * radius, cy + math.sin(angle) * r * radius
-
+    dial = Dial((cx, cy), radius, start, sweep, low, high)
+    at = dial.at
     outer = 1.0 if around else between(random, 0.8, 0.92)
-    zones(random, pen, (cx, cy), radius * outer, (math.degrees(start), math.degrees(start + sweep)), colour)
+    zones(random, pen, dial, outer, colour)
     ticks = round((high - low) / step)
     size = between(random, 0.14, 0.23)
     numerals = fit(random, str(high) if high > 99 else "-20", radius * 0.3, radius * size)
@@ -167,18 +195,13 @@ def loose_scene(random: Random) -> Scene:
     value = between(random, low, high)
     hand = needle if chance(random, 0.6) else arrow
     hand(random, pen, (cx, cy), at(value, between(random, 0.5, 0.95) * outer), radius, face)
-    share = (value - low) / (high - low)
-    pen.mark(*at(value, 0.7 * outer), "needle", share=share)
-    pen.mark(cx, cy, "hub", f"{low}..{high}", share=share)
-    result = Scene(image, pen.marks)
-    ask(random, result, value, low, high, unit)
-    return result
+    return told(random, image, pen, dial, value, unit, 0.7 * outer)
 
 
-def zones(random: Random, pen: Pen, centre: Point, radius: float, ends: tuple[float, float], colour: Colour) -> None:
-    """Draw the scale's arc, between `ends` in degrees: none, one in the scale's ink, or one of coloured parts."""
-    chosen, (first, last) = random.random(), ends
-    box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
+def zones(random: Random, pen: Pen, dial: Dial, outer: float, colour: Colour) -> None:
+    """Draw the scale's arc, at `outer` radii: none, one in the scale's ink, or one of coloured parts."""
+    chosen, radius, box = random.random(), dial.radius * outer, dial.box(outer)
+    first, last = math.degrees(dial.start), math.degrees(dial.start + dial.sweep)
     if chosen < 0.4:
         pen.arc(box, first, last, fill=colour, width=int(random.integers(1, 4)))
     elif chosen < 0.75:
@@ -197,8 +220,7 @@ def arrow(random: Random, pen: Pen, centre: Point, tip: Point, radius: float, fa
     pen.line((cx, cy, *neck), fill=colour, width=max(1, round(radius * between(random, 0.02, 0.06))))
     sides = [(neck[0] - dy * half, neck[1] + dx * half), (neck[0] + dy * half, neck[1] - dx * half)]
     pen.polygon([*sides, tip], fill=colour)
-    hub = radius * between(random, 0.02, 0.15)
-    pen.ellipse((cx - hub, cy - hub, cx + hub, cy + hub), fill=shade(colour, pick(random, (0.5, 1.0))))
+    hub(random, pen, centre, radius * between(random, 0.02, 0.15), colour)
 
 
 def written(value: float, low: float, high: float) -> str:
@@ -227,5 +249,10 @@ def needle(random: Random, pen: Pen, centre: Point, tip: Point, radius: float, f
         pen.polygon([(back[0] + px, back[1] + py), (back[0] - px, back[1] - py), tip], fill=colour)
     else:
         pen.line((*back, *tip), fill=colour, width=max(2, round(half * 1.6)))
-    hub = radius * between(random, 0.05, 0.11)
-    pen.ellipse((cx - hub, cy - hub, cx + hub, cy + hub), fill=shade(colour, pick(random, (0.5, 1.0))))
+    hub(random, pen, centre, radius * between(random, 0.05, 0.11), colour)
+
+
+def hub(random: Random, pen: Pen, centre: Point, radius: float, colour: Colour) -> None:
+    """Draw what a hand turns on."""
+    cx, cy = centre
+    pen.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=shade(colour, pick(random, (0.5, 1.0))))
