@@ -97,7 +97,10 @@ def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False
 
 def _drawn(settings: Settings, tokenizer: Any, first: int, last: int, sheets: bool) -> Iterator[list[Batch]]:
     context = get_context("spawn")
-    with context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets)) as pool:
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a worker inherits while it starts
+    pool = context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets))
+    signal.signal(signal.SIGINT, interrupted)
+    with pool:
         pending: list[Any] = []
         ahead = settings.workers * 6
         for number in range(first, last):
