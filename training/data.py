@@ -19,7 +19,7 @@ from training.forms import formed
 from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes, share_told
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
 from training.scene import Random, Scene
-from training.scenes import SCENES, charts, counting, gauges, pages, sheets
+from training.scenes import SCENES, charts, counting, gauges, pages, shapes, sheets
 
 VARIED = 0.4
 """The share of gauges, charts and counts to learn from that are less alike than those of the held-out set."""
@@ -27,6 +27,7 @@ TAUGHT = SCENES | {
     "gauge": partial(gauges.scene, ticked=0.0, varied=VARIED),
     "chart": partial(charts.scene, varied=VARIED),
     "count": partial(counting.scene, varied=VARIED),
+    "shape": partial(shapes.scene, pointed=0.9),
 }
 """What is drawn to learn from. A model that has seen many needles stand on numbers takes to saying round ones: where it
 doubts a digit, its neighbours share what it believes, and the zero of a number does not."""
@@ -46,11 +47,11 @@ LONGEST = 332
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {
     "display": 2.0,
-    "label": 3.0,
-    "gauge": 3.5,
+    "label": 4.0,
+    "gauge": 4.5,
     "chart": 2.5,
-    "count": 3.0,
-    "missing": 0.8,
+    "count": 2.5,
+    "missing": 0.6,
     "light": 2.0,
     "shape": 1.5,
 }

@@ -31,6 +31,8 @@ from training.tokenizer import train_tokenizer
 
 STEPS = 50
 """Into how many steps the guide parts a scale."""
+GUIDE_LEFT = 0.25
+"""The share of the guide's weight that is left when the rates have fallen."""
 GUIDE = "guide.safetensors"
 """What is written beside a finished checkpoint, to go on from there when the run's own state is gone."""
 USES = {True: 3, False: 2}
@@ -53,9 +55,9 @@ class Settings:
     ramp: int = 60_000
     """Pictures over which the camera's damage grows to its full strength, all of it with `start`."""
     guide: float = 1.0
-    """Weight of the guide's loss, which falls with the rates."""
+    """Weight of the guide's loss, which falls with the rates down to `GUIDE_LEFT`."""
     gaze: float = 0.3
-    """Weight of the gaze's loss, which falls with the rates."""
+    """Weight of the gaze's loss. It stays: counts come right when the rates are low."""
     decay: float = 0.3
     """The last share of the run, over which the rates fall to zero."""
     seed: int = 1
@@ -445,8 +447,8 @@ class Run:
             guiding, joining = self.guide.loss(part)
             gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros(())
             share = weight / sum(weights)
-            aids = self._settings.guide * (guiding + joining) / 2 + self._settings.gaze * gazing
-            ((loss + factor * aids) * share).backward()
+            guided = self._settings.guide * max(factor, GUIDE_LEFT) * (guiding + joining) / 2
+            ((loss + guided + self._settings.gaze * gazing) * share).backward()
             figures += share * torch.stack([each.detach().cpu() for each in (loss, right, guiding, joining, gazing)])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self._optimisers:
