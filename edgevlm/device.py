@@ -18,6 +18,8 @@ InferencePrecision = Literal["auto", "f32", "bf16", "f16"]
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 KVCachePrecision = Literal["auto", "u8", "f16", "f32"]
 KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
+KVCache = Literal["auto", "stateful"]
+KV_CACHES = ("auto", "stateful")
 
 KERNELS_KEPT = 256
 """Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met
@@ -38,6 +40,9 @@ class RuntimeConfig:
     kv_cache_precision: KVCachePrecision = "auto"
     """`auto` is what the export asks for, 16 bits, or float32 with an `inference_precision` of `f32`; `u8` halves the
     memory of a conversation and moves its answers a little."""
+    kv_cache: KVCache = "auto"
+    """`auto` keeps it in blocks that paged attention reads, on a CPU and where the graph allows it; `stateful` leaves
+    it to OpenVINO's own state, as on other devices."""
     cache: bool = True
     """Keep compiled models on disk, so that the next start is fast."""
     cache_limit_bytes: int = 2 * 2**30
@@ -60,6 +65,8 @@ class RuntimeConfig:
             raise OptionError(f"inference precision must be one of {', '.join(PRECISIONS)}")
         if self.kv_cache_precision not in KV_CACHE_PRECISIONS:
             raise OptionError(f"KV cache precision must be one of {', '.join(KV_CACHE_PRECISIONS)}")
+        if self.kv_cache not in KV_CACHES:
+            raise OptionError(f"KV cache must be one of {', '.join(KV_CACHES)}")
 
     def properties(self, device: str) -> dict[str, Any]:
         """Return OpenVINO's properties for a part without a KV cache."""

@@ -14,9 +14,9 @@ from edgevlm.constraint import Constraint, Vocabulary
 from edgevlm.drafting import PromptLookup
 from edgevlm.errors import IncompleteAnswerError, OptionError
 from edgevlm.families.base import Detail
-from edgevlm.language_model import Session, common_length
 from edgevlm.metrics import Stopwatch, Timings, peak_memory
 from edgevlm.sampling import Chooser, Logits, TokenLogprob, make_sampler, token_logprob
+from edgevlm.session import Session, common_length
 from edgevlm.tokenizer import Tokenizer
 
 FinishReason: TypeAlias = Literal["stop", "length", "context"]

@@ -21,13 +21,13 @@ from edgevlm.errors import ContextLengthError, DeviceError, PromptError
 from edgevlm.families import Tiles
 from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer, whole
 from edgevlm.image import ImageInput, Images, as_list, load_image
-from edgevlm.language_model import Session, SessionPool
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.parts import PartLoader
 from edgevlm.paths import DEFAULT_NOTICE, find_model
 from edgevlm.processor import Processor
 from edgevlm.scoring import Scores, log_likelihoods
+from edgevlm.session import Session, SessionPool
 
 _LOG = logging.getLogger(__name__)
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgevlm.cache import compile_cached
 from edgevlm.device import RuntimeConfig, read_ir
+from edgevlm.errors import DeviceError
 from edgevlm.families import Family
-from edgevlm.language_model import LanguageModel, TextEmbeddings, keep_last_logits
+from edgevlm.graph import keep_last_logits
+from edgevlm.language_model import LanguageModel, TextEmbeddings
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
+from edgevlm.paged import with_paged_attention
 from edgevlm.paths import cache_dir
 from edgevlm.vision import VisionEncoder, specialise_vision
 
 if TYPE_CHECKING:
     import openvino as ov
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,8 +46,23 @@ class PartLoader:
     def language_model(self) -> LanguageModel:
         """Return the language model with its embedding table."""
         embeddings = self.text_embeddings()
-        model = keep_last_logits(self._read(LANGUAGE))
-        return LanguageModel(self._compile(LANGUAGE, model, self.config.language_properties(self.device)), embeddings)
+        compiled = self._paged() or self._compile(LANGUAGE, keep_last_logits(self._read(LANGUAGE)), self._properties)
+        return LanguageModel(compiled, embeddings)
+
+    @property
+    def _properties(self) -> dict[str, Any]:
+        return self.config.language_properties(self.device)
+
+    def _paged(self) -> ov.CompiledModel | None:
+        """Return the LM with paged attention, or None where the device or the graph has none."""
+        if self.config.kv_cache == "stateful" or not self.device.startswith("CPU"):
+            return None
+        model = with_paged_attention(self._read(LANGUAGE))
+        try:
+            return model and self._compile(LANGUAGE, model, self._properties)
+        except DeviceError as error:
+            logger.info("no paged attention: %s", error)
+            return None
 
     def _read(self, part: str) -> ov.Model:
         return read_ir(self.folder / self.manifest.parts[part].file)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.generate import Prompt
-from edgevlm.language_model import Session, common_length
 from edgevlm.metrics import Stopwatch, Timings
 from edgevlm.sampling import log_softmax
+from edgevlm.session import Session, common_length
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_drafts_and_forced_tokens_change_the_speed_only(vlm: VLM, form: str, tem
 
 
 def test_forced_tokens_cost_no_step_of_their_own(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgevlm.language_model import Session
+    from edgevlm.session import Session
 
     steps = []
     step = Session.step

@@ -14,7 +14,7 @@ from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConf
 from edgevlm.drafting import FIRST_DRAFT, PromptLookup
 from edgevlm.embedding_cache import EmbeddingCache, content_key
 from edgevlm.families import Tiles
-from edgevlm.language_model import common_length
+from edgevlm.session import common_length
 from tests.conftest import F32, TILE, photograph
 
 QUESTION = "What is in this picture?"

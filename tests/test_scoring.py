@@ -52,7 +52,7 @@ def test_the_order_of_choices_and_what_else_is_asked_change_nothing(vlm: VLM, ch
 
 
 def test_the_prompt_is_read_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgevlm.language_model import Session
+    from edgevlm.session import Session
 
     read = []
     prefill = Session.prefill
