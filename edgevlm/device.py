@@ -18,8 +18,8 @@ InferencePrecision = Literal["auto", "f32", "bf16", "f16"]
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 KVCachePrecision = Literal["auto", "u8", "f16", "f32"]
 KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
-KVCache = Literal["auto", "stateful"]
-KV_CACHES = ("auto", "stateful")
+KVCache = Literal["paged", "stateful"]
+KV_CACHES = ("paged", "stateful")
 
 KERNELS_KEPT = 256
 """Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met
@@ -40,9 +40,10 @@ class RuntimeConfig:
     kv_cache_precision: KVCachePrecision = "auto"
     """`auto` is what the export asks for, 16 bits, or float32 with an `inference_precision` of `f32`; `u8` halves the
     memory of a conversation and moves its answers a little."""
-    kv_cache: KVCache = "auto"
-    """`auto` keeps it in blocks that paged attention reads, on a CPU and where the graph allows it; `stateful` leaves
-    it to OpenVINO's own state, as on other devices."""
+    kv_cache: KVCache = "paged"
+    """`paged` keeps it in blocks that paged attention reads, on a CPU and where the graph allows it: quicker answers.
+    `stateful` leaves it to OpenVINO's own state, as on other devices: a quicker start, for a process that answers once,
+    because OpenVINO 2026.4 cannot load a compiled model with paged attention again and compiles it at every start."""
     cache: bool = True
     """Keep compiled models on disk, so that the next start is fast."""
     cache_limit_bytes: int = 2 * 2**30

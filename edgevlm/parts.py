@@ -59,7 +59,7 @@ class PartLoader:
             return None
         model = with_paged_attention(self._read(LANGUAGE))
         try:
-            return model and self._compile(LANGUAGE, model, self._properties)
+            return model and compile_cached(model, self.device, self._properties, None, 0)
         except DeviceError as error:
             logger.info("no paged attention: %s", error)
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,23 @@ def runtime_kinds(compiled: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("route", ["exported", "exported_via_optimum", "exported_int4"])
 def test_the_language_model_runs_fused(route: str, request: pytest.FixtureRequest) -> None:
+    check_fused(request.getfixturevalue(route))
+
+
+def check_fused(folder: Path) -> None:
     """Two layers: four products each and the head; attention with its KV cache in one node; no weight decompressed."""
-    vlm = VLM(request.getfixturevalue(route), F32)
-    kinds = runtime_kinds(vlm.language_model._compiled)
-    assert kinds["ScaledDotProductAttention"] == 2
-    assert kinds["FullyConnected"] == 2 * 4 + 1
-    assert kinds["MatMul"] <= 1  # the angles of RoPE, where they are a product
-    assert kinds["RMS"] == 2 * 2 + 1
-    assert kinds["RoPE"] == 2 * 2
-    assert kinds["MemoryInput"] == kinds["MemoryOutput"] == 2 * 2
+    paged, stateful = (
+        runtime_kinds(VLM(folder, replace(F32, kv_cache=kind)).language_model._compiled)
+        for kind in ("paged", "stateful")
+    )
+    assert paged["PagedAttention"] == stateful["ScaledDotProductAttention"] == 2
+    assert stateful["MemoryInput"] == stateful["MemoryOutput"] == 2 * 2
+    assert paged["MemoryInput"] == paged["ScaledDotProductAttention"] == 0
+    for kinds in (paged, stateful):
+        assert kinds["FullyConnected"] == 2 * 4 + 1
+        assert kinds["MatMul"] <= 1  # the angles of RoPE, where they are a product
+        assert kinds["RMS"] == 2 * 2 + 1
+        assert kinds["RoPE"] == 2 * 2
 
 
 @pytest.mark.parametrize("route", ["exported", "exported_via_optimum"])

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edgevlm.language_model
+import edgevlm.stateful
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
 from edgevlm.drafting import FIRST_DRAFT, PromptLookup
 from edgevlm.embedding_cache import EmbeddingCache, content_key
 from edgevlm.families import Tiles
 from edgevlm.session import common_length
+from edgevlm.stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
 
 QUESTION = "What is in this picture?"
@@ -195,9 +196,11 @@ def test_a_session_that_went_back_is_as_one_that_never_went_there(vlm: VLM) -> N
     np.testing.assert_allclose(there.step([77, 78]), straight.step([77, 78]), atol=1e-4)
 
 
-def test_stale_entries_are_cut_out_when_there_are_many(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edgevlm.language_model, "_MOST_STALE", 25)
+def test_stale_entries_are_cut_out_when_there_are_many(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = VLM(exported, replace(F32, kv_cache="stateful"))
+    monkeypatch.setattr(edgevlm.stateful, "_MOST_STALE", 25)
     session, straight = vlm.language_model.session(), vlm.language_model.session()
+    assert isinstance(session, StatefulSession)
     session.step(range(50, 80))
     for _ in range(3):
         session.rewind(20)
