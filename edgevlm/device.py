@@ -40,10 +40,10 @@ class RuntimeConfig:
     kv_cache_precision: KVCachePrecision = "auto"
     """`auto` is what the export asks for, 16 bits, or float32 with an `inference_precision` of `f32`; `u8` halves the
     memory of a conversation and moves its answers a little."""
-    kv_cache: KVCache = "paged"
-    """`paged` keeps it in blocks that paged attention reads, on a CPU and where the graph allows it: quicker answers.
-    `stateful` leaves it to OpenVINO's own state, as on other devices: a quicker start, for a process that answers once,
-    because OpenVINO 2026.4 cannot load a compiled model with paged attention again and compiles it at every start."""
+    kv_cache: KVCache = "stateful"
+    """`stateful` leaves it to OpenVINO's own state. `paged` keeps it in blocks that paged attention reads, on a CPU and
+    where the graph allows it: quicker answers after a slower start, for a process that stays, because OpenVINO 2026.4
+    cannot load a compiled model with paged attention again and compiles it at every start."""
     cache: bool = True
     """Keep compiled models on disk, so that the next start is fast."""
     cache_limit_bytes: int = 2 * 2**30

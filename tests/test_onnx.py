@@ -115,7 +115,7 @@ def test_compression(precision: str, onnx_checkpoint: Path, tmp_path: Path) -> N
         precision,
     ]
     kinds = runtime_kinds(VLM(report.folder, F32).language_model._compiled)
-    assert (kinds["PagedAttention"], kinds["FullyConnected"]) == (2, 9)
+    assert (kinds["ScaledDotProductAttention"], kinds["FullyConnected"]) == (2, 9)
 
 
 def test_files_beside_the_config_and_safetensors_ignored_on_demand(

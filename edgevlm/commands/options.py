@@ -96,8 +96,8 @@ def answer_form(options: dict[str, Any]) -> Form:
     return Form.of(schema=options["schema"], choices=choices, regex=options["regex"])
 
 
-def runtime_config(options: dict[str, Any], once: bool = False) -> RuntimeConfig:
-    """Return what `model_options` say, but for the model; `once` is for a process that answers one question."""
+def runtime_config(options: dict[str, Any]) -> RuntimeConfig:
+    """Return what `model_options` say, but for the model."""
     from edgevlm.device import RuntimeConfig
 
     return RuntimeConfig(
@@ -105,7 +105,6 @@ def runtime_config(options: dict[str, Any], once: bool = False) -> RuntimeConfig
         threads=options["threads"],
         inference_precision=options["inference_precision"],
         kv_cache_precision=options["kv_cache_precision"],
-        kv_cache="stateful" if once else "paged",
         cache=not options["no_cache"],
     )
 

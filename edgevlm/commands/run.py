@@ -48,8 +48,7 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     edgevlm run door.jpg "Is the door open?" --choices yes,no
     """
     *images, question = arguments
-    generation, form = generation_config(options), answer_form(options)
-    runtime = runtime_config(options, once=True)
+    generation, runtime, form = generation_config(options), runtime_config(options), answer_form(options)
     _check_question(question)
     asked = [_image(name) for name in images], question
     if form.choices:
