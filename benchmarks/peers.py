@@ -126,20 +126,14 @@ def optimum_system(split: bool) -> Callable[[Job], Answers]:
     return answers
 
 
-def edgevlm_system(detail: str, kv_cache: str = "paged") -> Callable[[Job], Answers]:
-    """edgevlm, every picture as if never seen before; `edgevlm run`, which starts anew, has a `stateful` KV cache."""
+def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
+    """edgevlm, every picture as if never seen before."""
 
     def answers(job: Job) -> Answers:
         from edgevlm import VLM, GenerationConfig, RuntimeConfig
         from edgevlm.bench import ask
 
-        config = RuntimeConfig(
-            threads=job.threads,
-            kv_cache=kv_cache,  # type: ignore[arg-type]
-            image_cache_bytes=0,
-            kept_sessions=0,
-        )
-        vlm = VLM(job.model, config)
+        vlm = VLM(job.model, RuntimeConfig(threads=job.threads, image_cache_bytes=0, kept_sessions=0))
         options = GenerationConfig(max_new_tokens=job.tokens, detail=detail)  # type: ignore[arg-type]
         while True:
             once = ask(vlm, job.picture, job.question, options)
@@ -278,7 +272,7 @@ SYSTEMS: dict[str, Callable[[Job], Answers]] = {
     "optimum-low": optimum_system(split=False),
     "edgevlm": edgevlm_system("high"),
     "edgevlm-auto": edgevlm_system("auto"),
-    "edgevlm-low": edgevlm_system("low", "stateful"),
+    "edgevlm-low": edgevlm_system("low"),
     "llama.cpp": llama_cpp_answers,
     "genai-text": genai_answers,
     "onnx-text": onnx_text_answers,
