@@ -15,10 +15,10 @@ LOGITS_TO_KEEP = "logits_to_keep"
 
 
 def keep_last_logits(model: ov.Model, axis: int = 1) -> ov.Model:
-    """Add an input `logits_to_keep` (int64 `(1,)`): the head then reads only that many last positions,
-    which lie along `axis`.
+    """Add an input `logits_to_keep` (int64 `(1,)`): the head then reads only that many last positions.
 
-    At prefill this spares `sequence - 1` rows of the largest matrix product in a small model.
+    They lie along `axis`: 1 of `(B, S, hidden)`, 0 of paged attention's `(S, 1, hidden)`. At prefill this spares
+    `sequence - 1` rows of the largest matrix product in a small model.
     """
     openvino = import_openvino()
     opset = openvino.opset13

@@ -97,23 +97,22 @@ class PagedSession(Session):
             name: np.zeros((0, math.prod(shape) * kind.bitwidth // 8), np.uint8)
             for name, (kind, shape) in pages.blocks.items()
         }
-        self._held = 0
 
     def _forget(self, length: int) -> None:
         pass
 
     def _reserve(self, blocks: int) -> None:
         """Make room for so many blocks. The new ones are zeros: kernels multiply what they then leave out."""
-        if blocks <= self._held:
+        before = len(self._buffers["value_cache.0"])
+        if blocks <= before:
             return
         openvino = import_openvino()
-        held = max(blocks + _SPARE, self._held * 3 // 2)
+        held = max(blocks + _SPARE, before * 3 // 2)
         for name, (kind, shape) in self._pages.blocks.items():
             old = self._buffers[name]
             new = self._buffers[name] = np.zeros((held, old.shape[1]), np.uint8)
-            new[: self._held] = old
+            new[:before] = old
             self._request.set_tensor(name, openvino.Tensor(new, openvino.Shape([held, *shape]), kind))
-        self._held = held
 
     def _read(self, inputs_embeds: npt.NDArray[np.float32], logits_to_keep: int) -> npt.NDArray[np.float32]:
         count = inputs_embeds.shape[1]

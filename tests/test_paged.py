@@ -33,11 +33,11 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def test_logits_are_the_same_in_pieces_of_any_length(exported: Path) -> None:
     """Pieces end before, at and after the end of a block, and the cache grows twice."""
-    for paged, stateful in [sessions(exported)]:
-        for number, count in enumerate((1, 31, 32, 33, 5, 400, 1, 1, 300)):
-            piece = tokens(count, number)
-            np.testing.assert_allclose(paged.step(piece), stateful.step(piece), atol=1e-4)
-        assert paged.keys == stateful.keys
+    paged, stateful = sessions(exported)
+    for number, count in enumerate((1, 31, 32, 33, 5, 400, 1, 1, 300)):
+        piece = tokens(count, number)
+        np.testing.assert_allclose(paged.step(piece), stateful.step(piece), atol=1e-4)
+    assert paged.keys == stateful.keys
 
 
 def test_going_back_and_on(exported: Path) -> None:
@@ -57,9 +57,9 @@ def test_going_back_and_on(exported: Path) -> None:
 def test_only_the_asked_logits_come_back(exported: Path) -> None:
     paged, stateful = sessions(exported)
     embeds = paged.embed(tokens(40))
-    logits = paged.prefill(embeds, 3)
-    assert logits.shape == (3, stateful.prefill(embeds, 1).shape[1])
-    np.testing.assert_array_equal(logits.argmax(-1), [row.argmax() for row in logits])
+    logits, wanted = paged.prefill(embeds, 3), stateful.prefill(embeds, 3)
+    assert len(logits) == len(wanted) == 3
+    np.testing.assert_allclose(logits, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["f16", "u8"])

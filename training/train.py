@@ -57,7 +57,7 @@ class Settings:
     guide: float = 1.0
     """Weight of the guide's loss, which falls with the rates down to `GUIDE_LEFT`."""
     gaze: float = 0.3
-    """Weight of the gaze's loss. It stays: counts come right when the rates are low."""
+    """Weight of the gaze's loss, which does not fall."""
     decay: float = 0.3
     """The last share of the run, over which the rates fall to zero."""
     seed: int = 1
