@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from tests.conftest import heed_interrupts
 from tests.serving import wait_until
 from training.data import IGNORED, MARKS, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
@@ -185,7 +186,11 @@ def test_ctrl_c_saves_what_was_learned(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(
-        [sys.executable, script], start_new_session=True, env=environment, stderr=subprocess.PIPE
+        [sys.executable, script],
+        start_new_session=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
+        env=environment,
+        stderr=subprocess.PIPE,
     ) as run:
         state = tmp_path / "run" / "state.pt"
         wait_until(state.is_file)
