@@ -108,7 +108,8 @@ def guide(result: Result) -> str:
 
 def reuse(result: Result) -> str:
     """Return the section of what is not computed again."""
-    lines = ["## What is not computed again", "", f"`{result['model']}`; median and range.", "", "| | median | range |"]
+    told = f"`{result['model']}`, KV cache {result['kv_cache']}; median and range."
+    lines = ["## What is not computed again", "", told, "", "| | median | range |"]
     lines.append("|---|---|---|")
     for name, values in result["figures"].items():
         lines.append(f"| {name} | {median(values):.3f} | {min(values):.3f} to {max(values):.3f} |")

@@ -19,8 +19,8 @@ def write_result(output: Path | None, result: dict[str, Any]) -> None:
         output.write_text(text + "\n", encoding="utf-8")
 
 
-def tell_spreads(model: Path, found: Mapping[str, Sequence[float]], output: Path | None) -> None:
-    """Print median and range of each figure, and write them all where a file was asked for."""
+def tell_spreads(model: Path, found: Mapping[str, Sequence[float]], output: Path | None, **setting: str) -> None:
+    """Print median and range of each figure, and write them all, and their setting, where a file was asked for."""
     for name, values in found.items():
         print(f"{name:47} {median(values):8.3f}   {min(values):8.3f} to {max(values):8.3f}")
-    write_result(output, {"model": model.name, "figures": found})
+    write_result(output, {"model": model.name, **setting, "figures": found})

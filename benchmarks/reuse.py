@@ -1,6 +1,6 @@
 """What is not computed again: ratios to edgevlm's own first token and to decoding without drafts, in one run.
 
-    python -m benchmarks.reuse build/side_by_side/edgevlm-int4 [--repeat 5] [-o benchmarks/results/reuse.json]
+    python -m benchmarks.reuse build/side_by_side/edgevlm-int4 [--kv-cache paged] [-o benchmarks/results/reuse.json]
 
 Text to repeat needs real text weights, such as those of `make_checkpoint`.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
 from edgevlm.bench import QUESTION, sample_picture, touch
+from edgevlm.device import KV_CACHES, KVCache
 from edgevlm.image import RGB, load_image
 
 TO_REPEAT = json.dumps(
@@ -31,11 +32,11 @@ ROWS, COLS = 3, 4
 """The tiles that a picture of 1600x1200 is split into."""
 
 
-def reuse(model: Path, picture: Path, repeat: int) -> dict[str, list[float]]:
+def reuse(model: Path, picture: Path, repeat: int, kv_cache: KVCache) -> dict[str, list[float]]:
     """Return the time to the first token of a new picture, a next question and each tile changed, with ratios."""
     image, config = load_image(picture), GenerationConfig(max_new_tokens=1, detail="high")
     found: dict[str, list[float]] = defaultdict(list)
-    vlm = VLM(model)
+    vlm = VLM(model, RuntimeConfig(kv_cache=kv_cache))
     vlm.generate(image, QUESTION, config)
     for number in range(1, repeat + 1):
         shown = touch(image, number)
@@ -62,9 +63,9 @@ def with_change(image: RGB, row: int, col: int) -> RGB:
     return changed
 
 
-def drafting(model: Path, repeat: int) -> dict[str, list[float]]:
+def drafting(model: Path, repeat: int, kv_cache: KVCache) -> dict[str, list[float]]:
     """Return the decoding speed with drafts over that without, where text repeats the prompt and where it does not."""
-    vlm = VLM(model, RuntimeConfig(kept_sessions=0))
+    vlm = VLM(model, RuntimeConfig(kv_cache=kv_cache, kept_sessions=0))
     found: dict[str, list[float]] = defaultdict(list)
     for name, prompt in (("copy", COPY), ("prose", PROSE)):
         config = GenerationConfig(max_new_tokens=200)
@@ -90,12 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("model", type=Path)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default="paged", help="paged is what serve and watch take")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = reuse(arguments.model, sample_picture(Path(scratch)), arguments.repeat)
-    found |= drafting(arguments.model, arguments.repeat)
-    tell_spreads(arguments.model, found, arguments.output)
+        found = reuse(arguments.model, sample_picture(Path(scratch)), arguments.repeat, arguments.kv_cache)
+    found |= drafting(arguments.model, arguments.repeat, arguments.kv_cache)
+    tell_spreads(arguments.model, found, arguments.output, kv_cache=arguments.kv_cache)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 
 from edgevlm import VLM, GenerationConfig, OptionError, RuntimeConfig
+from edgevlm.commands.options import runtime_config
+from edgevlm.commands.run import run
+from edgevlm.commands.serve import serve
+from edgevlm.commands.watch import watch
 from edgevlm.device import import_openvino, read_ir
 from edgevlm.paged import PagedSession, with_paged_attention
 from edgevlm.session import Session
@@ -99,6 +104,20 @@ def test_the_hidden_size_stays_known(exported: Path) -> None:
     model = with_paged_attention(read_ir(path))
     assert model is not None
     assert model.input("inputs_embeds").get_partial_shape()[-1] == hidden
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "kind"),
+    [
+        (run, ["a.png", "Why?"], "stateful"),
+        (serve, [], "paged"),
+        (watch, [".", "--question", "Why?"], "paged"),
+        (watch, [".", "--question", "Why?", "--kv-cache", "stateful"], "stateful"),
+    ],
+)
+def test_commands_that_stay_keep_the_cache_in_blocks(command: click.Command, words: list[str], kind: str) -> None:
+    with command.make_context(str(command.name), words) as context:
+        assert runtime_config(context.params).kv_cache == kind
 
 
 def test_an_unknown_place_is_refused() -> None:

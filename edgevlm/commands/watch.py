@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from edgevlm.commands.options import (
+    STAYS,
     answer_form,
     chosen_model,
     form_options,
@@ -22,7 +23,7 @@ from edgevlm.commands.options import (
 )
 
 
-@click.command()
+@click.command(context_settings=STAYS)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--question", required=True, help="Asked about each picture.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON Lines file of answers.")
