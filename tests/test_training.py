@@ -43,6 +43,7 @@ from training.train import (
     Guide,
     Run,
     Settings,
+    attention_mask,
     batches,
     load_tokenizer,
     loss_of,
@@ -124,6 +125,28 @@ def test_a_row_trains_each_question_as_if_it_stood_alone(tokenizer: object) -> N
         total -= float(wanted[range(len(tail)), tail].sum())
         count += len(tail)
     assert float(packed.detach()) == pytest.approx(total / count, rel=0.02)
+
+
+def test_a_question_that_follows_sees_the_one_before_it_and_its_answer(tokenizer: object) -> None:
+    first, second, third = (
+        QA("display", "Read the display.", "42"),
+        QA("count", "How many displays are there?", "1", follows=True),
+        QA("display", "What is shown?", "42"),
+    )
+    scene = Scene(Image.new("RGB", (180, 180)), [], [first, second, third])
+    batch = collate([Drawer(tokenizer, seed=8).row(scene)])
+    seen = attention_mask(torch.from_numpy(batch.segments))[0, 0].numpy()
+    block = "<fake_token_around_image><global-img>" + "<image>" * IMAGE_TOKENS + "<fake_token_around_image>"
+    for pairs in ([first], [first, second], [third]):
+        said = [turn for pair in pairs for turn in (("user", pair.question), ("assistant", pair.answer))][:-1]
+        said[0] = ("user", block + said[0][1])
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
+        wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[attr-defined]
+        answers = [place for place in range(len(seen)) if batch.input_ids[0, seen[place]].tolist() == wanted]
+        assert len(answers) == 1  # where the answer begins
+        assert batch.positions[0, seen[answers[0]]].tolist() == list(range(len(wanted)))
+        begun = [batch.labels[0, answers[0]]]
+        assert tokenizer.decode(begun) == pairs[-1].answer[0]  # type: ignore[attr-defined]
 
 
 def test_labels_are_the_answers_and_nothing_else(tokenizer: object) -> None:
@@ -345,7 +368,9 @@ def test_a_bar_s_name_tells_its_value_and_whether_it_is_the_highest(varied: floa
 def test_the_guide_scores_the_shares_at_their_patches(tokenizer: object) -> None:
     model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
     guide = Guide(model, "cpu")
-    scene = Scene(Image.new("RGB", (180, 180)), [Mark(20, 20, "hub", 0.25)], [QA("gauge", "Read the gauge.", "25")])
+    middle = 1.5 * 180 / SIDE
+    marks = [Mark(middle, middle, "hub", 0.25)]
+    scene = Scene(Image.new("RGB", (180, 180)), marks, [QA("gauge", "Read the gauge.", "25")])
     batch = collate([Drawer(tokenizer, seed=12).row(scene)])
     assert batch.shares.tolist() == [[0, SIDE + 1, 0.25]]  # row 1, column 1
     losses = []
@@ -401,7 +426,8 @@ def test_larger_pictures_keep_what_was_learned_from_smaller_ones(tokenizer: obje
     enlarge(tmp_path / "old" / "checkpoint", tmp_path / "new" / "checkpoint")
     new = load_model(tmp_path / "new" / "checkpoint")
     moved = new.model.vision_model.embeddings.position_embedding.weight.detach().view(SIDE, SIDE, -1)
-    inside = slice(3, -3)  # at the borders there is nothing to interpolate with
+    edge = -(-3 * SIDE // 16)
+    inside = slice(edge, -edge)  # at the borders there is nothing to interpolate with
     wanted = ((torch.arange(SIDE) + 0.5) * 8 / SIDE - 0.5) / 7
     assert torch.allclose(moved[inside, :, 0], wanted[inside, None].expand(-1, SIDE), atol=0.01)
     assert torch.allclose(moved[:, inside, 1], wanted[None, inside].expand(SIDE, -1), atol=0.01)
@@ -471,7 +497,7 @@ def test_what_a_question_names_says_where_to_look() -> None:
 
 def test_what_is_looked_at_are_image_tokens_and_the_first_token(tokenizer: object) -> None:
     drawer = Drawer(tokenizer, seed=12)
-    scene = Scene(Image.new("RGB", (180, 180)), [Mark(170, 170, "nut")], [QA("count", "Count the nuts.", "1")])
+    scene = Scene(Image.new("RGB", (180, 180)), [Mark(179, 179, "nut")], [QA("count", "Count the nuts.", "1")])
     batch = collate([drawer.row(scene)])
     assert len(batch.gazes) == 0
     seen, shares = batch.counts[:, 2].astype(int), batch.counts[:, 3]

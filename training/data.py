@@ -1,13 +1,14 @@
 """Batches: pictures drawn by seed, several questions about each sharing its encoding.
 
 A row is one picture's prompt prefix followed by its questions and answers. Each question sees the prefix and itself,
-not the other questions, and its positions continue the prefix, so that every one is trained as if it stood alone.
+not the other questions, and its positions continue the prefix, so that every one is trained as if it stood alone; but
+some follow the question before them and see it and its answer, as in a conversation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ from training.degrade import degrade
 from training.forms import formed
 from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes, share_told
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
-from training.scene import Random, Scene
+from training.scene import Random, Scene, chance
 from training.scenes import SCENES, charts, counting, gauges, pages, shapes, sheets
 
 VARIED = 0.4
@@ -43,19 +44,21 @@ MARKS = (
 )
 """What the vision tower is told about single patches while it learns."""
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
-LONGEST = 332
+LONGEST = IMAGE_TOKENS + 76
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {
     "display": 2.0,
     "label": 4.0,
     "gauge": 4.5,
     "chart": 2.5,
-    "count": 2.5,
+    "count": 3.0,
     "missing": 0.6,
     "light": 2.0,
     "shape": 1.5,
 }
 """How often a kind of scene is drawn: more of those that learn slowly."""
+FOLLOWING = 0.25
+"""The share of questions that follow another one about the picture."""
 SHEETS_AMONG, PAGES_AMONG = 0.06, 0.24
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
 text part where to look."""
@@ -133,6 +136,7 @@ class Drawer:
         random = np.random.default_rng((self._seed, index, 1))
         random.shuffle(scene.pairs)
         scene.pairs = [formed(pair, random) for pair in scene.pairs]
+        scene.pairs = [replace(pair, follows=chance(random, FOLLOWING)) for pair in scene.pairs]
         return scene
 
     def row(self, scene: Scene) -> Row:
@@ -143,26 +147,30 @@ class Drawer:
         words: Pairs = []
         counts: Shares = []
         readings: Measured = []
+        turn = self._encode("<|end|><|user|>")[0]
         for number, pair in enumerate(scene.pairs, 1):
+            follows = pair.follows and segments[-1] > 0
+            before = turn if follows else []
             question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
             lead = self._encode(pair.lead)[0]
             answer, spans = self._encode(f"{pair.answer}{pair.close}<|end|>")
-            text = question + lead + answer[:-1]
+            text = before + question + lead + answer[:-1]
             if len(ids) + len(text) > LONGEST and number > 1:
                 continue
             places = gazes(scene, pair, [span for span in spans if span[0] < len(pair.answer)], SIDE)
-            first = len(ids) + len(question) + len(lead) - 1
-            told = [len(ids) + index for index in asked_words(pair.question, asked[:-2])]
+            first = len(ids) + len(before) + len(question) + len(lead) - 1
+            told = [len(ids) + len(before) + index for index in asked_words(pair.question, asked[:-2])]
             words += [(first + index, word) for index in range(len(answer)) for word in told]
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
             shares = counted(scene, pair, SIDE)
             counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
             if (share_of := share_told(pair)) is not None:
                 readings += [(first + index, share_of) for index in range(len(places))]
+            start = positions[-1] + 1 if follows else len(self._prefix)
+            labels += [IGNORED] * (first - len(ids)) + answer
             ids += text
-            labels += [IGNORED] * (len(question) + len(lead) - 1) + answer
-            positions += range(len(self._prefix), len(self._prefix) + len(text))
-            segments += [number] * len(text)
+            positions += range(start, start + len(text))
+            segments += [segments[-1] if follows else number] * len(text)
         marks, measured = marked_patches(scene), measured_patches(scene)
         return shrink(scene.image), ids, labels, positions, segments, marks, measured, looks, words, counts, readings
 

@@ -29,6 +29,8 @@ class QA:
     """What is written before the answer, as a form does that the model did not choose."""
     close: str = ""
     """What ends the form."""
+    follows: bool = False
+    """Whether it is asked after the question before it, in one conversation."""
 
 
 @dataclass(frozen=True)
