@@ -287,5 +287,5 @@ def test_the_bundled_model_s_answers_are_true(browser: Any) -> None:
         for page in open_page(browser, server):
             sync_api.expect(page.locator("#model")).to_have_text("panel")
             page.locator("#file").set_input_files(ROOT / "examples" / "light.png")
-            assert ask(page, "Is LED 2 on?") == "no"
-            assert ask(page, "What colour is the LED that is on?", answers=2) == "blue"
+            assert ask(page, "What colour is the tower light showing?") == "green"
+            assert ask(page, "Is the red lamp lit?", answers=2) == "no"
