@@ -150,15 +150,16 @@ class Drawer:
         turn = self._encode("<|end|><|user|>")[0]
         for number, pair in enumerate(scene.pairs, 1):
             follows = pair.follows and segments[-1] > 0
-            before = turn if follows else []
             question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
             lead = self._encode(pair.lead)[0]
             answer, spans = self._encode(f"{pair.answer}{pair.close}<|end|>")
-            text = before + question + lead + answer[:-1]
+            before = turn if follows else []
+            head = before + question + lead
+            text = head + answer[:-1]
             if len(ids) + len(text) > LONGEST and number > 1:
                 continue
             places = gazes(scene, pair, [span for span in spans if span[0] < len(pair.answer)], SIDE)
-            first = len(ids) + len(before) + len(question) + len(lead) - 1
+            first = len(ids) + len(head) - 1
             told = [len(ids) + len(before) + index for index in asked_words(pair.question, asked[:-2])]
             words += [(first + index, word) for index in range(len(answer)) for word in told]
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
@@ -167,7 +168,7 @@ class Drawer:
             if (share_of := share_told(pair)) is not None:
                 readings += [(first + index, share_of) for index in range(len(places))]
             start = positions[-1] + 1 if follows else len(self._prefix)
-            labels += [IGNORED] * (first - len(ids)) + answer
+            labels += [IGNORED] * (len(head) - 1) + answer
             ids += text
             positions += range(start, start + len(text))
             segments += [segments[-1] if follows else number] * len(text)
