@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from tests.conftest import heed_interrupts
 from tests.serving import wait_until
+from training import attention
 from training.data import IGNORED, MARKS, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
 from training.draw import Pen, font_files
@@ -147,6 +148,26 @@ def test_a_question_that_follows_sees_the_one_before_it_and_its_answer(tokenizer
         assert batch.positions[0, seen[answers[0]]].tolist() == list(range(len(wanted)))
         begun = [batch.labels[0, answers[0]]]
         assert tokenizer.decode(begun) == pairs[-1].answer[0]  # type: ignore[attr-defined]
+
+
+def test_attention_gives_what_transformers_own_gives(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=8)
+    batch = collate([drawer.row(drawer.scene(index)) for index in range(4)])
+    assert len(batch.counts)
+    losses, grads = [], []
+    for install in (lambda model: model.set_attn_implementation("eager"), attention.install):
+        model = make_model(make_config(tokenizer, 64, 2, 3), seed=2)
+        install(model)
+        gaze = Gaze(model)
+        loss, _ = loss_of(model, batch, "cpu")
+        gazing = gaze.loss(batch)
+        (loss + gazing).backward()
+        losses.append((float(loss.detach()), float(gazing.detach())))
+        grads.append({name: each.grad for name, each in model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    for name, grad in grads[0].items():
+        cosine = torch.nn.functional.cosine_similarity(grad.flatten(), grads[1][name].flatten(), 0)
+        assert name.endswith("k_proj.bias") or float(cosine) > 0.99, name  # which is zero, but for rounding
 
 
 def test_labels_are_the_answers_and_nothing_else(tokenizer: object) -> None:
@@ -549,7 +570,7 @@ def test_only_the_telling_words_of_a_question_are_told() -> None:
 def test_the_gaze_scores_the_attention_on_what_is_wanted(tokenizer: object) -> None:
     drawer = Drawer(tokenizer, seed=12)
     model = make_model(make_config(tokenizer, 64, 1, 3), seed=1)
-    model.set_attn_implementation("eager")
+    attention.install(model)
     gaze = Gaze(model)
     batch = collate([drawer.row(drawer.scene(index)) for index in range(4)])
     assert len(batch.gazes)

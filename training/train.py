@@ -291,7 +291,8 @@ class Gaze:
         weights = torch.cat(every, 1)
         picture, position, seen = torch.from_numpy(counts[:, :3].astype(np.int64)).to(weights.device).unbind(1)
         share = torch.from_numpy(counts[:, 3]).to(weights.device, torch.float32)
-        given = weights.transpose(0, 1)[:, picture, position, seen].float() + 1e-6  # (heads, n)
+        row = position - _unseen(weights)
+        given = weights.transpose(0, 1)[:, picture, row, seen].float() + 1e-6  # (heads, n)
         questions = len(np.unique(counts[:, :2], axis=0))
         diverged = (share * (share / given).log()).sum() / (len(given) * questions)
         sink = seen == 0
@@ -302,15 +303,20 @@ class Gaze:
         """Return the mean -log of what one layer's heads give to the `wanted` (n, 3): picture, from, to."""
         import torch
 
-        weights = self._seen[index]  # (B, heads, S, S)
+        weights = self._seen[index]
         target = torch.zeros(len(weights), *weights.shape[2:], device=weights.device)
         picture, position, seen = torch.from_numpy(wanted).to(weights.device).unbind(1)
-        target[picture, position, seen] = 1.0
+        target[picture, position - _unseen(weights), seen] = 1.0
         told = target.any(-1)
         if not told.any():
             return torch.zeros((), device=weights.device)
         given = (weights.transpose(0, 1)[:, told].float() * target[told]).sum(-1)
         return -(given + 1e-6).log().mean()
+
+
+def _unseen(weights: Any) -> int:
+    """Return which position has the first row of `weights` (B, heads, rows, S), which end with the last one's."""
+    return int(weights.shape[3] - weights.shape[2])
 
 
 def pixel_values(batch: Batch, device: str) -> Any:
@@ -350,6 +356,7 @@ def loss_of(model: Any, batch: Batch, device: str) -> tuple[Any, Any]:
             position_ids=on(batch.positions),
             pixel_values=pixel_values(batch, device)[:, None],
             use_cache=False,
+            prefix=int((batch.segments[0] == 0).sum()),
         ).last_hidden_state
         wanted = labels != IGNORED
         logits = model.lm_head(hidden[wanted]).float()
@@ -405,6 +412,8 @@ class Run:
     def __init__(self, settings: Settings, tokenizer: Any, stage: str) -> None:
         import torch
 
+        from training.attention import install
+
         self.stage = stage
         self._settings = settings
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -416,7 +425,7 @@ class Run:
         else:
             self.model = make_model(config, settings.seed, _some_sheets(tokenizer, settings))
         self.model.to(self._device).train()
-        self.model.set_attn_implementation("eager")  # fused kernels give the gaze no weights, and are slower on a CPU
+        install(self.model)
         self.guide = Guide(self.model, self._device)
         if settings.start and (settings.start.parent / GUIDE).is_file():
             self.guide.load(settings.start.parent / GUIDE)

@@ -93,7 +93,7 @@ def write_parts(
 
     tiles = {pair: text.pixel_values for pair, text in texts.items() if text.pixel_values is not None}
     feeds = [{"pixel_values": each, **processor.family.vision_inputs()} for each in tiles.values()]
-    data = vision_samples(processor, pairs) if options.part_precision(VISION) == "w8a8" else []
+    data = vision_samples(processor, pairs, manifest.hidden_size) if options.part_precision(VISION) == "w8a8" else []
     image_embeds = dict(zip(tiles, writer.write(VISION, feeds, data), strict=True))
     writer.write(TEXT_EMBEDDINGS, [], [])
 

@@ -151,7 +151,7 @@ def calibration_samples(
         loader = PartLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
         samples[LANGUAGE] = language_samples(processor, loader, pairs)
     if for_vision:
-        samples[VISION] = vision_samples(processor, pairs)
+        samples[VISION] = vision_samples(processor, pairs, manifest.hidden_size)
     return samples
 
 

@@ -46,6 +46,10 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     other = pick(random, others)
     count = sum(thing.kind == other for thing in things)
     result.ask("count", (f"How many {plural(other)} are there?", f"Count the {plural(other)}."), str(count), random)
+    for more in [kind for kind in kinds if kind not in (target, other)] if varied else ():
+        if any(thing.kind == more for thing in things):
+            number = str(sum(thing.kind == more for thing in things))
+            result.ask("count", (f"How many {plural(more)} are there?", f"Count the {plural(more)}."), number, random)
     counts = [(kind, sum(thing.kind == kind for thing in things)) for kind in kinds]
     said = [f"{number} {kind if number == 1 else plural(kind)}" for kind, number in counts if number]
     result.describe(random, ", ".join(said) or "nothing")

@@ -1,0 +1,91 @@
+"""Attention as training needs it: nothing that a mask throws away, and weights only for those who are told by them.
+
+At 576 image tokens transformers' own attention takes more of a step than all matrix products together: it scores every
+position against every other, in float32, and multiplies most of it by nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+BLOCKS = 4
+"""Into how many blocks of rows the prefix is parted: each is scored against what lies before its end."""
+
+
+class _Attend(torch.autograd.Function):  # type: ignore[misc]
+    """`softmax(query @ key.T) @ value` of `(N, R, D)`, `(N, S, D)` and `(N, S, D)`, which keeps its weights alone."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, rows: int) -> Any:
+        """Return `(N, R, D)`; of every `rows` queries, if not 0, the last stands where the last key does."""
+        scores = torch.bmm(query, key.transpose(1, 2))
+        if rows:
+            later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
+            scores.unflatten(1, (-1, rows))[..., -rows:].masked_fill_(later, -torch.inf)
+        weights = torch.softmax(scores, -1)
+        ctx.save_for_backward(query, key, value, weights)
+        return torch.bmm(weights, value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradients of query, key and value."""
+        query, key, value, weights = ctx.saved_tensors
+        (grad,) = grads
+        scores = torch._softmax_backward_data(torch.bmm(grad, value.transpose(1, 2)), weights, -1, weights.dtype)
+        return (
+            torch.bmm(scores, key),
+            torch.bmm(scores.transpose(1, 2), query),
+            torch.bmm(weights.transpose(1, 2), grad),
+            None,
+        )
+
+
+def look(_module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
+    """Let every patch `(B, H, S, D)` see every other; return `(B, S, H, D)`."""
+    seen = _Attend.apply(*(each.flatten(0, 1) for each in (query * scaling, key, value)), 0)
+    return seen.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
+
+
+def read(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, prefix: int = 0, **_: Any
+) -> tuple[Any, Any]:
+    """Let the first `prefix` positions of `(B, H, S, D)` see those before them, and the others what `mask` shows them.
+
+    Returns `(B, S, H, D)` and the others' weights `(B, H, S - prefix, S)`. Of the last layer nobody looks at what it
+    makes of the prefix, and it is zero.
+    """
+    batch, heads, length, size = query.shape
+    shared = key.shape[1]
+    query = (query * scaling).to(value.dtype).unflatten(1, (shared, -1))  # (B, KV, H / KV, S, D)
+    key, value = key.to(value.dtype).contiguous(), value.contiguous()
+    asking = query[..., prefix:, :].flatten(2, 3)
+    scores = (asking @ key.transpose(2, 3)).reshape(batch, heads, -1, length)
+    weights = torch.softmax(scores + mask[:, :, prefix:], -1)
+    answers = (weights.to(value.dtype).reshape(*asking.shape[:3], length) @ value).reshape(batch, heads, -1, size)
+    if module.layer_idx == module.config.num_hidden_layers - 1:
+        before = answers.new_zeros(batch, heads, prefix, size)
+    else:
+        before = _prefix(query[..., :prefix, :], key, value).reshape(batch, heads, prefix, size)
+    return torch.cat([before, answers], 2).transpose(1, 2), weights
+
+
+def _prefix(query: Any, key: Any, value: Any) -> Any:
+    """Return what the prefix' queries `(B, KV, G, P, D)` see of themselves and what lies before them."""
+    queries, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    blocks, first = [], 0
+    for rows in (len(each) for each in torch.arange(query.shape[3]).tensor_split(BLOCKS)):
+        last = first + rows
+        seen = _Attend.apply(queries[:, :, first:last].flatten(1, 2), key[:, :last], value[:, :last], rows)
+        blocks.append(seen.unflatten(1, (-1, rows)))
+        first = last
+    return torch.cat(blocks, 2).unflatten(0, query.shape[:2])
+
+
+def install(model: Any) -> None:
+    """Have an Idefics3's tower look and its text part read like this."""
+    AttentionInterface.register("panel_look", look)
+    AttentionInterface.register("panel_read", read)
+    model.set_attn_implementation({"vision_config": "panel_look", "text_config": "panel_read"})
