@@ -50,7 +50,7 @@ def look(_module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: fl
 
 
 def read(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, prefix: int = 0, **_: Any
+    module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, prefix: int, **_: Any
 ) -> tuple[Any, Any]:
     """Let the first `prefix` positions of `(B, H, S, D)` see those before them, and the others what `mask` shows them.
 
