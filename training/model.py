@@ -6,11 +6,11 @@ import math
 from copy import deepcopy
 from typing import Any
 
-IMAGE_SIZE, PATCH = 256, 16
+IMAGE_SIZE, PATCH = 384, 16
 SIDE = IMAGE_SIZE // PATCH
 """Patches, and image tokens, in a row of the picture."""
 IMAGE_TOKENS = SIDE**2
-CONTEXT = 1024
+CONTEXT = 2048
 """Positions that the text part has room for."""
 
 
