@@ -15,8 +15,10 @@ from edgevlm import VLM, GenerationConfig, OptionError, VerificationError
 from edgevlm.chat import user_message
 from edgevlm.device import read_ir
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, hash_file, load_manifest
+from edgevlm.paths import default_model
+from edgevlm.processor import Processor
 from edgevlm_export import ExportOptions, export, native_route
-from edgevlm_export.calibration import load_pairs, verification_pairs, with_questions
+from edgevlm_export.calibration import load_pairs, verification_pairs, vision_samples, with_questions
 from edgevlm_export.convert import greedy
 from edgevlm_export.options import Int4Recipe
 from edgevlm_export.verify import check, scales, verify
@@ -154,6 +156,14 @@ def test_w8a8_computes_the_vision_part_in_integers(idefics3: Path, exported: Pat
     assert report.verification is not None
     assert report.verification.parts[VISION].cosine > 0.98
     assert VLM(tmp_path / "out").generate(photograph("china.jpg"), "What?").tiles == 13
+
+
+def test_a_narrow_model_is_calibrated_on_every_picture_and_a_wide_one_on_some() -> None:
+    panel = default_model()
+    processor = Processor(panel, load_manifest(panel))
+    pictures = [pair.image for pair in load_pairs() if pair.image]
+    assert len(vision_samples(processor, load_pairs(), 192)) == len(pictures)
+    assert len(vision_samples(processor, load_pairs(), 576)) == len(pictures) / 3
 
 
 def test_a_calibration_set_without_pictures_leaves_the_vision_part_the_shipped_ones(

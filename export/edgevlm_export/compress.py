@@ -14,6 +14,14 @@ from edgevlm_export.options import UNCOMPRESSED, Int4Recipe, Precision
 if TYPE_CHECKING:
     import openvino as ov
 
+SMOOTHING = 0.5
+"""How much of the activations' range SmoothQuant moves into the weights, as its paper has it (Xiao et al. 2023).
+
+With NNCF's 0.95, channels that are quiet in the calibration's pictures and loud in others are cut off: calibrated on 12
+pictures the bundled model loses 0.7 points of right answers, on 24 with 0.5 none. Image tokens that show parts have a
+squared error of 0.4 to 0.5 % of their square with the one, 0.04 % with the other (on 24 and 0.95, 0.06 to 0.07 %).
+"""
+
 
 def compress(
     model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[Mapping[str, Any]] | None = None
@@ -40,8 +48,11 @@ def _compress(
             model_type=nncf.ModelType.TRANSFORMER,
             preset=nncf.QuantizationPreset.MIXED,  # activations with a zero point: GELU's outputs are one-sided
             subset_size=len(samples),
-            # Bias correction takes a third of the time and finds nothing to correct behind a MatMul.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(disable_bias_correction=True),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                # It takes a third of the time and finds nothing to correct behind a MatMul.
+                disable_bias_correction=True,
+                smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=SMOOTHING),
+            ),
         )
     if precision == "int8":
         return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_SYM)
