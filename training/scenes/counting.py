@@ -40,18 +40,16 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     many = plural(target)
     questions = (f"How many {many} are there?", f"Count the {many}.", f"What is the number of {many}?")
     result.ask("count", questions, str(wanted), random)
+    counts = {kind: sum(thing.kind == kind for thing in things) for kind in kinds}
     kind = pick(random, kinds)
-    there = any(thing.kind == kind for thing in things)
-    result.ask("presence", (f"Is there a {kind}?", f"Do you see any {plural(kind)}?"), "yes" if there else "no", random)
+    there = "yes" if counts[kind] else "no"
+    result.ask("presence", (f"Is there a {kind}?", f"Do you see any {plural(kind)}?"), there, random)
     other = pick(random, others)
-    count = sum(thing.kind == other for thing in things)
-    result.ask("count", (f"How many {plural(other)} are there?", f"Count the {plural(other)}."), str(count), random)
-    for more in [kind for kind in kinds if kind not in (target, other)] if varied else ():
-        if any(thing.kind == more for thing in things):
-            number = str(sum(thing.kind == more for thing in things))
-            result.ask("count", (f"How many {plural(more)} are there?", f"Count the {plural(more)}."), number, random)
-    counts = [(kind, sum(thing.kind == kind for thing in things)) for kind in kinds]
-    said = [f"{number} {kind if number == 1 else plural(kind)}" for kind, number in counts if number]
+    rest = [kind for kind in others if kind != other and counts[kind]] if varied else []
+    for kind in (other, *rest):
+        many = plural(kind)
+        result.ask("count", (f"How many {many} are there?", f"Count the {many}."), str(counts[kind]), random)
+    said = [f"{number} {kind if number == 1 else plural(kind)}" for kind, number in counts.items() if number]
     result.describe(random, ", ".join(said) or "nothing")
     return result
 
