@@ -7,6 +7,7 @@ some follow the question before them and see it and its answer, as in a conversa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +21,7 @@ from training.forms import formed
 from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes, share_told
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
 from training.scene import Random, Scene, chance
-from training.scenes import SCENES, charts, counting, gauges, pages, shapes, sheets
+from training.scenes import SCENES, charts, counting, gauges, lights, pages, shapes, sheets
 
 VARIED = 0.4
 """The share of gauges, charts and counts to learn from that are less alike than those of the held-out set."""
@@ -28,19 +29,24 @@ TAUGHT = SCENES | {
     "gauge": partial(gauges.scene, ticked=0.0, varied=VARIED),
     "chart": partial(charts.scene, varied=VARIED),
     "count": partial(counting.scene, varied=VARIED),
+    "light": partial(lights.scene, several=0.4),
     "shape": partial(shapes.scene, pointed=0.9),
 }
 """What is drawn to learn from. A model that has seen many needles stand on numbers takes to saying round ones: where it
 doubts a digit, its neighbours share what it believes, and the zero of a number does not."""
 
 IGNORED = -100
+SCALES = tuple(
+    dict.fromkeys(f"{low}..{high}" for low, high, *_ in (*gauges.SCALES, *((0, top) for top in charts.TOPS)))
+)
+"""The names of all scales, of gauges and of charts."""
 MARKS = (
     *"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz.-%°",
     *("circle", "square", "triangle", "star", "cross", "diamond", "hexagon", "ring", "nut", "washer", "screw", "gear"),
     *("red", "green", "blue", "yellow", "orange", "purple", "white", "black", "gray"),
     *("on", "off", "part", "gap", "needle", "hub", "top", "spike"),
     *("bar", "highest", "lowest"),
-    *dict.fromkeys(f"{low}..{high}" for low, high, *_ in (*gauges.SCALES, *((0, top) for top in charts.TOPS))),
+    *SCALES,
 )
 """What the vision tower is told about single patches while it learns."""
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
@@ -87,6 +93,26 @@ class Batch:
     words: np.ndarray  # (n, 3) int64: picture, position, position of a word that says what is asked
     counts: np.ndarray  # (n, 4) float64: picture, position, position to look at, share of the attention
     readings: np.ndarray  # (n, 3) float64: picture, position, how far along its scale stands what is told there
+
+    @property
+    def scales(self) -> np.ndarray:
+        """`(n, 3)` int64: picture, patch, which scale (index into `SCALES`) measures what is there."""
+        picture, patch, name = self.marks.T
+        first = _MARK_INDEX[SCALES[0]]
+        return np.stack([picture, patch, name - first], 1)[name >= first]
+
+    @property
+    def told_scales(self) -> np.ndarray:
+        """`(n, 3)` int64: picture, position, the scale of what is told there, in pictures that have one scale alone."""
+        scales: dict[int, set[int]] = defaultdict(set)
+        for picture, _, scale in self.scales.tolist():
+            scales[picture].add(scale)
+        told = [
+            (picture, position, *scales[picture])
+            for picture, position in self.readings[:, :2].astype(np.int64).tolist()
+            if len(scales[picture]) == 1
+        ]
+        return np.array(told, np.int64).reshape(-1, 3)
 
 
 class Drawer:

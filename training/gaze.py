@@ -48,7 +48,8 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
 
     `spans` are the characters of each token. An answer that spells a run of marks is followed mark by mark. Otherwise a
     token's places are those where what it names is drawn, among those that the question names, if it names any; a token
-    that names nothing has the question's. What is not there has the sink; of counts, `counted` tells.
+    that names nothing has the question's. What is not there has the sink; of counts, `counted` tells. Where lit lamps
+    are listed, the places of one more token follow: what ends the list looks at all of them.
     """
     if _counts(pair):
         return [frozenset()] * len(spans)
@@ -65,6 +66,8 @@ def gazes(scene: Scene, pair: QA, spans: Sequence[Span], side: int) -> list[Plac
             continue
         here = frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == unit[1])
         found.append(((here & asked or asked) if asked else here) - {OUTSIDE})
+    if _lists_lit(pair.question):
+        found.append(asked - {OUTSIDE})
     return found
 
 
@@ -139,7 +142,7 @@ def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
         return frozenset({cells[lamp]})
     if pair.task == "chart" and (bar := _bar(scene, pair.question)):
         return frozenset(cells[index] for index in bar)
-    names = _names(pair.question)
+    names = _names(pair.question) or ({"on"} if _lists_lit(pair.question) else set())
     names |= {"needle", "hub"} if _is_gauge(pair) else set()
     places = [
         frozenset(cell for cell, mark in zip(cells, scene.marks, strict=True) if mark.name == name) for name in names
@@ -149,6 +152,10 @@ def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
     if pair.task == "presence" and pair.answer == "no" and not common:
         return frozenset({SINK})
     return common or frozenset().union(*places)
+
+
+def _lists_lit(question: str) -> bool:
+    return re.search(r"\b(is|are) (on|lit)\b", question) is not None
 
 
 def _lamp(scene: Scene, question: str) -> int | None:

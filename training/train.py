@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data import IGNORED, MARKS, Batch, Drawer, shrink
+from training.data import IGNORED, MARKS, SCALES, Batch, Drawer, shrink
 from training.gaze import SINK_WEIGHT
 from training.model import (
     IMAGE_TOKENS,
@@ -70,6 +70,8 @@ class Settings:
     """Save and end after this time; the same command goes on from there."""
     start: Path | None = None
     """A checkpoint to begin with, instead of chance, and the guide that lies beside it, if one does."""
+    float32: bool = False
+    """Multiply in float32: faster on CPUs that have AVX512-BF16 at half the rate of float32, as Intel's without AMX."""
 
 
 def order(uses: int) -> Iterator[int]:
@@ -149,8 +151,9 @@ class Guide:
 
     Answers alone leave the tower at chance for tens of thousands of pictures, since they say nothing of where to look.
     `layer` looks at the tower's patches, `joint` at the image tokens made of them, `place` tells a token's row and
-    column, and `share` how far along its scale stands what each patch shows. `recall` asks the text part, whose heads
-    have looked there by then, for the share that a reading is about to tell.
+    column, `share` how far along its scale stands what each patch shows, and `scale` which scale that is. `recall` and
+    `recall_scale` ask the text part, whose heads have looked there by then, for the share and the scale that a reading
+    is about to tell.
     """
 
     def __init__(self, model: Any, device: str) -> None:
@@ -162,6 +165,8 @@ class Guide:
         self.place = torch.nn.Linear(width, 2 * SIDE).to(device)
         self.share = torch.nn.Linear(width, STEPS + 1).to(device)
         self.recall = torch.nn.Linear(width, STEPS + 1).to(device)
+        self.scale = torch.nn.Linear(width, len(SCALES)).to(device)
+        self.recall_scale = torch.nn.Linear(width, len(SCALES)).to(device)
         self._patches: Any = None
         self._looked: Any = None
         self._tokens: Any = None
@@ -176,7 +181,7 @@ class Guide:
     @property
     def layers(self) -> dict[str, Any]:
         """The layers by name."""
-        names = ("layer", "joint", "place", "share", "recall")
+        names = ("layer", "joint", "place", "share", "recall", "scale", "recall_scale")
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
@@ -202,7 +207,8 @@ class Guide:
 
         state = load_file(path)
         for name, layer in self.layers.items():
-            layer.load_state_dict({key: state[f"{name}.{key}"].float() for key in layer.state_dict()})
+            if f"{name}.weight" in state:
+                layer.load_state_dict({key: state[f"{name}.{key}"].float() for key in layer.state_dict()})
 
     def loss(self, batch: Batch) -> tuple[Any, Any]:
         """Return the binary cross-entropy of the last forward pass' marks, by mark: of patches, of image tokens.
@@ -223,6 +229,7 @@ class Guide:
         named = entropy(self.joint(tokens), target) / count
         looked = torch.nn.functional.rms_norm(self._looked.float(), self._looked.shape[-1:])
         read = _misread(self.share, tokens, batch.shares) + _misread(self.recall, looked, batch.readings)
+        read += _mistaken(self.scale, tokens, batch.scales) + _mistaken(self.recall_scale, looked, batch.told_scales)
         return entropy(logits, target) / count, named + self._misplaced(tokens) + read
 
     def _misplaced(self, tokens: Any) -> Any:
@@ -249,6 +256,16 @@ def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
     steps = torch.arange(STEPS + 1, device=held.device)
     wanted = torch.from_numpy(shares[:, 2:] * STEPS).to(held.device, torch.float32)
     return torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1))
+
+
+def _mistaken(layer: Any, held: Any, scales: np.ndarray) -> Any:
+    """Return the mean cross-entropy of the `scales` (n, 3): picture, place in `held`, index into `SCALES`."""
+    import torch
+
+    if not len(scales):
+        return torch.zeros((), device=held.device)
+    picture, place, scale = torch.from_numpy(scales).to(held.device).unbind(1)
+    return torch.nn.functional.cross_entropy(layer(held[picture, place]), scale)
 
 
 READERS, GAZERS = {0: 3}, {1: 2, 2: 4}
@@ -328,16 +345,16 @@ def pixel_values(batch: Batch, device: str) -> Any:
     )
 
 
-def look(model: Any, batch: Batch, device: str) -> None:
+def look(model: Any, batch: Batch, device: str, bf16: bool = True) -> None:
     """Let the vision tower alone look at the pictures, for the guide."""
     import torch
 
     mask = torch.ones(len(batch.pixels), SIDE, SIDE, dtype=torch.bool, device=device)
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         model.model.vision_model(pixel_values=pixel_values(batch, device), patch_attention_mask=mask)
 
 
-def loss_of(model: Any, batch: Batch, device: str) -> tuple[Any, Any]:
+def loss_of(model: Any, batch: Batch, device: str, bf16: bool = True) -> tuple[Any, Any]:
     """Return the mean loss over answer tokens, and the share of them that are right."""
     import torch
 
@@ -349,7 +366,7 @@ def loss_of(model: Any, batch: Batch, device: str) -> tuple[Any, Any]:
     bias = torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_fill_(
         ~mask, torch.finfo(torch.float32).min
     )
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         hidden = model.model(
             input_ids=on(batch.input_ids),
             attention_mask=bias,
@@ -449,10 +466,11 @@ class Run:
         factor = rate_at(self.seen, self._settings)
         for group, rate in self._groups:
             group["lr"] = rate * factor
+        bf16 = not self._settings.float32
         weights = [len(part.pixels) if self.stage == "sheets" else _answer_tokens(part) for part in batch]
         figures = torch.zeros(5)
         for part, weight in zip(batch, weights, strict=True):
-            loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device)
+            loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device, bf16)
             guiding, joining = self.guide.loss(part)
             gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros(())
             share = weight / sum(weights)
@@ -469,7 +487,7 @@ class Run:
     def _look(self, batch: Batch) -> tuple[Any, Any]:
         import torch
 
-        look(self.model, batch, self._device)
+        look(self.model, batch, self._device, not self._settings.float32)
         nothing = torch.zeros((), device=self._device)
         return nothing, nothing
 

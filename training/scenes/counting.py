@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from training.draw import Colour, Pen, canvas, jitter, named, panel, shade
+from training.draw import COLOURS, Colour, Pen, canvas, jitter, named, panel, shade
 from training.scene import Random, Scene, between, chance, pick
 from training.scenes.things import PARTS, SHAPES, Thing, draw, places, plural, some_finish
 
@@ -29,6 +29,7 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     spots = places(random, total, width, height, scale * min(0.055, top * 0.75), scale * top)
     wanted = min(wanted, len(spots))
     colours = METALS if kinds is PARTS else ("red", "green", "blue", "yellow", "orange", "purple")
+    colours = tuple(COLOURS) if loose else colours
     contrast = [name for name in colours if _differs(named(random, name), ground)] or ["red"]
     things = [
         Thing(target if index < wanted else pick(random, others), pick(random, contrast), *spot)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from training.draw import canvas, fit, ink, named, panel, shade, text
 from training.scene import Random, Scene, between, chance, pick
 
@@ -9,9 +11,9 @@ STACK = ("red", "yellow", "green", "blue", "white")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
-def scene(random: Random) -> Scene:
-    """Draw one of the three kinds."""
-    return pick(random, (stack_light, indicator_row, switches))(random)
+def scene(random: Random, several: float = 0.0) -> Scene:
+    """Draw one of the three kinds; the share `several` of stack lights has more than one lamp lit."""
+    return pick(random, (partial(stack_light, several=several), indicator_row, switches))(random)
 
 
 def glow(random: Random, name: str, on: bool) -> tuple[int, int, int]:
@@ -29,13 +31,15 @@ def listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def stack_light(random: Random) -> Scene:
-    """Draw a tower of lamps with one lit, or none, or two."""
+def stack_light(random: Random, several: float = 0.0) -> Scene:
+    """Draw a tower of lamps with one lit, or none, or two; the share `several` with two or more."""
     image, pen, _ = canvas(random)
     width, height = image.size
     count = int(random.integers(2, 6))
     names = [STACK[i] for i in random.permutation(5)[:count]]
     lit = set(random.permutation(count)[: pick(random, (0, 1, 1, 1, 1, 2))].tolist())
+    if several > 0 and chance(random, several):
+        lit = set(random.permutation(count)[: pick(random, (2, 2, 2, 3, 4))].tolist())
     high = between(random, 0.6, 0.85) * height / count
     wide = min(high * between(random, 0.8, 1.6), width * 0.4)
     x, y = between(random, wide / 2 + 4, width - wide / 2 - 4), between(random, 0.03, 0.1) * height
@@ -112,13 +116,13 @@ def indicator_row(random: Random) -> Scene:
         along, across = length * (0.08 + 0.84 * (index + 0.5) / count), thickness * 0.5
         x, y = (along, across) if lying else (across, along)
         colour = glow(random, colours[index], lit[index])
-        pen.mark(x, y, colours[index], _state(lit[index]))
+        number = str(index + 1)
+        pen.mark(x, y, colours[index], _state(lit[index]), number)
         pen.ellipse((x - radius * 1.2, y - radius * 1.2, x + radius * 1.2, y + radius * 1.2), fill=shade(plate, 0.6))
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
         if lit[index]:
             r = radius * 0.4
             pen.ellipse((x - r, y - r, x + r, y + r), fill=shade(colour, 1.35))
-        number = str(index + 1)
         where = (x, y + radius * 1.9) if lying else (x + radius * 2.2, y)
         text(pen, where, number, fit(random, number, radius, radius * 1.1), ink(random, plate))
     result = Scene(image, pen.marks)
