@@ -55,7 +55,7 @@ LONGEST = IMAGE_TOKENS + 76
 WEIGHTS = {
     "display": 2.0,
     "label": 4.0,
-    "gauge": 4.5,
+    "gauge": 6.5,
     "chart": 2.5,
     "count": 3.0,
     "missing": 0.6,

@@ -202,13 +202,17 @@ class Guide:
         save_file({name: weight.to("cpu", torch.bfloat16) for name, weight in state.items()}, path)
 
     def load(self, path: Path) -> None:
-        """Take the weights that `save` wrote."""
+        """Take the weights that `save` wrote; one that names scales among the marks only begins with those."""
         from safetensors.torch import load_file
 
         state = load_file(path)
         for name, layer in self.layers.items():
             if f"{name}.weight" in state:
                 layer.load_state_dict({key: state[f"{name}.{key}"].float() for key in layer.state_dict()})
+        if "scale.weight" not in state:
+            first = MARKS.index(SCALES[0])
+            for key, weight in self.joint.state_dict().items():
+                self.scale.state_dict()[key].copy_(weight[first : first + len(SCALES)])
 
     def loss(self, batch: Batch) -> tuple[Any, Any]:
         """Return the binary cross-entropy of the last forward pass' marks, by mark: of patches, of image tokens.
