@@ -71,6 +71,21 @@ def enlarge(old: Path, new: Path) -> None:
 
 
 @main.command()
+@click.argument("one", type=click.Path(path_type=Path, exists=True))
+@click.argument("other", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path))
+def average(one: Path, other: Path, output: Path) -> None:
+    """Write the mean of the checkpoints ONE and OTHER, which one run began with and ended with, to OUTPUT.
+
+    \b
+    python -m training average runs/fine/checkpoint runs/scales/checkpoint runs/mean/checkpoint
+    """
+    from training.average import average as run
+
+    run(one, other, output)
+
+
+@main.command()
 @click.argument("exports", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--pictures", default=300, help="Pictures of each kind.")
 @click.option("--processes", default=2, help="Processes that ask, one thread each.")
