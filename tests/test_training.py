@@ -239,10 +239,10 @@ def test_ctrl_c_saves_what_was_learned(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
     ) as run:
         state = tmp_path / "run" / "state.pt"
-        wait_until(state.is_file)
-        state.unlink()  # another comes at once, and the last one with the interrupt
-        os.killpg(run.pid, signal.SIGINT)
         try:
+            wait_until(state.is_file)
+            state.unlink()  # another comes at once, and the last one with the interrupt
+            os.killpg(run.pid, signal.SIGINT)
             _, errors = run.communicate(timeout=60)
         finally:
             with suppress(ProcessLookupError):

@@ -99,7 +99,8 @@ class Batch:
         """`(n, 3)` int64: picture, patch, which scale (index into `SCALES`) measures what is there."""
         picture, patch, name = self.marks.T
         first = _MARK_INDEX[SCALES[0]]
-        return np.stack([picture, patch, name - first], 1)[name >= first]
+        measuring = name >= first
+        return np.stack([picture[measuring], patch[measuring], name[measuring] - first], 1)
 
     @property
     def told_scales(self) -> np.ndarray:

@@ -28,8 +28,9 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     top *= between(random, 0.75, 1.3) if loose else 1.0
     spots = places(random, total, width, height, scale * min(0.055, top * 0.75), scale * top)
     wanted = min(wanted, len(spots))
-    colours = METALS if kinds is PARTS else ("red", "green", "blue", "yellow", "orange", "purple")
-    colours = tuple(COLOURS) if loose else colours
+    colours: tuple[str, ...] = METALS if kinds is PARTS else ("red", "green", "blue", "yellow", "orange", "purple")
+    if loose:
+        colours = tuple(COLOURS)
     contrast = [name for name in colours if _differs(named(random, name), ground)] or ["red"]
     things = [
         Thing(target if index < wanted else pick(random, others), pick(random, contrast), *spot)

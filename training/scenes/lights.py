@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from training.draw import canvas, fit, ink, named, panel, shade, text
@@ -13,7 +14,8 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 def scene(random: Random, several: float = 0.0) -> Scene:
     """Draw one of the three kinds; the share `several` of stack lights has more than one lamp lit."""
-    return pick(random, (partial(stack_light, several=several), indicator_row, switches))(random)
+    kinds: tuple[Callable[[Random], Scene], ...] = (partial(stack_light, several=several), indicator_row, switches)
+    return pick(random, kinds)(random)
 
 
 def glow(random: Random, name: str, on: bool) -> tuple[int, int, int]:
