@@ -243,7 +243,7 @@ def test_ctrl_c_saves_what_was_learned(tmp_path: Path) -> None:
             wait_until(state.is_file, 300)  # a tokenizer is trained before
             state.unlink()  # another comes at once, and the last one with the interrupt
             os.killpg(run.pid, signal.SIGINT)
-            _, errors = run.communicate(timeout=120)
+            _, errors = run.communicate(timeout=60)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)  # what hangs fails, and does not hang the tests
