@@ -23,19 +23,19 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import heed_interrupts
 from tests.serving import wait_until
-from training import attention
+from training import attention, second
 from training.average import average
 from training.data import IGNORED, MARKS, SCALES, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.degrade import tilt
-from training.draw import Pen, font_files
+from training.draw import FAMILIES, MORE_FAMILIES, Pen, font_files, more_fonts
 from training.enlarge import enlarge
-from training.evaluate import Score, judge
+from training.evaluate import Score, held_out, judge
 from training.forms import formed
 from training.gaze import MOST, SINK, SINK_WEIGHT, asked_words, cell_of, counted, gazes
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE, load_model, make_config, make_model, save_checkpoint
 from training.scene import QA, Mark, Scene
 from training.scenes import SCENES, charts, counting, gauges, lights
-from training.scenes.things import PARTS, SHAPES, Finish, Thing, draw
+from training.scenes.things import PARTS, SHAPES, Finish, Thing, draw, plural
 from training.tokenizer import train_tokenizer
 from training.train import (
     GUIDE,
@@ -45,6 +45,7 @@ from training.train import (
     Guide,
     Run,
     Settings,
+    _misread,
     attention_mask,
     batches,
     load_tokenizer,
@@ -403,6 +404,57 @@ def test_the_guide_scores_the_shares_at_their_patches(tokenizer: object) -> None
         losses.append(float(guide.loss(batch)[1].detach()))
     least = losses[0] - np.log(2)  # 0.25 lies midway between two of fifty steps
     assert losses == pytest.approx([least + np.log(2), least + 15, least + 30], rel=1e-2)
+
+
+def test_all_pictures_weigh_the_same_in_what_the_guide_asks_of_shares() -> None:
+    layer = torch.nn.Linear(4, STEPS + 1)
+    torch.nn.init.zeros_(layer.weight)
+    layer.bias.data.fill_(-30.0)[STEPS] = 0.0
+    wrong, right = (0, 0, 0.0), (1, 0, 1.0)
+    one = _misread(layer, torch.zeros(2, 3, 4), np.array([wrong, right]))
+    many = _misread(layer, torch.zeros(2, 3, 4), np.array([wrong, right, right, right, right]))
+    assert float(one.detach()) == pytest.approx(15, rel=1e-3)
+    assert float(many.detach()) == pytest.approx(15, rel=1e-3)
+
+
+def test_of_a_point_each_number_tells_its_own_coordinate(tokenizer: object) -> None:
+    pair = QA("point", "At which point is the star, in percent?", "x 20, y 65", 6.0)
+    batch = collate([Drawer(tokenizer, seed=12).row(Scene(Image.new("RGB", (180, 180)), [], [pair]))])
+    told = dict.fromkeys((0.2, 0.65), "")
+    for _, position, share in batch.readings:
+        told[share] += tokenizer.decode([batch.labels[0, int(position)]])  # type: ignore[attr-defined]
+    assert "20" in told[0.2]
+    assert "65" in told[0.65]
+
+
+def test_each_counted_thing_tells_how_many_there_are() -> None:
+    scenes = [TAUGHT["count"](np.random.default_rng((18, seed))) for seed in range(30)]
+    for scene in scenes:
+        kinds = [mark.name for mark in scene.marks if mark.share is not None]
+        assert all(round(m.share * MOST) == kinds.count(m.name) for m in scene.marks if m.share is not None)
+        for pair in scene.pairs:
+            if pair.task == "count":
+                assert sum(plural(kind) in pair.question for kind in kinds) == int(pair.answer)
+
+
+def test_fewer_descriptions_are_learned_from(tokenizer: object) -> None:
+    drawer = Drawer(tokenizer, seed=19)
+
+    def descriptions(draw: Callable[[int], Scene]) -> int:
+        return sum(pair.task == "description" for index in range(150) for pair in draw(index).pairs)
+
+    assert descriptions(drawer._shuffled) < 0.5 * descriptions(drawer.scene)
+
+
+def test_held_out_pictures_keep_to_their_own_fonts(tokenizer: object) -> None:
+    before = held_out("label", 0).image.tobytes()
+    Drawer(tokenizer, seed=12).scene(0, "label")
+    assert held_out("label", 0).image.tobytes() == before
+    assert {path.parent.name for path in font_files()} <= set(FAMILIES)
+    with more_fonts():
+        assert set(font_files()) >= set(font_files(FAMILIES))
+        assert font_files() == font_files(FAMILIES + MORE_FAMILIES)
+    assert not set(FAMILIES + MORE_FAMILIES) & set(second.FAMILIES)
 
 
 def test_the_guide_asks_the_text_part_for_what_a_reading_tells(tokenizer: object) -> None:

@@ -37,6 +37,7 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @click.option("--seed", default=1)
 @click.option("--rate", default=4e-3, help="AdamW's.")
 @click.option("--muon-rate", default=0.05)
+@click.option("--guide", default=1.0, help="The guide's weight at first.")
 @click.option("--decay", default=0.3, help="Last share of the pictures, over which the rates fall to zero.")
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
 @click.option("--sheets", is_flag=True, help="Teach the vision tower alone, on sheets crowded with signs.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -29,12 +31,33 @@ COLOURS: dict[str, Colour] = {
 FONT_FOLDERS = (Path(__file__).parent / "fonts", Path("/usr/share/fonts/truetype"), Path("/usr/share/fonts/opentype"))
 FAMILIES = ("dejavu", "liberation", "lato", "open-sans", "hack", "courier-prime", "inconsolata", "cantarell")
 """Fonts of this renderer; the second one draws with others (`second.FAMILIES`)."""
-_UNREADABLE = ("Light", "Hairline", "Thin", "ExtraLight", "Math", "Symbols", "Mono-BoldOblique")
+MORE_FAMILIES = (
+    *("anonymous-pro", "cabin", "clear-sans", "crosextra", "dosis", "firacode", "freefont", "karla", "league-mono"),
+    *("manrope", "mononoki", "play", "quicksand"),
+)
+"""Further ones to learn from, which no held-out picture has."""
+_families = FAMILIES
+_UNREADABLE = ("Light", "Hairline", "Thin", "ExtraLight", "Math", "Symbols", "Mono-BoldOblique", "FreeSerif")
+
+
+@contextmanager
+def more_fonts() -> Iterator[None]:
+    """Draw with `MORE_FAMILIES`, too."""
+    global _families  # noqa: PLW0603
+    before, _families = _families, FAMILIES + MORE_FAMILIES
+    try:
+        yield
+    finally:
+        _families = before
+
+
+def font_files(families: tuple[str, ...] | None = None) -> tuple[Path, ...]:
+    """Return the font files of `families`, or of those that are drawn with now, in a fixed order."""
+    return _font_files(families or _families)
 
 
 @cache
-def font_files(families: tuple[str, ...] = FAMILIES) -> tuple[Path, ...]:
-    """Return the font files of `families`, in a fixed order."""
+def _font_files(families: tuple[str, ...]) -> tuple[Path, ...]:
     found = [
         path
         for folder in FONT_FOLDERS

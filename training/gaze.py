@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from training.draw import COLOURS
 from training.scene import QA, Mark, Scene
+from training.scenes.counting import MOST
 from training.scenes.lights import ORDINALS
 from training.scenes.things import PARTS, SHAPES
 
@@ -35,8 +36,6 @@ SINK = -2
 """Instead of a place: the prompt's first token, to look at for want of anything in the picture."""
 SINK_WEIGHT = 8.0
 """As many things as the sink is worth when things are counted."""
-MOST = 12
-"""As many things as are counted at most."""
 OUTSIDE = -1
 """What stands for the cell of a mark that is not in the picture."""
 _WITHIN = 6
@@ -88,9 +87,17 @@ def counted(scene: Scene, pair: QA, side: int) -> dict[int, float]:
     return {SINK: SINK_WEIGHT / whole} | {place: places.count(place) / whole for place in places}
 
 
-def share_told(pair: QA) -> float | None:
-    """Return how far along its scale stands what an answer tells, 0 to 1: a reading, or a count among `MOST`."""
-    return min(int(pair.answer) / MOST, 1.0) if _counts(pair) else pair.share
+def shares_told(pair: QA, spans: Sequence[Span]) -> list[float | None]:
+    """Return for each token of the answer how far along its scale stands what it tells, 0 to 1.
+
+    That is a reading, a count among `MOST`, or one of a point's coordinates in percent.
+    """
+    if pair.task == "point":
+        comma = pair.answer.index(",")
+        across, down = (int(number) / 100 for number in re.findall(r"\d+", pair.answer))
+        return [across if start <= comma else down for start, _ in spans]
+    share = min(int(pair.answer) / MOST, 1.0) if _counts(pair) else pair.share
+    return [share] * len([start for start, _ in spans if start < len(pair.answer)])
 
 
 def _counts(pair: QA) -> bool:

@@ -32,7 +32,7 @@ from training.tokenizer import train_tokenizer
 STEPS = 50
 """Into how many steps the guide parts a scale."""
 GUIDE_LEFT = 0.25
-"""The share of the guide's weight that is left when the rates have fallen."""
+"""The guide's weight that is left when the rates have fallen."""
 GUIDE = "guide.safetensors"
 """What is written beside a finished checkpoint, to go on from there when the run's own state is gone."""
 USES = {True: 3, False: 2}
@@ -55,7 +55,8 @@ class Settings:
     ramp: int = 60_000
     """Pictures over which the camera's damage grows to its full strength, all of it with `start`."""
     guide: float = 1.0
-    """Weight of the guide's loss, which falls with the rates down to `GUIDE_LEFT`."""
+    """Weight of the guide's loss, which falls with the rates down to `GUIDE_LEFT`. Where a run begins with weights that
+    have learned, more than that draws them away from answers at first."""
     gaze: float = 0.3
     """Weight of the gaze's loss, which does not fall."""
     decay: float = 0.3
@@ -249,7 +250,8 @@ class Guide:
 def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
     """Return the mean cross-entropy of the `shares` (n, 3): picture, place in `held`, share.
 
-    Each is parted between the two nearest of the steps that `layer` tells.
+    Each is parted between the two nearest of the steps that `layer` tells. All pictures that have any weigh the same:
+    of things that are counted there are many in one, of needles a single one.
     """
     import torch
 
@@ -259,7 +261,9 @@ def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
     logits = layer(held[picture, place])
     steps = torch.arange(STEPS + 1, device=held.device)
     wanted = torch.from_numpy(shares[:, 2:] * STEPS).to(held.device, torch.float32)
-    return torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1))
+    _, which, each = np.unique(picture, return_inverse=True, return_counts=True)
+    missed = torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1), reduction="none")
+    return missed @ torch.from_numpy(1 / (each[which] * len(each))).to(missed)
 
 
 def _mistaken(layer: Any, held: Any, scales: np.ndarray) -> Any:
@@ -478,7 +482,7 @@ class Run:
             guiding, joining = self.guide.loss(part)
             gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros(())
             share = weight / sum(weights)
-            guided = self._settings.guide * max(factor, GUIDE_LEFT) * (guiding + joining) / 2
+            guided = max(self._settings.guide * factor, GUIDE_LEFT) * (guiding + joining) / 2
             ((loss + guided + self._settings.gaze * gazing) * share).backward()
             figures += share * torch.stack([each.detach().cpu() for each in (loss, right, guiding, joining, gazing)])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from training.draw import COLOURS, Colour, Pen, canvas, jitter, named, panel, shade
 from training.scene import Random, Scene, between, chance, pick
 from training.scenes.things import PARTS, SHAPES, Thing, draw, places, plural, some_finish
 
+MOST = 12
+"""As many things as are counted at most."""
 METALS = ("gray", "yellow", "black", "orange")
 
 
@@ -20,7 +24,7 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     kinds = PARTS if chance(random, 0.6) else SHAPES
     target = pick(random, kinds)
     others = [kind for kind in kinds if kind != target]
-    wanted = int(random.integers(0, 13))
+    wanted = int(random.integers(0, MOST + 1))
     distractors = int(random.integers(0, 7)) if wanted else int(random.integers(1, 8))
     scale = min(width, height)
     total = wanted + distractors
@@ -38,11 +42,12 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     ]
     for thing in things:
         draw(random, pen, thing, named(random, thing.colour), ground, finish)
-    result = Scene(image, pen.marks)
+    counts = {kind: sum(thing.kind == kind for thing in things) for kind in kinds}
+    shares = {kind: number / MOST for kind, number in counts.items()}
+    result = Scene(image, [replace(mark, share=shares.get(mark.name)) for mark in pen.marks])
     many = plural(target)
     questions = (f"How many {many} are there?", f"Count the {many}.", f"What is the number of {many}?")
     result.ask("count", questions, str(wanted), random)
-    counts = {kind: sum(thing.kind == kind for thing in things) for kind in kinds}
     kind = pick(random, kinds)
     there = "yes" if counts[kind] else "no"
     result.ask("presence", (f"Is there a {kind}?", f"Do you see any {plural(kind)}?"), there, random)

@@ -9,8 +9,8 @@ from training.scenes.things import SHAPES, Thing, draw, places
 NAMES = ("red", "green", "blue", "yellow", "orange", "purple", "white", "black")
 
 
-def scene(random: Random, pointed: float = 0.3) -> Scene:
-    """Draw one to five shapes, all of different kinds, and ask about them; in some, where the first one is."""
+def scene(random: Random, pointed: float = 0.3, everywhere: bool = False) -> Scene:
+    """Draw one to five shapes, all of different kinds, and ask about them; of some, or of each, at which point."""
     image, pen, ground = canvas(random)
     width, height = image.size
     count = int(random.integers(1, 6))
@@ -42,9 +42,9 @@ def scene(random: Random, pointed: float = 0.3) -> Scene:
         f"Does the picture show a {colour} {kind}?",
     )
     result.ask("presence", yes_or_no, "yes" if there else "no", random)
-    if chance(random, pointed):
-        x, y = round(100 * one.x / width), round(100 * one.y / height)
-        result.ask("point", pointed_at(one.kind), f"x {x}, y {y}", random, tolerance=6.0)
+    for thing in things if everywhere else [one] if chance(random, pointed) else []:
+        x, y = round(100 * thing.x / width), round(100 * thing.y / height)
+        result.ask("point", pointed_at(thing.kind), f"x {x}, y {y}", random, tolerance=6.0)
     told = [
         f"{each.colour} {each.kind} x {round(100 * each.x / width)}, y {round(100 * each.y / height)}"
         for each in sorted(things, key=lambda each: each.x)
