@@ -556,7 +556,8 @@ def test_larger_pictures_keep_what_was_learned_from_smaller_ones(tokenizer: obje
     assert new.model.vision_model(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).last_hidden_state.shape[1] == IMAGE_TOKENS
 
 
-def test_the_mean_of_two_checkpoints_is_one(tokenizer: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_the_mean_of_two_checkpoints_is_one(share: float, tokenizer: object, tmp_path: Path) -> None:
     models = [make_model(make_config(tokenizer, 64, 1, 1), seed) for seed in (1, 2)]
     for name, model in zip(("one", "other"), models, strict=True):
         save_checkpoint(model, tokenizer, tmp_path / name / "checkpoint")
@@ -566,13 +567,13 @@ def test_the_mean_of_two_checkpoints_is_one(tokenizer: object, tmp_path: Path) -
         guide.save(tmp_path / name / GUIDE)
     old = {name: each for name, each in load_file(tmp_path / "one" / GUIDE).items() if "scale" not in name}
     save_file(old, tmp_path / "one" / GUIDE)
-    average(*(tmp_path / name / "checkpoint" for name in ("one", "other", "mean")))
+    average(*(tmp_path / name / "checkpoint" for name in ("one", "other", "mean")), share)
     mean = load_model(tmp_path / "mean" / "checkpoint").state_dict()
     for name, weight in mean.items():
-        both = [model.state_dict()[name].bfloat16().float() for model in models]
-        torch.testing.assert_close(weight, sum(both) / 2, rtol=1e-2, atol=1e-6)
+        first, last = (model.state_dict()[name].bfloat16().float() for model in models)
+        torch.testing.assert_close(weight, first + share * (last - first), rtol=1e-2, atol=1e-6)
     guide = load_file(tmp_path / "mean" / GUIDE)
-    assert (guide["share.bias"] == 4.0).all()  # between 3 and 5
+    assert (guide["share.bias"] == 3.0 + share * 2.0).all()
     assert (guide["scale.bias"] == 7.0).all()
 
 

@@ -75,7 +75,8 @@ def enlarge(old: Path, new: Path) -> None:
 @click.argument("one", type=click.Path(path_type=Path, exists=True))
 @click.argument("other", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path))
-def average(one: Path, other: Path, output: Path) -> None:
+@click.option("--share", default=0.5, help="How far the way goes from ONE to OTHER: 0 is ONE, 1 is OTHER.")
+def average(one: Path, other: Path, output: Path, share: float) -> None:
     """Write the mean of the checkpoints ONE and OTHER, which one run began with and ended with, to OUTPUT.
 
     \b
@@ -83,7 +84,7 @@ def average(one: Path, other: Path, output: Path) -> None:
     """
     from training.average import average as run
 
-    run(one, other, output)
+    run(one, other, output, share)
 
 
 @main.command()
