@@ -55,8 +55,7 @@ class Settings:
     ramp: int = 60_000
     """Pictures over which the camera's damage grows to its full strength, all of it with `start`."""
     guide: float = 1.0
-    """Weight of the guide's loss, which falls with the rates down to `GUIDE_LEFT`. Where a run begins with weights that
-    have learned, more than that draws them away from answers at first."""
+    """Weight of the guide's loss, which falls with the rates down to `GUIDE_LEFT`."""
     gaze: float = 0.3
     """Weight of the gaze's loss, which does not fall."""
     decay: float = 0.3
