@@ -29,7 +29,7 @@ COLOURS: dict[str, Colour] = {
     "gray": (130, 130, 130),
 }
 FONT_FOLDERS = (Path(__file__).parent / "fonts", Path("/usr/share/fonts/truetype"), Path("/usr/share/fonts/opentype"))
-FAMILIES = ("dejavu", "liberation", "lato", "open-sans", "hack", "courier-prime", "inconsolata", "cantarell")
+FAMILIES: tuple[str, ...] = ("dejavu", "liberation", "lato", "open-sans", "hack", "courier-prime", "inconsolata", "cantarell")
 """Fonts of this renderer; the second one draws with others (`second.FAMILIES`)."""
 MORE_FAMILIES = (
     *("anonymous-pro", "cabin", "clear-sans", "crosextra", "dosis", "firacode", "freefont", "karla", "league-mono"),
