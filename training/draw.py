@@ -29,14 +29,14 @@ COLOURS: dict[str, Colour] = {
     "gray": (130, 130, 130),
 }
 FONT_FOLDERS = (Path(__file__).parent / "fonts", Path("/usr/share/fonts/truetype"), Path("/usr/share/fonts/opentype"))
-FAMILIES: tuple[str, ...] = ("dejavu", "liberation", "lato", "open-sans", "hack", "courier-prime", "inconsolata", "cantarell")
+FAMILIES = ("dejavu", "liberation", "lato", "open-sans", "hack", "courier-prime", "inconsolata", "cantarell")
 """Fonts of this renderer; the second one draws with others (`second.FAMILIES`)."""
 MORE_FAMILIES = (
     *("anonymous-pro", "cabin", "clear-sans", "crosextra", "dosis", "firacode", "freefont", "karla", "league-mono"),
     *("manrope", "mononoki", "play", "quicksand"),
 )
 """Further ones to learn from, which no held-out picture has."""
-_families = FAMILIES
+_families: tuple[str, ...] = FAMILIES
 _UNREADABLE = ("Light", "Hairline", "Thin", "ExtraLight", "Math", "Symbols", "Mono-BoldOblique", "FreeSerif")
 
 
