@@ -26,6 +26,7 @@ from tests.serving import wait_until
 from training import attention, second
 from training.average import average
 from training.data import IGNORED, MARKS, SCALES, TAUGHT, Drawer, collate, marked_patches, shrink
+from training.deepen import deepen
 from training.degrade import tilt
 from training.draw import FAMILIES, MORE_FAMILIES, Pen, font_files, more_fonts
 from training.enlarge import enlarge
@@ -554,6 +555,26 @@ def test_larger_pictures_keep_what_was_learned_from_smaller_ones(tokenizer: obje
     assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
     Guide(new, "cpu").load(tmp_path / "new" / GUIDE)
     assert new.model.vision_model(torch.rand(1, 3, IMAGE_SIZE, IMAGE_SIZE)).last_hidden_state.shape[1] == IMAGE_TOKENS
+
+
+def test_a_deeper_model_begins_with_the_answers_of_the_one_it_is_made_from(tokenizer: object, tmp_path: Path) -> None:
+    old = make_model(make_config(tokenizer, 64, 1, 3), seed=1)
+    save_checkpoint(old, tokenizer, tmp_path / "old" / "checkpoint")
+    Guide(old, "cpu").save(tmp_path / "old" / GUIDE)
+    deepen(tmp_path / "old" / "checkpoint", tmp_path / "new" / "checkpoint", text_layers=5, vision_layers=2)
+    before, after = (load_model(tmp_path / name / "checkpoint") for name in ("old", "new"))
+    layers = after.model.text_model.layers
+    assert (len(layers), len(after.model.vision_model.encoder.layers)) == (5, 2)
+    drawer = Drawer(tokenizer, seed=12)
+    batch = collate([drawer.row(drawer.scene(0))])
+    losses = [loss_of(model, batch, "cpu", bf16=False)[0] for model in (before, after)]
+    assert torch.equal(*losses)
+    for index, source in enumerate((0, 1, 1, 2, 2)):
+        kept = before.model.text_model.layers[source]
+        assert torch.equal(layers[index].mlp.up_proj.weight, kept.mlp.up_proj.weight)
+    losses[1].backward()
+    assert all(layer.mlp.down_proj.weight.grad.any() for layer in layers)  # the new ones learn from the first step on
+    assert load_file(tmp_path / "new" / GUIDE).keys() == load_file(tmp_path / "old" / GUIDE).keys()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75])

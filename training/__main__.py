@@ -72,6 +72,20 @@ def enlarge(old: Path, new: Path) -> None:
 
 
 @main.command()
+@click.argument("old", type=click.Path(path_type=Path, exists=True))
+@click.argument("new", type=click.Path(path_type=Path))
+def deepen(old: Path, new: Path) -> None:
+    """Write the checkpoint OLD, which has fewer layers, to NEW with as many as today's, which add nothing yet.
+
+    \b
+    python -m training deepen runs/ships/checkpoint runs/deeper/checkpoint
+    """
+    from training.deepen import deepen as run
+
+    run(old, new)
+
+
+@main.command()
 @click.argument("one", type=click.Path(path_type=Path, exists=True))
 @click.argument("other", type=click.Path(path_type=Path, exists=True))
 @click.argument("output", type=click.Path(path_type=Path))

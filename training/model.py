@@ -12,9 +12,12 @@ SIDE = IMAGE_SIZE // PATCH
 IMAGE_TOKENS = SIDE**2
 CONTEXT = 2048
 """Positions that the text part has room for."""
+VISION_LAYERS, TEXT_LAYERS = 6, 5
 
 
-def make_config(tokenizer: Any, width: int = 192, vision_layers: int = 6, text_layers: int = 4) -> Any:
+def make_config(
+    tokenizer: Any, width: int = 192, vision_layers: int = VISION_LAYERS, text_layers: int = TEXT_LAYERS
+) -> Any:
     """Return the Idefics3 configuration."""
     from transformers import Idefics3Config
 

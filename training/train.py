@@ -22,6 +22,8 @@ from training.gaze import SINK_WEIGHT
 from training.model import (
     IMAGE_TOKENS,
     SIDE,
+    TEXT_LAYERS,
+    VISION_LAYERS,
     load_model,
     make_config,
     make_model,
@@ -64,8 +66,8 @@ class Settings:
     workers: int = 1
     save_minutes: float = 5.0
     width: int = 192
-    vision_layers: int = 6
-    text_layers: int = 4
+    vision_layers: int = VISION_LAYERS
+    text_layers: int = TEXT_LAYERS
     stop_minutes: float = math.inf
     """Save and end after this time; the same command goes on from there."""
     start: Path | None = None
