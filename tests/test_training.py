@@ -575,6 +575,19 @@ def test_a_deeper_model_begins_with_the_answers_of_the_one_it_is_made_from(token
     losses[1].backward()
     assert all(layer.mlp.down_proj.weight.grad.any() for layer in layers)  # the new ones learn from the first step on
     assert load_file(tmp_path / "new" / GUIDE).keys() == load_file(tmp_path / "old" / GUIDE).keys()
+    guide = (tmp_path / "old" / GUIDE).read_bytes()
+    deepen(tmp_path / "old" / "checkpoint", tmp_path / "old" / "deeper", text_layers=4, vision_layers=1)
+    assert (tmp_path / "old" / GUIDE).read_bytes() == guide  # which both now lie beside
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_a_model_is_not_made_shallower_nor_more_than_twice_as_deep(
+    layers: int, tokenizer: object, tmp_path: Path
+) -> None:
+    save_checkpoint(make_model(make_config(tokenizer, 64, 1, 2), seed=1), tokenizer, tmp_path / "old" / "checkpoint")
+    with pytest.raises(SystemExit, match=f"2 layers of text_model.layers cannot become {layers}"):
+        deepen(tmp_path / "old" / "checkpoint", tmp_path / "new" / "checkpoint", text_layers=layers)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.model import IMAGE_SIZE, SIDE, load_model, save_checkpoint
+from training.model import IMAGE_SIZE, SIDE, load_model, save_grown
 from training.train import GUIDE
 
 
@@ -17,16 +17,13 @@ def enlarge(old: Path, new: Path) -> None:
     """
     import torch
     from safetensors.torch import load_file, save_file
-    from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
 
     model = load_model(old)
     weights = model.state_dict()
     name = "model.vision_model.embeddings.position_embedding.weight"
     weights[name] = _interpolated(weights[name])
     model.config.vision_config.image_size = IMAGE_SIZE
-    larger = Idefics3ForConditionalGeneration(model.config)
-    larger.load_state_dict(weights)
-    save_checkpoint(larger.eval(), AutoTokenizer.from_pretrained(old), new)
+    save_grown(model.config, weights, old, new)
     guide = load_file(old.parent / GUIDE)
     guide |= {key: torch.zeros(2 * SIDE, *guide[key].shape[1:]) for key in ("place.weight", "place.bias")}
     save_file(guide, new.parent / GUIDE)

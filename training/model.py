@@ -162,6 +162,15 @@ def load_model(folder: Any) -> Any:
     return Idefics3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
 
 
+def save_grown(config: Any, weights: dict[str, Any], old: Any, new: Any) -> None:
+    """Write to `new` the checkpoint `old` in the larger shape of `config`, for which `weights` are."""
+    from transformers import AutoTokenizer, Idefics3ForConditionalGeneration
+
+    model = Idefics3ForConditionalGeneration(config)
+    model.load_state_dict(weights)
+    save_checkpoint(model.eval(), AutoTokenizer.from_pretrained(old), new)
+
+
 def save_checkpoint(model: Any, tokenizer: Any, folder: Any) -> None:
     """Write the checkpoint in Hugging Face layout, weights in BF16."""
     import torch
