@@ -42,8 +42,13 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
 @click.option("--sheets", is_flag=True, help="Teach the vision tower alone, on sheets crowded with signs.")
 @click.option("--float32", is_flag=True, help="Not in BF16: faster on Intel's CPUs without AMX.")
-@click.option("--stop-minutes", type=float, help="Save and end after this time.")
-def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: bool, **options: Any) -> None:
+@click.option("--warmup", default=4000, help="Pictures over which the rates rise.")
+@click.option("--minutes", type=float, help="The run's length in time, if its pictures take longer.")
+@click.option("--stop-minutes", type=float, help="Save and end after this time; the same command goes on from there.")
+@click.option("--save-minutes", default=5.0, help="How often the run's state is saved.")
+def train(
+    folder: Path, minutes: float | None, stop_minutes: float | None, start: Path | None, sheets: bool, **options: Any
+) -> None:
     """Train in FOLDER, or go on with what is there.
 
     \b
@@ -53,8 +58,9 @@ def train(folder: Path, stop_minutes: float | None, start: Path | None, sheets: 
     from training.train import Settings
     from training.train import train as run
 
-    limit: dict[str, Any] = {} if stop_minutes is None else {"stop_minutes": stop_minutes}
-    run(Settings(folder, start=start, **options, **limit), sheets)
+    limits = {"minutes": minutes, "stop_minutes": stop_minutes}
+    options |= {name: limit for name, limit in limits.items() if limit is not None}
+    run(Settings(folder, start=start, **options), sheets)
 
 
 @main.command()

@@ -2,7 +2,8 @@
 
 At 576 image tokens transformers' own attention takes more of a step than all matrix products together: it scores every
 position against every other, in float32, and multiplies most of it by nothing. Where nobody asks for weights, PyTorch's
-fused attention is twice as fast in float32; in BF16 its backward pass is slower than plain products.
+fused attention is twice as fast in float32, and what a GPU wants; in BF16 its backward pass on a CPU is slower than
+plain products.
 """
 
 from __future__ import annotations
@@ -45,9 +46,13 @@ class _Attend(torch.autograd.Function):  # type: ignore[misc]
         )
 
 
+def _fused(query: Any) -> bool:
+    return bool(query.is_cuda) or query.dtype == torch.float32
+
+
 def look(_module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
     """Let every patch `(B, H, S, D)` see every other; return `(B, S, H, D)`."""
-    if query.dtype == torch.float32:
+    if _fused(query):
         return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).contiguous(), None
     seen = _Attend.apply(*(each.flatten(0, 1) for each in (query * scaling, key, value)), 0)
     return seen.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
@@ -78,7 +83,7 @@ def read(
 
 def _prefix(query: Any, key: Any, value: Any) -> Any:
     """Return what the prefix' queries `(B, KV, G, P, D)` see of themselves and what lies before them."""
-    if query.dtype == torch.float32:
+    if _fused(query):
         keys, values = (each[:, :, None, : query.shape[3]].expand_as(query).flatten(1, 2) for each in (key, value))
         seen = scaled_dot_product_attention(query.flatten(1, 2), keys, values, is_causal=True, scale=1.0)
         return seen.unflatten(1, query.shape[1:3])
@@ -97,11 +102,34 @@ def _once(_module: Any, _inputs: Any, output: Any) -> Any:
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
 
 
+class _Whole:
+    """What a tower's patch embeddings do for whole pictures: their places are found once, not picture by picture."""
+
+    def __init__(self, embeddings: Any) -> None:
+        self._embeddings = embeddings
+        self._places: Any = None
+
+    def __call__(self, pixel_values: Any, patch_attention_mask: Any) -> Any:
+        """Return `(B, patches, width)`."""
+        embeddings = self._embeddings
+        if self._places is None:
+            hook = embeddings.position_embedding.register_forward_hook(self._keep)
+            type(embeddings).forward(embeddings, pixel_values[:1], patch_attention_mask[:1])
+            hook.remove()
+        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + embeddings.position_embedding(self._places)
+
+    def _keep(self, _module: Any, inputs: Any, _output: Any) -> None:
+        (self._places,) = inputs
+
+
 def install(model: Any) -> None:
     """Have an Idefics3's tower look and its text part read like this.
 
     What a norm gives is turned into BF16 once, not by each of the products that take it: a step is 8 % shorter.
     """
+    embeddings = model.model.vision_model.embeddings
+    embeddings.forward = _Whole(embeddings)
     AttentionInterface.register("panel_look", look)
     AttentionInterface.register("panel_read", read)
     model.set_attn_implementation({"vision_config": "panel_look", "text_config": "panel_read"})

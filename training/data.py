@@ -7,7 +7,6 @@ some follow the question before them and see it and its answer, as in a conversa
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,12 +50,12 @@ MARKS = (
 )
 """What the vision tower is told about single patches while it learns."""
 _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
-LONGEST = IMAGE_TOKENS + 76
+LONGEST = IMAGE_TOKENS + 112
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {
-    "display": 2.5,
-    "label": 4.5,
-    "gauge": 6.5,
+    "display": 3.5,
+    "label": 5.0,
+    "gauge": 6.0,
     "chart": 3.0,
     "count": 4.5,
     "missing": 0.6,
@@ -68,7 +67,7 @@ DESCRIBED = 0.3
 """The share of descriptions that are learned from: with all of them half of the loss is theirs."""
 FOLLOWING = 0.25
 """The share of questions that follow another one about the picture."""
-SHEETS_AMONG, PAGES_AMONG = 0.05, 0.15
+SHEETS_AMONG, PAGES_AMONG = 0.05, 0.2
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
 text part where to look."""
 
@@ -76,8 +75,9 @@ text part where to look."""
 Pairs: TypeAlias = list[tuple[int, int]]
 Shares: TypeAlias = list[tuple[int, int, float]]
 Measured: TypeAlias = list[tuple[int, float]]
+Readings: TypeAlias = list[tuple[int, float, int]]
 Row: TypeAlias = tuple[
-    np.ndarray, list[int], list[int], list[int], list[int], Pairs, Measured, Pairs, Pairs, Shares, Measured
+    np.ndarray, list[int], list[int], list[int], list[int], Pairs, Measured, Pairs, Pairs, Shares, Readings
 ]
 
 
@@ -85,7 +85,7 @@ Row: TypeAlias = tuple[
 class Batch:
     """One batch as NumPy arrays; B pictures, S positions."""
 
-    pixels: np.ndarray  # (B, H, W, 3) uint8
+    pixels: Any  # (B, H, W, 3) uint8, an array; a tensor where it lies on a GPU
     input_ids: np.ndarray  # (B, S) int64
     labels: np.ndarray  # (B, S) int64, already shifted: the id to predict at each position
     positions: np.ndarray  # (B, S) int64
@@ -95,7 +95,7 @@ class Batch:
     gazes: np.ndarray  # (n, 3) int64: picture, position, position to look at for the id to predict there
     words: np.ndarray  # (n, 3) int64: picture, position, position of a word that says what is asked
     counts: np.ndarray  # (n, 4) float64: picture, position, position to look at, share of the attention
-    readings: np.ndarray  # (n, 3) float64: picture, position, how far along its scale stands what is told there
+    readings: np.ndarray  # (n, 4) float64: picture, position, share and scale of what is told there, -1 if none
 
     @property
     def scales(self) -> np.ndarray:
@@ -107,16 +107,8 @@ class Batch:
 
     @property
     def told_scales(self) -> np.ndarray:
-        """`(n, 3)` int64: picture, position, the scale of what is told there, in pictures that have one scale alone."""
-        scales: dict[int, set[int]] = defaultdict(set)
-        for picture, _, scale in self.scales.tolist():
-            scales[picture].add(scale)
-        told = [
-            (picture, position, *scales[picture])
-            for picture, position in self.readings[:, :2].astype(np.int64).tolist()
-            if len(scales[picture]) == 1
-        ]
-        return np.array(told, np.int64).reshape(-1, 3)
+        """`(n, 3)` int64: picture, position, the scale of what is told there."""
+        return self.readings[self.readings[:, 3] >= 0][:, [0, 1, 3]].astype(np.int64)
 
 
 class Drawer:
@@ -178,7 +170,7 @@ class Drawer:
         looks: Pairs = []
         words: Pairs = []
         counts: Shares = []
-        readings: Measured = []
+        readings: Readings = []
         turn = self._encode("<|end|><|user|>")[0]
         for number, pair in enumerate(scene.pairs, 1):
             follows = pair.follows and segments[-1] > 0
@@ -192,13 +184,13 @@ class Drawer:
                 continue
             places = gazes(scene, pair, [span for span in spans if span[0] < len(pair.answer)], SIDE)
             first = len(ids) + len(head) - 1
-            told = [len(ids) + len(before) + index for index in asked_words(pair.question, asked[:-2])]
-            words += [(first + index, word) for index in range(len(answer)) for word in told]
+            telling = [len(ids) + len(before) + index for index in asked_words(pair.question, asked[:-2])]
+            words += [(first + index, word) for index in range(len(answer)) for word in telling]
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
             shares = counted(scene, pair, SIDE)
             counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
-            told_shares = shares_told(pair, spans)
-            readings += [(first + index, each) for index, each in enumerate(told_shares) if each is not None]
+            told, scale = shares_told(pair, spans), SCALES.index(pair.scale) if pair.scale else -1
+            readings += [(first + index, each, scale) for index, each in enumerate(told) if each is not None]
             start = positions[-1] + 1 if follows else len(self._prefix)
             labels += [IGNORED] * (len(head) - 1) + answer
             ids += text
@@ -269,5 +261,5 @@ def collate(rows: list[Row]) -> Batch:
         flat(7),
         flat(8),
         flat(9, np.float64, 4),
-        flat(10, np.float64),
+        flat(10, np.float64, 4),
     )

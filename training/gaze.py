@@ -144,7 +144,9 @@ def cell_of(scene: Scene, mark: Mark, side: int) -> int:
 
 
 def _asked(scene: Scene, pair: QA, cells: list[int]) -> Places:
-    """Return where the things are that the question names: where all of them are, or else any."""
+    """Return where the things are that the question is about, or names: where all of them are, or else any."""
+    if pair.about:
+        return frozenset(cells[index] for index in pair.about)
     if (lamp := _lamp(scene, pair.question)) is not None:
         return frozenset({cells[lamp]})
     if pair.task == "chart" and (bar := _bar(scene, pair.question)):

@@ -12,7 +12,7 @@ SIDE = IMAGE_SIZE // PATCH
 IMAGE_TOKENS = SIDE**2
 CONTEXT = 2048
 """Positions that the text part has room for."""
-VISION_LAYERS, TEXT_LAYERS = 6, 5
+VISION_LAYERS, TEXT_LAYERS = 8, 7
 
 
 def make_config(

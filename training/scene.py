@@ -25,6 +25,10 @@ class QA:
     """Largest error of a numeric answer; None asks for the exact text."""
     share: float | None = None
     """How far along its scale stands what is read, 0 to 1, if a scale is read."""
+    scale: str = ""
+    """The name of that scale."""
+    about: tuple[int, ...] = ()
+    """Which of the picture's marks are asked about, where the question's words do not tell."""
     lead: str = ""
     """What is written before the answer, as a form does that the model did not choose."""
     close: str = ""
@@ -60,9 +64,10 @@ class Scene:
         random: Random,
         tolerance: float | None = None,
         share: float | None = None,
+        scale: str = "",
     ) -> None:
         """Add one question, worded in one of several ways."""
-        self.pairs.append(QA(task, pick(random, questions), answer, tolerance, share))
+        self.pairs.append(QA(task, pick(random, questions), answer, tolerance, share, scale))
 
     def describe(self, random: Random, answer: str, tolerance: float | None = None) -> None:
         """Add the question for a description: one long answer teaches more than several short ones."""

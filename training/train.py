@@ -8,10 +8,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,8 @@ class Settings:
     width: int = 192
     vision_layers: int = VISION_LAYERS
     text_layers: int = TEXT_LAYERS
+    minutes: float = math.inf
+    """The run's length in time, if that is over before its pictures are: the rates fall by the clock."""
     stop_minutes: float = math.inf
     """Save and end after this time; the same command goes on from there."""
     start: Path | None = None
@@ -102,37 +103,59 @@ def batches(settings: Settings, tokenizer: Any, first: int, sheets: bool = False
 
 
 def _drawn(settings: Settings, tokenizer: Any, first: int, last: int, sheets: bool) -> Iterator[list[Batch]]:
-    context = get_context("spawn")
+    """Yield batches as the workers draw them; where there is a GPU, the pictures lie there.
+
+    Hundreds of pictures a second are more than a pipe carries beside a busy interpreter: they come in shared memory.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    context = torch.multiprocessing.get_context("spawn")
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a worker inherits while it starts
-    pool = context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets))
+    pool = context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets, gpu))
     signal.signal(signal.SIGINT, interrupted)
     with pool:
         pending: list[Any] = []
-        ahead = settings.workers * 6
+        ahead = settings.workers * (2 if gpu else 6)
         for number in range(first, last):
             pending.append(pool.apply_async(_draw, (number * settings.batch,)))
             if len(pending) > ahead:
-                yield pending.pop(0).get()
+                yield _received(pending.pop(0).get())
         for each in pending:
-            yield each.get()
+            yield _received(each.get())
+
+
+def _received(batch: list[Batch]) -> list[Batch]:
+    return [part if isinstance(part.pixels, np.ndarray) else replace(part, pixels=part.pixels.cuda()) for part in batch]
 
 
 _worker: dict[str, Any] = {}
 
 
-def _start_worker(tokenizer: Any, settings: Settings, sheets: bool) -> None:
+def _start_worker(tokenizer: Any, settings: Settings, sheets: bool, shared: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it, too; ended at its queue's lock, the pool hangs
     os.environ["OMP_NUM_THREADS"] = "1"
     if hasattr(os, "nice"):
         os.nice(5)
-    _worker.update(
-        drawer=Drawer(tokenizer, settings.seed, 0 if settings.start else settings.ramp, sheets), batch=settings.batch
-    )
+    drawer = Drawer(tokenizer, settings.seed, 0 if settings.start else settings.ramp, sheets)
+    _worker.update(drawer=drawer, batch=settings.batch, shared=shared)
 
 
 def _draw(start: int) -> list[Batch]:
     drawer: Drawer = _worker["drawer"]
-    return drawer.batch(start, _worker["batch"])
+    batch = drawer.batch(start, _worker["batch"])
+    if not _worker["shared"]:
+        return batch
+    import torch
+
+    return [replace(part, pixels=torch.from_numpy(part.pixels)) for part in batch]
+
+
+def on(array: np.ndarray, device: Any) -> Any:
+    """Return the array as a tensor on `device`, without waiting for what a GPU has to do before."""
+    import torch
+
+    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def attention_mask(segments: Any) -> Any:
@@ -225,7 +248,7 @@ class Guide:
 
         logits = self.layer(self._patches.float())  # (B, patches, names)
         target = torch.zeros_like(logits)
-        picture, patch, name = torch.from_numpy(batch.marks).to(logits.device).unbind(1)
+        picture, patch, name = on(batch.marks, logits.device).unbind(1)
         target[picture, patch, name] = 1.0
         count = max(len(batch.marks), 1)
         entropy = partial(torch.nn.functional.binary_cross_entropy_with_logits, reduction="sum")
@@ -249,7 +272,7 @@ class Guide:
 
 
 def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
-    """Return the mean cross-entropy of the `shares` (n, 3): picture, place in `held`, share.
+    """Return the mean cross-entropy of the `shares` (n, 3 or more): picture, place in `held`, share.
 
     Each is parted between the two nearest of the steps that `layer` tells. All pictures that have any weigh the same:
     of things that are counted there are many in one, of needles a single one.
@@ -258,13 +281,13 @@ def _misread(layer: Any, held: Any, shares: np.ndarray) -> Any:
 
     if not len(shares):
         return torch.zeros((), device=held.device)
-    picture, place = shares[:, :2].astype(np.int64).T
+    picture, place = on(shares[:, :2].astype(np.int64), held.device).unbind(1)
     logits = layer(held[picture, place])
     steps = torch.arange(STEPS + 1, device=held.device)
-    wanted = torch.from_numpy(shares[:, 2:] * STEPS).to(held.device, torch.float32)
-    _, which, each = np.unique(picture, return_inverse=True, return_counts=True)
+    wanted = on(shares[:, 2:3].astype(np.float32) * STEPS, held.device)
+    _, which, each = np.unique(shares[:, 0], return_inverse=True, return_counts=True)
     missed = torch.nn.functional.cross_entropy(logits, (1 - (wanted - steps).abs()).clamp(0, 1), reduction="none")
-    return missed @ torch.from_numpy(1 / (each[which] * len(each))).to(missed)
+    return missed @ on(1 / (each[which] * len(each)), held.device).to(missed)
 
 
 def _mistaken(layer: Any, held: Any, scales: np.ndarray) -> Any:
@@ -273,7 +296,7 @@ def _mistaken(layer: Any, held: Any, scales: np.ndarray) -> Any:
 
     if not len(scales):
         return torch.zeros((), device=held.device)
-    picture, place, scale = torch.from_numpy(scales).to(held.device).unbind(1)
+    picture, place, scale = on(scales, held.device).unbind(1)
     return torch.nn.functional.cross_entropy(layer(held[picture, place]), scale)
 
 
@@ -315,13 +338,13 @@ class Gaze:
         if not len(counts) or not every:
             return torch.zeros(())
         weights = torch.cat(every, 1)
-        picture, position, seen = torch.from_numpy(counts[:, :3].astype(np.int64)).to(weights.device).unbind(1)
-        share = torch.from_numpy(counts[:, 3]).to(weights.device, torch.float32)
+        picture, position, seen = on(counts[:, :3].astype(np.int64), weights.device).unbind(1)
+        share = on(counts[:, 3].astype(np.float32), weights.device)
         row = position - _unseen(weights)
         given = weights.transpose(0, 1)[:, picture, row, seen].float() + 1e-6  # (heads, n)
         questions = len(np.unique(counts[:, :2], axis=0))
         diverged = (share * (share / given).log()).sum() / (len(given) * questions)
-        sink = seen == 0
+        sink = on(np.flatnonzero(counts[:, 2] == 0), weights.device)
         told, wanted = (SINK_WEIGHT / each[..., sink].clamp(0.1) for each in (given, share.expand_as(given)))
         return COUNTING * diverged + torch.nn.functional.smooth_l1_loss(told, wanted)
 
@@ -330,13 +353,13 @@ class Gaze:
         import torch
 
         weights = self._seen[index]
-        target = torch.zeros(len(weights), *weights.shape[2:], device=weights.device)
-        picture, position, seen = torch.from_numpy(wanted).to(weights.device).unbind(1)
-        target[picture, position - _unseen(weights), seen] = 1.0
-        told = target.any(-1)
-        if not told.any():
+        if not len(wanted):
             return torch.zeros((), device=weights.device)
-        given = (weights.transpose(0, 1)[:, told].float() * target[told]).sum(-1)
+        pairs = np.unique(wanted, axis=0)
+        rows, row = np.unique(pairs[:, :2], axis=0, return_inverse=True)
+        picture, position, seen = on(pairs, weights.device).unbind(1)
+        each = weights.transpose(0, 1)[:, picture, position - _unseen(weights), seen].float()  # (heads, n)
+        given = each.new_zeros(len(each), len(rows)).index_add(1, on(row.reshape(-1), weights.device), each)
         return -(given + 1e-6).log().mean()
 
 
@@ -349,9 +372,7 @@ def pixel_values(batch: Batch, device: str) -> Any:
     """Return the pictures `(B, 3, H, W)` as the model takes them."""
     import torch
 
-    return (
-        torch.from_numpy(batch.pixels).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-    )
+    return torch.as_tensor(batch.pixels).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def look(model: Any, batch: Batch, device: str, bf16: bool = True) -> None:
@@ -367,27 +388,24 @@ def loss_of(model: Any, batch: Batch, device: str, bf16: bool = True) -> tuple[A
     """Return the mean loss over answer tokens, and the share of them that are right."""
     import torch
 
-    def on(array: np.ndarray) -> Any:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
-    segments, labels = on(batch.segments), on(batch.labels)
+    segments, wanted = on(batch.segments, device), np.flatnonzero(batch.labels != IGNORED)
     mask = attention_mask(segments)
     bias = torch.zeros(mask.shape, dtype=torch.float32, device=device).masked_fill_(
         ~mask, torch.finfo(torch.float32).min
     )
     with torch.autocast(device, torch.bfloat16, enabled=bf16):
         hidden = model.model(
-            input_ids=on(batch.input_ids),
+            input_ids=on(batch.input_ids, device),
             attention_mask=bias,
-            position_ids=on(batch.positions),
+            position_ids=on(batch.positions, device),
             pixel_values=pixel_values(batch, device)[:, None],
             use_cache=False,
             prefix=int((batch.segments[0] == 0).sum()),
         ).last_hidden_state
-        wanted = labels != IGNORED
-        logits = model.lm_head(hidden[wanted]).float()
-    loss = torch.nn.functional.cross_entropy(logits, labels[wanted])
-    return loss, (logits.argmax(-1) == labels[wanted]).float().mean()
+        logits = model.lm_head(hidden.flatten(0, 1)[on(wanted, device)]).float()
+    labels = on(batch.labels.reshape(-1)[wanted], device)
+    loss = torch.nn.functional.cross_entropy(logits, labels)
+    return loss, (logits.argmax(-1) == labels).float().mean()
 
 
 def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
@@ -404,9 +422,10 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     return [muon, torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
 
 
-def rate_at(seen: int, settings: Settings) -> float:
-    """Return the rate's factor after `seen` pictures: warm up, stay, fall to zero (warmup-stable-decay)."""
-    falling = (1 - seen / settings.pictures) / settings.decay
+def rate_at(seen: int, settings: Settings, minutes: float = 0.0) -> float:
+    """Return the rate's factor after `seen` pictures and `minutes`: warm up, stay, fall to zero."""
+    done = max(seen / settings.pictures, minutes / settings.minutes)
+    falling = (1 - done) / settings.decay
     return max(0.0, min(1.0, seen / settings.warmup, falling))
 
 
@@ -421,7 +440,7 @@ def train(settings: Settings, sheets: bool = False) -> None:
     try:
         for batch in batches(settings, tokenizer, run.seen, sheets):
             log.add(run.step(batch), run.seen)
-            if time.time() - started > settings.stop_minutes * 60:
+            if time.time() - started > settings.stop_minutes * 60 or run.minutes > settings.minutes:
                 break
             if time.time() - saved > settings.save_minutes * 60:
                 run.save()
@@ -459,6 +478,8 @@ class Run:
         self._optimisers = make_optimisers(self.model, self.guide, settings)
         rates = [group["lr"] for each in self._optimisers for group in each.param_groups]
         self._counts: dict[str, int] = {}
+        self._minutes = 0.0
+        self._begun: float | None = None
         self._resume()  # which makes new groups
         groups = [group for each in self._optimisers for group in each.param_groups]
         self._groups = list(zip(groups, rates, strict=True))
@@ -468,24 +489,30 @@ class Run:
         """Pictures of this stage that the model has learned from."""
         return self._counts.get(self.stage, 0)
 
+    @property
+    def minutes(self) -> float:
+        """How long it has learned, without what came before its first step."""
+        return self._minutes + (0.0 if self._begun is None else (time.time() - self._begun) / 60)
+
     def step(self, batch: list[Batch]) -> Any:
         """Learn from one batch; return its figures, as `NAMES` has them."""
         import torch
 
-        factor = rate_at(self.seen, self._settings)
+        self._begun = self._begun or time.time()
+        factor = rate_at(self.seen, self._settings, self.minutes)
         for group, rate in self._groups:
             group["lr"] = rate * factor
         bf16 = not self._settings.float32
         weights = [len(part.pixels) if self.stage == "sheets" else _answer_tokens(part) for part in batch]
-        figures = torch.zeros(5)
+        figures = torch.zeros(5, device=self._device)
         for part, weight in zip(batch, weights, strict=True):
             loss, right = self._look(part) if self.stage == "sheets" else loss_of(self.model, part, self._device, bf16)
             guiding, joining = self.guide.loss(part)
-            gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros(())
+            gazing = self._gaze.loss(part) if self.stage == "pictures" else torch.zeros((), device=self._device)
             share = weight / sum(weights)
             guided = max(self._settings.guide * factor, GUIDE_LEFT) * (guiding + joining) / 2
             ((loss + guided + self._settings.gaze * gazing) * share).backward()
-            figures += share * torch.stack([each.detach().cpu() for each in (loss, right, guiding, joining, gazing)])
+            figures += share * torch.stack([each.detach() for each in (loss, right, guiding, joining, gazing)])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self._optimisers:
             optimiser.step()
@@ -510,6 +537,7 @@ class Run:
             "guide": self.guide.state_dict(),
             "optimisers": [each.state_dict() for each in self._optimisers],
             "counts": self._counts,
+            "minutes": self.minutes,
         }
         torch.save(state, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
@@ -525,7 +553,7 @@ class Run:
         self.guide.load_state_dict(state["guide"])
         for optimiser, each in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(each)
-        self._counts = dict(state["counts"])
+        self._counts, self._minutes = dict(state["counts"]), state["minutes"]
 
 
 def _some_sheets(tokenizer: Any, settings: Settings) -> np.ndarray:

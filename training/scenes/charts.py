@@ -156,9 +156,10 @@ def bar_chart(random: Random, loose: bool = False) -> Scene:
         result.ask("chart", ("Which bar is the lowest?", "Which category has the smallest value?"), lowest, random)
     index = int(random.integers(count))
     questions = (f"What is the value of {names[index]}?", f"How high is the bar {names[index]}?")
-    result.ask("chart", questions, str(values[index]), random, 0.0 if shown else 0.05 * top, values[index] / top)
+    tolerance = 0.0 if shown else 0.05 * top
+    result.ask("chart", questions, str(values[index]), random, tolerance, values[index] / top, f"0..{top}")
     told = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-    result.describe(random, f"a bar chart: {told}", 0.0 if shown else 0.05 * top)
+    result.describe(random, f"a bar chart: {told}", tolerance)
     return result
 
 

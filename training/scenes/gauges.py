@@ -6,10 +6,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from PIL import Image
-
 from training.draw import Box, Colour, Pen, Point, canvas, fit, ink, jitter, named, panel, shade, text
-from training.scene import Random, Scene, between, chance, pick
+from training.scene import QA, Random, Scene, between, chance, pick
 
 QUESTIONS = (
     "What does the gauge read?",
@@ -67,14 +65,58 @@ class Dial:
         return cx - radius, cy - radius, cx + radius, cy + radius
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a gauge reads."""
+
+    value: float
+    dial: Dial
+    unit: str
+    marks: tuple[int, ...]
+    """Which of the picture's marks are its needle and its hub."""
+
+    @property
+    def text(self) -> str:
+        """The value as an answer has it."""
+        return written(self.value, self.dial.low, self.dial.high)
+
+    @property
+    def tolerance(self) -> float:
+        """How far an answer may be off: 2 % of the scale."""
+        return 0.02 * (self.dial.high - self.dial.low)
+
+    @property
+    def scale(self) -> str:
+        """The scale's name."""
+        return f"{self.dial.low}..{self.dial.high}"
+
+    def asked(self, questions: tuple[str, ...], random: Random) -> QA:
+        """Return a question for the reading, worded in one of several ways."""
+        share = self.dial.share(self.value)
+        return QA("gauge", pick(random, questions), self.text, self.tolerance, share, self.scale, about=self.marks)
+
+
 def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
     """Draw one round gauge; the share `ticked` of needles stands on a number, the share `varied` is less alike."""
-    if varied > 0 and chance(random, varied):
-        return loose_scene(random)
+    loose = varied > 0 and chance(random, varied)
     image, pen, ground = canvas(random)
-    width, height = image.size
-    radius = between(random, 0.36, 0.48) * min(width, height)
-    cx, cy = between(random, radius, width - radius), between(random, radius, height - radius)
+    box = (0, 0, *image.size)
+    reading = loose_gauge(random, pen, box, ground) if loose else gauge(random, pen, box, ground, ticked)
+    result = Scene(image, pen.marks)
+    result.pairs.append(reading.asked(QUESTIONS, random))
+    low, high = reading.dial.low, reading.dial.high
+    if chance(random, 0.3):
+        result.ask("gauge", RANGE_QUESTIONS, str(high), random)
+    scale = f"from {low} to {high} {reading.unit}".strip()
+    result.describe(random, f"a gauge {scale}, reading {reading.text}", reading.tolerance)
+    return result
+
+
+def gauge(random: Random, pen: Pen, box: Box, ground: Colour, ticked: float) -> Reading:
+    """Draw a round gauge into the box; the share `ticked` of needles stands on a number."""
+    x0, y0, x1, y1 = box
+    radius = between(random, 0.36, 0.48) * min(x1 - x0, y1 - y0)
+    cx, cy = between(random, x0 + radius, x1 - radius), between(random, y0 + radius, y1 - radius)
     face = jitter(random, pick(random, ((245, 245, 240), (230, 225, 205), (30, 30, 34), (20, 30, 50))), 10)
     if chance(random, 0.2):
         panel(
@@ -135,34 +177,25 @@ def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
     anywhere = chance(random, 1 - ticked)
     value = between(random, low, high) if anywhere else low + step * int(random.integers(0, ticks + 1))
     needle(random, pen, (cx, cy), at(value, between(random, 0.6, 0.85)), radius, face)
-    return told(random, image, pen, dial, value, unit)
+    return told(pen, dial, value, unit)
 
 
-def told(
-    random: Random, image: Image.Image, pen: Pen, dial: Dial, value: float, unit: str, reach: float = 0.7
-) -> Scene:
-    """Return the scene of a gauge that reads `value`: its needle marked at `reach` radii, its hub, the questions."""
-    low, high, share = dial.low, dial.high, dial.share(value)
+def told(pen: Pen, dial: Dial, value: float, unit: str, reach: float = 0.7) -> Reading:
+    """Mark the needle of a gauge that reads `value`, at `reach` radii, and its hub."""
+    first, share = len(pen.marks), dial.share(value)
     pen.mark(*dial.at(value, reach), "needle", share=share)
-    pen.mark(*dial.centre, "hub", f"{low}..{high}", share=share)
-    result = Scene(image, pen.marks)
-    result.ask("gauge", QUESTIONS, written(value, low, high), random, 0.02 * (high - low), share)
-    if chance(random, 0.3):
-        result.ask("gauge", RANGE_QUESTIONS, str(high), random)
-    scale = f"from {low} to {high} {unit}".strip()
-    result.describe(random, f"a gauge {scale}, reading {written(value, low, high)}", 0.02 * (high - low))
-    return result
+    pen.mark(*dial.centre, "hub", f"{dial.low}..{dial.high}", share=share)
+    return Reading(value, dial, unit, (first, first + 1))
 
 
-def loose_scene(random: Random) -> Scene:
-    """Draw one gauge whose parts vary freely: with or without a dial, numbers within or around the scale."""
-    image, pen, ground = canvas(random)
-    width, height = image.size
+def loose_gauge(random: Random, pen: Pen, box: Box, ground: Colour) -> Reading:
+    """Draw a gauge whose parts vary freely: with or without a dial, numbers within or around the scale."""
+    x0, y0, x1, y1 = box
     around = chance(random, 0.35)
     reach = 1.36 if around else 1.0
-    radius = between(random, 0.38, 0.49) * min(width, height) / reach
-    cx = between(random, radius * reach, width - radius * reach)
-    cy = between(random, radius * reach, height - radius * reach)
+    radius = between(random, 0.38, 0.49) * min(x1 - x0, y1 - y0) / reach
+    cx = between(random, x0 + radius * reach, x1 - radius * reach)
+    cy = between(random, y0 + radius * reach, y1 - radius * reach)
     face = ground
     if not around and chance(random, 0.75):
         face = jitter(random, pick(random, ((250, 250, 250), (235, 235, 228), (25, 25, 28), (200, 205, 210))), 12)
@@ -195,7 +228,7 @@ def loose_scene(random: Random) -> Scene:
     value = between(random, low, high)
     hand = needle if chance(random, 0.6) else arrow
     hand(random, pen, (cx, cy), at(value, between(random, 0.5, 0.95) * outer), radius, face)
-    return told(random, image, pen, dial, value, unit, 0.7 * outer)
+    return told(pen, dial, value, unit, 0.7 * outer)
 
 
 def zones(random: Random, pen: Pen, dial: Dial, outer: float, colour: Colour) -> None:

@@ -1,4 +1,4 @@
-"""Pages of signs and things in rows and columns: to read one aloud, an answer has to look somewhere for each word.
+"""Pages of signs, things or gauges in rows and columns: to read one, an answer has to look somewhere for each word.
 
 Nothing else teaches the text part so quickly where to look (reading all there is was Donut's pre-training, too: Kim et
 al. 2022). They are for training alone; no task is judged by them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from training.draw import COLOURS, Box, Pen, background, canvas, fit, ink, jitter, luminance, named, text
 from training.scene import Random, Scene, between, chance, pick
+from training.scenes import gauges
 from training.scenes.displays import LIT, display, dot_matrix, seven_segment
 from training.scenes.labels import code
 from training.scenes.shapes import pointed_at
@@ -15,11 +16,35 @@ from training.scenes.sheets import SIGNS
 from training.scenes.things import PARTS, SHAPES, Thing, draw
 
 DIGITS = "0123456789"
+DIALS = 0.4
+"""Share of the pages that show gauges."""
+LAYOUTS = ((1, 2), (2, 1), (2, 2), (2, 2), (2, 3), (3, 2))
+"""Rows and columns of gauges."""
 
 
 def scene(random: Random) -> Scene:
-    """Draw a page of signs and things, or one of displays and codes."""
+    """Draw a page of gauges, one of displays and codes, or one of signs and things."""
+    if chance(random, DIALS):
+        return dials(random)
     return readings(random) if chance(random, 0.5) else grid(random)
+
+
+def dials(random: Random) -> Scene:
+    """Draw two to six gauges and ask for what each reads: a picture of one teaches one reading at the same cost."""
+    rows, columns = pick(random, LAYOUTS)
+    wide, high = between(random, 125, 190), between(random, 125, 190)
+    image, ground = background(random, round(columns * wide), round(rows * high))
+    pen = Pen(image)
+    result = Scene(image, pen.marks)
+    for place in range(rows * columns):
+        row, column = divmod(place, columns)
+        box = (column * wide, row * high, (column + 1) * wide, (row + 1) * high)
+        loose = chance(random, 0.4)
+        read = gauges.loose_gauge(random, pen, box, ground) if loose else gauges.gauge(random, pen, box, ground, 0.0)
+        number, where = place + 1, f"row {row + 1}, column {column + 1}"
+        questions = (f"What does gauge {number} read?", f"Read gauge {number}.", f"Read the gauge in {where}.")
+        result.pairs.append(read.asked(questions, random))
+    return result
 
 
 def readings(random: Random) -> Scene:
