@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 BLOCKS = 4
@@ -97,6 +97,11 @@ def _prefix(query: Any, key: Any, value: Any) -> Any:
     return torch.cat(blocks, 2).unflatten(0, query.shape[:2])
 
 
+def _rms(norm: Any) -> Any:
+    """Return what an RMS norm does, as the one operation that it is on a GPU."""
+    return lambda hidden: rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
 def _once(_module: Any, _inputs: Any, output: Any) -> Any:
     device = output.device.type
     return output.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else output
@@ -136,6 +141,8 @@ def install(model: Any) -> None:
     for layer in model.model.vision_model.encoder.layers:
         layer.layer_norm1.register_forward_hook(_once)
         layer.layer_norm2.register_forward_hook(_once)
+    model.model.text_model.norm.forward = _rms(model.model.text_model.norm)
     for layer in model.model.text_model.layers:
-        layer.input_layernorm.register_forward_hook(_once)
-        layer.post_attention_layernorm.register_forward_hook(_once)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = _rms(norm)
+            norm.register_forward_hook(_once)

@@ -53,8 +53,8 @@ _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
 LONGEST = IMAGE_TOKENS + 112
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {
-    "display": 3.5,
-    "label": 5.0,
+    "display": 5.0,
+    "label": 5.5,
     "gauge": 6.0,
     "chart": 3.0,
     "count": 4.5,

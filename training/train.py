@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -110,23 +111,39 @@ def _drawn(settings: Settings, tokenizer: Any, first: int, last: int, sheets: bo
     import torch
 
     gpu = torch.cuda.is_available()
+    stream = torch.cuda.Stream() if gpu else None
     context = torch.multiprocessing.get_context("spawn")
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a worker inherits while it starts
     pool = context.Pool(settings.workers, _start_worker, (tokenizer, settings, sheets, gpu))
     signal.signal(signal.SIGINT, interrupted)
+    receiver = ThreadPoolExecutor(1)
     with pool:
         pending: list[Any] = []
         ahead = settings.workers * (2 if gpu else 6)
-        for number in range(first, last):
-            pending.append(pool.apply_async(_draw, (number * settings.batch,)))
-            if len(pending) > ahead:
-                yield _received(pending.pop(0).get())
-        for each in pending:
-            yield _received(each.get())
+        try:
+            for number in range(first, last):
+                drawing = pool.apply_async(_draw, (number * settings.batch,))
+                pending.append(receiver.submit(_receive, drawing, stream))
+                if len(pending) > ahead:
+                    yield pending.pop(0).result()
+            for each in pending:
+                yield each.result()
+        finally:
+            receiver.shutdown(cancel_futures=True)
 
 
-def _received(batch: list[Batch]) -> list[Batch]:
-    return [part if isinstance(part.pixels, np.ndarray) else replace(part, pixels=part.pixels.cuda()) for part in batch]
+def _receive(drawing: Any, stream: Any) -> list[Batch]:
+    """Return a batch once it is drawn, its pictures on the GPU if there is one: a stream of its own brings them."""
+    batch: list[Batch] = drawing.get()
+    if stream is None:
+        return batch
+    import torch
+
+    with torch.cuda.stream(stream):
+        batch = [replace(part, pixels=part.pixels.cuda()) for part in batch]
+    for part in batch:
+        part.pixels.record_stream(torch.cuda.default_stream())
+    return batch
 
 
 _worker: dict[str, Any] = {}
@@ -412,13 +429,15 @@ def make_optimisers(model: Any, guide: Guide, settings: Settings) -> list[Any]:
     """Return Muon for the hidden matrices and AdamW for everything else."""
     import torch
 
+    from training.muon import Muon
+
     hidden: list[Any] = []
     rest = [*guide.layer.parameters()]
     for name, weight in model.named_parameters():
         matrix = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
         (hidden if matrix else rest).append(weight)
     rest += [weight for name, each in guide.layers.items() if name != "layer" for weight in each.parameters()]
-    muon = torch.optim.Muon(hidden, lr=settings.muon_rate, weight_decay=0.01, momentum=0.95)
+    muon = Muon(hidden, lr=settings.muon_rate, weight_decay=0.01, momentum=0.95)
     return [muon, torch.optim.AdamW(rest, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)]
 
 
@@ -462,6 +481,8 @@ class Run:
         self.stage = stage
         self._settings = settings
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self._device == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what is not in BF16
         config = make_config(tokenizer, settings.width, settings.vision_layers, settings.text_layers)
         if settings.start:
             self.model = load_model(settings.start)
