@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,30 +32,18 @@ from training.degrade import tilt
 from training.draw import FAMILIES, MORE_FAMILIES, Pen, font_files, more_fonts
 from training.enlarge import enlarge
 from training.evaluate import Score, held_out, judge
+from training.feed import LAG, _draw, _start_worker, batches, order
 from training.forms import formed
 from training.gaze import MOST, SINK, SINK_WEIGHT, asked_words, cell_of, counted, gazes
+from training.guide import GUIDE, STEPS, Gaze, Guide, _misread
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE, load_model, make_config, make_model, save_checkpoint
+from training.muon import Muon
 from training.scene import QA, Mark, Scene
-from training.scenes import SCENES, charts, counting, gauges, lights
+from training.scenes import SCENES, charts, counting, gauges, lights, pages
 from training.scenes.things import PARTS, SHAPES, Finish, Thing, draw, plural
+from training.settings import Settings
 from training.tokenizer import train_tokenizer
-from training.train import (
-    GUIDE,
-    LAG,
-    STEPS,
-    Gaze,
-    Guide,
-    Run,
-    Settings,
-    _misread,
-    attention_mask,
-    batches,
-    load_tokenizer,
-    loss_of,
-    order,
-    rate_at,
-    train,
-)
+from training.train import Run, attention_mask, load_tokenizer, loss_of, rate_at, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +215,7 @@ def test_what_is_learned_from_again_is_the_same_after_a_stop(tokenizer: object, 
 def test_ctrl_c_saves_what_was_learned(tmp_path: Path) -> None:
     small = "pictures=10**6, batch=4, warmup=1, width=64, vision_layers=1, text_layers=1, workers=2"
     code = (
-        "from pathlib import Path; from training.train import Settings, train\n"
+        "from pathlib import Path; from training.settings import Settings; from training.train import train\n"
         f"if __name__ == '__main__': train(Settings(Path({str(tmp_path / 'run')!r}), {small}, save_minutes=1e-3))"
     )
     script = tmp_path / "run.py"
@@ -295,6 +284,46 @@ def test_the_rate_warms_up_stays_and_falls() -> None:
     ]
 
 
+def test_a_run_bounded_in_time_falls_by_the_clock(tmp_path: Path) -> None:
+    settings = Settings(Path(), pictures=1000, warmup=100, decay=0.2, minutes=10)
+    assert [round(rate_at(500, settings, minutes), 3) for minutes in (0, 8, 9, 10, 11)] == [1, 1, 0.5, 0, 0]
+    assert rate_at(900, settings, 1) == pytest.approx(0.5)
+    small: dict[str, Any] = {"batch": 4, "width": 64, "vision_layers": 1, "text_layers": 1, "warmup": 1}
+    train(Settings(tmp_path / "run", pictures=10**6, minutes=1e-3, **small))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert 4 <= state["counts"]["pictures"] < 10**6
+    assert state["minutes"] > 1e-3
+    assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_matrices_of_one_shape_move_as_torch_s_muon_moves_them_one_by_one() -> None:
+    random = torch.Generator().manual_seed(5)
+    shapes = [(48, 48), (48, 48), (96, 32), (32, 96), (96, 32)]
+    begun = [torch.randn(shape, generator=random) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(each.clone()) for each in begun] for _ in range(2))
+    settings = {"lr": 0.02, "weight_decay": 0.01, "momentum": 0.95}
+    optimisers = [Muon(ours, **settings), torch.optim.Muon(theirs, **settings)]
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = other.grad = torch.randn(one.shape, generator=random)
+        for optimiser in optimisers:
+            optimiser.step()
+    for before, one, other in zip(begun, ours, theirs, strict=True):
+        assert float((one.detach() - before).norm()) > 0.05
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+
+
+def test_pictures_for_a_gpu_come_in_shared_memory(tokenizer: object, tmp_path: Path) -> None:
+    settings = Settings(tmp_path, pictures=4, batch=4, seed=4)
+    with torch.multiprocessing.get_context("spawn").Pool(1, _start_worker, (tokenizer, settings, False, True)) as pool:
+        drawn = pool.apply(_draw, (0,))
+    [plain] = batches(settings, tokenizer, 0)
+    for one, other in zip(drawn, plain, strict=True):
+        assert one.pixels.is_shared()
+        assert np.array_equal(one.pixels.numpy(), other.pixels)
+        assert np.array_equal(one.labels, other.labels)
+
+
 def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp_path: Path) -> None:
     from edgevlm.families.idefics3 import Idefics3
     from edgevlm_export.checkpoint import open_checkpoint
@@ -340,6 +369,24 @@ def test_a_gauge_s_hub_tells_its_reading(varied: float) -> None:
         low, high = map(int, scale.split(".."))
         assert share is not None
         assert low + share * (high - low) == pytest.approx(float(scene.pairs[0].answer), abs=0.011 * (high - low))
+
+
+def test_each_of_several_gauges_is_asked_for_what_it_reads() -> None:
+    for seed in range(12):
+        scene = pages.dials(np.random.default_rng((20, seed)))
+        hubs = [index for index, mark in enumerate(scene.marks) if mark.name == "hub"]
+        assert [max(pair.about) for pair in scene.pairs] == hubs
+        for pair, hub in zip(scene.pairs, hubs, strict=True):
+            here = [mark for mark in scene.marks if (mark.x, mark.y) == (scene.marks[hub].x, scene.marks[hub].y)]
+            low, high = map(int, pair.scale.split(".."))
+            assert pair.scale in {mark.name for mark in here}
+            assert pair.share == scene.marks[hub].share == scene.marks[min(pair.about)].share
+            assert pair.share is not None
+            assert low + pair.share * (high - low) == pytest.approx(float(pair.answer), abs=0.011 * (high - low))
+            [looked] = gazes(scene, pair, [(0, 1)], SIDE)
+            assert looked
+            assert looked <= {cell_of(scene, scene.marks[index], SIDE) for index in pair.about}
+        assert len({re.sub(r"row (.), column (.)|\D", r"\1\2", pair.question) for pair in scene.pairs}) == len(hubs)
 
 
 @pytest.mark.parametrize("module", [gauges, charts, counting])
@@ -422,7 +469,7 @@ def test_of_a_point_each_number_tells_its_own_coordinate(tokenizer: object) -> N
     pair = QA("point", "At which point is the star, in percent?", "x 20, y 65", 6.0)
     batch = collate([Drawer(tokenizer, seed=12).row(Scene(Image.new("RGB", (180, 180)), [], [pair]))])
     told = dict.fromkeys((0.2, 0.65), "")
-    for _, position, share in batch.readings:
+    for _, position, share, _ in batch.readings:
         told[share] += tokenizer.decode([batch.labels[0, int(position)]])  # type: ignore[attr-defined]
     assert "20" in told[0.2]
     assert "65" in told[0.65]
@@ -482,9 +529,10 @@ def test_the_guide_asks_the_tower_and_the_text_part_for_the_scale(tokenizer: obj
     model = make_model(make_config(tokenizer, 64, 1, 1), seed=1)
     guide = Guide(model, "cpu")
     middle = 1.5 * 180 / SIDE
-    pair = QA("gauge", "Read the gauge.", "25", 2.0, share=0.25)
+    pair = QA("gauge", "Read the gauge.", "25", 2.0, share=0.25, scale="0..100")
     scene = Scene(Image.new("RGB", (180, 180)), [Mark(middle, middle, "0..100", 0.25)], [pair])
-    two_scales = Scene(scene.image, [*scene.marks, Mark(90, 90, "0..10", 0.1)], [pair])
+    spike = QA("chart", "Where is the spike?", "25", 5.0, share=0.25)
+    two_scales = Scene(scene.image, [*scene.marks, Mark(90, 90, "0..10", 0.1)], [spike])
     drawer = Drawer(tokenizer, seed=12)
     batch = collate([drawer.row(scene), drawer.row(two_scales)])
     hundred, ten = SCALES.index("0..100"), SCALES.index("0..10")
@@ -494,6 +542,7 @@ def test_the_guide_asks_the_tower_and_the_text_part_for_the_scale(tokenizer: obj
         [1, SIDE * SIDE // 2 + SIDE // 2, ten],
     ]
     assert batch.told_scales.tolist() == [[0, *batch.readings[place, 1:2], hundred] for place in (0, 1)]
+    assert batch.readings[:, 3].tolist() == [hundred, hundred, -1, -1]
     batch = collate([drawer.row(scene)])
     for layer in (guide.scale, guide.recall_scale):
         layer.bias.data.fill_(0.0)
@@ -768,7 +817,7 @@ def test_the_gaze_counts_by_what_the_sink_has(tokenizer: object) -> None:
     marks = [Mark(20, 20, "nut"), Mark(90, 90, "nut"), Mark(150, 150, "nut")]
     scene = Scene(Image.new("RGB", (180, 180)), marks, [QA("count", "Count the nuts.", "3")])
     batch = collate([Drawer(tokenizer, seed=12).row(scene)])
-    assert {round(share * MOST) for _, _, share in batch.readings} == {3}
+    assert {round(share * MOST) for share in batch.readings[:, 2]} == {3}
     model = make_model(make_config(tokenizer, 64, 1, 3), seed=1)
     gaze, size = Gaze(model), batch.input_ids.shape[1]
     answer, (sink, *nuts) = int(batch.counts[0, 1]), batch.counts[:, 2].astype(int)

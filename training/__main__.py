@@ -55,7 +55,7 @@ def train(
     python -m training train runs/panel --sheets --pictures 100000
     python -m training train runs/panel --pictures 2000000 --workers 14 --batch 256
     """
-    from training.train import Settings
+    from training.settings import Settings
     from training.train import train as run
 
     limits = {"minutes": minutes, "stop_minutes": stop_minutes}
