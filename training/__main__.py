@@ -31,14 +31,14 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--pictures", default=1_000_000, help="Pictures in the whole run.")
+@click.option("--pictures", type=int, help="Pictures in the whole run.  [default: 1000000, any number with --minutes]")
 @click.option("--batch", default=48)
 @click.option("--workers", default=1, help="Processes that draw.")
 @click.option("--seed", default=1)
 @click.option("--rate", default=4e-3, help="AdamW's.")
 @click.option("--muon-rate", default=0.05)
 @click.option("--guide", default=1.0, help="The guide's weight at first.")
-@click.option("--decay", default=0.3, help="Last share of the pictures, over which the rates fall to zero.")
+@click.option("--decay", default=0.3, help="Last share of the run, over which the rates fall to zero.")
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
 @click.option("--sheets", is_flag=True, help="Teach the vision tower alone, on sheets crowded with signs.")
 @click.option("--float32", is_flag=True, help="Not in BF16: faster on Intel's CPUs without AMX.")
@@ -47,20 +47,26 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 @click.option("--stop-minutes", type=float, help="Save and end after this time; the same command goes on from there.")
 @click.option("--save-minutes", default=5.0, help="How often the run's state is saved.")
 def train(
-    folder: Path, minutes: float | None, stop_minutes: float | None, start: Path | None, sheets: bool, **options: Any
+    folder: Path,
+    pictures: int | None,
+    minutes: float | None,
+    stop_minutes: float | None,
+    start: Path | None,
+    sheets: bool,
+    **options: Any,
 ) -> None:
     """Train in FOLDER, or go on with what is there.
 
     \b
     python -m training train runs/panel --sheets --pictures 100000
-    python -m training train runs/panel --pictures 2000000 --workers 14 --batch 256
+    python -m training train runs/panel --minutes 60 --workers 14 --batch 384  # on a GPU
     """
     from training.settings import Settings
     from training.train import train as run
 
     limits = {"minutes": minutes, "stop_minutes": stop_minutes}
     options |= {name: limit for name, limit in limits.items() if limit is not None}
-    run(Settings(folder, start=start, **options), sheets)
+    run(Settings(folder, pictures or (10**8 if minutes else 10**6), start=start, **options), sheets)
 
 
 @main.command()
