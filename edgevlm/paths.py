@@ -15,9 +15,9 @@ from edgevlm.errors import ModelNotFoundError
 MANIFEST = "edgevlm.json"
 DEFAULT_MODEL = "panel"
 DEFAULT_NOTICE = (
-    "panel answers: the small bundled model, for lights, switches, shapes, counts, displays and charts; it misreads"
-    " some labels and gauges. For other pictures: edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct, then name it"
-    " with -m."
+    "panel answers: the small bundled model, for lights, switches, gauges, shapes, counts, displays, labels and charts;"
+    " it learned from drawings alone. For other pictures: edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct, then"
+    " name it with -m."
 )
 _BUNDLED = Path(__file__).parent / "models"
 
