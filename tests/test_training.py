@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import heed_interrupts
 from tests.serving import wait_until
 from training import attention, second
+from training.__main__ import main
 from training.average import average
 from training.data import IGNORED, MARKS, SCALES, TAUGHT, Drawer, collate, marked_patches, shrink
 from training.deepen import deepen
@@ -292,8 +294,19 @@ def test_a_run_bounded_in_time_falls_by_the_clock(tmp_path: Path) -> None:
     train(Settings(tmp_path / "run", pictures=10**6, minutes=1e-3, **small))
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
     assert 4 <= state["counts"]["pictures"] < 10**6
-    assert state["minutes"] > 1e-3
+    assert state["minutes"]["pictures"] > 1e-3
     assert (tmp_path / "run" / "checkpoint" / "model.safetensors").is_file()
+    settings = Settings(tmp_path / "run", pictures=10**6, **small)
+    assert Run(settings, load_tokenizer(settings), "pictures").minutes == state["minutes"]["pictures"]
+    assert Run(settings, load_tokenizer(settings), "sheets").minutes == 0  # another stage has its own time
+
+
+@pytest.mark.parametrize("option", ["--minutes", "--warmup", "--pictures", "--decay"])
+def test_a_run_of_no_length_is_refused_in_a_line(option: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["train", str(tmp_path / "run"), option, "0"])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option}'" in result.output.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 def test_matrices_of_one_shape_move_as_torch_s_muon_moves_them_one_by_one() -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+SOME = click.IntRange(1)
+SHARE, MINUTES = click.FloatRange(0, 1, min_open=True), click.FloatRange(0, min_open=True)
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
@@ -31,19 +34,19 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
 
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--pictures", type=int, help="Pictures in the whole run.  [default: 1000000, any number with --minutes]")
+@click.option("--pictures", type=SOME, help="Pictures in the whole run.  [default: 1000000, any with --minutes]")
 @click.option("--batch", default=48)
 @click.option("--workers", default=1, help="Processes that draw.")
 @click.option("--seed", default=1)
 @click.option("--rate", default=4e-3, help="AdamW's.")
 @click.option("--muon-rate", default=0.05)
 @click.option("--guide", default=1.0, help="The guide's weight at first.")
-@click.option("--decay", default=0.3, help="Last share of the run, over which the rates fall to zero.")
+@click.option("--decay", type=SHARE, default=0.3, help="Last share of the run, over which the rates fall to zero.")
 @click.option("--start", type=click.Path(path_type=Path, exists=True), help="A checkpoint to begin with.")
 @click.option("--sheets", is_flag=True, help="Teach the vision tower alone, on sheets crowded with signs.")
 @click.option("--float32", is_flag=True, help="Not in BF16: faster on Intel's CPUs without AMX.")
-@click.option("--warmup", default=4000, help="Pictures over which the rates rise.")
-@click.option("--minutes", type=float, help="The run's length in time, if its pictures take longer.")
+@click.option("--warmup", type=SOME, default=4000, help="Pictures over which the rates rise.")
+@click.option("--minutes", type=MINUTES, help="The run's length in time, if its pictures take longer.")
 @click.option("--stop-minutes", type=float, help="Save and end after this time; the same command goes on from there.")
 @click.option("--save-minutes", default=5.0, help="How often the run's state is saved.")
 def train(

@@ -65,9 +65,10 @@ class Scene:
         tolerance: float | None = None,
         share: float | None = None,
         scale: str = "",
+        about: tuple[int, ...] = (),
     ) -> None:
         """Add one question, worded in one of several ways."""
-        self.pairs.append(QA(task, pick(random, questions), answer, tolerance, share, scale))
+        self.pairs.append(QA(task, pick(random, questions), answer, tolerance, share, scale, about))
 
     def describe(self, random: Random, answer: str, tolerance: float | None = None) -> None:
         """Add the question for a description: one long answer teaches more than several short ones."""

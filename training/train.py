@@ -148,7 +148,7 @@ class Run:
         self._optimisers = make_optimisers(self.model, self.guide, settings)
         rates = [group["lr"] for each in self._optimisers for group in each.param_groups]
         self._counts: dict[str, int] = {}
-        self._minutes = 0.0
+        self._minutes: dict[str, float] = {}
         self._begun: float | None = None
         self._resume()  # which makes new groups
         groups = [group for each in self._optimisers for group in each.param_groups]
@@ -161,8 +161,9 @@ class Run:
 
     @property
     def minutes(self) -> float:
-        """How long it has learned, without what came before its first step."""
-        return self._minutes + (0.0 if self._begun is None else (time.time() - self._begun) / 60)
+        """How long it has learned in this stage, without what came before the first step."""
+        before = self._minutes.get(self.stage, 0.0)
+        return before + (0.0 if self._begun is None else (time.time() - self._begun) / 60)
 
     def step(self, batch: list[Batch]) -> Any:
         """Learn from one batch; return its figures, as `NAMES` has them."""
@@ -207,7 +208,7 @@ class Run:
             "guide": self.guide.state_dict(),
             "optimisers": [each.state_dict() for each in self._optimisers],
             "counts": self._counts,
-            "minutes": self.minutes,
+            "minutes": self._minutes | {self.stage: self.minutes},
         }
         torch.save(state, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
@@ -223,7 +224,7 @@ class Run:
         self.guide.load_state_dict(state["guide"])
         for optimiser, each in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(each)
-        self._counts, self._minutes = dict(state["counts"]), state["minutes"]
+        self._counts, self._minutes = dict(state["counts"]), dict(state["minutes"])
 
 
 def _some_sheets(tokenizer: Any, settings: Settings) -> np.ndarray:

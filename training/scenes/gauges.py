@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from training.draw import Box, Colour, Pen, Point, canvas, fit, ink, jitter, named, panel, shade, text
-from training.scene import QA, Random, Scene, between, chance, pick
+from training.scene import Random, Scene, between, chance, pick
 
 QUESTIONS = (
     "What does the gauge read?",
@@ -45,6 +45,11 @@ class Dial:
     sweep: float
     low: int
     high: int
+
+    @property
+    def scale(self) -> str:
+        """The scale's name."""
+        return f"{self.low}..{self.high}"
 
     def share(self, value: float) -> float:
         """Return how far along the scale a value stands, 0 to 1."""
@@ -85,15 +90,10 @@ class Reading:
         """How far an answer may be off: 2 % of the scale."""
         return 0.02 * (self.dial.high - self.dial.low)
 
-    @property
-    def scale(self) -> str:
-        """The scale's name."""
-        return f"{self.dial.low}..{self.dial.high}"
-
-    def asked(self, questions: tuple[str, ...], random: Random) -> QA:
-        """Return a question for the reading, worded in one of several ways."""
+    def ask(self, scene: Scene, questions: tuple[str, ...], random: Random) -> None:
+        """Ask for the reading, worded in one of several ways."""
         share = self.dial.share(self.value)
-        return QA("gauge", pick(random, questions), self.text, self.tolerance, share, self.scale, about=self.marks)
+        scene.ask("gauge", questions, self.text, random, self.tolerance, share, self.dial.scale, self.marks)
 
 
 def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
@@ -103,7 +103,7 @@ def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
     box = (0, 0, *image.size)
     reading = loose_gauge(random, pen, box, ground) if loose else gauge(random, pen, box, ground, ticked)
     result = Scene(image, pen.marks)
-    result.pairs.append(reading.asked(QUESTIONS, random))
+    reading.ask(result, QUESTIONS, random)
     low, high = reading.dial.low, reading.dial.high
     if chance(random, 0.3):
         result.ask("gauge", RANGE_QUESTIONS, str(high), random)
@@ -184,7 +184,7 @@ def told(pen: Pen, dial: Dial, value: float, unit: str, reach: float = 0.7) -> R
     """Mark the needle of a gauge that reads `value`, at `reach` radii, and its hub."""
     first, share = len(pen.marks), dial.share(value)
     pen.mark(*dial.at(value, reach), "needle", share=share)
-    pen.mark(*dial.centre, "hub", f"{dial.low}..{dial.high}", share=share)
+    pen.mark(*dial.centre, "hub", dial.scale, share=share)
     return Reading(value, dial, unit, (first, first + 1))
 
 

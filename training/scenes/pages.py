@@ -43,7 +43,7 @@ def dials(random: Random) -> Scene:
         read = gauges.loose_gauge(random, pen, box, ground) if loose else gauges.gauge(random, pen, box, ground, 0.0)
         number, where = place + 1, f"row {row + 1}, column {column + 1}"
         questions = (f"What does gauge {number} read?", f"Read gauge {number}.", f"Read the gauge in {where}.")
-        result.pairs.append(read.asked(questions, random))
+        read.ask(result, questions, random)
     return result
 
 
