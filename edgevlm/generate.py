@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.chat import check_variables
 from edgevlm.constraint import Constraint, Vocabulary
 from edgevlm.drafting import PromptLookup
 from edgevlm.errors import IncompleteAnswerError, OptionError
@@ -48,6 +49,11 @@ class GenerationConfig:
     """The form that the answer must have."""
     top_logprobs: int | None = None
     """Give each token's log-probability with this many of the likeliest in its place; 0: its own alone; None: none."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the answer's text, but for those that are part of it, such as granite-docling's
+    `<doctag>`; False shows all but the end token, and stop texts see them."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The chat template's own variables, such as `enable_thinking`."""
     cache_salt: str = ""
     """What has been computed under one salt is not used under another: neither the time to the first token nor
     `cached_tokens` then tells one caller what another has shown."""
@@ -67,6 +73,9 @@ class GenerationConfig:
             raise OptionError(f"top_logprobs must be between 0 and 20, not {self.top_logprobs}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError("stop must be a tuple of texts, none of them empty")
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise OptionError("chat_template_kwargs must be a mapping of the template's variables to values")
+        check_variables(self.chat_template_kwargs)
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
 
 
@@ -213,7 +222,8 @@ def stream_answer(
     sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
     guided = config.constraint is not None
     chooser = vocabulary.guide(config.constraint, sampler, lead) if config.constraint else Chooser(sampler)
-    detokenizer, text = tokenizer.detokenizer(), StopText(config.stop, lead if guided else "")
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
+    text = StopText(config.stop, lead if guided else "")
     drafter = PromptLookup(prompt.ids, config.draft_tokens)
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []

@@ -29,6 +29,10 @@ _TYPES: Mapping[str, type] = {
 }
 
 
+_LATER = frozenset({"text_tokens", "overlooked"})
+"""What older exports do not have."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One IR file pair of the export."""
@@ -63,6 +67,10 @@ class Manifest:
     special_tokens: Mapping[str, str]
     chat_template: str
     tool_versions: Mapping[str, str]
+    text_tokens: tuple[str, ...] = ()
+    """Special tokens that are part of an answer; all others shape the prompt."""
+    overlooked: Mapping[str, Any] = field(default_factory=dict)
+    """What the checkpoint's files state and the exporter does not know."""
     export_options: Mapping[str, Any] = field(default_factory=dict)
     verification: Mapping[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
@@ -99,13 +107,14 @@ def load_manifest(folder: Path) -> Manifest:
         raise DamagedModelError(
             f"{path} has schema version {version}, this edgevlm reads {SCHEMA_VERSION}; export the model again"
         )
-    lacking = [each.name for each in fields(Manifest) if each.name not in data]
+    lacking = [each.name for each in fields(Manifest) if each.name not in data and each.name not in _LATER]
     if lacking:
         raise DamagedModelError(f"{path} is incomplete (no {lacking[0]}); export the model again")
     try:
         data["parts"] = {name: Part(**part) for name, part in data["parts"].items()}
         data["files"] = {name: File(**file) for name, file in data["files"].items()}
         data["eos_token_ids"] = tuple(data["eos_token_ids"])
+        data["text_tokens"] = tuple(data.get("text_tokens", ()))
         manifest = Manifest(**data)
         _check_types(manifest)
     except (KeyError, TypeError, AttributeError) as error:

@@ -12,7 +12,7 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.chat import Message, check_texts, user_message
+from edgevlm.chat import Message, user_message
 from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, first_line, resolve_device
@@ -118,7 +118,7 @@ class VLM:
                 config,
                 tokenizer=self.processor.tokenizer,
                 vocabulary=self.processor.vocabulary,
-                lead=self.processor.answer_lead,
+                lead=self.processor.template.answer_lead(config.chat_template_kwargs) if config.constraint else "",
                 eos_token_ids=self.manifest.eos_token_ids,
                 context_length=self.manifest.context_length,
                 watch=watch,
@@ -140,12 +140,11 @@ class VLM:
         choices that are empty or alike.
         """
         check_choices(choices)
+        config = config or GenerationConfig()
         watch = Stopwatch()
         pictures = as_list(images)
-        prompt = self.prepare(
-            [user_message(question, len(pictures))], pictures, config or GenerationConfig(), watch, on_progress
-        )
-        answers = [self.processor.answer_ids(choice) for choice in choices]
+        prompt = self.prepare([user_message(question, len(pictures))], pictures, config, watch, on_progress)
+        answers = [self.processor.answer_ids(choice, config.chat_template_kwargs) for choice in choices]
         self._check_length(len(prompt) + max(map(len, answers)))
         with self.session(prompt) as session:
             found = log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
@@ -171,8 +170,9 @@ class VLM:
         self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None
     ) -> int:
         """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
-        looks = [self._preprocess(image, config or GenerationConfig()) for image in images]
-        return len(self.processor.prompt_ids(messages, [found for _, found in looks]))
+        config = config or GenerationConfig()
+        grids = [self._preprocess(image, config)[1] for image in images]
+        return len(self.processor.prompt_ids(messages, grids, config.chat_template_kwargs))
 
     def prepare(
         self,
@@ -184,10 +184,10 @@ class VLM:
     ) -> Prompt:
         """Turn a conversation and its pictures into the embeddings that the language model reads."""
         family = self.processor.family
-        check_texts(messages, family.image_token)
         with watch.stage("preprocess"):
             looks = [self._preprocess(image, config) for image in images]
-            ids = np.asarray(self.processor.prompt_ids(messages, [found for _, found in looks]), np.int64)
+            grids = [found for _, found in looks]
+            ids = np.asarray(self.processor.prompt_ids(messages, grids, config.chat_template_kwargs), np.int64)
         self.processor.check_known(ids)
         self._check_length(len(ids))
         with watch.stage("vision"):

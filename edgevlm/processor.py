@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,23 +24,40 @@ class Processor:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.family = make_family(manifest.family, manifest.family_facts)
-        self.tokenizer = Tokenizer(folder)
+        self.tokenizer = Tokenizer(folder, manifest.text_tokens)
         self.template = ChatTemplate(_read_text(folder / manifest.chat_template), manifest.special_tokens)
         self.vocabulary = Vocabulary(self.tokenizer, manifest.vocab_size, manifest.eos_token_ids)
         self._vocab_size = manifest.vocab_size
-        self.answer_lead = self.template.answer_lead()
+        self._bos_token = manifest.special_tokens.get("bos_token")
 
     def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Tiles]:
         """Return each picture's tiles. Raises `ImageError`."""
         return [self.family.preprocess(load_image(image), config.detail, config.max_tiles) for image in images]
 
-    def prompt_ids(self, messages: Sequence[Message], grids: Sequence[Grid]) -> list[int]:
-        """Return the prompt's token ids, each image placeholder replaced by its picture's block."""
-        first, *rest = self.template.render(messages).split(self.family.image_token)
+    def prompt_ids(
+        self, messages: Sequence[Message], grids: Sequence[Grid], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the prompt's token ids, each image placeholder replaced by its picture's block.
+
+        Control tokens are those of the template and of the blocks: what the messages say never becomes one. A template
+        that begins with the BOS token is given no other, as transformers does it.
+        """
+        said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
+        first, *rest = self.template.render(said, given).split(self.family.image_token)
         if len(rest) != len(grids):
             raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(grids)} images")
         blocks = [self.family.image_text(each) for each in grids]
-        return self.tokenizer.encode(first + "".join(block + text for block, text in zip(blocks, rest, strict=True)))
+        prompt = first + "".join(block + text for block, text in zip(blocks, rest, strict=True))
+        has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
+        return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)
+
+    def _escaped(self, value: Any) -> Any:
+        """Return texts, and what holds texts, with control tokens escaped."""
+        if isinstance(value, str):
+            return self.tokenizer.escape(value)
+        if isinstance(value, Mapping):
+            return {key: self._escaped(each) for key, each in value.items()}
+        return [self._escaped(each) for each in value] if isinstance(value, list | tuple) else value
 
     def check_known(self, ids: npt.NDArray[np.int64]) -> None:
         """Raise `PromptError` for a token that the tokenizer knows and the model has no embedding for."""
@@ -47,9 +65,9 @@ class Processor:
         if len(unknown):
             raise PromptError(f"the model has no embedding for {self.tokenizer.token(int(unknown[0]))}; leave it out")
 
-    def answer_ids(self, text: str) -> list[int]:
+    def answer_ids(self, text: str, variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of an answer that follows a prompt."""
-        return self.vocabulary.encode(self.answer_lead + text)
+        return self.vocabulary.encode(self.template.answer_lead(variables) + text)
 
 
 def _read_text(path: Path) -> str:

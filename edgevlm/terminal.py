@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -173,6 +174,8 @@ def print_report(report: ExportReport) -> None:
         )
     else:
         console.print("not verified against the reference")
+    for name, value in report.manifest.overlooked.items():
+        console.print(Text(f"not read: {name} = {json.dumps(value, ensure_ascii=False)}"), soft_wrap=True)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB", highlight=False)
     console.print(f"{report.folder}", highlight=False, soft_wrap=True)
 

@@ -1,7 +1,17 @@
-"""The checkpoint's own tokenizer, through the `tokenizers` library."""
+"""The checkpoint's own tokenizer, through the `tokenizers` library.
+
+Special tokens are of two kinds. *Text tokens* are part of an answer (`<doctag>`, `<loc_12>` of a docling model): they
+are shown, and may be written in a question. All others are *control tokens*: they shape the prompt (`<|im_end|>`,
+`<image>`), and only the chat template and the family may write them. What a caller says is kept apart from them by
+`escape`: a control token in it reaches the model as the letters it is made of.
+"""
 
 from __future__ import annotations
 
+import json
+import secrets
+from collections.abc import Collection
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer as FastTokenizer
@@ -10,29 +20,49 @@ from tokenizers.decoders import DecodeStream
 from edgevlm.errors import DamagedModelError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
+_ESCAPE, _CONTROL = (f"{secrets.randbelow(10**24):024}" for _ in range(2))
+"""What stands within a control token that a caller wrote, and after one that the prompt is made of: digits, which no
+template's filter changes and nobody can guess."""
 
 
 class Tokenizer:
     """Text to token ids and back, as transformers' fast tokenizers do it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, text_tokens: Collection[str] = ()) -> None:
+        """`text_tokens` are the special tokens that are part of an answer."""
         path = folder / TOKENIZER_FILE
         try:
-            self._fast = FastTokenizer.from_str(path.read_text(encoding="utf-8"))
+            source = path.read_text(encoding="utf-8")
+            if text_tokens:
+                source = _unmark(source, text_tokens)
+            self._fast = _load(source)
+            self._controls = {
+                token_id: token.content
+                for token_id, token in self._fast.get_added_tokens_decoder().items()
+                if token.special and token.content
+            }
         except Exception as error:  # the library raises bare Exception
             raise DamagedModelError(f"{path} cannot be read as a tokenizer: {error}; export the model again") from None
-        self._fast.no_padding()
-        self._fast.no_truncation()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, special tokens recognised and added as the checkpoint says.
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the ids of `text`: control tokens recognised, but for escaped ones, and added as the checkpoint says.
 
         Raises `PromptError` for a text with surrogates, which stand for bytes that are not UTF-8.
         """
         try:
-            return list(self._fast.encode(text).ids)
+            if _ESCAPE not in text:
+                return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)
+            plain = self._name_controls(text).replace(_ESCAPE, "")
+            return list(self._with_named_controls.encode(plain, add_special_tokens=add_special_tokens).ids)
         except TypeError:
             raise PromptError("the question is not valid Unicode text; write it in UTF-8") from None
+
+    def escape(self, text: str) -> str:
+        """Return `text` so that `encode` makes no control token of it, whatever stands beside it by then."""
+        for token in self._controls.values():
+            while token in text:
+                text = text.replace(token, token[0] + _ESCAPE + token[1:])
+        return text
 
     def to_json(self) -> str:
         """Return the tokenizer in the format of `tokenizer.json`."""
@@ -47,25 +77,66 @@ class Tokenizer:
         """Return what a token is called."""
         return str(self._fast.id_to_token(token_id))
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of `ids` without special tokens."""
-        return str(self._fast.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`, without control tokens unless they are wanted."""
+        return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
 
-    def detokenizer(self) -> Detokenizer:
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """Return a fresh streaming detokenizer."""
-        return Detokenizer(self)
+        return Detokenizer(self, skip_special_tokens)
 
     def decode_step(self, stream: DecodeStream, token_id: int) -> str:
         """Feed one id to `stream` and return the text that became whole."""
         return stream.step(self._fast, token_id) or ""
 
+    def _name_controls(self, text: str) -> str:
+        """Call each whole control token in `text` by a name that no caller can have written."""
+        found = self._fast.encode(text, add_special_tokens=False)
+        named, end = [], 0
+        for token_id, (start, stop) in zip(found.ids, found.offsets, strict=True):
+            if control := self._controls.get(token_id):
+                named += [text[end:start], text[start:stop].replace(control, control + _CONTROL)]
+                end = stop
+        return "".join([*named, text[end:]])
+
+    @cached_property
+    def _with_named_controls(self) -> FastTokenizer:
+        """The same tokenizer, which knows control tokens by those names alone."""
+        source = json.loads(self.to_json())
+        names = {content: content + _CONTROL for content in self._controls.values()}
+        for token in source["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        vocab = source["model"]["vocab"]
+        if isinstance(vocab, dict):
+            source["model"]["vocab"] = {names.get(token, token): token_id for token, token_id in vocab.items()}
+        else:  # Unigram: pairs of a token and its score
+            source["model"]["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+        fast = _load(json.dumps(source))
+        assert all(fast.token_to_id(names[content]) == token_id for token_id, content in self._controls.items())
+        return fast
+
+
+def _load(source: str) -> FastTokenizer:
+    fast = FastTokenizer.from_str(source)
+    fast.no_padding()
+    fast.no_truncation()
+    return fast
+
+
+def _unmark(source: str, text_tokens: Collection[str]) -> str:
+    """Return a `tokenizer.json` in which these tokens are not special, and so are decoded like any other."""
+    tokenizer = json.loads(source)
+    for token in tokenizer["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in text_tokens
+    return json.dumps(tokenizer)
+
 
 class Detokenizer:
     """Token ids in, one by one; text out as soon as its characters are whole."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
         self._ids: list[int] = []
         self._length = 0
 
@@ -78,4 +149,4 @@ class Detokenizer:
 
     def finish(self) -> str:
         """Return what is left: characters that the last tokens began and never completed."""
-        return self._tokenizer.decode(self._ids)[self._length :]
+        return self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)[self._length :]

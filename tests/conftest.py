@@ -139,11 +139,17 @@ def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
 
 def image_processor(family: str, **options: Any) -> Any:
     """Return the reference's image processor with the tiny checkpoint's sizes."""
-    import transformers
-
-    kind = {"idefics3": transformers.Idefics3ImageProcessor, "smolvlm": transformers.SmolVLMImageProcessor}[family]
+    kind = image_processor_class(family)
     sizes = {"size": {"longest_edge": LONGEST_EDGE}, "max_image_size": {"longest_edge": TILE}}
     return kind(**sizes, image_mean=[0.5, 0.4, 0.6], image_std=[0.5, 0.6, 0.4], **options)
+
+
+def image_processor_class(family: str) -> Any:
+    """Return the reference's image processor on Pillow and NumPy, which transformers 4 and 5 call differently."""
+    import transformers
+
+    name = {"idefics3": "Idefics3ImageProcessor", "smolvlm": "SmolVLMImageProcessor"}[family]
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as reference_load_image
-from transformers.models.idefics3.image_processing_idefics3 import convert_to_rgb
 
 from edgevlm.errors import ImageError
 from edgevlm.image import MAX_PIXELS, RGB, load_image
@@ -67,7 +67,7 @@ def reference(path: Path) -> np.ndarray:
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
     """Return the picture as the reference's image processor flattens RGBA."""
-    return np.asarray(convert_to_rgb(rgba, input_data_format="channels_last"))
+    return np.asarray(convert_to_rgb(rgba, return_numpy=True))
 
 
 def exif(orientation: int) -> bytes:

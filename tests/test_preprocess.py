@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
-from transformers.models.idefics3.processing_idefics3 import get_image_prompt_string
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from edgevlm.errors import OptionError
 from edgevlm.families.base import Detail, Tiles
 from edgevlm.families.idefics3 import Idefics3
 from edgevlm.image import RGB
-from tests.conftest import LONGEST_EDGE, TILE, image_processor, photograph
+from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, photograph
 
 SIZES = [  # height, width
     (1, 1),
@@ -57,7 +57,7 @@ def noise(height: int, width: int) -> RGB:
 def sized(longest_edge: int, tile: int, **options: Any) -> Any:
     """The reference's image processor with a checkpoint's sizes."""
     sizes = {"size": {"longest_edge": longest_edge}, "max_image_size": {"longest_edge": tile}}
-    return transformers.SmolVLMImageProcessor(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3, **options)
+    return image_processor_class("smolvlm")(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3, **options)
 
 
 def family(processor: Any, patch_size: int = 8, image_size: int = TILE) -> Idefics3:
@@ -307,7 +307,7 @@ def test_image_text_equals_the_reference(rows: int, cols: int) -> None:
         image_seq_len=4,
         fake_token_around_image="<fake_token_around_image>",
         image_token="<image>",
-        global_img_token="<global-img>",
+        global_image_token="<global-img>",
     )
     assert made.image_text(tiles) == wanted
     assert wanted.count("<image>") == made.tokens_per_tile * len(tiles)

@@ -108,24 +108,15 @@ def _once(_module: Any, _inputs: Any, output: Any) -> Any:
 
 
 class _Whole:
-    """What a tower's patch embeddings do for whole pictures: their places are found once, not picture by picture."""
+    """What a tower's patch embeddings do for whole pictures: patch i stands at place i, and no mask is looked at."""
 
     def __init__(self, embeddings: Any) -> None:
         self._embeddings = embeddings
-        self._places: Any = None
 
-    def __call__(self, pixel_values: Any, patch_attention_mask: Any) -> Any:
+    def __call__(self, pixel_values: Any, patch_attention_mask: Any) -> Any:  # noqa: ARG002
         """Return `(B, patches, width)`."""
-        embeddings = self._embeddings
-        if self._places is None:
-            hook = embeddings.position_embedding.register_forward_hook(self._keep)
-            type(embeddings).forward(embeddings, pixel_values[:1], patch_attention_mask[:1])
-            hook.remove()
-        patches = embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        return patches + embeddings.position_embedding(self._places)
-
-    def _keep(self, _module: Any, inputs: Any, _output: Any) -> None:
-        (self._places,) = inputs
+        patches = self._embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        return patches + self._embeddings.position_embedding.weight
 
 
 def install(model: Any) -> None:

@@ -57,6 +57,19 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 @click.option("--force", is_flag=True, help="Replace the folder if it exists.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
+@click.option(
+    "--chat-template",
+    default="default",
+    show_default=True,
+    metavar="NAME",
+    help="Which of the checkpoint's chat templates, where it has several.",
+)
+@click.option(
+    "--ignore-config-key",
+    multiple=True,
+    metavar="NAME",
+    help="Export although config.json states NAME, which edgevlm does not know; may be repeated.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def export(source: str, output: Path | None, as_json: bool, **options: Any) -> None:
     """Turn the checkpoint SOURCE, a folder or a hub id, into a folder of OpenVINO IR.
@@ -100,4 +113,6 @@ def _export_options(options: dict[str, Any]) -> ExportOptions:
         force=options["force"],
         revision=options["revision"],
         trust_remote_code=options["trust_remote_code"],
+        chat_template=options["chat_template"],
+        ignore_config_keys=options["ignore_config_key"],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,13 @@ def generation_options(command: Any) -> Any:
             show_default=True,
             help="low: the global view only; auto: as many tiles as the pixels fill; high: as the checkpoint does.",
         ),
+        click.option(
+            "--template-var",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Set a variable of the chat template, such as enable_thinking=false; may be repeated.",
+        ),
+        click.option("--keep-special-tokens", is_flag=True, help="Show special tokens in the answer, too."),
         click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
         click.option("--seed", type=int, help="Makes sampling repeatable."),
         click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all."),
@@ -126,4 +134,19 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
     from edgevlm.generate import GenerationConfig
 
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "detail", "max_tiles")
-    return GenerationConfig(**{name: options[name] for name in names})
+    return GenerationConfig(
+        **{name: options[name] for name in names},
+        skip_special_tokens=not options["keep_special_tokens"],
+        chat_template_kwargs=dict(_template_variable(each) for each in options["template_var"]),
+    )
+
+
+def _template_variable(text: str) -> tuple[str, Any]:
+    """Return the name and value of `NAME=VALUE`; a value that is no JSON is a text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--template-var takes NAME=VALUE, such as enable_thinking=false, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,7 +1,7 @@
 """Idefics3 and SmolVLM: split a large picture into square tiles, add a global view, name each in the prompt.
 
 Geometry, resampling and arithmetic follow transformers' Pillow-based `Idefics3ImageProcessor` step for step, and
-the prompt follows `Idefics3Processor` (both of transformers 4.57), so that `detail="high"` gives equal arrays and
+the prompt follows `Idefics3Processor` (both of transformers 5.24), so that `detail="high"` gives equal arrays and
 equal token ids.
 """
 
@@ -86,15 +86,13 @@ class Idefics3:
     def vision_inputs(self) -> dict[str, npt.NDArray[Any]]:
         """Return the mask and position ids of one full tile: `(1, P, P)` bool and `(1, P * P)` int64.
 
-        A tile of P x P patches takes its positions from a G x G table: patch i lands in the bucket of i / P. The
-        reference lowers i / P by a factor of 1 - 1e-6, which in float32 puts every patch but the first one bucket
-        lower (0, 0, 1, 2, …); in bfloat16 the factor rounds away (0, 1, 2, 3, …). float32 is the reference here.
+        A tile of P x P patches takes its positions from a G x G table: row (and column) i stands at i * G // P. These
+        are the positions that published weights were trained with; transformers 4.55.1 to 4.57 compute them one too low
+        in float32 (docs/reference.md).
         """
         patches = self.tile // self.patch_size
-        fractions = np.arange(patches, dtype=np.float32) / np.float32(patches) * np.float32(1 - 1e-6)
-        edges = np.arange(1, self.position_grid, dtype=np.float32) / np.float32(self.position_grid)
-        buckets = np.searchsorted(edges, fractions, side="right").astype(np.int64)
-        positions = (buckets[:, None] * self.position_grid + buckets[None, :]).reshape(1, -1)
+        places = np.arange(patches, dtype=np.int64) * self.position_grid // patches
+        positions = (places[:, None] * self.position_grid + places[None, :]).reshape(1, -1)
         return {"patch_attention_mask": np.ones((1, patches, patches), np.bool_), "patch_position_ids": positions}
 
     def _longest_edge(self, height: int, width: int, detail: Detail, max_tiles: int | None) -> int | None:

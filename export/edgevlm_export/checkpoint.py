@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
+from edgevlm_export.config import Section
 from edgevlm_export.options import Route
 
+_PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_DOCTAG = re.compile(r"</?[a-z][a-z0-9_]*>?")
+_PLACE = re.compile(r"<(loc|seg)_?\d+>")
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES: Mapping[str, tuple[str, ...]] = {
@@ -43,35 +50,99 @@ class Checkpoint:
         path = self.folder / name
         return _read_json(path) if path.is_file() else {}
 
-    @property
-    def chat_template(self) -> str:
-        """The Jinja source, from the first place where Hugging Face keeps it."""
-        jinja = self.folder / "chat_template.jinja"
-        if jinja.is_file():
-            return jinja.read_text(encoding="utf-8")
-        for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-            template = self.read(name).get("chat_template")
-            if isinstance(template, list):
-                template = next((each["template"] for each in template if each.get("name") == "default"), None)
-            if template:
-                return str(template)
-        raise SourceError(f"{self.folder} has no chat template; edgevlm needs a chat (instruct) checkpoint")
+    def section(self, name: str, defaults: Mapping[str, Any] | None = None, harmless: Collection[str] = ()) -> Section:
+        """Return an object of config.json, the whole where `name` is empty. Raises `SourceError`."""
+        whole = Section(self.config, "", None if name else defaults, harmless=() if name else harmless)
+        return whole.section(name, defaults, harmless=harmless) if name else whole
 
-    @property
-    def special_tokens(self) -> dict[str, str]:
-        """The special tokens that a chat template may name, as text."""
-        found = self.read("tokenizer_config.json") | self.read("special_tokens_map.json")
-        texts = {name: found.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        plain = {name: token["content"] if isinstance(token, dict) else token for name, token in texts.items()}
-        return {name: str(token) for name, token in plain.items() if token}
+    def image_processor(self, defaults: Mapping[str, Any], harmless: Collection[str]) -> Section:
+        """Return the image processor's settings: transformers 5 keeps them in processor_config.json, 4 in a file of
+        their own. Raises `SourceError`."""
+        nested = self.read(_PROCESSOR).get("image_processor")
+        if nested is not None:
+            return Section(nested, "image_processor", defaults, file=_PROCESSOR, harmless=harmless)
+        if not (self.folder / _PREPROCESSOR).is_file():
+            raise SourceError(f"{self.folder} has no {_PREPROCESSOR}, and no image_processor in {_PROCESSOR}")
+        return Section(self.read(_PREPROCESSOR), "", defaults, file=_PREPROCESSOR, harmless=harmless)
+
+    def chat_template(self, name: str = "default") -> str:
+        """Return the Jinja source of the template called so, from the first place that has one. Raises `SourceError`.
+
+        Places and names as transformers 5.24 has them: chat_template.jinja is the default one, others lie in
+        additional_chat_templates/; chat_template.json, processor_config.json and tokenizer_config.json may hold one, or
+        several by name.
+        """
+        templates: dict[str, str] = {}
+        for file in (_TOKENIZER_CONFIG, _PROCESSOR, "chat_template.json"):
+            templates |= _templates(self.read(file).get("chat_template"), file)
+        for path in sorted((self.folder / "additional_chat_templates").glob("*.jinja")):
+            templates[path.stem] = _read_text(path)
+        if (jinja := self.folder / "chat_template.jinja").is_file():
+            templates["default"] = _read_text(jinja)
+        if name in templates:
+            return templates[name]
+        if not templates:
+            raise SourceError(f"{self.folder} has no chat template; edgevlm needs a chat (instruct) checkpoint")
+        known = ", ".join(sorted(templates))
+        raise SourceError(f"{self.folder} has no chat template {name!r}; --chat-template takes one of: {known}")
+
+    @cached_property
+    def named_tokens(self) -> dict[str, str]:
+        """The tokens that the tokenizer's files name (`bos_token`, `image_token`, …), as text.
+
+        transformers reads special_tokens_map.json only where tokenizer_config.json does not describe its added tokens.
+        """
+        found = self.read(_TOKENIZER_CONFIG)
+        if "added_tokens_decoder" not in found:
+            found |= self.read("special_tokens_map.json")
+        extra = found.get("extra_special_tokens")
+        named = {**found, **(extra if isinstance(extra, dict) else {})}
+        texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        return {
+            name: text for name, text in texts.items() if name.endswith("_token") and text and isinstance(text, str)
+        }
+
+    @cached_property
+    def added_tokens(self) -> Mapping[str, Mapping[str, Any]]:
+        """The tokens that tokenizer.json adds to the vocabulary, by what they are called. Raises `SourceError`."""
+        added = self.read("tokenizer.json").get("added_tokens") or []
+        try:
+            return {str(token["content"]): token for token in added}
+        except (KeyError, TypeError):
+            raise SourceError(
+                f"{self.folder / 'tokenizer.json'} is no tokenizer: its added_tokens are broken"
+            ) from None
+
+    def text_tokens(self, written: str) -> tuple[str, ...]:
+        """Return the special tokens that are part of an answer: markup and places, which its reader needs.
+
+        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`), but for what the
+        tokenizer's files name or the prompt is made of: `written` is all that templates and image blocks write.
+        """
+        pattern = _DOCTAG if "<doctag>" in self.added_tokens else _PLACE
+        control = {*self.named_tokens.values()}
+        return tuple(
+            name
+            for name, token in self.added_tokens.items()
+            if token.get("special") and pattern.fullmatch(name) and name not in control and name not in written
+        )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end an answer, from the first file that states any."""
-        for holder in (self.read("generation_config.json"), self.config, self.config.get("text_config", {})):
-            ids = holder.get("eos_token_id")
+        """The ids that end an answer, from the first file that states any, else the tokenizer's end token."""
+        for name, holder in (
+            ("generation_config.json", self.read("generation_config.json")),
+            ("config.json", self.config),
+            ("config.json: text_config", self.config.get("text_config") or {}),
+        ):
+            ids = holder.get("eos_token_id") if isinstance(holder, Mapping) else None
             if ids is not None:
-                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+                ids = ids if isinstance(ids, list) else [ids]
+                if not ids or not all(isinstance(each, int) and each >= 0 for each in ids):
+                    raise SourceError(f"{name}: eos_token_id must be a token id or several, not {ids!r}")
+                return tuple(ids)
+        if end := self.added_tokens.get(self.named_tokens.get("eos_token", "")):
+            return (int(end["id"]),)
         raise SourceError(f"{self.folder} states no eos_token_id, in neither generation_config.json nor config.json")
 
     def small_files(self) -> list[Path]:
@@ -108,8 +179,8 @@ class Checkpoint:
         raise SourceError(lacking)
 
     def weight_files(self) -> list[Path]:
-        """Return the safetensors files, all that the index names where there is one."""
-        return [self.folder / name for name in _weight_names(self.folder)]
+        """Return the safetensors files that transformers would read: see `_weight_names`."""
+        return [self.folder / name for name in _weight_names(self.folder, self.config)]
 
 
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None, via: Route = "auto") -> Checkpoint:
@@ -137,7 +208,7 @@ def _open_folder(folder: Path, source: str, revision: str | None, via: Route) ->
     if not (folder / "tokenizer.json").is_file():
         raise SourceError(f"{folder} has no tokenizer.json; save the checkpoint's fast tokenizer there first")
     if not from_onnx:
-        _check_weights(folder)
+        _check_weights(checkpoint)
     return checkpoint
 
 
@@ -145,27 +216,38 @@ def _has_safetensors(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _WEIGHT_FILES)
 
 
-def _check_weights(folder: Path) -> None:
+def _check_weights(checkpoint: Checkpoint) -> None:
     """Open every weight file, which reads its header and compares it with the file's length."""
     from safetensors import SafetensorError, safe_open
 
-    for name in _weight_names(folder):
+    for path in checkpoint.weight_files():
         try:
-            with safe_open(folder / name, framework="np"):  # type: ignore[no-untyped-call]
+            with safe_open(path, framework="np"):
                 pass
         except FileNotFoundError:
-            raise SourceError(f"{folder} lacks {name}, which its index names") from None
+            raise SourceError(f"{path.parent} lacks {path.name}, which its index names") from None
         except (SafetensorError, OSError) as error:
-            raise SourceError(f"{folder / name} is damaged or truncated: {error}") from None
+            raise SourceError(f"{path} is damaged or truncated: {error}") from None
 
 
-def _weight_names(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return ["model.safetensors"]
+def _weight_names(folder: Path, config: Mapping[str, Any]) -> list[str]:
+    """Return the weight files as transformers 5.24 chooses them.
+
+    What config.json names (`transformers_weights`) goes first, then model.safetensors, whatever index a sharded
+    checkpoint before it has left beside it, then all that the index names.
+    """
+    named = config.get("transformers_weights")
+    name = named or next((name for name in _WEIGHT_FILES if (folder / name).is_file()), _WEIGHT_FILES[0])
+    if not isinstance(name, str) or Path(name).name != name:
+        raise SourceError(f"config.json: transformers_weights must name a file of the checkpoint, not {name!r}")
+    if not name.endswith(".index.json"):
+        return [name]
+    index = folder / name
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{index} has no weight_map from tensors to files")
+    if outside := [name for name in weight_map.values() if Path(name).name != name]:
+        raise SourceError(f"{index} names {outside[0]!r}, which is no file of the checkpoint")
     return sorted(set(weight_map.values()))
 
 
@@ -209,6 +291,24 @@ def _download(repo: str, revision: str | None, wanted: list[str], unwanted: list
     except (HfHubHTTPError, OSError) as error:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SourceError(f"{repo} cannot be fetched: {line}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read: {error}") from None
+
+
+def _templates(found: Any, file: str) -> dict[str, str]:
+    """Return the chat templates that a file holds, by name: one alone, or several as an object or as pairs."""
+    if isinstance(found, list):
+        pairs = [(each.get("name"), each.get("template")) for each in found if isinstance(each, Mapping)]
+    else:
+        pairs = list(found.items()) if isinstance(found, Mapping) else [("default", found)]
+    if any(not isinstance(text, str | None) for _, text in pairs):
+        raise SourceError(f"{file}: its chat_template is neither a text nor texts by name")
+    return {str(name): text for name, text in pairs if text}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgevlm.device import import_openvino
-from edgevlm.errors import SourceError
+from edgevlm.families import Tiles, make_family
 from edgevlm.manifest import PART_NAMES, File, Manifest, Part, hash_file
 from edgevlm.paths import MANIFEST
 from edgevlm_export.checkpoint import Checkpoint
+from edgevlm_export.families.base import text_section
 from edgevlm_export.options import Precision
 from edgevlm_export.verify import Arrays
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 FILE_NAMES = {part: f"openvino_{part}_model.xml" for part in PART_NAMES}
 _CHAT_TEMPLATE = "chat_template.jinja"
+_LARGE = Tiles(np.empty((0, 0, 0, 3), np.uint8), np.empty((3, 256), np.float32), 16, 16)
+"""A grid as large as any, to see which tokens image blocks are made of."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +40,32 @@ class Written:
     reference: Arrays
 
 
-def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Manifest:
-    """Copy the checkpoint's small files into `work` and return the manifest as far as it is known."""
+def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], template: str) -> Manifest:
+    """Copy the checkpoint's small files into `work` and return the manifest as far as it is known.
+
+    `template` is the chat template's source.
+    """
     for path in checkpoint.small_files():
         shutil.copyfile(path, work / path.name)
-    (work / _CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
-    text = checkpoint.config.get("text_config", {})
-    try:
-        return Manifest(
-            source=checkpoint.source,
-            revision=checkpoint.revision,
-            family=checkpoint.model_type,
-            family_facts=facts,
-            parts={part: Part(name, "", 0) for part, name in FILE_NAMES.items()},
-            files={},
-            hidden_size=int(text["hidden_size"]),
-            vocab_size=int(text["vocab_size"]),
-            context_length=int(text["max_position_embeddings"]),
-            eos_token_ids=checkpoint.eos_token_ids,
-            special_tokens=checkpoint.special_tokens,
-            chat_template=_CHAT_TEMPLATE,
-            tool_versions={},
-        )
-    except KeyError as error:
-        raise SourceError(f"config.json states no text_config.{error.args[0]}") from None
+    (work / _CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
+    text = text_section(checkpoint.section(""))
+    family = make_family(checkpoint.model_type, facts)
+    return Manifest(
+        source=checkpoint.source,
+        revision=checkpoint.revision,
+        family=checkpoint.model_type,
+        family_facts=facts,
+        parts={part: Part(name, "", 0) for part, name in FILE_NAMES.items()},
+        files={},
+        hidden_size=text.size("hidden_size"),
+        vocab_size=text.size("vocab_size"),
+        context_length=text.size("max_position_embeddings"),
+        eos_token_ids=checkpoint.eos_token_ids,
+        special_tokens=checkpoint.named_tokens,
+        text_tokens=checkpoint.text_tokens(template + family.image_text(_LARGE)),
+        chat_template=_CHAT_TEMPLATE,
+        tool_versions={},
+    )
 
 
 def save_ir(model: ov.Model, path: Path, precision: Precision) -> None:

@@ -27,7 +27,6 @@ from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION, Mani
 from edgevlm.model import merge
 from edgevlm.processor import Processor
 from edgevlm_export.calibration import Pair, verification_pairs, vision_samples, with_questions
-from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.clock import StageClock
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
@@ -55,19 +54,6 @@ class Text:
     pixel_values: Array | None  # (T, 3, H, W)
     compared: int
     """At how many of the last positions logits are compared."""
-
-
-def open_weights(checkpoint: Checkpoint, architecture: Architecture) -> Weights:
-    """Map the checkpoint's tensors and check that they are those its config asks for. Raises `SourceError`."""
-    weights = Weights(checkpoint)
-    head = f"{architecture.decoder.head}.weight"
-    if head not in weights and architecture.decoder.head == "lm_head":
-        raise SourceError(
-            "the checkpoint has no lm_head.weight, and its text_config does not tie the head to the embeddings"
-            " (tie_word_embeddings)"
-        )
-    weights.expect(architecture.shapes, architecture.unused)
-    return weights
 
 
 def write_parts(

@@ -65,6 +65,10 @@ class ExportOptions:
     force: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
+    chat_template: str = "default"
+    """Which of the checkpoint's chat templates, where it has several."""
+    ignore_config_keys: tuple[str, ...] = ()
+    """Keys of the checkpoint's JSON files, known to change nothing, that edgevlm does not know."""
 
     def __post_init__(self) -> None:
         if "w8a8" in (self.precision, self.lm_precision):

@@ -20,12 +20,14 @@ from edgevlm_export import native_route, onnx_route, optimum_route
 from edgevlm_export.calibration import load_pairs
 from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.clock import OnStage, StageClock
+from edgevlm_export.config import UncoveredError, overlooked, overlooked_in_decoding
 from edgevlm_export.draft import draft_folder
-from edgevlm_export.families import UncoveredError, architecture, family_facts
+from edgevlm_export.families import architecture, family_facts
 from edgevlm_export.folder import Written, seal, start_folder
 from edgevlm_export.memory import PeakMemory
 from edgevlm_export.options import ExportOptions, Route
 from edgevlm_export.verify import Verification, check, scales, verify
+from edgevlm_export.weights import Weights
 
 _REFERENCE_CONFIG = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
@@ -49,6 +51,7 @@ class ExportReport:
             "folder": str(self.folder),
             "parts": {name: asdict(part) for name, part in self.manifest.parts.items()},
             "size_bytes": self.manifest.size_bytes,
+            "overlooked": self.manifest.overlooked,
             "verification": self.verification.to_dict() if self.verification else None,
             "seconds": round(self.seconds, 2),
             "stages": {name: round(seconds, 2) for name, seconds in self.stages.items()},
@@ -71,14 +74,18 @@ def export(
     with PeakMemory() as memory:
         clock.begin("checkpoint")
         checkpoint = open_checkpoint(source, options.revision, options.via)
-        facts = family_facts(checkpoint)
-        write_parts, via = choose_route(checkpoint, facts, options)
+        facts, processor = family_facts(checkpoint)
+        template = checkpoint.chat_template(options.chat_template)
+        unread = overlooked([processor], options.ignore_config_keys)
+        unread |= overlooked_in_decoding(checkpoint.read("generation_config.json"))
+        write_parts, via, unread_by_route = choose_route(checkpoint, facts, options)
+        unread |= unread_by_route
         pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
         target = output or models_dir() / default_name(checkpoint, options)
         with draft_folder(target, force=options.force) as draft:
             work = draft / "work"
             work.mkdir()
-            manifest = start_folder(work, checkpoint, facts)
+            manifest = replace(start_folder(work, checkpoint, facts, template), overlooked=unread)
             written = write_parts(manifest, pairs, options, draft, work, clock)
             manifest = replace(manifest, tool_versions=written.tool_versions, export_options=_as_json(options, via))
             manifest = seal(draft, manifest, written.precisions)
@@ -100,22 +107,30 @@ def default_name(checkpoint: Checkpoint, options: ExportOptions) -> str:
 
 def choose_route(
     checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions
-) -> tuple[Callable[..., Written], Route]:
-    """Return what writes the parts, and the route's name. Raises `ExportError` where no route can."""
+) -> tuple[Callable[..., Written], Route, dict[str, Any]]:
+    """Return what writes the parts, the route's name, and what config.json states that it does not read.
+
+    That is the native route's question alone: the others get the model's arithmetic from transformers, or from the ONNX
+    files. Raises `ExportError` where no route can.
+    """
     if options.via == "onnx" or not checkpoint.has_safetensors:
         _need(onnx_route.LIBRARIES, "its ONNX files", "export-onnx")
         files = checkpoint.onnx_files()
         onnx_route.check_parts(files)
-        return partial(onnx_route.write_parts, files), "onnx"
+        return partial(onnx_route.write_parts, files), "onnx", {}
     if options.via != "optimum":
         try:
-            found = architecture(checkpoint, facts)
-            return partial(native_route.write_parts, found, native_route.open_weights(checkpoint, found)), "native"
+            weights = Weights(checkpoint)
+            found = architecture(checkpoint, facts, weights)
+            unread = overlooked(found.sections, options.ignore_config_keys)
+            weights.expect(found.shapes, found.unused)
+            return partial(native_route.write_parts, found, weights), "native", unread
         except UncoveredError as error:
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
+            _need(optimum_route.LIBRARIES, f"optimum-intel ({error})", "export-torch")
     _need(optimum_route.LIBRARIES, "optimum-intel", "export-torch")
-    return partial(optimum_route.write_parts, checkpoint), "optimum"
+    return partial(optimum_route.write_parts, checkpoint), "optimum", {}
 
 
 def _need(libraries: Sequence[str], route: str, extra: str) -> None:

@@ -63,7 +63,7 @@ class Weights:
             start, header = _read_header(path)
             self._entries |= {name: (path, start, entry) for name, entry in header.items()}
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self._entries
 
     @property

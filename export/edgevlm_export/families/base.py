@@ -1,4 +1,4 @@
-"""What a family tells the native route, and reading a config without trusting it."""
+"""What a family tells the native route, and the decoders that families share."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.errors import SourceError
+from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs.blocks import Graph
 from edgevlm_export.graphs.decoder import Decoder
 from edgevlm_export.graphs.layers import ACTIVATIONS, Constants
-from edgevlm_export.graphs.rope import make_rope
-
-
-class UncoveredError(SourceError):
-    """The checkpoint asks for something that the native route does not build; optimum-intel may."""
+from edgevlm_export.graphs.rope import Rope, make_rope
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,8 @@ class Architecture:
     unused: tuple[str, ...]
     """Tensors that may be there and are not read."""
     vision_graph: Callable[[Constants], Graph]
+    sections: tuple[Section, ...]
+    """What of config.json the model was read from."""
 
     def graphs(self) -> dict[str, Callable[[Constants], Graph]]:
         """Return what builds each part, by the part's name."""
@@ -40,90 +39,81 @@ class Architecture:
         }
 
 
-class Section:
-    """One object of config.json, read with the defaults that transformers has for it."""
-
-    def __init__(self, config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> None:
-        stated = config.get(name, {}) if name else config
-        if not isinstance(stated, Mapping):
-            raise SourceError(f"config.json: {name} is not a JSON object")
-        self._name = f"{name}." if name else ""
-        self._values = {**defaults, **{key: value for key, value in stated.items() if value is not None}}
-
-    def get(self, key: str) -> Any:
-        """Return a value, None where there is neither one nor a default."""
-        return self._values.get(key)
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """Return a positive whole number. Raises `SourceError`."""
-        value = self._values.get(key, default)
-        if value is None:
-            raise SourceError(f"config.json states no {self._name}{key}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SourceError(f"config.json: {self._name}{key} must be a positive whole number, not {value!r}")
-        return value
-
-    def number(self, key: str) -> float:
-        """Return a number above 0. Raises `SourceError`."""
-        value = self._values.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise SourceError(f"config.json: {self._name}{key} must be a number above 0, not {value!r}")
-        return float(value)
-
-    def activation(self, key: str) -> str:
-        """Return the name of an activation function. Raises `UncoveredError`."""
-        value = self._values.get(key)
-        if value not in ACTIVATIONS:
-            raise UncoveredError(f"the native route does not build the activation {value!r} of {self._name}{key}")
-        return str(value)
-
-    def heads(self, key: str, channels: int) -> int:
-        """Return a number of heads that divides the channels. Raises `SourceError`."""
-        heads = self.size(key)
-        if channels % heads:
-            raise SourceError(f"config.json contradicts itself: {self._name}{key} {heads} does not divide {channels}")
-        return heads
-
-
 _LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
     "max_position_embeddings": 2048,
 }
+_QWEN2 = _LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
 _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
-    "mistral": _LLAMA | {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32},
-    "qwen2": _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": _LLAMA | {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+    "mistral": _LLAMA
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2 | {"head_dim": 128},
 }
-"""What transformers' config classes assume where a checkpoint is silent; sizes it must state itself."""
+"""What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; those
+of 4.57 assume the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
+_ROPE_KEYS = frozenset(
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+        "partial_rotary_factor",
+    ]
+)
 
 
-def read_decoder(config: Mapping[str, Any], prefix: str, head: str) -> Decoder:
-    """Return the decoder of `text_config`. Raises `SourceError`, and `UncoveredError` for what is not built here."""
-    kind = str(Section(config, "text_config", {"model_type": "llama"}).get("model_type"))
+def text_section(config: Section) -> Section:
+    """Return config.json's `text_config` with its class's defaults, none where the class is not known here."""
+    kind = Section(config.get("text_config"), "text_config").get("model_type", "llama")
+    return config.section("text_config", _TEXT_DEFAULTS.get(str(kind)))
+
+
+def read_decoder(text: Section, prefix: str, head: str, *, tied: bool) -> Decoder:
+    """Return the decoder of `text_config`; `tied` where the head is the embedding table.
+
+    Raises `SourceError`, and `UncoveredError` for what is not built here.
+    """
+    kind = str(text.get("model_type", "llama"))
     if kind not in _TEXT_DEFAULTS:
         raise UncoveredError(f"the native route builds no {kind!r} decoder; it knows {', '.join(_TEXT_DEFAULTS)}")
-    text = Section(config, "text_config", _TEXT_DEFAULTS[kind])
     hidden = text.size("hidden_size")
     heads = text.size("num_attention_heads")
     head_dim = text.size("head_dim", hidden // heads)
     kv_heads = text.size("num_key_value_heads", heads)
-    if heads % kv_heads or (text.get("head_dim") is None and hidden % heads) or head_dim % 2:
+    if heads % kv_heads or ("head_dim" not in text and hidden % heads) or head_dim % 2:
         raise SourceError(
             f"config.json contradicts itself: {heads} heads and {kv_heads} key-value heads of {head_dim} channels"
         )
-    _refuse_what_is_not_built(text, kind)
-    try:
-        context_length = text.size("max_position_embeddings")
-        rope = make_rope(head_dim, text.number("rope_theta"), text.get("rope_scaling"), context_length)
-    except NotImplementedError as error:
-        raise UncoveredError(f"the native route does not build RoPE of type {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise SourceError(f"config.json: text_config.rope_scaling is incomplete: {error}") from None
-    tied = bool(text.get("tie_word_embeddings"))
-    biased = bool(text.get("attention_bias"))
+    _refuse_sliding_windows(text, kind)
+    biased = kind != "mistral" and text.flag("attention_bias")
     return Decoder(
         prefix=prefix,
         head=f"{prefix}.embed_tokens" if tied else head,
@@ -135,19 +125,53 @@ def read_decoder(config: Mapping[str, Any], prefix: str, head: str) -> Decoder:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=text.number("rms_norm_eps"),
-        hidden_act=text.activation("hidden_act"),
-        rope=rope,
+        hidden_act=read_activation(text, "hidden_act"),
+        rope=_read_rope(text, head_dim),
         qkv_bias=biased or kind == "qwen2",
         o_bias=biased and kind != "qwen2",
-        mlp_bias=bool(text.get("mlp_bias")) and kind == "llama",
+        mlp_bias=kind == "llama" and text.flag("mlp_bias"),
         qk_norm=kind == "qwen3",
     )
 
 
-def _refuse_what_is_not_built(text: Section, kind: str) -> None:
-    window = text.get("sliding_window")
-    slides = kind == "mistral" or text.get("use_sliding_window")
+def read_activation(section: Section, key: str) -> str:
+    """Return the name of an activation function. Raises `UncoveredError`."""
+    found = section.get(key)
+    if found not in ACTIVATIONS:
+        raise UncoveredError(f"the native route does not build the activation {found!r} of {section.name_of(key)}")
+    return str(found)
+
+
+def _refuse_sliding_windows(text: Section, kind: str) -> None:
+    window, _ = text.get("sliding_window"), text.get("max_window_layers")  # the latter counts only where windows slide
+    slides = kind == "mistral" or text.flag("use_sliding_window")
     if slides and window and window < text.size("max_position_embeddings"):
         raise UncoveredError(f"the native route does not build attention over a sliding window of {window} tokens")
-    if text.get("partial_rotary_factor") not in (None, 1, 1.0):
+    if other := set(text.get("layer_types", [])) - {"full_attention"}:
+        raise UncoveredError(f"the native route does not build layers of type {min(other)}")
+
+
+def _read_rope(text: Section, head_dim: int) -> Rope:
+    """Return the rotation, stated as transformers 5 does it (`rope_parameters`) or as 4 (`rope_theta`, `rope_scaling`).
+
+    What goes before what follows `RotaryEmbeddingConfigMixin` of transformers 5.24.
+    """
+    old, new = text.get("rope_scaling"), text.get("rope_parameters")
+    stated, name = (old, "rope_scaling") if old else (new or {}, "rope_parameters")
+    if not isinstance(stated, Mapping):
+        raise SourceError(f"config.json: text_config.{name} is not a JSON object")
+    parameters = {key: value for key, value in stated.items() if value is not None}
+    if unknown := sorted(parameters.keys() - _ROPE_KEYS):
+        raise UncoveredError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
+    if (original := text.get("original_max_position_embeddings")) is not None:
+        parameters["original_max_position_embeddings"] = original
+    if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
         raise UncoveredError("the native route does not build RoPE over a part of each head")
+    theta = text.number("rope_theta")
+    try:
+        theta = float(parameters.get("rope_theta", theta))
+        return make_rope(head_dim, theta, parameters, text.size("max_position_embeddings"))
+    except NotImplementedError as error:
+        raise UncoveredError(f"the native route does not build RoPE of type {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise SourceError(f"config.json: text_config.{name} is incomplete: {error}") from None

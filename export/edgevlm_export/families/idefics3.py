@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
+
+from PIL import Image
 
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.families.base import Architecture, Section, read_decoder
+from edgevlm_export.config import Section
+from edgevlm_export.families.base import Architecture, read_activation, read_decoder, text_section
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs import siglip
 from edgevlm_export.graphs.blocks import Block, Flow, Graph
 from edgevlm_export.graphs.connectors import pixel_shuffle
 from edgevlm_export.graphs.layers import Constants, linear
 
-# What transformers' Idefics3ImageProcessor and Idefics3VisionConfig assume where the checkpoint is silent.
+# What transformers' Idefics3ImageProcessor, Idefics3Config and Idefics3VisionConfig (and SmolVLM's, which are alike)
+# assume where the checkpoint is silent: models/idefics3/ of transformers 5.24.
+_DEFAULTS = {"scale_factor": 2}
 _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "size": {"longest_edge": 4 * 364},
     "max_image_size": {"longest_edge": 364},
@@ -39,69 +44,104 @@ _VISION_DEFAULTS = {
     "hidden_act": "gelu_pytorch_tanh",
     "layer_norm_eps": 1e-6,
 }
+_PREPROCESSOR_HARMLESS = ("do_pad", "image_processor_type", "image_seq_len", "return_row_col_info", "video_sampling")
+"""`do_pad` adds black tiles to pictures of fewer ones in a batch, which are not looked at; here each stands alone."""
+_VISION_HARMLESS = ("max_image_size", "size", "tie_word_embeddings", "use_base_siglip")
+"""Sizes that the image processor's file states anew, and how training began."""
+_TOKEN_NAMES = {
+    "image_token": "<image>",
+    "fake_image_token": "<fake_token_around_image>",
+    "global_image_token": "<global-img>",
+}
 _PROJECTION = "model.connector.modality_projection.proj"
 _ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 
 
-def family_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the facts that `edgevlm.families.idefics3` reads. Raises `SourceError` where they do not fit together."""
-    stated = checkpoint.read("preprocessor_config.json")
-    preprocessor = _PREPROCESSOR_DEFAULTS | {name: value for name, value in stated.items() if value is not None}
+def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
+    """Return the facts that `edgevlm.families.idefics3` reads, and the image processor's settings as they were read.
+
+    Raises `SourceError` where they do not fit together.
+    """
+    preprocessor = checkpoint.image_processor(_PREPROCESSOR_DEFAULTS, _PREPROCESSOR_HARMLESS)
     for name in _ALWAYS_DONE:
-        if not preprocessor[name]:
-            raise SourceError(f"preprocessor_config.json sets {name} to false, which edgevlm does not support")
-    vision = Section(checkpoint.config, "vision_config", _VISION_DEFAULTS)
+        if not preprocessor.flag(name):
+            raise SourceError(f"{preprocessor.file} sets {name} to false, which edgevlm does not support")
+    vision = checkpoint.section("vision_config", _VISION_DEFAULTS)
     patch_size = vision.size("patch_size")
-    try:
-        longest_edge, tile = preprocessor["size"]["longest_edge"], preprocessor["max_image_size"]["longest_edge"]
-    except (KeyError, TypeError):
-        raise SourceError("preprocessor_config.json states no longest_edge for size and max_image_size") from None
-    names = checkpoint.read("tokenizer_config.json")
-    return {
-        "image_token": names.get("image_token") or "<image>",
+    longest_edge, tile = (preprocessor.section(name).size("longest_edge") for name in ("size", "max_image_size"))
+    facts = {
+        **_token_names(checkpoint),
         "image_token_id": _image_token_id(checkpoint),
-        "fake_image_token": names.get("fake_image_token") or "<fake_token_around_image>",
-        "global_image_token": names.get("global_image_token") or "<global-img>",
         "image_seq_len": _image_seq_len(checkpoint, tile, patch_size),
         "patch_size": patch_size,
         "position_grid": vision.size("image_size") // patch_size,
         "preprocessing": {
             "longest_edge": longest_edge,
             "tile": tile,
-            "do_image_splitting": preprocessor["do_image_splitting"],
-            "resample": preprocessor["resample"],
-            "rescale_factor": preprocessor["rescale_factor"],
-            "image_mean": preprocessor["image_mean"],
-            "image_std": preprocessor["image_std"],
+            "do_image_splitting": preprocessor.flag("do_image_splitting"),
+            "resample": _resample(preprocessor),
+            "rescale_factor": preprocessor.number("rescale_factor"),
+            "image_mean": _channels(preprocessor, "image_mean"),
+            "image_std": _channels(preprocessor, "image_std"),
         },
     }
+    return facts, preprocessor
+
+
+def _token_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return what the image tokens are called: Idefics3's processor knows them by heart, SmolVLM's asks the tokenizer."""
+    given = checkpoint.named_tokens if checkpoint.model_type == "smolvlm" else {}
+    return {name: given.get(name, usual) for name, usual in _TOKEN_NAMES.items()}
 
 
 def _image_token_id(checkpoint: Checkpoint) -> int:
-    image_token_id = checkpoint.config.get("image_token_id")
-    if image_token_id is None:
+    found = checkpoint.section("").get("image_token_id")
+    if found is None:
         raise SourceError("config.json states no image_token_id")
-    return int(image_token_id)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise SourceError(f"config.json: image_token_id must be a whole number, not {found!r}")
+    return found
 
 
 def _image_seq_len(checkpoint: Checkpoint, tile: int, patch_size: int) -> int:
     """Return the image tokens of one tile: its patches, `scale_factor` x `scale_factor` of them in each token."""
-    scale_factor = int(checkpoint.config.get("scale_factor", 2))
+    scale_factor = checkpoint.section("", _DEFAULTS).size("scale_factor")
     computed = (tile // patch_size) ** 2 // scale_factor**2
     stated = checkpoint.read("processor_config.json").get("image_seq_len", computed)
     if stated != computed:
         raise SourceError(
             f"the checkpoint contradicts itself: processor_config.json says {stated} image tokens a tile, "
-            f"the sizes in config.json and preprocessor_config.json make {computed}"
+            f"the sizes in config.json and in the image processor's file make {computed}"
         )
     return computed
 
 
-def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Architecture:
+def _resample(preprocessor: Section) -> int:
+    found = preprocessor.get("resample")
+    if found not in set(Image.Resampling):
+        raise SourceError(f"{preprocessor.file}: resample must be one of Pillow's filters, 0 to 5, not {found!r}")
+    return int(found)
+
+
+def _channels(preprocessor: Section, name: str) -> float | list[float]:
+    """Return a number for each channel, or one for all."""
+    found = preprocessor.get(name)
+    numbers = found if isinstance(found, list) and len(found) == 3 else [found]
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
+        raise SourceError(f"{preprocessor.file}: {name} must be a number or three, not {found!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:
     """Return the model's graphs. Raises `SourceError`."""
-    decoder = read_decoder(checkpoint.config, "model.text_model", "lm_head")
-    vision = _vision(checkpoint)
-    factor = Section(checkpoint.config, "", {"scale_factor": 2}).size("scale_factor")
+    config = checkpoint.section("", _DEFAULTS, harmless=("vocab_size",))
+    text, seen = text_section(config), config.section("vision_config", _VISION_DEFAULTS, harmless=_VISION_HARMLESS)
+    decoder = read_decoder(text, "model.text_model", "lm_head", tied=_is_tied(config, text, tensors))
+    vision = _vision(seen)
+    factor = config.size("scale_factor")
+    if text.get("pixel_shuffle_factor", factor) != factor:
+        raise SourceError("config.json contradicts itself: scale_factor and text_config.pixel_shuffle_factor differ")
+    config.get("image_token_id")
     folded = vision.hidden_size * factor**2
     shapes = dict(siglip.shapes(vision)) | dict(decoders.shapes(decoder))
     shapes[f"{_PROJECTION}.weight"] = (decoder.hidden_size, folded)
@@ -120,11 +160,20 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Architectu
         connector = Block(lambda flow: connect(flow, constants), folded * decoder.hidden_size)
         return Graph(inputs, [*siglip.blocks(vision, constants), connector], "last_hidden_state", "last_hidden_state")
 
-    return Architecture(decoder, shapes, ("lm_head.weight",), vision_graph)
+    return Architecture(decoder, shapes, ("lm_head.weight",), vision_graph, (config, text, seen))
 
 
-def _vision(checkpoint: Checkpoint) -> siglip.VisionTransformer:
-    section = Section(checkpoint.config, "vision_config", _VISION_DEFAULTS)
+def _is_tied(config: Section, text: Section, tensors: Container[str]) -> bool:
+    """Tell whether the head is the embedding table: where the checkpoint has no other.
+
+    transformers 4 looks for the flag in text_config, 5 beside it, and 5 overlooks it where both tensors are stored.
+    """
+    for section in (config, text):
+        section.flag("tie_word_embeddings")
+    return "lm_head.weight" not in tensors
+
+
+def _vision(section: Section) -> siglip.VisionTransformer:
     hidden = section.size("hidden_size")
     return siglip.VisionTransformer(
         prefix="model.vision_model",
@@ -136,5 +185,5 @@ def _vision(checkpoint: Checkpoint) -> siglip.VisionTransformer:
         image_size=section.size("image_size"),
         patch_size=section.size("patch_size"),
         layer_norm_eps=section.number("layer_norm_eps"),
-        hidden_act=section.activation("hidden_act"),
+        hidden_act=read_activation(section, "hidden_act"),
     )

@@ -1,6 +1,6 @@
 """Rotary position embeddings (https://arxiv.org/abs/2104.09864) and the ways to stretch them.
 
-The frequencies follow transformers' `modeling_rope_utils` (4.57): default, linear, llama3, yarn.
+The frequencies follow transformers' `modeling_rope_utils` (5.24): default, linear, llama3, yarn.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Rope:
 
 
 def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context_length: int) -> Rope:
-    """Return the rotation that `rope_theta` and `rope_scaling` ask for.
+    """Return the rotation that the base `theta` and `rope_scaling` (or `rope_parameters`) ask for.
 
-    Raises `KeyError` for a value that `rope_scaling` lacks, and `NotImplementedError` naming an unknown type.
+    Raises `KeyError` for a value that `scaling` lacks, and `NotImplementedError` naming an unknown type.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (1 / np.float32(theta) ** exponents).astype(np.float32)
@@ -44,16 +44,16 @@ def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, co
     if kind == "linear":
         return Rope(frequencies / np.float32(scaling["factor"]))
     if kind == "llama3":
-        return Rope(_llama3(frequencies, scaling))
+        return Rope(_llama3(frequencies, scaling, context_length))
     if kind == "yarn":
         return _yarn(frequencies, head_dim, theta, scaling, context_length)
     raise NotImplementedError(str(kind))
 
 
-def _llama3(frequencies: Frequencies, scaling: Mapping[str, Any]) -> Frequencies:
+def _llama3(frequencies: Frequencies, scaling: Mapping[str, Any], context_length: int) -> Frequencies:
     """Slow waves are stretched by `factor`, fast ones are not, those between in part."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    turns = scaling.get("original_max_position_embeddings", context_length) * frequencies / (2 * np.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray((1 - kept) * frequencies / scaling["factor"] + kept * frequencies, np.float32)
 
@@ -62,8 +62,8 @@ def _yarn(
     frequencies: Frequencies, head_dim: int, theta: float, scaling: Mapping[str, Any], context_length: int
 ) -> Rope:
     """https://arxiv.org/abs/2309.00071: as above over channels, and attention made sharper."""
-    factor = scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or context_length
+    factor = scaling.get("factor") or context_length / original
 
     def channel(turns: float) -> float:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
