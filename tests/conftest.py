@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,15 @@ F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 TILE, LONGEST_EDGE = 64, 256
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, aloud, what needs optimum-intel where it is not: it lives with transformers 4, in an environment apart."""
+    if find_spec("optimum") is None:
+        missing = pytest.mark.skip(reason="needs optimum-intel: nox -s optimum")
+        for item in items:
+            if item.get_closest_marker("optimum"):
+                item.add_marker(missing)
+
+
 @pytest.fixture(scope="session")
 def home() -> Path:
     """The folder of the tests' own models and caches."""
@@ -83,7 +93,6 @@ def make_tokenizer() -> Any:
 
 def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
     """Write a seeded Idefics3 or SmolVLM checkpoint of some hundred thousand parameters; `text` changes its decoder."""
-    import torch
     import transformers
 
     tokenizer = make_tokenizer()
@@ -117,16 +126,7 @@ def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
             "patch_size": 8,
         },
     )
-    torch.manual_seed(7)
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1:  # transformers' own initialisation gives logits too flat to compare
-                weight.normal_(0.0, 0.5 if "embed" in name else weight[0].numel() ** -0.5)
-            else:  # norms at 1 and biases at 0 would hide a norm or a bias that is left out
-                weight.add_(torch.randn_like(weight) * 0.1)
-        model.lm_head.weight.mul_(3.0)
-    model.tie_weights()
+    model = seed_weights(model_class(config))
     model.generation_config = transformers.GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -135,6 +135,22 @@ def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
     tokenizer.save_pretrained(folder)
     image_processor(family).save_pretrained(folder)
     return folder
+
+
+def seed_weights(model: Any) -> Any:
+    """Return the model with weights that tell right from wrong, from a seed."""
+    import torch
+
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:  # transformers' own initialisation gives logits too flat to compare
+                weight.normal_(0.0, 0.5 if "embed" in name else weight[0].numel() ** -0.5)
+            else:  # norms at 1 and biases at 0 would hide a norm or a bias that is left out
+                weight.add_(torch.randn_like(weight) * 0.1)
+        model.lm_head.weight.mul_(3.0)
+    model.tie_weights()
+    return model.eval()
 
 
 def image_processor(family: str, **options: Any) -> Any:

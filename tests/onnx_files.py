@@ -56,7 +56,9 @@ class Decoder(torch.nn.Module):
     def forward(self, inputs_embeds: Any, attention_mask: Any, position_ids: Any, *past: Any) -> tuple[Any, ...]:
         from transformers import DynamicCache
 
-        cache = DynamicCache.from_legacy_cache(tuple(zip(past[::2], past[1::2], strict=True)))
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(keys, values, layer)
         before = past[0].shape[2]
         queries = torch.arange(inputs_embeds.shape[1]) + before
         causal = torch.arange(before + inputs_embeds.shape[1])[None] <= queries[:, None]
@@ -64,8 +66,8 @@ class Decoder(torch.nn.Module):
         output = self.text(
             inputs_embeds=inputs_embeds, attention_mask=bias, position_ids=position_ids, past_key_values=cache
         )
-        present = output.past_key_values.to_legacy_cache()
-        return self.head(output.last_hidden_state), *(each for layer in present for each in layer)
+        present = output.past_key_values.layers
+        return self.head(output.last_hidden_state), *(each for layer in present for each in (layer.keys, layer.values))
 
 
 def write_onnx(checkpoint: Path, folder: Path) -> Path:

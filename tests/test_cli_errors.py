@@ -155,11 +155,6 @@ def test_a_question_that_resembles_a_file_name_is_a_question(exported: Path, que
     assert result.exit_code == 0, result.exception
 
 
-def test_the_image_placeholder_in_a_question(exported: Path) -> None:
-    line = "the question may not contain <image>, which stands for a picture"
-    assert error("run", "What is <image>?", "-m", exported) == line
-
-
 def test_a_question_that_is_not_utf_8(exported: Path) -> None:
     line = "the question is not valid Unicode text; write it in UTF-8"
     assert error("run", "What is \udcff?", "-m", exported) == line

@@ -96,7 +96,10 @@ def runtime_kinds(compiled: Any) -> Counter[str]:
     return Counter(node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops())
 
 
-@pytest.mark.parametrize("route", ["exported", "exported_via_optimum", "exported_int4"])
+VIA_OPTIMUM = pytest.param("exported_via_optimum", marks=pytest.mark.optimum)
+
+
+@pytest.mark.parametrize("route", ["exported", VIA_OPTIMUM, "exported_int4"])
 def test_the_language_model_runs_fused(route: str, request: pytest.FixtureRequest) -> None:
     check_fused(request.getfixturevalue(route))
 
@@ -117,7 +120,7 @@ def check_fused(folder: Path) -> None:
         assert kinds["RoPE"] == 2 * 2
 
 
-@pytest.mark.parametrize("route", ["exported", "exported_via_optimum"])
+@pytest.mark.parametrize("route", ["exported", VIA_OPTIMUM])
 def test_the_vision_part_runs_fused(route: str, request: pytest.FixtureRequest) -> None:
     """Two layers: four products each and the connector's."""
     vlm = VLM(request.getfixturevalue(route), F32)

@@ -42,6 +42,7 @@ def routes(request: pytest.FixtureRequest) -> tuple[Path, Path]:
     return native, optimum
 
 
+@pytest.mark.optimum
 def test_the_manifest_records_the_route(routes: tuple[Path, Path]) -> None:
     native, optimum = (load_manifest(folder) for folder in routes)
     assert (native.export_options["via"], optimum.export_options["via"]) == ("native", "optimum")
@@ -51,6 +52,7 @@ def test_the_manifest_records_the_route(routes: tuple[Path, Path]) -> None:
     assert native.verification["greedy_agreement"] == 1
 
 
+@pytest.mark.optimum
 def test_both_routes_make_the_same_interface(routes: tuple[Path, Path]) -> None:
     for part in PART_NAMES:
         native, optimum = (model(folder, part) for folder in routes)
@@ -71,6 +73,7 @@ def test_both_routes_make_the_same_interface(routes: tuple[Path, Path]) -> None:
         assert described[0] == described[1], part
 
 
+@pytest.mark.optimum
 def test_both_routes_give_the_runtime_the_same_hints(routes: tuple[Path, Path]) -> None:
     names = ("ACTIVATIONS_SCALE_FACTOR", "KV_CACHE_PRECISION")
     native, optimum = (
@@ -103,12 +106,14 @@ def language_outputs(folder: Path) -> list[np.ndarray]:
     ]
 
 
+@pytest.mark.optimum
 def test_logits_equal_those_of_the_optimum_route(routes: tuple[Path, Path]) -> None:
     for native, optimum in zip(*(language_outputs(folder) for folder in routes), strict=True):
         assert np.ptp(optimum) > 5
         np.testing.assert_allclose(native, optimum, atol=1e-4)
 
 
+@pytest.mark.optimum
 def test_image_embeds_equal_those_of_the_optimum_route(routes: tuple[Path, Path]) -> None:
     """Also where a part of the patches is padding."""
     mask = np.ones((2, 8, 8), np.bool_)
@@ -123,6 +128,7 @@ def test_image_embeds_equal_those_of_the_optimum_route(routes: tuple[Path, Path]
     np.testing.assert_allclose(native, optimum, atol=1e-4)
 
 
+@pytest.mark.optimum
 def test_the_same_greedy_text_over_64_tokens(routes: tuple[Path, Path]) -> None:
     config = GenerationConfig(max_new_tokens=64, detail="high")
     native, optimum = (VLM(folder, F32).generate(photograph("china.jpg"), "What?", config) for folder in routes)
@@ -195,16 +201,15 @@ def test_decoders_equal_transformers(variant: str, tmp_path: Path) -> None:
 )
 def test_rope_frequencies_equal_transformers(scaling: dict[str, Any] | None) -> None:
     from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = LlamaConfig(
         hidden_size=512, num_attention_heads=8, rope_theta=10000.0, rope_scaling=scaling, max_position_embeddings=8192
     )
-    kind = scaling["rope_type"] if scaling else "default"
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+    reference = LlamaRotaryEmbedding(config)
     rope = make_rope(64, 10000.0, scaling, 8192)
-    np.testing.assert_allclose(rope.frequencies, frequencies.numpy(), rtol=3e-7)
-    assert rope.scale == pytest.approx(scale)
+    np.testing.assert_allclose(rope.frequencies, reference.inv_freq.numpy(), rtol=3e-7)
+    assert rope.scale == pytest.approx(reference.attention_scaling)
 
 
 def bins(folder: Path) -> dict[str, str]:

@@ -50,6 +50,7 @@ def test_onnx_files_are_the_source_where_there_are_no_safetensors(from_onnx: Pat
     assert max(part["max_abs_error"] for part in manifest.verification["parts"].values()) < 1e-4
 
 
+@pytest.mark.optimum
 def test_the_folder_loads_with_optimum_intel(from_onnx: Path) -> None:
     says_the_same_with_optimum_intel(from_onnx, VLM(from_onnx, F32))
 

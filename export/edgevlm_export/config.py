@@ -1,7 +1,7 @@
 """A checkpoint's JSON files, read without trusting them, and what they state that nothing here reads.
 
-A key that is not read is never passed over in silence: it is known to change nothing (`_HARMLESS`), or its name speaks of
-the arithmetic (`_ARITHMETIC`) and its value refuses the export, or it is told and stands in the manifest.
+A key that is not read is never passed over in silence: it is known to change nothing (`_HARMLESS`), or its name speaks
+of the arithmetic (`_ARITHMETIC`) and its value refuses the export, or it is told and stands in the manifest.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ class Section:
         self._defaults = dict(defaults or {})
         self._harmless = harmless
         self._read: set[str] = set()
+        self.notes: dict[str, str] = {}
+        """What is told of values that were read and not followed, by full name."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._stated
@@ -188,12 +190,16 @@ class Section:
         """Return an object within this one. Raises `SourceError`."""
         return Section(self.get(key), f"{self._prefix}{key}", defaults, file=self.file, **options)
 
+    def note(self, key: str, text: str) -> None:
+        """Have it told what became of a value."""
+        self.notes[self.name_of(key)] = text
+
     def unread(self) -> Iterator[tuple[str, str, Any]]:
         """Yield key, full name and value of what is stated, may matter, and has not been asked for."""
         for key, value in self._stated.items():
             known = key in self._read or key in _HARMLESS or key in self._harmless
             if not known and not (key in self._defaults and self._defaults[key] == value):
-                yield key, f"{self._prefix}{key}", value
+                yield key, self.name_of(key), value
 
     def _wrong(self, key: str, value: Any, what: str) -> SourceError:
         return SourceError(f"{self.file}: {self._prefix}{key} {what}, not {value!r}")
@@ -210,14 +216,15 @@ def overlooked(sections: Iterable[Section], ignored: Collection[str] = ()) -> di
     """
     found: dict[str, Any] = {}
     for section in sections:
+        found |= {f"{section.file}: {name}": text for name, text in section.notes.items()}
         for key, name, value in section.unread():
             if _ARITHMETIC.search(key):
                 if value is False:
                     continue
                 if not {key, name} & set(ignored):
                     raise SourceError(
-                        f"{section.file}: edgevlm does not know {name} ({_short(value)}), which may change what the model"
-                        f" computes; --ignore-config-key {name} exports all the same"
+                        f"{section.file}: edgevlm does not know {name} ({_short(value)}), which may change what the"
+                        f" model computes; --ignore-config-key {name} exports all the same"
                     )
             found[f"{section.file}: {name}"] = value
     return found

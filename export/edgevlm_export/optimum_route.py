@@ -81,6 +81,7 @@ def convert(
         "dtype": options.dtype,
         "verify": options.verify,
         "verify_tokens": VERIFY_TOKENS,
+        "patch_position_ids": _patch_position_ids(work, manifest),
     }
     (work / JOB).write_text(json.dumps(job), encoding="utf-8")
     log = work / "convert.log"
@@ -106,6 +107,12 @@ def convert(
     if "unwritten" in result:
         raise OSError(result["unwritten"])
     return {"edgevlm": edgevlm.__version__, **result["versions"]}
+
+
+def _patch_position_ids(work: Path, manifest: Manifest) -> list[int] | None:
+    """Return the positions of a tile's patches, where the family counts them itself."""
+    ids = Processor(work, manifest).family.vision_inputs().get("patch_position_ids")
+    return None if ids is None else [int(each) for each in ids[0]]
 
 
 def _why_it_ended(returncode: int, log: Path) -> str:

@@ -68,8 +68,8 @@ _TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
 }
-"""What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; those
-of 4.57 assume the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
+"""What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; 4.57
+assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
 _ROPE_KEYS = frozenset(
     [
         "rope_type",

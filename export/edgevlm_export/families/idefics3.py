@@ -89,7 +89,7 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
 
 
 def _token_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return what the image tokens are called: Idefics3's processor knows them by heart, SmolVLM's asks the tokenizer."""
+    """Return what the image tokens are called: Idefics3's processor knows them, SmolVLM's asks the tokenizer."""
     given = checkpoint.named_tokens if checkpoint.model_type == "smolvlm" else {}
     return {name: given.get(name, usual) for name, usual in _TOKEN_NAMES.items()}
 
@@ -166,11 +166,13 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
 def _is_tied(config: Section, text: Section, tensors: Container[str]) -> bool:
     """Tell whether the head is the embedding table: where the checkpoint has no other.
 
-    transformers 4 looks for the flag in text_config, 5 beside it, and 5 overlooks it where both tensors are stored.
+    transformers 4 looks for the flag in text_config and 5 beside it, and 5 overlooks it where both tensors are stored.
     """
-    for section in (config, text):
-        section.flag("tie_word_embeddings")
-    return "lm_head.weight" not in tensors
+    stated = [section.flag("tie_word_embeddings") for section in (config, text) if "tie_word_embeddings" in section]
+    tied = "lm_head.weight" not in tensors
+    if tied and stated and not any(stated):
+        config.note("tie_word_embeddings", "false, but there is no lm_head.weight: the embeddings are the head")
+    return tied
 
 
 def _vision(section: Section) -> siglip.VisionTransformer:

@@ -1,0 +1,28 @@
+"""The checks that CI runs, in the two environments that they need: `nox`, or one of them with `nox -s NAME`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+TESTS = Path(__file__).parent / "tests"
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Style, types and tests, beside the reference: transformers 5."""
+    session.install("-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def optimum(session: nox.Session) -> None:
+    """What goes through optimum-intel, which needs transformers 4."""
+    session.install("-e", ".[export-torch]", "pytest>=8.4,<10", "scikit-learn>=1.7,<2")
+    files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.optimum" in path.read_text("utf-8")]
+    session.run("python", "-m", "pytest", "-m", "optimum", *files, *session.posargs)
