@@ -1,8 +1,8 @@
 """Checkpoints of the published configurations' form: their real files where they are at hand, else the facts of them.
 
-`EDGEVLM_PUBLISHED_CONFIGS` names a folder with one folder for each checkpoint (`/` in its name as `__`), holding the files
-that it has on the hub, weights excepted. Without it the facts below make up the same configurations. Layers are cut to
-two, and weights are seeded.
+`EDGEVLM_PUBLISHED_CONFIGS` names a folder with one folder for each checkpoint (`/` in its name as `__`), holding the
+files that it has on the hub, weights excepted. Without it the facts below make up the same configurations. Layers are
+cut to two, and weights are seeded.
 """
 
 from __future__ import annotations

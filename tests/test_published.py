@@ -1,9 +1,11 @@
-"""Published configurations, in transformers 4's layout and in 5's, exported natively and compared with transformers 5."""
+"""Published configurations in the layouts of transformers 4 and 5, exported natively, against transformers 5."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,8 @@ class Reference:
     """transformers 5 on one checkpoint, greedy and in float32.
 
     The tokenizer is tokenizer.json as it stands, which the weights were trained with. SmolVLM's own processor needs
-    torchvision, for videos; on pictures it is Idefics3's with SmolVLM's image processor (`test_preprocess` compares both).
+    torchvision, for videos; on pictures it is Idefics3's with SmolVLM's image processor (`test_preprocess` compares
+    both).
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -69,7 +72,10 @@ class Reference:
         return dict(self.processor(text=[text], images=[images], return_tensors="pt"))
 
 
-@pytest.fixture(scope="module", params=[(each, layout) for each in CUT for layout in (4, 5)], ids=lambda each: f"{each[0]}-layout-{each[1]}")
+LAYOUTS = [pytest.param((each, layout), id=f"{each}-layout-{layout}") for each in CUT for layout in (4, 5)]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Published, Path, Reference, VLM]:
@@ -110,3 +116,118 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers_5(
     answered = list(answer.token_ids)
     assert answered == ids[0, len(prompt_ids) :].tolist()[: len(answered)]
     assert len(answered) == TOKENS or answered[-1] in vlm.manifest.eos_token_ids
+
+
+def on_disk(folder: Path) -> Checkpoint:
+    """The checkpoint of a folder that holds no weights."""
+    return Checkpoint(folder, folder.name, None, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("published", ALL, ids=str)
+def test_tensors_and_their_shapes_are_those_of_transformers_5(published: Published, tmp_path: Path) -> None:
+    """With all layers, and so with the sizes that a config leaves to its class."""
+    folder = write_files(published, tmp_path / "checkpoint", layers=None)
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        wanted.pop("lm_head.weight")
+    facts, processor = family_facts(on_disk(folder))
+    found = architecture(on_disk(folder), facts, wanted)
+    assert dict(found.shapes) == wanted
+    assert overlooked([*found.sections, processor]) == {}
+    text = config.text_config
+    assert facts["image_seq_len"] == published.image_seq_len
+    assert found.decoder.num_attention_heads == text.num_attention_heads
+    assert found.decoder.num_key_value_heads == text.num_key_value_heads
+    assert found.decoder.head_dim == text.head_dim
+    assert found.decoder.rms_norm_eps == text.rms_norm_eps
+    assert found.decoder.rope.frequencies[1] ** (-text.head_dim / 2) == pytest.approx(
+        text.rope_parameters["rope_theta"], rel=1e-5
+    )
+
+
+def test_a_config_that_states_no_heads_has_those_of_its_class(tmp_path: Path) -> None:
+    folder = write_files(IDEFICS3_8B, tmp_path / "checkpoint", layers=None)
+    facts, _ = family_facts(on_disk(folder))
+    decoder = architecture(on_disk(folder), facts, ("lm_head.weight",)).decoder
+    assert (decoder.hidden_size, decoder.num_attention_heads, decoder.num_hidden_layers) == (4096, 32, 32)
+
+
+def edited(published: Published, folder: Path, section: str, **changes: Any) -> Checkpoint:
+    """A checkpoint whose config.json says something else in one section."""
+    checkpoint = on_disk(write_files(published, folder / "checkpoint"))
+    changed = {**checkpoint.config[section], **changes} if section else changes
+    return Checkpoint(
+        checkpoint.folder, "x", None, {**checkpoint.config, **({section: changed} if section else changed)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("text_config", "embedding_multiplier", 12.0),
+        ("text_config", "attention_multiplier", 0.015625),
+        ("text_config", "logits_scaling", 4.0),
+        ("text_config", "residual_multiplier", 0.263),
+        ("text_config", "final_logit_softcapping", 30.0),
+        ("text_config", "num_local_experts", 8),
+        ("text_config", "router_aux_loss_coef", 0.001),
+        ("text_config", "rope_interleaved", True),
+        ("text_config", "use_resampler", True),
+        ("text_config", "qk_layer_norms", True),
+        ("vision_config", "use_window_attention", True),
+        ("vision_config", "qkv_bias", True),
+        ("", "vision_feature_scale", 2),
+    ],
+)
+def test_a_key_that_speaks_of_the_arithmetic_and_is_not_read_is_refused(
+    section: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    checkpoint = edited(SMOLVLM_256M, tmp_path, section, **{key: value})
+    facts, _ = family_facts(checkpoint)
+    sections = architecture(checkpoint, facts, ("lm_head.weight",)).sections
+    name = f"{section}.{key}" if section else key
+    line = f"config.json: edgevlm does not know {name} ({value!r}), which may change what the model computes;"
+    with pytest.raises(SourceError, match=re.escape(line)) as caught:
+        overlooked(sections)
+    assert f"--ignore-config-key {name} " in str(caught.value)
+    for ignored in (key, name):
+        assert overlooked(sections, [ignored]) == {f"config.json: {name}": value}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"embedding_multiplier": None, "use_sliding_window": False, "sliding_window": None}, {}),
+        ({"pretraining_tp": 1, "attention_dropout": 0.1}, {}),
+        ({"vendor_note": "hello"}, {"config.json: text_config.vendor_note": "hello"}),
+    ],
+)
+def test_a_key_that_says_nothing_passes_and_any_other_is_told(
+    changes: dict[str, Any], told: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = edited(SMOLVLM_256M, tmp_path, "text_config", **changes)
+    facts, _ = family_facts(checkpoint)
+    assert overlooked(architecture(checkpoint, facts, ("lm_head.weight",)).sections) == told
+
+
+def test_what_is_not_read_stands_in_the_manifest_and_ignoring_it_is_the_users_word(
+    idefics3: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(idefics3, tmp_path / "checkpoint"))
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {"logits_scaling": 4.0, "vendor": "x"}
+    (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    generation = json.loads((checkpoint / "generation_config.json").read_text(encoding="utf-8"))
+    (checkpoint / "generation_config.json").write_text(json.dumps(generation | {"repetition_penalty": 1.05}), "utf-8")
+    options = ExportOptions("int8", verify=False)
+    with pytest.raises(SourceError, match=r"--ignore-config-key text_config\.logits_scaling"):
+        export(checkpoint, tmp_path / "out", options)
+    export(checkpoint, tmp_path / "out", replace(options, ignore_config_keys=("logits_scaling",)))
+    assert load_manifest(tmp_path / "out").overlooked == {
+        "config.json: text_config.logits_scaling": 4.0,
+        "config.json: text_config.vendor": "x",
+        "generation_config.json: repetition_penalty": 1.05,
+    }

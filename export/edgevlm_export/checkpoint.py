@@ -180,7 +180,7 @@ class Checkpoint:
 
     def weight_files(self) -> list[Path]:
         """Return the safetensors files that transformers would read: see `_weight_names`."""
-        return [self.folder / name for name in _weight_names(self.folder, self.config)]
+        return [self.folder / name for name in _weight_names(self.folder)]
 
 
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None, via: Route = "auto") -> Checkpoint:
@@ -230,19 +230,14 @@ def _check_weights(checkpoint: Checkpoint) -> None:
             raise SourceError(f"{path} is damaged or truncated: {error}") from None
 
 
-def _weight_names(folder: Path, config: Mapping[str, Any]) -> list[str]:
-    """Return the weight files as transformers 5.24 chooses them.
+def _weight_names(folder: Path) -> list[str]:
+    """Return the weight files as transformers chooses them: those that an index names, where there is no whole file.
 
-    What config.json names (`transformers_weights`) goes first, then model.safetensors, whatever index a sharded
-    checkpoint before it has left beside it, then all that the index names.
+    An index beside model.safetensors is what a checkpoint in shards, saved there before, has left behind.
     """
-    named = config.get("transformers_weights")
-    name = named or next((name for name in _WEIGHT_FILES if (folder / name).is_file()), _WEIGHT_FILES[0])
-    if not isinstance(name, str) or Path(name).name != name:
-        raise SourceError(f"config.json: transformers_weights must name a file of the checkpoint, not {name!r}")
-    if not name.endswith(".index.json"):
-        return [name]
-    index = folder / name
+    whole, index = (folder / name for name in _WEIGHT_FILES)
+    if whole.is_file() or not index.is_file():
+        return [whole.name]
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{index} has no weight_map from tensors to files")

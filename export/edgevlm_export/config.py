@@ -15,7 +15,7 @@ from edgevlm.errors import SourceError
 CONFIG = "config.json"
 _ARITHMETIC = re.compile(
     r"rope|rotary|scal|multiplier|norm|bias|softcap|window|activation|(^|_)act(_|$)|(^|_)ti(e|ed)(_|$)|layer_types"
-    r"|expert|router|moe|mrope|qk_|resampler|pooling|residual|embedding_type|alibi|sparse|crop|flip|resiz|order|divisor",
+    r"|expert|router|moe|mrope|qk_|resampler|pooling|residual|embedding_type|alibi|sparse|crop|flip|resiz|order|divisor|weights",
     re.IGNORECASE,
 )
 """Names that speak of what is computed."""
