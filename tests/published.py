@@ -228,7 +228,8 @@ def make_published(published: Published, folder: Path) -> Path:
     write_files(published, folder)
     model = seed_weights(AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder)))
     weights = model.state_dict()
-    if model.config.tie_word_embeddings:
+    if model.config.tie_word_embeddings:  # and then so wide a table makes logits of hundreds
+        model.lm_head.weight.data.mul_(0.1)
         weights.pop("lm_head.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder

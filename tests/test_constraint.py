@@ -108,7 +108,7 @@ def next_logits(vlm: VLM, chosen: list[int]) -> np.ndarray:
 
 
 def test_an_answer_begins_as_the_template_writes_answers(vlm: VLM) -> None:
-    assert vlm.processor.answer_lead == " "
+    assert vlm.processor.template.answer_lead() == " "
     constrained = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(["yes"])))
     assert vlm.processor.tokenizer.decode(list(constrained.token_ids)) == " yes"
     assert constrained.text == "yes"
