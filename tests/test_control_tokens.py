@@ -1,4 +1,4 @@
-"""What a caller says never becomes control, text tokens stay text, and all else is tokenized as the reference does it."""
+"""What a caller says never becomes control, text tokens stay text, and all else is tokenized as in the reference."""
 
 from __future__ import annotations
 
@@ -121,9 +121,8 @@ def with_bos(checkpoint: Path, folder: Path) -> Path:
     shutil.copytree(checkpoint, folder)
     tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
     bos = "<|im_start|>"
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
+    special = [(bos, tokenizer.token_to_id(bos))]
+    tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=special)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -205,24 +204,26 @@ def test_special_tokens_are_kept_where_they_are_wanted(vlm: VLM) -> None:
     assert answer.text == fast.decode(shown, skip_special_tokens=True)
 
 
+GRANITE_TAGS = [
+    "<text>",
+    "</text>",
+    "<otsl>",
+    "<fcel>",
+    "<page_break>",
+    "<doctag>",
+    "</doctag>",
+    "<link_",
+    "<rec_",
+    "<code>",
+]
+
+
 def granite_docling(folder: Path) -> Path:
     """granite-docling's special tokens, its template and what its files name, in a small tokenizer."""
-    tags = [
-        "<text>",
-        "</text>",
-        "<otsl>",
-        "<fcel>",
-        "<page_break>",
-        "<doctag>",
-        "</doctag>",
-        "<link_",
-        "<rec_",
-        "<code>",
-    ]
     control = ["<|pad|>", "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|unk|>", "<row_1_col_1>"]
     images = ["<row_4_col_4>", "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
     tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in tags + control + images])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in GRANITE_TAGS + control + images])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -231,19 +232,7 @@ def test_which_special_tokens_of_a_docling_model_are_text(idefics3: Path, tmp_pa
     checkpoint = open_checkpoint(granite_docling(Path(shutil.copytree(idefics3, tmp_path / "checkpoint"))))
     written = "<|start_of_role|><|end_of_role|><image><|end_of_text|><end_of_utterance>" + image_block()
     found = checkpoint.text_tokens(written)
-    tags = [
-        "<text>",
-        "</text>",
-        "<otsl>",
-        "<fcel>",
-        "<page_break>",
-        "<doctag>",
-        "</doctag>",
-        "<link_",
-        "<rec_",
-        "<code>",
-    ]
-    assert list(found) == tags
+    assert list(found) == GRANITE_TAGS
 
 
 def image_block() -> str:
@@ -276,10 +265,7 @@ TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {
     "a variable": ("{% if enable_thinking is false %}no{% else %}yes{% endif %}", {"enable_thinking": False}),
     "controls": ("{% if controls %}{{ controls | tojson() }}{% endif %}", {"controls": {"length": "short"}}),
     "a special token": ("{{ bos_token }}{{ eos_token }}", {}),
-    "loop controls": (
-        "{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
-        {},
-    ),
+    "loop controls": ("{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m.role }}{% endfor %}", {}),
     "whitespace": ("  {% if true %}\n  a\n  {% endif %}\n b", {}),
     "the year": ("{{ strftime_now('%Y') }}", {}),
 }
