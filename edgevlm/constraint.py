@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgevlm.errors import OptionError, one_line
 from edgevlm.sampling import Chooser, Logits, Sampler
+from edgevlm.strict_json import read_json, write_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -47,8 +48,8 @@ class Constraint:
         from llguidance import LLMatcher
 
         try:
-            found = json.loads(schema) if isinstance(schema, str) else dict(schema)
-            text = json.dumps(found)
+            found = read_json(schema) if isinstance(schema, str) else dict(schema)
+            text = write_json(found)
         except (ValueError, TypeError, RecursionError) as error:
             raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
         if not isinstance(found, dict):

@@ -13,7 +13,7 @@ from edgevlm.server.errors import to_api_error, to_json
 from edgevlm.server.tools import OPEN, read_call
 
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI writes for a token that could not have come: JSON has no infinity."""
+"""What OpenAI writes for a token that could not have come: JSON has neither infinity nor NaN."""
 
 
 class Completion:
@@ -109,7 +109,8 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": max(token.logprob, _LEAST_LOGPROB), "bytes": list(token.data)}
+    logprob = token.logprob if token.logprob > _LEAST_LOGPROB else _LEAST_LOGPROB  # not `max`, which may keep NaN
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
 
 
 def usage(answer: Answer) -> dict[str, Any]:

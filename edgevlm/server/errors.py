@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from edgevlm.errors import (
     PromptError,
 )
 from edgevlm.server.work import FailedError, QueueFullError, StoppingError
+from edgevlm.strict_json import write_json
 
 
 class ApiError(Exception):
@@ -85,8 +85,5 @@ def to_api_error(error: BaseException) -> ApiError:
 
 
 def to_json(content: Any) -> bytes:
-    """Return `content` as JSON in UTF-8, escaped where a text holds half of a surrogate pair."""
-    try:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        return json.dumps(content, separators=(",", ":")).encode()
+    """Return `content` as JSON in UTF-8."""
+    return write_json(content, compact=True).encode()
