@@ -31,7 +31,7 @@ class Completion:
 
     def whole(self, answer: Answer, waited_s: float) -> dict[str, Any]:
         """Return the completion that is sent at once."""
-        call = read_call(answer.text) if self._tools else None
+        call = read_call(answer) if self._tools else None
         message: dict[str, Any] = {"role": "assistant", "content": None if call else answer.text, "refusal": None}
         if call:
             message["tool_calls"] = [call]
@@ -65,7 +65,7 @@ class Completion:
     def _end(self, answer: Answer, held: str, waited_s: float) -> list[bytes]:
         """Return the last events: a call or what is left of the text, how it ended, what it took."""
         events = []
-        call = read_call(held) if held else None
+        call = read_call(answer) if self._tools else None
         if call:
             events.append(self._chunk({"tool_calls": [{"index": 0, **call}]}))
         elif held:

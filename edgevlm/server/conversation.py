@@ -15,7 +15,7 @@ from edgevlm.families.base import Detail
 from edgevlm.image import probe_image
 from edgevlm.server.config import ServeConfig
 from edgevlm.server.errors import ApiError
-from edgevlm.server.schemas import ChatMessage, ImagePart, ImageUrl, TextPart
+from edgevlm.server.schemas import ChatMessage, ImagePart, TextPart
 
 _ROLES = {"developer": "system", "tool": "user"}
 """Roles that small models' chat templates do not know, by what they come nearest to."""
@@ -47,13 +47,11 @@ class Conversation:
             self.messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
 
     def _message(self, message: ChatMessage) -> Message:
-        content = message.content if message.content is not None else ""
-        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
-        said = [self._part(part) for part in parts]
+        said = [self._part(part) for part in message.content or ()]
         said += [
             self._text(call_text(each.function.name, each.function.arguments)) for each in message.tool_calls or ()
         ]
-        if not said or (message.content is None and not message.tool_calls):
+        if not said:
             raise ApiError(400, "empty_message", f"a {message.role} message has no content", param="messages")
         return {"role": _ROLES.get(message.role, message.role), "content": said}
 
@@ -63,11 +61,10 @@ class Conversation:
         if len(self.images) == self._config.max_images:
             limit = self._config.max_images
             raise ApiError(413, "too_many_images", f"a request may have at most {limit} pictures", param="messages")
-        image = part.image_url if isinstance(part.image_url, ImageUrl) else ImageUrl(url=part.image_url)
-        data = read_picture(image.url, self._config)
+        data = read_picture(part.image_url.url, self._config)
         probe_image(data, self._config.max_pixels)
         self.images.append(data)
-        self._details.add(image.detail)
+        self._details.add(part.image_url.detail or "auto")
         return {"type": "image"}
 
     def _text(self, text: str) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from edgevlm.errors import (
@@ -82,6 +83,15 @@ def to_api_error(error: BaseException) -> ApiError:
         if isinstance(error, kind):
             return ApiError(status, code, str(error), param=param)
     return ApiError(500, "internal_error", "the server failed on this request; its log says where")
+
+
+@contextmanager
+def blaming(param: str, what: str = "") -> Iterator[None]:
+    """Turn an `OptionError` into an `ApiError` that names the request's field, and `what` in it."""
+    try:
+        yield
+    except OptionError as error:
+        raise ApiError(400, "invalid_value", f"{what or param}: {error}", param=param) from None
 
 
 def to_json(content: Any) -> bytes:
