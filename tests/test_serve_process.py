@@ -84,6 +84,8 @@ def test_one_flipped_byte_is_refused(exported: Path, tmp_path: Path) -> None:
         (["--api-key-file", "nonesuch"], "API key file nonesuch cannot be read"),
         (["--image-folder", "nonesuch"], "image folder nonesuch is no folder"),
         (["--max-queue", "0"], "max_queue must be above 0, not 0"),
+        (["--allow-origin", "*"], "--allow-origin * lets any web page use the server: set an API key"),
+        (["--allow-origin", "null"], "--allow-origin null lets any web page use the server: set an API key"),
         (["--port", "70000"], "port must be between 0 and 65535, not 70000"),
     ],
 )

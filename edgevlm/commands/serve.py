@@ -42,7 +42,11 @@ def bounds(command: Any) -> Any:
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with a key on each line.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
 @click.option("--allow-host", multiple=True, help="Name by which this machine may be called; may be repeated.")
-@click.option("--allow-origin", multiple=True, help="Web page that may use the server, such as https://shop.example.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    help="Web page that may use the server, such as https://shop.example; with an API key, * lets all.",
+)
 @click.option("--image-folder", type=click.Path(path_type=Path), help="Let pictures under it be named by path.")
 @click.option("--model-name", help="What callers call the model; default: its folder's name.")
 @bounds

@@ -124,7 +124,9 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
         guarded,
         allow_origins=config.allowed_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+        allow_private_network=True,
+        expose_headers=["retry-after"],
     )
 
 

@@ -87,11 +87,12 @@ def to_api_error(error: BaseException) -> ApiError:
 
 @contextmanager
 def blaming(param: str, what: str = "") -> Iterator[None]:
-    """Turn an `OptionError` into an `ApiError` that names the request's field, and `what` in it."""
+    """Let what is raised on purpose name the request's field that is wrong, or `what` in it."""
     try:
         yield
-    except OptionError as error:
-        raise ApiError(400, "invalid_value", f"{what or param}: {error}", param=param) from None
+    except (ApiError, EdgeVLMError) as error:
+        told = to_api_error(error)
+        raise ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param) from None
 
 
 def to_json(content: Any) -> bytes:

@@ -68,7 +68,7 @@ class ImageUrl(Shape):
 
 def _as_image(value: object) -> object:
     if not isinstance(value, str | dict):
-        raise PydanticCustomError("image_type", 'must be {{"url": "..."}} or a text')
+        raise PydanticCustomError("image_type", 'must be {"url": "..."} or a text')
     return {"url": value} if isinstance(value, str) else value
 
 
@@ -197,7 +197,7 @@ ToolChoice: TypeAlias = Annotated[
         _kind_of_choice,
         custom_error_type="tool_choice",
         custom_error_message=(
-            'must be "none", "auto", "required" or {{"type": "function", "function": {{"name": "..."}}}}'
+            'must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
         ),
     ),
 ]
