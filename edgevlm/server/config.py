@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from ipaddress import ip_address
+from math import inf
 from pathlib import Path
 
 from edgevlm.errors import OptionError
@@ -70,6 +71,8 @@ class ServeConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
+            if getattr(self, name) == inf:
+                raise OptionError(f"{name} must be finite")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be between 0 and 65535, not {self.port}")
         if any(len(key) < SHORTEST_KEY for key in self.api_keys):
