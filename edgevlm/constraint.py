@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgevlm.errors import OptionError, one_line
 from edgevlm.sampling import Chooser, Logits, Sampler
+from edgevlm.strict_json import read_json, write_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -47,8 +48,8 @@ class Constraint:
         from llguidance import LLMatcher
 
         try:
-            found = json.loads(schema) if isinstance(schema, str) else dict(schema)
-            text = json.dumps(found)
+            found = read_json(schema) if isinstance(schema, str) else dict(schema)
+            text = write_json(found)
         except (ValueError, TypeError, RecursionError) as error:
             raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
         if not isinstance(found, dict):
@@ -74,24 +75,29 @@ class Constraint:
         """Allow one of these texts."""
         check_choices(texts)
         quoted = [json.dumps(text, ensure_ascii=False) for text in texts]
-        return _checked("choices", lambda: _lark(f"start: {' | '.join(quoted)}"), ", ".join(quoted))
+        return _checked("choices", lambda: _lark(f"start: {' | '.join(quoted)}", {}), ", ".join(quoted))
 
     @classmethod
-    def lark(cls, grammar: str) -> Constraint:
-        """Allow what a grammar in llguidance's dialect of Lark describes; its `start` rule is the answer."""
-        return _checked("grammar", lambda: _lark(grammar), grammar)
+    def lark(cls, grammar: str, forms: Mapping[str, Constraint] | None = None) -> Constraint:
+        """Allow what a grammar in llguidance's dialect of Lark describes; its `start` rule is the answer.
+
+        `@name` in it is what the form of that name allows.
+        """
+        return _checked("grammar", lambda: _lark(grammar, forms or {}), grammar)
 
     def after(self, lead: str) -> str:
         """Return the grammar of `lead` and then the answer."""
         if not lead:
             return self.grammar
-        [body] = json.loads(self.grammar)["grammars"]
-        first = {"name": "answer", "lark_grammar": f"start: {json.dumps(lead)} @form"}
-        return json.dumps({"grammars": [first, body | {"name": "form"}]})
+        return _lark(f"start: {json.dumps(lead)} @form", {"form": self})
 
 
-def _lark(grammar: str) -> str:
-    return json.dumps({"grammars": [{"lark_grammar": grammar}]})
+def _lark(grammar: str, forms: Mapping[str, Constraint]) -> str:
+    grammars = [{"name": "answer", "lark_grammar": grammar}]
+    for name, form in forms.items():
+        body, *rest = json.loads(form.grammar)["grammars"]
+        grammars += [body | {"name": name}, *rest]
+    return json.dumps({"grammars": grammars})
 
 
 def check_choices(texts: Sequence[str]) -> None:

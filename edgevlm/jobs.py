@@ -16,6 +16,7 @@ from edgevlm.generate import GenerationConfig, whole
 from edgevlm.image import read_image
 from edgevlm.manifest import hash_file
 from edgevlm.paths import MANIFEST, find_model
+from edgevlm.strict_json import read_json
 
 if TYPE_CHECKING:
     from edgevlm.model import VLM
@@ -115,16 +116,26 @@ def ask(vlm: VLM, images: list[bytes], question: str, config: GenerationConfig, 
         answer = whole(vlm.stream(images, question, replace(config, constraint=form.constraint)))
         row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
         if form.constraint and form.constraint.is_json:
-            row["value"] = json.loads(answer.text)
+            row["value"] = _value(answer.text)
     return row | {"seconds": round(perf_counter() - started, 3)}
+
+
+def _value(text: str) -> Any:
+    """Return what an answer in JSON says. Raises `OptionError` for numbers that a row cannot hold, such as 1e999."""
+    try:
+        return read_json(text)
+    except ValueError as error:
+        raise OptionError(
+            f"the answer has the form, but {error}; narrow the schema with minimum, maximum and maxItems"
+        ) from None
 
 
 def _parse(data: bytes) -> dict[str, Any]:
     """Return a row's fields, of the right types. Raises `OptionError`."""
     try:
-        task = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise OptionError(f"the row is not JSON: {error}") from None
+        task = read_json(data)
+    except ValueError as error:
+        raise OptionError(f"the row is not JSON that can be read: {error}") from None
     if not isinstance(task, dict):
         raise OptionError('the row is not a JSON object; write {"image": …, "question": …}')
     unknown = sorted(task.keys() - _FIELDS)

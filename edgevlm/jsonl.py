@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from edgevlm.errors import OutputError
+from edgevlm.strict_json import read_json, write_json
 
 Row: TypeAlias = dict[str, Any]
 _LONGEST_ROW = 2**20
@@ -44,7 +44,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         file.seek(max(0, end - _LONGEST_ROW))
         tail = file.read()
         file.truncate(end - len(tail) + _whole(tail))
-        file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
+        file.write(b"".join(write_json(row).encode() + b"\n" for row in rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -70,6 +70,6 @@ def _whole(data: bytes) -> int:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return read_json(line)
     except ValueError:
         return None

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from edgevlm.errors import DamagedModelError
+from edgevlm.errors import DamagedModelError, ExportError
 from edgevlm.paths import MANIFEST
+from edgevlm.strict_json import write_json
 
 SCHEMA_VERSION = 1
 VISION, TEXT_EMBEDDINGS, LANGUAGE = "vision_embeddings", "text_embeddings", "language"
@@ -87,8 +88,12 @@ class Manifest:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, folder: Path) -> None:
-        """Write `edgevlm.json` into `folder`."""
-        (folder / MANIFEST).write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write `edgevlm.json` into `folder`. Raises `ExportError` where a number of the checkpoint's is not finite."""
+        try:
+            text = write_json(asdict(self), indent=2)
+        except ValueError:
+            raise ExportError("the checkpoint's configuration holds Infinity or NaN; write the number meant") from None
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def load_manifest(folder: Path) -> Manifest:

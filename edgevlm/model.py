@@ -136,8 +136,8 @@ class VLM:
     ) -> Scores:
         """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
 
-        Of `config` only what concerns the pictures counts. Raises `ImageError`, `PromptError`, and `OptionError` for
-        choices that are empty or alike.
+        Of `config` only what concerns the pictures counts. Raises `ImageError`, `PromptError`, `OptionError` for
+        choices that are empty or alike, and `DeviceError` where the logits overflow.
         """
         check_choices(choices)
         config = config or GenerationConfig()

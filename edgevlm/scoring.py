@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.errors import DeviceError
 from edgevlm.generate import Prompt
 from edgevlm.metrics import Stopwatch, Timings
-from edgevlm.sampling import log_softmax
+from edgevlm.sampling import Logits, log_softmax
 from edgevlm.session import Session, common_length
 
 
@@ -76,11 +77,12 @@ def log_likelihoods(
 ) -> list[float]:
     """Return the log-likelihood of each answer's token ids and the end after them.
 
-    The prompt is read once. Answers are read in sorted order, each from where it parts from the one before.
+    The prompt is read once. Answers are read in sorted order, each from where it parts from the one before. Raises
+    `DeviceError` where the logits overflow.
     """
     with watch.stage("prefill"):
         start = session.rewind_to_common(prompt.keys)
-        rows = log_softmax(session.prefill(prompt.inputs_embeds[:, start:], 1, prompt.keys[start:]))
+        rows = _log_probabilities(session.prefill(prompt.inputs_embeds[:, start:], 1, prompt.keys[start:]))
     watch.count("cached_tokens", start)
     found: dict[tuple[int, ...], float] = {}
     before: tuple[int, ...] = ()
@@ -88,10 +90,16 @@ def log_likelihoods(
         common = common_length(before, ids)
         session.rewind(len(prompt) + common)
         if common < len(ids):
-            rows = np.concatenate([rows[: common + 1], log_softmax(session.step(ids[common:]))])
+            rows = np.concatenate([rows[: common + 1], _log_probabilities(session.step(ids[common:]))])
         found[ids] = _sum(rows, ids, eos_token_ids)
         before = ids
     return [found[tuple(ids)] for ids in answers]
+
+
+def _log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
+    if not np.isfinite(logits.max()):
+        raise DeviceError("the model's logits are no numbers on this device; try --inference-precision f32")
+    return log_softmax(logits)
 
 
 def _sum(rows: npt.NDArray[np.float64], ids: Sequence[int], eos_token_ids: Sequence[int]) -> float:

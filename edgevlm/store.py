@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from edgevlm.errors import OutputError
 from edgevlm.jsonl import Row, append_rows, read_rows, writing
+from edgevlm.strict_json import write_json
 
 _COLUMNS = {
     "time": "TEXT NOT NULL",
@@ -136,7 +136,7 @@ class SqliteStore:
 
     def add(self, row: Row) -> None:
         values = [
-            json.dumps(row[name], ensure_ascii=False) if name in {"value", "probabilities"} and name in row
+            write_json(row[name]) if name in {"value", "probabilities"} and name in row
             else row.get(name)
             for name in _COLUMNS
         ]  # fmt: skip

@@ -21,10 +21,29 @@ from edgevlm.generate import GenerationConfig, Piece, Progress
 from edgevlm.image import ImageInput
 from edgevlm.server.config import ServeConfig
 from edgevlm.server.run import Server
+from edgevlm.strict_json import read_json
 
 QUESTION = "What is the size of the grid?"
 """The bundled model answers it with several tokens, with a picture or without."""
 PATIENCE_S = 30.0
+
+
+KIND = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["circle", "square"]}},
+    "required": ["kind"],
+    "additionalProperties": False,
+}
+OBJECT, SCHEMA = {"type": "json_object"}, {"type": "json_schema", "json_schema": {"name": "kind", "schema": KIND}}
+
+
+def tool(name: str, **properties: Any) -> dict[str, Any]:
+    """Return a function that needs these arguments."""
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "parameters": {**parameters, "additionalProperties": False}}}
+
+
+LOOK = tool("look", side={"enum": ["left", "right"]})
 
 
 @contextmanager
@@ -69,7 +88,21 @@ def ask(server: Server, headers: dict[str, str] | None = None, **fields: Any) ->
     """Send a chat completion request and return status and JSON."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 8, **fields}
     status, _, answer = request(server, "POST", "/v1/chat/completions", body, headers)
-    return status, json.loads(answer)
+    return status, read_json(answer)
+
+
+def choice_of(server: Server, **fields: Any) -> dict[str, Any]:
+    """Ask, and return the answer's only choice."""
+    status, answer = ask(server, **fields)
+    assert status == 200, answer
+    return answer["choices"][0]
+
+
+def refused(server: Server, **fields: Any) -> tuple[str, str, str]:
+    """Ask what is refused, and return code, field and message."""
+    status, answer = ask(server, **fields)
+    assert status == 400, answer
+    return answer["error"]["code"], answer["error"]["param"], answer["error"]["message"]
 
 
 def ask_error(server: Server, headers: dict[str, str] | None = None, **fields: Any) -> tuple[int, str]:
@@ -85,7 +118,7 @@ def events(body: bytes) -> list[Any]:
     """Return the JSON of a stream's events, the closing [DONE] taken off."""
     *chunks, last, rest = body.decode().split("\n\n")
     assert (last, rest) == ("data: [DONE]", "")
-    return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+    return [read_json(chunk.removeprefix("data: ")) for chunk in chunks]
 
 
 def data_url(image: Image.Image | bytes | Path) -> str:

@@ -98,6 +98,10 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
 BAD = [
     (b"{", "the row is not JSON"),
     (b"[]", "the row is not a JSON object"),
+    (b'{"question": "Why?", "id": 1e999}', "1e999 is a larger number than readers of JSON can hold"),
+    (b'{"question": "Why?", "id": NaN}', "NaN is not JSON"),
+    (b'{"question": "Why?", "id": ' + b"9" * 5000 + b"}", "99999999999999999999… is a larger number"),
+    (b'{"question": "Why?", "id": ' + b"[" * 100_000, "it is nested too deeply"),
     (b"\xff\xfe", "the row is not JSON"),
     ({"image": "nonesuch.png", "question": QUESTION}, "no such image file"),
     ({"image": "notes.txt", "question": QUESTION}, "not an image"),

@@ -30,6 +30,10 @@ FORMS = {
     "regex": Constraint.regex(r"[0-9]{2}\.[0-9] (bar|°C)"),
     "choices": Constraint.choices(["a red circle", "a blue square", 'a "sign"\n', "Größe"]),
     "lark": Constraint.lark('start: word (", " word){2}\nword: "gauge" | "display" | "label"'),
+    "forms": Constraint.lark(
+        'start: "<" @one ">" @two',
+        {"one": Constraint.regex("[ab]{2}"), "two": Constraint.json_schema({"enum": [7, "x"]})},
+    ),
 }
 
 
@@ -44,6 +48,7 @@ def holds(form: str, text: str) -> bool:
         "regex": r"[0-9]{2}\.[0-9] (bar|°C)",
         "choices": 'a red circle|a blue square|a "sign"\n|Größe',
         "lark": "(gauge|display|label)(, (gauge|display|label)){2}",
+        "forms": '<[ab]{2}>(7|"x")',
     }
     return re.fullmatch(patterns[form], text) is not None
 
@@ -179,6 +184,7 @@ def test_a_form_that_may_end_or_go_on_is_satisfied_at_the_cut(vlm: VLM) -> None:
         (lambda: Constraint.choices(["yes", "yes"]), "must differ"),
         (lambda: Constraint.lark("start: nowhere"), "the grammar cannot be used: .*unknown name"),
         (lambda: Constraint.lark("start: ("), "the grammar cannot be used"),
+        (lambda: Constraint.lark("start: @nowhere"), "the grammar cannot be used"),
     ],
 )  # fmt: skip
 def test_a_bad_form_is_one_line(make, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -138,8 +138,8 @@ def test_a_next_question_reads_only_what_is_new(server: Server) -> None:
 def test_sampling_options_reach_the_model(server: Server, vlm: VLM) -> None:
     config = GenerationConfig(max_new_tokens=12, temperature=1.5, top_p=0.9, top_k=50, seed=11)
     wanted = vlm.generate(None, QUESTION, config).text
-    options = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 11}
-    assert answered(server, max_completion_tokens=12, **options)["choices"][0]["message"]["content"] == wanted
+    options = {"temperature": 1.5, "top_p": 0.9, "top_k": 50, "seed": 11, "max_completion_tokens": 12}
+    assert answered(server, max_tokens=None, **options)["choices"][0]["message"]["content"] == wanted
 
 
 def test_stop_texts(server: Server) -> None:

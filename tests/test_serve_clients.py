@@ -88,7 +88,7 @@ def test_openai_s_client_knows_the_errors(server: Server, client: openai.OpenAI)
         client.chat.completions.create(**(asked | {"model": "gpt-9"}))
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**(asked | {"messages": shown("https://example.com/a.png")}))
-    assert (raised.value.code, raised.value.param) == ("remote_image_refused", "messages")
+    assert (raised.value.code, raised.value.param) == ("remote_image_refused", "messages.0.content.0.image_url")
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
     with stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()

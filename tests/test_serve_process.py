@@ -84,6 +84,11 @@ def test_one_flipped_byte_is_refused(exported: Path, tmp_path: Path) -> None:
         (["--api-key-file", "nonesuch"], "API key file nonesuch cannot be read"),
         (["--image-folder", "nonesuch"], "image folder nonesuch is no folder"),
         (["--max-queue", "0"], "max_queue must be above 0, not 0"),
+        (["--allow-origin", "*"], "--allow-origin * lets any web page use the server: set an API key"),
+        (["--allow-origin", "null"], "--allow-origin null lets any web page use the server: set an API key"),
+        (["--time-limit", "nan"], "time_limit_s must be above 0, not nan"),
+        (["--stop-timeout", "inf"], "stop_timeout_s must be finite"),
+        (["--max-body-mb", "inf"], "--max-body-mb must be finite, not inf"),
         (["--port", "70000"], "port must be between 0 and 65535, not 70000"),
     ],
 )

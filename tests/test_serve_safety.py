@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import openai
 import pytest
 from PIL import Image
 
@@ -165,13 +166,78 @@ def test_the_own_page_may(server: Server) -> None:
 def test_an_allowed_page_may(vlm: VLM) -> None:
     page = "https://kiosk.example"
     with serving(vlm, allowed_origins=(page,)) as server:
-        preflight = {"Origin": page, "Access-Control-Request-Method": "POST"}
-        preflight |= {"Access-Control-Request-Headers": "authorization,content-type"}
-        status, headers, _ = request(server, "OPTIONS", "/v1/chat/completions", headers=preflight)
+        status, headers = preflight(server, page, "authorization", "content-type")
         assert (status, headers["access-control-allow-origin"]) == (200, page)
         status, headers, _ = request(server, "GET", "/v1/models", headers={"Origin": page})
         assert (status, headers["access-control-allow-origin"]) == (200, page)
         assert ask_error(server, {"Origin": "https://evil.example"}) == (403, "origin_not_allowed")
+
+
+def preflight(server: Server, origin: str, *names: str, **more: str) -> tuple[int, dict[str, str]]:
+    """Ask, as a browser does, whether a page may send a request with these headers."""
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    asked |= {"Access-Control-Request-Headers": ",".join(sorted(name.lower() for name in names))}
+    more = {name.replace("_", "-"): value for name, value in more.items()}
+    return request(server, "OPTIONS", "/v1/chat/completions", headers=asked | more)[:2]
+
+
+def headers_of_openai_s_client() -> set[str]:
+    """Return the names that a browser asks about: those of its own client for browsers are the same, and a few more."""
+    with openai.OpenAI(base_url="http://127.0.0.1:9/v1", api_key=KEY) as client:
+        named = {name for name in client.default_headers if name.lower() not in {"accept", "user-agent"}}
+    return named | {"Authorization", "x-stainless-timeout", "x-stainless-retry-count", "x-stainless-helper-method"}
+
+
+def test_an_allowed_page_may_send_any_header(vlm: VLM) -> None:
+    page, names = "https://kiosk.example", headers_of_openai_s_client()
+    assert {"Content-Type", "X-Stainless-OS"} <= names
+    with serving(vlm, allowed_origins=(page,)) as server:
+        status, headers = preflight(server, page, *names)
+        assert (status, headers["access-control-allow-origin"]) == (200, page)
+        assert {name.lower() for name in names} == set(headers["access-control-allow-headers"].split(","))
+        status, headers = preflight(server, page, Access_Control_Request_Private_Network="true")
+        assert (status, headers["access-control-allow-private-network"]) == (200, "true")
+        status, headers = preflight(server, "https://evil.example", *names)
+        assert status == 400
+        assert "access-control-allow-origin" not in headers
+        sent = dict.fromkeys(names - {"Authorization", "Content-Type"}, "x") | {"Origin": page}
+        assert ask(server, sent)[0] == 200
+
+
+@pytest.mark.parametrize("origin", ["*", "null"])
+def test_every_page_may_be_allowed_where_a_key_is_asked_for(vlm: VLM, origin: str) -> None:
+    page = "https://any.example" if origin == "*" else "null"
+    with pytest.raises(OptionError, match="lets any web page use the server: set an API key"):
+        ServeConfig(allowed_origins=(origin,), allow_anyone=True)
+    with serving(vlm, allowed_origins=(origin,), api_keys=(KEY,)) as server:
+        assert preflight(server, page, "authorization", "x-stainless-os")[0] == 200
+        assert ask_error(server, {"Origin": page}) == (401, "invalid_api_key")
+        status, headers, _ = request(
+            server, "POST", "/v1/chat/completions", body(max_tokens=1),
+            {"Origin": page, "Sec-Fetch-Site": "cross-site", "Authorization": f"Bearer {KEY}"},
+        )  # fmt: skip
+        assert (status, headers["access-control-allow-origin"]) == (200, origin)
+        assert request(server, "GET", "/v1/models", headers={"Sec-Fetch-Site": "cross-site"})[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("origin", "written"),
+    [
+        ("https://Kiosk.example", "https://kiosk.example"),
+        ("https://kiosk.example/", "https://kiosk.example"),
+        ("https://kiosk.example:443", "https://kiosk.example"),
+        ("http://kiosk.example:80/app", "http://kiosk.example"),
+        ("kiosk.example", "https://shop.example"),
+        ("https://*.example", "https://shop.example"),
+        ("https://größe.example", "https://shop.example"),
+        ("", "https://shop.example"),
+    ],
+)
+def test_an_origin_that_no_browser_names_is_refused(origin: str, written: str) -> None:
+    with pytest.raises(OptionError, match=f"is no origin as a browser writes it, such as {written}$"):
+        ServeConfig(allowed_origins=(origin,), api_keys=(KEY,))
+    for right in ("http://localhost:3000", "https://shop.example", "chrome-extension://abcdef", "http://[::1]:8080"):
+        assert ServeConfig(allowed_origins=(right,))
 
 
 def test_a_form_cannot_post(server: Server) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from edgevlm.commands.options import (
     model_options,
     runtime_config,
 )
+from edgevlm.strict_json import write_json
 
 
 @click.command()
@@ -62,7 +62,7 @@ def batch(
             carry_out = partial(work_on_ray, ray)
         tally = run_batch(what, bar.row, bar.progress, carry_out)
     if as_json:
-        click.echo(json.dumps(tally.to_dict()))
+        click.echo(write_json(tally.to_dict()))
     else:
         known = f" ({tally.known} of them before)" if tally.known else ""
         click.echo(f"{tally.jobs - tally.failed} of {tally.jobs} rows answered{known}: {output}", err=True)

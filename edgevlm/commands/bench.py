@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgevlm.commands.options import chosen_model
+from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
     from edgevlm.bench import Report
@@ -61,7 +61,7 @@ def bench(model: str | None, image: Path | None, report: Path | None, as_json: b
     found = _bench(model, image, options)
     if as_json:
         for line in lines(found):
-            click.echo(json.dumps(line, ensure_ascii=False))
+            click.echo(write_json(line))
     else:
         print_bench(found)
     if report:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevlm.errors import ExportError
+from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
     from edgevlm_export.options import ExportOptions
@@ -92,7 +92,7 @@ def export(source: str, output: Path | None, as_json: bool, **options: Any) -> N
 
         report = export_checkpoint(source, output, _export_options(options), progress.stage)
     if as_json:
-        click.echo(json.dumps(report.to_dict(), ensure_ascii=False))
+        click.echo(write_json(report.to_dict()))
     else:
         print_report(report)
 

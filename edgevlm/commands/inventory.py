@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from edgevlm.strict_json import write_json
 
 
 @click.command()
@@ -23,7 +23,7 @@ def models(ctx: click.Context, check: bool, as_json: bool) -> None:
 
     found = describe_models(full_check=check)
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False))
+        click.echo(write_json(found))
     else:
         print_models(found)
     if check and any(each["state"].startswith("damaged") for each in found):
@@ -44,6 +44,6 @@ def doctor(as_json: bool) -> None:
 
     facts = diagnose()
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False))
+        click.echo(write_json(facts))
     else:
         print_facts(facts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from edgevlm.commands.options import (
     runtime_config,
 )
 from edgevlm.errors import ImageError
+from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
     from edgevlm.device import RuntimeConfig
@@ -99,7 +99,7 @@ def _rate(
 
         scores = VLM(chosen, runtime).score(images, question, choices, generation, progress.step)
     if as_json:
-        click.echo(json.dumps(scores.to_dict(), ensure_ascii=False))
+        click.echo(write_json(scores.to_dict()))
     else:
         print_scores(scores)
 
@@ -133,7 +133,7 @@ def _answer(
             answer = piece.answer
     assert answer is not None
     if as_json:
-        click.echo(json.dumps(answer.to_dict(), ensure_ascii=False))
+        click.echo(write_json(answer.to_dict()))
     else:
         click.echo()
         if answer.satisfied is not False:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from edgevlm.commands.options import STAYS, model_options, runtime_config
-from edgevlm.errors import ServerError
+from edgevlm.errors import OptionError, ServerError
 
 if TYPE_CHECKING:
     from edgevlm.server.config import ServeConfig
@@ -42,7 +43,11 @@ def bounds(command: Any) -> Any:
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with a key on each line.")
 @click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
 @click.option("--allow-host", multiple=True, help="Name by which this machine may be called; may be repeated.")
-@click.option("--allow-origin", multiple=True, help="Web page that may use the server, such as https://shop.example.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    help="Web page that may use the server, such as https://shop.example; with an API key, * lets all.",
+)
 @click.option("--image-folder", type=click.Path(path_type=Path), help="Let pictures under it be named by path.")
 @click.option("--model-name", help="What callers call the model; default: its folder's name.")
 @bounds
@@ -97,6 +102,12 @@ def _given(ctx: click.Context) -> list[str]:
     return words
 
 
+def _bytes(mebibytes: float) -> int:
+    if not isfinite(mebibytes):
+        raise OptionError(f"--max-body-mb must be finite, not {mebibytes}")
+    return round(mebibytes * 2**20)
+
+
 def _config(options: dict[str, Any]) -> ServeConfig:
     from edgevlm.server.config import ServeConfig, read_keys
 
@@ -110,7 +121,7 @@ def _config(options: dict[str, Any]) -> ServeConfig:
         allowed_origins=options["allow_origin"],
         image_folder=options["image_folder"],
         model_name=options["model_name"],
-        max_body_bytes=round(options["max_body_mb"] * 2**20),
+        max_body_bytes=_bytes(options["max_body_mb"]),
         max_images=options["max_images"],
         max_pixels=options["max_pixels"],
         max_queue=options["max_queue"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +20,7 @@ from edgevlm.commands.options import (
     model_options,
     runtime_config,
 )
+from edgevlm.strict_json import write_json
 
 
 @click.command(context_settings=STAYS)
@@ -83,7 +83,7 @@ def watch(
 
 
 def _print_json(row: dict[str, Any]) -> None:
-    click.echo(json.dumps(row, ensure_ascii=False))
+    click.echo(write_json(row))
 
 
 def _say_nothing(_: dict[str, Any]) -> None:

@@ -28,10 +28,11 @@ from edgevlm.model import VLM
 from edgevlm.server.completion import Completion
 from edgevlm.server.config import ServeConfig
 from edgevlm.server.conversation import Conversation
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, to_api_error, to_json
+from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, to_api_error, to_json
 from edgevlm.server.guard import Guard
 from edgevlm.server.metrics import Metrics
-from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, SchemaJson
+from edgevlm.server.refusals import explain
+from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, JsonSchema, SchemaJson
 from edgevlm.server.tools import Tools, choose_tools
 from edgevlm.server.work import Job, Worker
 
@@ -123,7 +124,9 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
         guarded,
         allow_origins=config.allowed_origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+        allow_private_network=True,
+        expose_headers=["retry-after"],
     )
 
 
@@ -246,24 +249,26 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
     """
     conversation = Conversation(request.messages, config)
-    tools = choose_tools(request)
+    content = _constraint(request)
+    tools = choose_tools(request, content)
     if tools:
         conversation.add_system(tools.instructions)
-    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "invalid_value", "top_logprobs needs logprobs to be true", param="top_logprobs")
     return Plan(
         conversation,
         GenerationConfig(
-            max_new_tokens=request.max_completion_tokens or request.max_tokens or config.max_tokens,
+            max_new_tokens=min(
+                filter(None, (request.max_completion_tokens, request.max_tokens)), default=config.max_tokens
+            ),
             temperature=request.temperature or 0.0,
             top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=request.top_k or 0,
+            top_k=max(0, request.top_k or 0),
             seed=None if request.seed is None else request.seed % 2**64,
-            stop=stop,
+            stop=tuple(request.stop or ()),
             detail=conversation.detail,
             max_tiles=request.max_tiles,
-            constraint=tools.constraint if tools else _constraint(request),
+            constraint=tools.constraint if tools else content,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             cache_salt=caller,
         ),
@@ -272,11 +277,11 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
 
 
 def _constraint(request: ChatRequest) -> Constraint | None:
+    """Return the form of an answer in text."""
     match request.response_format:
-        case AnyJson():
-            return Constraint.json()
-        case SchemaJson(json_schema=wanted):
-            return Constraint.json_schema(wanted.schema_)
+        case AnyJson(schema_=schema) | SchemaJson(json_schema=JsonSchema(schema_=schema)):
+            with blaming("response_format"):
+                return Constraint.json() if schema is None else Constraint.json_schema(schema)
     return None
 
 
@@ -299,12 +304,9 @@ async def _told(_: Request, error: Exception) -> Json:
 
 
 async def _invalid(_: Request, error: Exception) -> Json:
-    """Answer a request of another shape as OpenAI does; what was sent is not repeated."""
+    """Answer a request of another shape as OpenAI does."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(each) for each in first["loc"] if each != "body")
-    message = f"{place}: {first['msg']}" if place else str(first["msg"])
-    return _error(ApiError(400, "invalid_request", message, param=place or None))
+    return _error(explain(error.errors()[0], error.body))
 
 
 async def _http_error(_: Request, error: Exception) -> Json:

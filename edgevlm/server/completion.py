@@ -13,7 +13,7 @@ from edgevlm.server.errors import to_api_error, to_json
 from edgevlm.server.tools import OPEN, read_call
 
 _LEAST_LOGPROB = -9999.0
-"""What OpenAI writes for a token that could not have come: JSON has no infinity."""
+"""What OpenAI writes for a token that could not have come: JSON has neither infinity nor NaN."""
 
 
 class Completion:
@@ -31,7 +31,7 @@ class Completion:
 
     def whole(self, answer: Answer, waited_s: float) -> dict[str, Any]:
         """Return the completion that is sent at once."""
-        call = read_call(answer.text) if self._tools else None
+        call = read_call(answer) if self._tools else None
         message: dict[str, Any] = {"role": "assistant", "content": None if call else answer.text, "refusal": None}
         if call:
             message["tool_calls"] = [call]
@@ -65,7 +65,7 @@ class Completion:
     def _end(self, answer: Answer, held: str, waited_s: float) -> list[bytes]:
         """Return the last events: a call or what is left of the text, how it ended, what it took."""
         events = []
-        call = read_call(held) if held else None
+        call = read_call(answer) if self._tools else None
         if call:
             events.append(self._chunk({"tool_calls": [{"index": 0, **call}]}))
         elif held:
@@ -109,7 +109,8 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": max(token.logprob, _LEAST_LOGPROB), "bytes": list(token.data)}
+    logprob = token.logprob if token.logprob > _LEAST_LOGPROB else _LEAST_LOGPROB  # not `max`, which may keep NaN
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
 
 
 def usage(answer: Answer) -> dict[str, Any]:

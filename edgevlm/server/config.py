@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from ipaddress import ip_address
+from math import inf
 from pathlib import Path
 
 from edgevlm.errors import OptionError
 
 SHORTEST_KEY = 16
+ANY_ORIGIN = "*"
 _POSITIVE = (
     "max_body_bytes",
     "max_images",
@@ -37,7 +39,10 @@ class ServeConfig:
     allowed_hosts: tuple[str, ...] = ()
     """Names of this machine, beside its addresses and `localhost`, that a request may call it by."""
     allowed_origins: tuple[str, ...] = ()
-    """Web pages (`https://kiosk.example`) that may use the server from a browser; its own page always may."""
+    """Web pages (`https://kiosk.example`) that may use the server from a browser; its own page always may.
+
+    `*` is every page, and needs an API key, as does `null`, which many pages are called by.
+    """
     image_folder: Path | None = None
     """Pictures under it may be named by path or `file:` URL; None lets no file be read."""
     model_name: str | None = None
@@ -66,6 +71,8 @@ class ServeConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
+            if getattr(self, name) == inf:
+                raise OptionError(f"{name} must be finite")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be between 0 and 65535, not {self.port}")
         if any(len(key) < SHORTEST_KEY for key in self.api_keys):
@@ -77,11 +84,29 @@ class ServeConfig:
             raise OptionError("an API key must be of printable ASCII characters without spaces")
         if self.image_folder is not None and not self.image_folder.is_dir():
             raise OptionError(f"image folder {self.image_folder} is no folder")
+        for origin in self.allowed_origins:
+            self._check_origin(origin)
         if not (self.is_local or self.api_keys or self.allow_anyone):
             raise OptionError(
                 f"listening on {self.host} lets other machines in: set an API key (EDGEVLM_API_KEY or --api-key-file),"
                 " or say --allow-anyone"
             )
+
+    def _check_origin(self, origin: str) -> None:
+        """Raise `OptionError` for an origin that no browser would ever name, or that stands for strangers."""
+        if origin in (ANY_ORIGIN, "null"):
+            if not self.api_keys:
+                raise OptionError(
+                    f"--allow-origin {origin} lets any web page use the server: set an API key (EDGEVLM_API_KEY or"
+                    " --api-key-file), or name the pages"
+                )
+            return
+        scheme, _, rest = origin.lower().partition("://")
+        host = rest.partition("/")[0].removesuffix({"http": ":80", "https": ":443"}.get(scheme, "/"))
+        plain = host and origin.isascii() and "*" not in origin
+        if not plain or origin != f"{scheme}://{host}":
+            written = f"{scheme}://{host}" if plain else "https://shop.example"
+            raise OptionError(f"--allow-origin {origin} is no origin as a browser writes it, such as {written}")
 
     @property
     def is_local(self) -> bool:

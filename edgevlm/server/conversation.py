@@ -14,8 +14,8 @@ from edgevlm.chat import Message
 from edgevlm.families.base import Detail
 from edgevlm.image import probe_image
 from edgevlm.server.config import ServeConfig
-from edgevlm.server.errors import ApiError
-from edgevlm.server.schemas import ChatMessage, ImagePart, ImageUrl, TextPart
+from edgevlm.server.errors import ApiError, blaming
+from edgevlm.server.schemas import ChatMessage, ImagePart, TextPart
 
 _ROLES = {"developer": "system", "tool": "user"}
 """Roles that small models' chat templates do not know, by what they come nearest to."""
@@ -29,7 +29,7 @@ class Conversation:
         self._room = config.max_prompt_chars
         self.images: list[bytes] = []
         self._details: set[Detail] = set()
-        self.messages: list[Message] = [self._message(message) for message in messages]
+        self.messages: list[Message] = [self._message(*each) for each in enumerate(messages)]
 
     @property
     def detail(self) -> Detail:
@@ -46,28 +46,27 @@ class Conversation:
         else:
             self.messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
 
-    def _message(self, message: ChatMessage) -> Message:
-        content = message.content if message.content is not None else ""
-        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
-        said = [self._part(part) for part in parts]
+    def _message(self, number: int, message: ChatMessage) -> Message:
+        place = f"messages.{number}"
+        said = [self._part(f"{place}.content.{at}", part) for at, part in enumerate(message.content or ())]
         said += [
             self._text(call_text(each.function.name, each.function.arguments)) for each in message.tool_calls or ()
         ]
-        if not said or (message.content is None and not message.tool_calls):
-            raise ApiError(400, "empty_message", f"a {message.role} message has no content", param="messages")
+        if not said:
+            raise ApiError(400, "empty_message", f"{place}: a {message.role} message has no content", param=place)
         return {"role": _ROLES.get(message.role, message.role), "content": said}
 
-    def _part(self, part: TextPart | ImagePart) -> dict[str, str]:
+    def _part(self, place: str, part: TextPart | ImagePart) -> dict[str, str]:
         if isinstance(part, TextPart):
             return self._text(part.text)
         if len(self.images) == self._config.max_images:
             limit = self._config.max_images
             raise ApiError(413, "too_many_images", f"a request may have at most {limit} pictures", param="messages")
-        image = part.image_url if isinstance(part.image_url, ImageUrl) else ImageUrl(url=part.image_url)
-        data = read_picture(image.url, self._config)
-        probe_image(data, self._config.max_pixels)
+        with blaming(f"{place}.image_url"):
+            data = read_picture(part.image_url.url, self._config)
+            probe_image(data, self._config.max_pixels)
         self.images.append(data)
-        self._details.add(image.detail)
+        self._details.add(part.image_url.detail or "auto")
         return {"type": "image"}
 
     def _text(self, text: str) -> dict[str, str]:
@@ -93,7 +92,7 @@ def read_picture(url: str, config: ServeConfig) -> bytes:
         return decode_data_url(url)
     if scheme in ("http", "https", "ftp"):
         message = "this server fetches no URL; send the picture itself as a data: URL"
-        raise ApiError(400, "remote_image_refused", message, param="messages")
+        raise ApiError(400, "remote_image_refused", message)
     return _read_file(url, config)
 
 
@@ -101,23 +100,23 @@ def decode_data_url(url: str) -> bytes:
     """Return what a `data:` URL (RFC 2397) holds. Raises `ApiError`."""
     head, comma, data = url.partition(",")
     if not comma:
-        raise ApiError(400, "invalid_image", "a data: URL needs a comma before its data", param="messages")
+        raise ApiError(400, "invalid_image", "a data: URL needs a comma before its data")
     if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
         return unquote_to_bytes(data)
     try:
         text = unquote(data) if "%" in data else data
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(400, "invalid_image", "the data: URL is not valid base64", param="messages") from None
+        raise ApiError(400, "invalid_image", "the data: URL is not valid base64") from None
 
 
 def _read_file(name: str, config: ServeConfig) -> bytes:
     """Return a file below the image folder; whether another exists is not told."""
     if config.image_folder is None:
-        message = "image_url must be a data: URL; this server reads no files (see --image-folder)"
-        raise ApiError(400, "file_refused", message, param="messages")
+        message = "must be a data: URL; this server reads no files (see --image-folder)"
+        raise ApiError(400, "file_refused", message)
     path = url2pathname(urlsplit(name).path) if name.lower().startswith("file:") else name
-    refusal = ApiError(400, "file_refused", "image_url names no picture under the image folder", param="messages")
+    refusal = ApiError(400, "file_refused", "names no picture under the image folder")
     try:
         folder = config.image_folder.resolve(strict=True)
         file = (folder / Path(path)).resolve(strict=True)
@@ -125,9 +124,7 @@ def _read_file(name: str, config: ServeConfig) -> bytes:
             raise refusal
         if file.stat().st_size > config.max_body_bytes:
             limit = config.max_body_bytes
-            raise ApiError(
-                413, "body_too_large", f"the picture's file is larger than {limit:,} bytes", param="messages"
-            )
+            raise ApiError(413, "body_too_large", f"the picture's file is larger than {limit:,} bytes")
         return file.read_bytes()
     except (OSError, ValueError):
         raise refusal from None

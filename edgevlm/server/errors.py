@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from edgevlm.errors import (
@@ -17,6 +17,7 @@ from edgevlm.errors import (
     PromptError,
 )
 from edgevlm.server.work import FailedError, QueueFullError, StoppingError
+from edgevlm.strict_json import write_json
 
 
 class ApiError(Exception):
@@ -84,9 +85,16 @@ def to_api_error(error: BaseException) -> ApiError:
     return ApiError(500, "internal_error", "the server failed on this request; its log says where")
 
 
-def to_json(content: Any) -> bytes:
-    """Return `content` as JSON in UTF-8, escaped where a text holds half of a surrogate pair."""
+@contextmanager
+def blaming(param: str, what: str = "") -> Iterator[None]:
+    """Let what is raised on purpose name the request's field that is wrong, or `what` in it."""
     try:
-        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        return json.dumps(content, separators=(",", ":")).encode()
+        yield
+    except (ApiError, EdgeVLMError) as error:
+        told = to_api_error(error)
+        raise ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param) from None
+
+
+def to_json(content: Any) -> bytes:
+    """Return `content` as JSON in UTF-8."""
+    return write_json(content, compact=True).encode()

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgevlm.server.config import ServeConfig
+from edgevlm.server.config import ANY_ORIGIN, ServeConfig
 from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, to_api_error, to_json
 from edgevlm.server.work import QueueFullError, log_failure
 
@@ -181,7 +181,7 @@ def check_origin(headers: Headers, scope: Scope, allowed: Sequence[str]) -> None
     else:
         follows_link = scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
         own = follows_link or headers.get("sec-fetch-site", "none") in ("none", "same-origin")
-    if own or origin in allowed:
+    if own or origin in allowed or (origin is not None and ANY_ORIGIN in allowed):
         return
     raise ApiError(403, "origin_not_allowed", "pages of that origin may not use this server; see --allow-origin")
 

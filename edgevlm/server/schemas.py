@@ -1,26 +1,59 @@
 """The requests that the server takes: OpenAI's shapes, as far as one local model can honour them.
 
-Fields that OpenAI knows and that change nothing here (`user`, `store`, `metadata`, …) are accepted and ignored.
+What else a request may say, and what it may not, is in `refusals`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from edgevlm.server import refusals
+from edgevlm.strict_json import write_json
 
 MAX_STOPS = 16
 
 
 class Shape(BaseModel):
-    """A JSON object whose values are of the type they are said to be: no number in a string."""
+    """A JSON object whose values are of the type they are said to be: no number in a string.
 
-    model_config = ConfigDict(strict=True)
+    A field that it does not have is an error unless it asks for nothing: it is null, neutral, or one of the `hints`.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", json_schema_extra={"additionalProperties": {"type": "null"}})
+    hints: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in data.items() if name in known or not cls._asks_nothing(name, value)}
+
+    @classmethod
+    def _asks_nothing(cls, name: str, value: object) -> bool:
+        return value is None or name in cls.hints or value in refusals.NEUTRAL.get(name, ())
+
+
+def _finite(schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        write_json(schema)
+    except ValueError:
+        raise PydanticCustomError("not_finite", "holds a number that is not finite") from None
+    return schema
+
+
+SchemaObject: TypeAlias = Annotated[dict[str, Any], AfterValidator(_finite)]
+"""A JSON schema."""
 
 
 class TextPart(Shape):
     """Text within a message."""
 
+    hints = refusals.PART_HINTS
     type: Literal["text"]
     text: str
 
@@ -28,23 +61,44 @@ class TextPart(Shape):
 class ImageUrl(Shape):
     """A picture: a `data:` URL, or, where the server allows it, a file."""
 
+    hints = refusals.IMAGE_HINTS
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+def _as_image(value: object) -> object:
+    if not isinstance(value, str | dict):
+        raise PydanticCustomError("image_type", 'must be {"url": "..."} or a text')
+    return {"url": value} if isinstance(value, str) else value
 
 
 class ImagePart(Shape):
     """A picture within a message."""
 
+    hints = refusals.PART_HINTS
     type: Literal["image_url"]
-    image_url: ImageUrl | str
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_image, json_schema_input_type=ImageUrl | str)]
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
+def _as_parts(value: object) -> object:
+    if not isinstance(value, str | list | None):
+        raise PydanticCustomError("content_type", "must be a text or a list of parts")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+Parts: TypeAlias = Annotated[
+    list[Part] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None)
+]
+"""A message's content; a text is its only part."""
 
 
 class CalledFunction(Shape):
     """What an assistant asked to be called."""
 
+    hints = refusals.CALL_HINTS
     name: str
     arguments: str
     """JSON in a string."""
@@ -53,19 +107,19 @@ class CalledFunction(Shape):
 class ToolCall(Shape):
     """A call that an earlier answer asked for."""
 
-    id: str
-    type: Literal["function"] = "function"
+    hints = refusals.CALL_HINTS
+    id: str | None = None
+    type: Literal["function"] | None = None
     function: CalledFunction
 
 
 class ChatMessage(Shape):
     """One turn of the conversation."""
 
+    hints = refusals.MESSAGE_HINTS
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
-    name: str | None = None
+    content: Parts = None
     tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
 
 
 class JsonSchema(Shape):
@@ -73,7 +127,7 @@ class JsonSchema(Shape):
 
     name: str | None = None
     description: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: SchemaObject = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -84,9 +138,10 @@ class PlainText(Shape):
 
 
 class AnyJson(Shape):
-    """Any JSON object."""
+    """Any JSON object, or, as llama.cpp has it, JSON of a given schema."""
 
     type: Literal["json_object"]
+    schema_: SchemaObject | None = Field(None, alias="schema")
 
 
 class SchemaJson(Shape):
@@ -96,7 +151,7 @@ class SchemaJson(Shape):
     json_schema: JsonSchema
 
 
-ResponseFormat = Annotated[PlainText | AnyJson | SchemaJson, Field(discriminator="type")]
+ResponseFormat: TypeAlias = Annotated[PlainText | AnyJson | SchemaJson, Field(discriminator="type")]
 
 
 class Function(Shape):
@@ -104,13 +159,14 @@ class Function(Shape):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: SchemaObject | None = None
     strict: bool | None = None
 
 
 class Tool(Shape):
     """A tool; functions are the only kind."""
 
+    hints = refusals.TOOL_HINTS
     type: Literal["function"]
     function: Function
 
@@ -128,15 +184,40 @@ class NamedTool(Shape):
     function: FunctionName
 
 
+def _kind_of_choice(value: object) -> str | None:
+    if isinstance(value, str):
+        return "word"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "named" if kind == "function" else None
+
+
+ToolChoice: TypeAlias = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedTool, Tag("named")],
+    Discriminator(
+        _kind_of_choice,
+        custom_error_type="tool_choice",
+        custom_error_message=(
+            'must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
+        ),
+    ),
+]
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
 class StreamOptions(Shape):
     """What a stream holds beside the answer."""
 
+    hints = refusals.STREAM_HINTS
     include_usage: bool | None = None
 
 
 class ChatRequest(Shape):
     """A conversation to be continued."""
 
+    hints = refusals.REQUEST_HINTS
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
     stream: bool | None = None
@@ -145,21 +226,27 @@ class ChatRequest(Shape):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=2**31)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    """0 and -1 are all tokens."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    stop: Annotated[
+        Annotated[list[str], Field(max_length=MAX_STOPS)] | None,
+        BeforeValidator(
+            _as_list, json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None
+        ),
+    ] = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     n: int | None = Field(None, ge=1, le=1)
     max_tiles: int | None = Field(None, ge=1, le=1024)
     """Not OpenAI's: at most this many tiles for each picture, its global view included."""
 
 
-class ErrorObject(Shape):
+class ErrorObject(BaseModel):
     """What went wrong."""
 
     message: str
@@ -168,7 +255,7 @@ class ErrorObject(Shape):
     code: str | None
 
 
-class ErrorBody(Shape):
+class ErrorBody(BaseModel):
     """Every error's body."""
 
     error: ErrorObject

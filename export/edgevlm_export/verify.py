@@ -99,8 +99,16 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def check(figures: Verification, scales: Mapping[str, float]) -> None:
-    """Raise `VerificationError` when an uncompressed part is out of tolerance; `scales` are the largest values."""
+    """Raise `VerificationError` when an uncompressed part is out of tolerance; `scales` are the largest values.
+
+    Also when a figure of any part is no number: the part, or the reference, overflows.
+    """
     for part, each in figures.parts.items():
+        if not np.isfinite([each.max_abs_error, each.cosine, figures.kl_divergence]).all():
+            raise VerificationError(
+                f"the {each.precision} {part} part cannot be compared with the reference, for there are outputs that"
+                " are no numbers; nothing was written (use --no-verify to export all the same)"
+            )
         if each.precision not in UNCOMPRESSED:
             continue
         limit = TOLERANCE[each.precision] * scales[part]  # type: ignore[index]
