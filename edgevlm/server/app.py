@@ -270,6 +270,8 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
             max_tiles=request.max_tiles,
             constraint=tools.constraint if tools else content,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            skip_special_tokens=request.skip_special_tokens is not False,
+            chat_template_kwargs=conversation.variables(request.chat_template_kwargs),
             cache_salt=caller,
         ),
         tools,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from edgevlm.chat import Message
+from edgevlm.chat import Message, check_variables
 from edgevlm.families.base import Detail
 from edgevlm.image import probe_image
 from edgevlm.server.config import ServeConfig
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatMessage, ImagePart, TextPart
+from edgevlm.strict_json import write_json
 
 _ROLES = {"developer": "system", "tool": "user"}
 """Roles that small models' chat templates do not know, by what they come nearest to."""
@@ -45,6 +47,14 @@ class Conversation:
             self.messages[0] = {"role": "system", "content": [*first["content"], {"type": "text", "text": f"\n{text}"}]}
         else:
             self.messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
+
+    def variables(self, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Return the chat template's variables, whose texts count like those of messages."""
+        if given:
+            self._text(write_json(given))
+            with blaming("chat_template_kwargs"):
+                check_variables(given)
+        return given or {}
 
     def _message(self, number: int, message: ChatMessage) -> Message:
         place = f"messages.{number}"

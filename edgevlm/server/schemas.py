@@ -244,6 +244,10 @@ class ChatRequest(Shape):
     n: int | None = Field(None, ge=1, le=1)
     max_tiles: int | None = Field(None, ge=1, le=1024)
     """Not OpenAI's: at most this many tiles for each picture, its global view included."""
+    skip_special_tokens: bool | None = None
+    """Not OpenAI's but vLLM's: False shows special tokens in the answer's text, the end token excepted."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_finite)] | None = None
+    """Not OpenAI's but vLLM's: the chat template's own variables, such as `enable_thinking`."""
 
 
 class ErrorObject(BaseModel):
