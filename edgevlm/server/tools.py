@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
-from edgevlm.constraint import JSON_STYLE, Constraint
+from edgevlm.constraint import Constraint
+from edgevlm.schema import JSON_STYLE, enforceable
 from edgevlm.server.errors import ApiError
 from edgevlm.server.schemas import ChatRequest, Function, NamedTool
 
@@ -48,7 +49,7 @@ class Tools:
 def _call(function: Function) -> str:
     head = json.dumps(f'{OPEN}{{"name": {json.dumps(function.name)}, "arguments": ')
     parameters = function.parameters or {"properties": {}, "additionalProperties": False}
-    schema = json.dumps({"type": "object", "x-guidance": JSON_STYLE, **parameters})
+    schema = json.dumps(enforceable({"type": "object", "x-guidance": JSON_STYLE, **parameters}))
     return f"{head} %json {schema} {json.dumps('}' + CLOSE)}"
 
 
