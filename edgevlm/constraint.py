@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,7 +110,8 @@ def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = Fa
     try:
         grammar = make()
         wrong = LLMatcher.validate_grammar(grammar)
-        wrong = wrong or ("" if goes_on(grammar) else "no text satisfies it")
+        if not wrong and not is_json and not goes_on(grammar):
+            wrong = "no text satisfies it"
     except (ValueError, TypeError, RecursionError) as error:  # surrogates, which are not Unicode text
         wrong = str(error)
     if wrong:
@@ -120,7 +122,7 @@ def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = Fa
 def _first_lines(message: str) -> str:
     """Return the parser's complaint without the excerpt and the state that it draws below."""
     lines = [line.strip() for line in message.partition("<state>")[0].splitlines()]
-    return " ".join(line for line in lines if line and "|" not in line and set(line) != {"^"})[:300]
+    return " ".join(line for line in lines if not re.fullmatch(r"\d* ?\|.*|\^*", line))[:300]
 
 
 class Vocabulary:

@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
-from urllib.parse import unquote, urljoin
 
-from edgevlm.errors import OptionError
 from edgevlm.patterns import FORMATS, has_control, translate
+from edgevlm.subschemas import BOUNDS, Document, Node, listed, mapped, refuse
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
     from llguidance._lib import JsonCompileOptions
-
-Node = dict[str, Any]
 
 # No `\u…`: llguidance would take `{"\u0061": …}` for a name other than `a`, which may have any value.
 STRING_ESCAPES = 'nrbtf\\"'
@@ -34,15 +31,6 @@ JSON_STYLE: JsonCompileOptions = {
 """JSON as `json.dumps` writes it: whitespace left to chance is what a small model loses itself in. A schema may say
 otherwise with llguidance's `x-guidance`."""
 
-MAPS = ("properties", "patternProperties", "$defs", "definitions")
-LISTS = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
-SINGLE = ("items", "additionalItems", "additionalProperties")
-IN_PLACE = ("allOf", "anyOf", "oneOf", "$ref")
-ANNOTATIONS = {
-    *("$anchor", "$comment", "$defs", "$id", "$schema", "default", "definitions", "description", "examples", "id"),
-    *("readOnly", "title", "writeOnly", "x-guidance"),
-}
-BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 LARGEST = 2**53  # llguidance reckons in doubles
 MOST_ITEMS = 10_000  # which is more than an answer can hold
 
@@ -54,95 +42,14 @@ def enforceable(schema: Mapping[str, Any]) -> Node:
     if isinstance(style, dict):
         style.setdefault("json_allowed_escapes", STRING_ESCAPES)
     document = Document(held)
-    for node in document.nodes:
-        _rewrite(node)
+    _check_ends(document)
     for node in document.nodes:
         _check_numbers(node)
         _check_counts(node)
+        _rewrite(node)
     _check_multiples(document)
     _check_names(document)
-    _check_ends(document)
     return held
-
-
-def refuse(keyword: str, why: str) -> OptionError:
-    return OptionError(f"the JSON schema cannot be used: {keyword}: {why}")
-
-
-class Document:
-    """The parts of a schema that an answer can come to, and where each `$ref` leads."""
-
-    def __init__(self, root: Node) -> None:
-        self._named: dict[str, Any] = {"": root}
-        self._base: dict[int, str] = {}
-        self.targets: dict[int, Any] = {}
-        self._index(root, "")
-        self.nodes = self._reach(root)
-        self.merges = any(_merges(node) for node in self.nodes)
-        """Whether one part may be held together with another: what is true of each may then not be of both."""
-
-    def following(self, node: Node) -> Iterator[Node]:
-        """Yield the parts that a part leads to."""
-        parts = [*_parts(node, skip=("$defs", "definitions")), self.targets.get(id(node))]
-        return (part for part in parts if isinstance(part, dict))
-
-    def _index(self, root: Node, base: str) -> None:
-        waiting = [(root, base)]
-        while waiting:
-            node, base = waiting.pop()
-            name, anchor = node.get("$id"), node.get("$anchor")
-            if isinstance(name, str):
-                base = urljoin(base, name)
-                self._named[base.removesuffix("#")] = node
-            if isinstance(anchor, str):
-                self._named[f"{base}#{anchor}"] = node
-            self._base[id(node)] = base.partition("#")[0]
-            waiting += [(part, base) for part in _parts(node) if isinstance(part, dict)]
-
-    def _reach(self, root: Node) -> list[Node]:
-        found, waiting = {id(root): root}, [root]
-        while waiting:
-            node = waiting.pop()
-            if isinstance(node.get("$ref"), str):
-                self.targets[id(node)] = self._resolve(node["$ref"], self._base[id(node)])
-            new = {id(part): part for part in self.following(node) if id(part) not in found}
-            found |= new
-            waiting += new.values()
-        return list(found.values())
-
-    def _resolve(self, ref: str, base: str) -> Any:
-        url, _, fragment = ref.partition("#")
-        url = urljoin(base, url) if url else base
-        try:
-            if fragment and not fragment.startswith("/"):
-                return self._named[f"{url}#{fragment}"]
-            target = self._named[url]
-            for step in unquote(fragment).split("/")[1:]:
-                key = step.replace("~1", "/").replace("~0", "~")
-                target = target[int(key)] if isinstance(target, list) else target[key]
-        except (LookupError, TypeError, ValueError):
-            raise refuse("$ref", f"{ref[:80]} is not in the schema, and nothing is fetched") from None
-        if isinstance(target, dict) and id(target) not in self._base:
-            self._index(target, url)
-        return target
-
-
-def _parts(node: Node, skip: Iterable[str] = ()) -> Iterator[Any]:
-    for key, value in node.items():
-        if key in MAPS and key not in skip and isinstance(value, dict):
-            yield from value.values()
-        elif key in LISTS and isinstance(value, list):
-            yield from value
-        elif key in SINGLE:
-            yield value
-
-
-def _merges(node: Node) -> bool:
-    """Tell whether llguidance has to make one part of several."""
-    rules = set(node) - ANNOTATIONS
-    if rules & set(IN_PLACE):
-        return len(rules) > 1 or len(_listed(node, "allOf")) > 1
-    return {"properties", "patternProperties"} <= rules
 
 
 def _rewrite(node: Node) -> None:
@@ -159,12 +66,22 @@ def _rewrite(node: Node) -> None:
         patterns = node["patternProperties"].items()
         node["patternProperties"] = {_translated("patternProperties", key): value for key, value in patterns}
     known = FORMATS.get(node["format"]) if isinstance(node.get("format"), str) else None
-    if known and isinstance(node.get("allOf", []), list):
-        del node["format"]
-        # In a list of its own, which leaves the order of properties as it was.
-        node["allOf"] = [*_listed(node, "allOf"), {"pattern": f"^{known}$"}]
-    elif node.get("format") == "unknown":
+    if node.get("format") == "unknown":
         raise refuse("format", "unknown is no format")
+    if known:
+        del node["format"]
+        _add(node, {"pattern": f"^{known}$"})
+    kinds = [node["type"]] if isinstance(node.get("type"), str) else listed(node, "type")
+    if "number" in kinds and not {"multipleOf", *BOUNDS} & node.keys():
+        # With a bound it writes no exponent: 1e999 would be read as infinite.
+        signs: list[Node] = [{"type": "number", "minimum": 0}, {"type": "number", "exclusiveMaximum": 0}]
+        _add(node, {"anyOf": [*signs, *({"type": kind} for kind in kinds if kind != "number")]})
+
+
+def _add(node: Node, rule: Node) -> None:
+    """Hold a rule together with a part's own, after them, which leaves the order of properties as it was."""
+    if isinstance(node.get("allOf", []), list):
+        node["allOf"] = [*listed(node, "allOf"), rule]
 
 
 def _put_beside(node: Node, first: str, second: str) -> None:
@@ -190,7 +107,7 @@ def _check_numbers(node: Node) -> None:
     for key in BOUNDS:
         value = node.get(key)
         if _is_number(value) and abs(value) >= LARGEST and not _is_held(key, value, node.get("type") == "integer"):
-            raise refuse(key, f"{value} is beyond what is held exactly, 2**53")
+            raise refuse(key, f"{str(value)[:40]} is beyond what is held exactly, 2**53")
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -204,7 +121,7 @@ def _check_literal(keyword: str, value: Any) -> None:
         if isinstance(each, dict | list):
             waiting += each.values() if isinstance(each, dict) else each
         elif _is_number(each) and abs(each) > LARGEST:
-            raise refuse(keyword, f"{each} is beyond what is held exactly, 2**53")
+            raise refuse(keyword, f"{str(each)[:40]} is beyond what is held exactly, 2**53")
         elif isinstance(each, str) and has_control(each):
             raise refuse(keyword, f"{json.dumps(each)[:80]} has a control character")
 
@@ -220,7 +137,7 @@ def _is_held(keyword: str, bound: float, integer: bool) -> bool:
 def _check_counts(node: Node) -> None:
     if isinstance(node.get("minItems"), int) and node["minItems"] > MOST_ITEMS:
         raise refuse("minItems", f"{node['minItems']} is more than an answer can hold")
-    named, least = _listed(node, "required"), node.get("minProperties")
+    named, least = listed(node, "required"), node.get("minProperties")
     unnamed = node.get("additionalProperties", True) is not False or node.get("patternProperties")
     if isinstance(least, int) and least > len(set(map(str, named))) + 1 and unnamed:
         # A name that the schema does not give may come twice in an answer, and counts once.
@@ -234,9 +151,13 @@ def _check_multiples(document: Document) -> None:
         kind = "integer" if node.get("type") == "integer" else "number"
         if "multipleOf" in rules and len(rules) > 1 and not _goes_on({"type": kind, **rules}):
             raise refuse("multipleOf", f"no multiple of {node['multipleOf']} is within the bounds")
-    values = {node["multipleOf"] for node in document.nodes if _is_number(node.get("multipleOf"))}
-    if document.merges and len(values) > 1 and max(values) < 2**64:
-        numbers = [Decimal(repr(abs(value))) for value in values]
+    for group in document.groups:
+        _check_common_multiple({abs(node["multipleOf"]) for node in group if _is_number(node.get("multipleOf"))})
+
+
+def _check_common_multiple(values: set[float]) -> None:
+    if len(values) > 1 and all(0 < value < 2**32 for value in values):
+        numbers = [Decimal(repr(value)) for value in values]
         places = max(0, *(-int(number.as_tuple().exponent) for number in numbers))
         whole = [int(number.scaleb(places)) for number in numbers]
         if math.lcm(*whole) * max(whole) >= 2**32:
@@ -245,25 +166,18 @@ def _check_multiples(document: Document) -> None:
 
 def _check_names(document: Document) -> None:
     """Refuse an object that asks for more names than there are: a comma would have nothing to follow it."""
-    named = {id(node): _names(node) for node in document.nodes}
-    every = sorted(set().union(*named.values()))
-    closed = any(node.get("additionalProperties", True) is not True for node in document.nodes)
-    for node in document.nodes:
-        patterns = node.get("patternProperties")
-        if not isinstance(patterns, dict) or not patterns:
-            continue
-        if document.merges:
-            fine = all(_names_are_left([pattern], every, not closed) for pattern in patterns)
-        else:
-            is_open = node.get("additionalProperties", True) is not False
-            fine = _names_are_left(patterns, sorted(named[id(node)]), is_open)
-        if not fine:
-            raise refuse("patternProperties", f"properties gives every name that {next(iter(patterns))[:80]} matches")
+    for group in document.groups:
+        patterns = list(dict.fromkeys(key for node in group for key in mapped(node, "patternProperties")))
+        names = sorted(set().union(*map(_names, group)))
+        is_open = all(node.get("additionalProperties", True) is not False for node in group)
+        # Of several parts one may close the other's patterns, so that each has to have names of its own.
+        for each in [patterns] if len(group) == 1 else [[pattern] for pattern in patterns]:
+            if each and not _names_are_left(each, names, is_open):
+                raise refuse("patternProperties", f"properties gives every name that {each[0][:80]} matches")
 
 
 def _names(node: Node) -> set[str]:
-    given, required = node.get("properties"), node.get("required")
-    names = [*(given if isinstance(given, dict) else ()), *(required if isinstance(required, list) else ())]
+    names = [*mapped(node, "properties"), *listed(node, "required")]
     return {name for name in names if isinstance(name, str)}
 
 
@@ -284,7 +198,10 @@ def _names_are_left(patterns: Iterable[str], names: Sequence[str], is_open: bool
 def _goes_on(schema: Node, text: str = "") -> bool:
     from llguidance import LLMatcher
 
-    return goes_on(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE), text)
+    try:
+        return goes_on(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=JSON_STYLE), text)
+    except ValueError:
+        return True  # what is no JSON or no Unicode: llguidance says so
 
 
 def goes_on(grammar: str, text: str = "") -> bool:
@@ -312,7 +229,7 @@ def _check_ends(document: Document) -> None:
         return not isinstance(part, dict) or id(part) in ended
 
     def settle(node: Node) -> bool:
-        if _can_end(node, document.targets.get(id(node)), ends):
+        if _can_end(node, document, ends):
             ended.add(id(node))
         return id(node) in ended
 
@@ -324,12 +241,13 @@ def _check_ends(document: Document) -> None:
             raise refuse("$ref", f"{node['$ref'][:80]} leads back to itself without end")
 
 
-def _can_end(node: Node, target: Any, ends: Callable[[Any], bool]) -> bool:
-    choices = [_listed(node, key) for key in ("anyOf", "oneOf") if _listed(node, key)]
-    if not all(map(ends, [target, *_listed(node, "allOf")])) or not all(any(map(ends, each)) for each in choices):
+def _can_end(node: Node, document: Document, ends: Callable[[Any], bool]) -> bool:
+    choices = [listed(node, key) for key in ("anyOf", "oneOf") if listed(node, key)]
+    if not all(map(ends, [document.targets.get(id(node)), *listed(node, "allOf")])) or not all(
+        any(map(ends, each)) for each in choices
+    ):
         return False
-    kinds = node.get("type", "object" if "required" in node else "array" if "minItems" in node else "null")
-    kinds = {kinds} if isinstance(kinds, str) else set(map(str, kinds))
+    kinds = _kinds(node, id(node) in document.alone)
     return (
         bool({"const", "enum"} & node.keys() or kinds - {"array", "object"})
         or ("object" in kinds and all(any(map(ends, each)) for each in _needed_values(node)))
@@ -337,13 +255,20 @@ def _can_end(node: Node, target: Any, ends: Callable[[Any], bool]) -> bool:
     )
 
 
+def _kinds(node: Node, alone: bool) -> set[str]:
+    if "type" in node:
+        return {node["type"]} if isinstance(node["type"], str) else set(map(str, listed(node, "type")))
+    # Another part may name the type: what is said of objects is then taken to be of nothing else.
+    if alone or not {"required", "minItems"} & node.keys():
+        return {"null"}
+    return {"object" if "required" in node else "array"}
+
+
 def _needed_values(node: Node) -> Iterator[list[Any]]:
     """Yield for each value that an object has at least what it may be, any one of several."""
-    given, patterns = (
-        node[key] if isinstance(node.get(key), dict) else {} for key in ("properties", "patternProperties")
-    )
+    given, patterns = mapped(node, "properties"), mapped(node, "patternProperties")
     free = [*patterns.values(), node.get("additionalProperties", True)]
-    required = _listed(node, "required")
+    required = [name for name in listed(node, "required") if isinstance(name, str)]
     for name in required:
         yield [given[name]] if name in given else free
     if isinstance(least := node.get("minProperties"), int) and least > len(required):
@@ -353,12 +278,7 @@ def _needed_values(node: Node) -> Iterator[list[Any]]:
 def _needed_items(node: Node) -> list[Any]:
     items, least = node.get("items", True), node.get("minItems", 0)
     first, rest = (
-        (items, node.get("additionalItems", True)) if isinstance(items, list) else (_listed(node, "prefixItems"), items)
+        (items, node.get("additionalItems", True)) if isinstance(items, list) else (listed(node, "prefixItems"), items)
     )
     least = least if isinstance(least, int) else 0
     return [*first[:least], *([rest] if least > len(first) else [])]
-
-
-def _listed(node: Node, key: str) -> list[Any]:
-    value = node.get(key)
-    return value if isinstance(value, list) else []
