@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,17 +16,13 @@ import numpy.typing as npt
 
 from edgevlm.errors import OptionError, one_line
 from edgevlm.sampling import Chooser, Logits, Sampler
+from edgevlm.schema import JSON_STYLE, enforceable, goes_on
 from edgevlm.strict_json import read_json, write_json
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-    from llguidance._lib import JsonCompileOptions
 
     from edgevlm.tokenizer import Tokenizer
-
-JSON_STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON as `json.dumps` writes it: whitespace left to chance is what a small model loses itself in. A schema may say
-otherwise with llguidance's `x-guidance`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,8 @@ class Constraint:
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Constraint:
         """Allow JSON that a JSON Schema describes, given as a mapping or as JSON text.
 
-        A keyword that cannot be enforced is an error, never overlooked.
+        A keyword that cannot be enforced is an error, never overlooked. `source` is the schema as it was given, and the
+        grammar is of what `edgevlm.schema` makes of it.
         """
         from llguidance import LLMatcher
 
@@ -54,8 +52,12 @@ class Constraint:
             raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
         if not isinstance(found, dict):
             raise OptionError(f"the JSON schema must be an object, not {text[:40]}")
+        held = enforceable(found)
         return _checked(
-            "JSON schema", lambda: LLMatcher.grammar_from_json_schema(text, defaults=JSON_STYLE), text, is_json=True
+            "JSON schema",
+            lambda: LLMatcher.grammar_from_json_schema(json.dumps(held), defaults=JSON_STYLE),
+            text,
+            is_json=True,
         )
 
     @classmethod
@@ -114,7 +116,9 @@ def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = Fa
     try:
         grammar = make()
         wrong = LLMatcher.validate_grammar(grammar)
-    except (ValueError, TypeError) as error:  # surrogates, which are not Unicode text
+        if not wrong and not is_json and not goes_on(grammar):
+            wrong = "no text satisfies it"
+    except (ValueError, TypeError, RecursionError) as error:  # surrogates, which are not Unicode text
         wrong = str(error)
     if wrong:
         raise OptionError(f"the {what} cannot be used: {_first_lines(wrong)}")
@@ -124,7 +128,7 @@ def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = Fa
 def _first_lines(message: str) -> str:
     """Return the parser's complaint without the excerpt and the state that it draws below."""
     lines = [line.strip() for line in message.partition("<state>")[0].splitlines()]
-    return " ".join(line for line in lines if line and "|" not in line and set(line) != {"^"})[:300]
+    return " ".join(line for line in lines if not re.fullmatch(r"\d* ?\|.*|\^*", line))[:300]
 
 
 class Vocabulary:
@@ -163,9 +167,12 @@ class Vocabulary:
 
     def guide(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> Guide:
         """Return a guide for one answer, which is preceded by `lead`. Raises `OptionError`."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        return Guide(LLMatcher(self._get(), constraint.after(lead), log_level=0), sampler, self._eos)
+        # As set by llguidance, they end an answer at an object of five hundred optional properties.
+        limits = LLParserLimits(max_items_in_row=100_000, step_max_items=1_000_000)
+        matcher = LLMatcher(self._get(), constraint.after(lead), log_level=0, limits=limits)
+        return Guide(matcher, sampler, self._eos)
 
 
 class Guide(Chooser):
@@ -181,6 +188,8 @@ class Guide(Chooser):
         self._eos = frozenset(eos_token_ids)
         self._forced: deque[int] = deque()
         self._look_ahead()
+        if not self._matcher.is_stopped():
+            self._bits()  # a form that nothing fits is refused before the answer begins
 
     @property
     def forced(self) -> list[int]:
@@ -209,12 +218,14 @@ class Guide(Chooser):
 
     def _allowed(self, size: int) -> npt.NDArray[np.bool_]:
         """Return for each token of the vocabulary whether it may come next."""
+        return np.unpackbits(self._bits(), count=size, bitorder="little").view(np.bool_)
+
+    def _bits(self) -> npt.NDArray[np.uint8]:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=size, bitorder="little").view(np.bool_)
         self._check()
-        if not allowed.any():
+        if not bits.any():
             raise OptionError("the constraint asks for text that the model has no tokens for")
-        return allowed
+        return bits
 
     def _look_ahead(self) -> None:
         forced = self._matcher.compute_ff_tokens()
