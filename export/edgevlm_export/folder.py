@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +36,12 @@ class Written:
 
 def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any]) -> Manifest:
     """Copy the checkpoint's small files into `work` and return the manifest as far as it is known."""
-    for path in checkpoint.small_files():
-        shutil.copyfile(path, work / path.name)
+    try:
+        small = {path.name: path.read_bytes() for path in checkpoint.small_files()}
+    except OSError as error:
+        raise SourceError(f"{error.filename} cannot be read: {error.strerror or error}") from None
+    for name, data in small.items():
+        (work / name).write_bytes(data)
     (work / _CHAT_TEMPLATE).write_text(checkpoint.chat_template, encoding="utf-8")
     text = checkpoint.config.get("text_config", {})
     try:

@@ -20,7 +20,7 @@ from edgevlm_export import native_route, onnx_route, optimum_route
 from edgevlm_export.calibration import load_pairs
 from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.clock import OnStage, StageClock
-from edgevlm_export.draft import draft_folder
+from edgevlm_export.draft import check_target, draft_folder
 from edgevlm_export.families import UncoveredError, architecture, family_facts
 from edgevlm_export.folder import Written, seal, start_folder
 from edgevlm_export.memory import PeakMemory
@@ -70,12 +70,15 @@ def export(
     clock = StageClock(on_stage)
     with PeakMemory() as memory:
         clock.begin("checkpoint")
+        if output:  # before anything is downloaded
+            check_target(output, Path(source), force=options.force)
         checkpoint = open_checkpoint(source, options.revision, options.via)
+        target = output or models_dir() / default_name(checkpoint, options)
+        check_target(target, checkpoint.folder, force=options.force)
         facts = family_facts(checkpoint)
         write_parts, via = choose_route(checkpoint, facts, options)
         pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
-        target = output or models_dir() / default_name(checkpoint, options)
-        with draft_folder(target, force=options.force) as draft:
+        with draft_folder(target, checkpoint.folder, force=options.force) as draft:
             work = draft / "work"
             work.mkdir()
             manifest = start_folder(work, checkpoint, facts)
