@@ -24,7 +24,7 @@ from tests.conftest import heed_interrupts
 
 Q_PROJ = "model.text_model.layers.0.self_attn.q_proj.weight"
 QUICK = ExportOptions("int8", verify=False)
-FORCED = ExportOptions("int8", verify=False, force=True)
+FORCED = ExportOptions("fp32", verify=False, force=True)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
 
@@ -288,7 +288,7 @@ def test_nothing_is_replaced_but_an_export(
     target = make(place)
     before = tree(tmp_path)
     with pytest.raises(ExportError) as caught:
-        export(place / "checkpoint", target, ExportOptions("int8", verify=False, force=force))
+        export(place / "checkpoint", target, ExportOptions("fp32", verify=False, force=force))
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert tree(tmp_path) == before
@@ -318,7 +318,7 @@ def test_what_comes_into_the_target_meanwhile_stays(force: bool, idefics3: Path,
             notes(tmp_path)
 
     with pytest.raises(ExportError, match=r"holds 'notes\.txt', which no export wrote"):
-        export(idefics3, tmp_path / "docs", ExportOptions("int8", verify=False, force=force), write_notes)
+        export(idefics3, tmp_path / "docs", ExportOptions("fp32", verify=False, force=force), write_notes)
     assert tree(tmp_path) == {"docs": b"", "docs/notes.txt": b"mine"}
 
 
@@ -327,7 +327,7 @@ def test_what_only_resembles_a_leftover_stays(idefics3: Path, tmp_path: Path) ->
     for name in names:
         (tmp_path / name).mkdir()
     (tmp_path / ".a[b]c.partial-4194305").mkdir()  # no process has this number
-    export(idefics3, tmp_path / "a[b]c", QUICK)
+    export(idefics3, tmp_path / "a[b]c", FORCED)
     assert {path.name for path in tmp_path.iterdir()} == {*names, "a[b]c"}
 
 
