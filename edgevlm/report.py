@@ -46,7 +46,7 @@ def name_point(point: Point) -> str:
 def check_target(path: Path) -> None:
     """Raise before the work begins when the report could not be written in the end."""
     if path.suffix.lower() not in {".html", ".png"}:
-        raise OptionError(f"a report is .html or .png, not {path}")
+        raise OptionError(f"a report is .html or .png, not {path.name or path}")
     if not is_there(path.parent) or not path.parent.is_dir():
         raise OptionError(f"no folder {path.parent} for the report")
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
