@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from typing import Any
 
@@ -28,9 +29,20 @@ class Commands(click.Group):
         except EdgeVLMError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
+        except OSError as error:  # what no module foresaw; a module's own error says more
+            if error.errno == errno.EPIPE:
+                raise  # the reader of a pipe has gone: click ends without a word
+            click.echo(f"Error: {_told(error)}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
+
+
+def _told(error: OSError) -> str:
+    """Return what the system refused, and where, as one line."""
+    where = f"{error.filename}: " if error.filename else ""
+    return " ".join(f"{where}{error.strerror or error}".split())
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

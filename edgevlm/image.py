@@ -1,7 +1,8 @@
 """A picture in any form a user may have it, to one uint8 RGB array.
 
 The reference for a plain file is transformers' `load_image`: EXIF orientation applied, then RGB. Transparency is
-laid over white, as the Idefics3 image processor does with an RGBA picture; 16-bit samples keep their high byte.
+laid over white, as the Idefics3 image processor does with an RGBA picture; 16-bit samples keep their high byte. The
+fourth byte of a BMP, TGA or ICO is padding where it is 0 throughout: the picture is opaque.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -31,7 +33,8 @@ MAX_PIXELS = 100_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
 """Pixel formats only: Pillow would also take, say, PostScript, and run an interpreter on a stranger's program."""
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".jp2", ".ppm", ".tga")
+_FOURTH_BYTE = {"BMP", "DIB", "TGA", "ICO"}
+"""Formats of four bytes a pixel whose writers often have no alpha to put into the fourth, and leave it 0."""
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,6 +47,12 @@ _TURNS = {
 }
 """What stands an image of each EXIF orientation upright."""
 _ONE_AT_A_TIME = Lock()
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case, that Pillow knows for the formats read here; 60 ms at the first call."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
@@ -61,14 +70,14 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
         return _decode(source, "the image", max_pixels)
     if not isinstance(source, str | os.PathLike):
         raise ImageError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
-    return _decode(read_image(source), _printable(os.fspath(source)), max_pixels)
+    return _decode(read_image(source), printable(os.fspath(source)), max_pixels)
 
 
 def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the `ImageError` that the file's first bytes already call for; nothing is decoded."""
     data, name = source, "the image"
     if not isinstance(data, bytes):
-        name = _printable(os.fspath(data))
+        name = printable(os.fspath(data))
         data = read_image(data)
     with _quiet(), _open(data, name, max_pixels) as image:
         _check_size(*image.size, name, max_pixels)
@@ -76,7 +85,7 @@ def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PI
 
 def read_image(source: str | os.PathLike[str]) -> bytes:
     """Return the bytes of an image file, whatever they are. Raises `ImageError`."""
-    path, name = Path(source), _printable(os.fspath(source))
+    path, name = Path(source), printable(os.fspath(source))
     try:
         if path.is_dir():
             raise ImageError(f"{name} is a folder, not an image file")
@@ -166,12 +175,14 @@ def _flatten(image: Image.Image) -> Image.Image:
         return Image.fromarray(high_byte).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
+        if image.format in _FOURTH_BYTE and rgba.getchannel("A").getextrema() == (0, 0):
+            return rgba.convert("RGB")
         white = Image.new("RGBA", rgba.size, (255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _printable(path: str) -> str:
+def printable(path: str) -> str:
     """Return a path for a message of one line: neither control characters nor a whole picture in base64."""
     short = path if len(path) <= 300 else path[:299] + "…"
     return short if short and short.isprintable() else repr(short)

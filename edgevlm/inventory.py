@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -48,7 +49,6 @@ def diagnose() -> dict[str, Any]:
     import psutil
 
     memory = psutil.virtual_memory()
-    cache = cache_dir()
     return {
         "edgevlm": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -62,11 +62,23 @@ def diagnose() -> dict[str, Any]:
             f" ({', '.join(core().get_property(name, 'OPTIMIZATION_CAPABILITIES'))})"
             for name in core().available_devices
         },
-        "models folder": str(models_dir()),
-        "cache folder": f"{cache} ({folder_size(cache) / 1e6:.0f} MB)" if cache.is_dir() else str(cache),
+        "models folder": _folder_facts(models_dir(), size=False),
+        "cache folder": _folder_facts(cache_dir(), size=True),
         "runtime": _versions(_RUNTIME),
         "export extra": _versions(_EXPORT),
     }
+
+
+def _folder_facts(folder: Path, *, size: bool) -> str:
+    """Return a folder's path with what is in it, or why that cannot be seen."""
+    try:
+        with os.scandir(folder):
+            pass
+    except FileNotFoundError:
+        return str(folder)
+    except OSError as error:
+        return f"{folder} (cannot be read: {error.strerror or error})"
+    return f"{folder} ({folder_size(folder) / 1e6:.0f} MB)" if size else str(folder)
 
 
 def cpu_features() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.errors import ImageError, IncompleteAnswerError, OptionError, PromptError
+from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
 from edgevlm.form import Form
 from edgevlm.generate import GenerationConfig, whole
 from edgevlm.image import read_image
@@ -46,11 +46,18 @@ class Defaults:
     config: GenerationConfig = field(default_factory=GenerationConfig)
 
     def salt(self, model: str | None) -> str:
-        """Return what all rows' keys share: the model's manifest, by its SHA-256, and these defaults."""
+        """Return what all rows' keys share: the model's manifest, by its SHA-256, and these defaults.
+
+        Raises `ModelError`.
+        """
         manifest = find_model(model) / MANIFEST
-        return json.dumps(
-            [hash_file(manifest) if manifest.is_file() else "", asdict(self)], sort_keys=True, default=str
-        )
+        try:
+            known = hash_file(manifest)
+        except FileNotFoundError:
+            known = ""
+        except OSError as error:
+            raise ModelError(f"{manifest} cannot be read: {error.strerror or error}") from None
+        return json.dumps([known, asdict(self)], sort_keys=True, default=str)
 
 
 def read_jobs(path: Path, salt: str) -> list[Job]:

@@ -49,6 +49,13 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
         os.fsync(file.fileno())
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Return what goes with an output: its name with an ending. Raises `OutputError` for a path without a name."""
+    if path.name in {"", ".."}:
+        raise OutputError(f"{path} is a folder; name a file in it for the answers")
+    return path.with_name(path.name + ending)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what the system has against writing into an `OutputError`."""

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from edgevlm.errors import OutputError
 from edgevlm.jobs import Job
-from edgevlm.jsonl import Row, append_rows, read_rows, writing
+from edgevlm.jsonl import Row, append_rows, beside, read_rows, writing
 
 CHUNK = 8
 """Jobs that one process takes at a time."""
@@ -36,7 +36,7 @@ class Ledger:
 
     def __init__(self, output: Path, jobs: Sequence[Job], on_row: Callable[[Row], object] = ignore) -> None:
         self._output, self._jobs, self._on_row = output, jobs, on_row
-        self._parts = output.with_name(f"{output.name}.parts")
+        self._parts = beside(output, ".parts")
         self._published = self._offset = 0
 
     @property

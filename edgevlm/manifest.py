@@ -105,7 +105,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise DamagedModelError(
             f"{folder} has no {MANIFEST}, so it is no edgevlm export; make one with `edgevlm export SOURCE`"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DamagedModelError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise DamagedModelError(f"{path} cannot be read ({error}); export the model again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:

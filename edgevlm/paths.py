@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-from edgevlm.errors import ModelNotFoundError
+from edgevlm.errors import ModelError, ModelNotFoundError
 
 MANIFEST = "edgevlm.json"
 DEFAULT_MODEL = "panel"
@@ -35,34 +35,59 @@ def cache_dir() -> Path:
 
 
 def list_models() -> list[Path]:
-    """Return the exported folders that have a short name: the bundled ones, then the user's, which go first by name."""
+    """Return the exported folders that have a short name: the bundled ones, then the user's, which go first by name.
+
+    Raises `ModelError` where the models folder cannot be read.
+    """
     found = {path.parent.name: path.parent for folder in (_BUNDLED, models_dir()) for path in _exports(folder)}
     return [found[name] for name in sorted(found)]
 
 
 def _exports(folder: Path) -> list[Path]:
     """Return the manifests one level below `folder`; unfinished exports are hidden."""
-    return [path for path in folder.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")]
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ModelError(f"the models folder {folder} cannot be read: {error.strerror or error}") from None
+    paths = [folder / name / MANIFEST for name in names if not name.startswith(".")]
+    return [path for path in paths if is_there(path) or is_barred(path)]
 
 
 def is_there(path: Path) -> bool:
-    """Tell whether there is a file or folder; there is none under a name that is too long for one."""
+    """Tell whether a file or folder can be seen; none is under a name that is too long for one."""
     try:
-        return path.exists()
-    except OSError:
+        path.stat()
+    except (OSError, ValueError):
         return False
+    return True
+
+
+def is_barred(path: Path) -> bool:
+    """Tell whether the system keeps from us if there is a file or folder."""
+    try:
+        path.stat()
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def find_model(name: str | os.PathLike[str] | None) -> Path:
     """Return the exported folder that `name` means: a folder, a short name, or, for None, the bundled model.
 
-    Raises `ModelNotFoundError`.
+    Raises `ModelNotFoundError`, and `ModelError` for one that may not be read.
     """
     if name is None:
         return default_model()
-    for folder in (Path(name), models_dir() / name, _BUNDLED / name):
+    places = (Path(name), models_dir() / name, _BUNDLED / name)
+    for folder in places:
         if is_there(folder) and folder.is_dir():
             return folder
+    if barred := [folder for folder in places if is_barred(folder)]:
+        raise ModelError(f"{barred[0]} cannot be read: permission denied")
     if is_there(Path(name)):
         raise ModelNotFoundError(f"{name} is a file; a model is the folder that `edgevlm export` writes")
     raise ModelNotFoundError(

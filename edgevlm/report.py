@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Callable
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.bench import Point, Report
 from edgevlm.errors import BenchmarkError, OptionError
+from edgevlm.paths import is_there
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,9 +46,11 @@ def name_point(point: Point) -> str:
 def check_target(path: Path) -> None:
     """Raise before the work begins when the report could not be written in the end."""
     if path.suffix.lower() not in {".html", ".png"}:
-        raise OptionError(f"a report is .html or .png, not {path.name}")
-    if not path.parent.is_dir():
+        raise OptionError(f"a report is .html or .png, not {path.name or path}")
+    if not is_there(path.parent) or not path.parent.is_dir():
         raise OptionError(f"no folder {path.parent} for the report")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OptionError(f"{path} cannot be written; choose another place for the report")
     _pyplot_figure(1, 1)
 
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from filelock import FileLock, Timeout
 
 from edgevlm.errors import OutputError
-from edgevlm.jsonl import Row, append_rows, read_rows, writing
+from edgevlm.jsonl import Row, append_rows, beside, read_rows, writing
 from edgevlm.strict_json import write_json
 
 _COLUMNS = {
@@ -38,6 +38,11 @@ _FIND = "SELECT 1 FROM answers WHERE job = ? AND path = ?"
 class Store(Protocol):
     """Rows by picture and job; `OutputError` where they cannot be kept."""
 
+    @property
+    def path(self) -> Path:
+        """The file; others that go with it have names that begin with its name."""
+        ...
+
     def __enter__(self) -> Store: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -60,21 +65,21 @@ class JsonlStore:
     """A JSON Lines file, written by one process at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = FileLock(path.with_name(f"{path.name}.lock"))
+        self.path = path
+        self._lock = FileLock(beside(path, ".lock"))
         self._files: set[tuple[str, str, int, int]] = set()
         self._pictures: set[tuple[str, str, str]] = set()
 
     def __enter__(self) -> JsonlStore:
-        with writing(self._path):
+        with writing(self.path):
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                raise OutputError(f"another process is writing {self._path}; end it first") from None
-        for row, _ in read_rows(self._path):
+                raise OutputError(f"another process is writing {self.path}; end it first") from None
+        for row, _ in read_rows(self.path):
             self._note(row)
-        with writing(self._path):
-            append_rows(self._path, [])
+        with writing(self.path):
+            append_rows(self.path, [])
         return self
 
     def __exit__(
@@ -91,8 +96,8 @@ class JsonlStore:
         return (job, path, sha256) in self._pictures
 
     def add(self, row: Row) -> None:
-        with writing(self._path):
-            append_rows(self._path, [row])
+        with writing(self.path):
+            append_rows(self.path, [row])
         self._note(row)
 
     def _note(self, row: Row) -> None:
@@ -100,14 +105,14 @@ class JsonlStore:
             self._files.add((row["job"], row["path"], row["size"], row["mtime_ns"]))
             self._pictures.add((row["job"], row["path"], row["sha256"]))
         except KeyError:
-            raise OutputError(f"{self._path} holds other rows; choose another file, or delete it") from None
+            raise OutputError(f"{self.path} holds other rows; choose another file, or delete it") from None
 
 
 class SqliteStore:
     """A table `answers` in an SQLite database, which others may read meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._database: sqlite3.Connection | None = None
 
     def __enter__(self) -> SqliteStore:
@@ -152,8 +157,8 @@ class SqliteStore:
         """Lend the connection for one transaction."""
         try:
             if self._database is None:
-                self._database = sqlite3.connect(self._path, timeout=30)
+                self._database = sqlite3.connect(self.path, timeout=30)
             with self._database:
                 yield self._database
         except sqlite3.Error as error:
-            raise OutputError(f"cannot use the database {self._path}: {error}") from None
+            raise OutputError(f"cannot use the database {self.path}: {error}") from None

@@ -14,7 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from edgevlm.errors import ImageError, OptionError
-from edgevlm.image import IMAGE_SUFFIXES, load_image, read_image
+from edgevlm.image import image_suffixes, load_image, printable, read_image
 from edgevlm.jobs import ROW_ERRORS, Defaults, ask, job_key
 from edgevlm.jsonl import Row
 from edgevlm.ledger import ignore
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _SCAN_S = 10.0
 """How often the whole folder is looked through: of what another machine writes to a share, no notice comes."""
+_MOST_KINDS = 20
+"""Kinds of files passed over that are told: suffixes may be numbers without end."""
+_TEMPORARY = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", ".download", ".swp", ".lock", "~")
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,7 @@ class Watch:
     """A file that cannot be read as a picture is taken for a broken one when it has stayed so for so long."""
 
     def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise OptionError(f"no such folder: {self.folder}")
+        _check_folder(self.folder, f"no such folder: {self.folder}")
         if not self.defaults.question:
             raise OptionError("watching needs a question")
         if not 0 < self.settle_s <= self.patience_s:
@@ -64,16 +66,26 @@ class Watcher:
     """Answers a folder's pictures into a store, those first that were there before.
 
     A picture is known by its name, its bytes and what is asked: one that is written anew is answered anew, one that was
-    answered before a restart is not.
+    answered before a restart is not. `on_row` is given each row, `on_passed` a line for the first file of each kind
+    that is passed over because its name is no picture's.
     """
 
-    def __init__(self, watch: Watch, vlm: VLM, store: Store, on_row: Callable[[Row], object] = ignore) -> None:
-        self._watch, self._vlm, self._store, self._on_row = watch, vlm, store, on_row
+    def __init__(
+        self,
+        watch: Watch,
+        vlm: VLM,
+        store: Store,
+        on_row: Callable[[Row], object] = ignore,
+        on_passed: Callable[[str], object] = ignore,
+    ) -> None:
+        self._watch, self._vlm, self._store, self._on_row, self._on_passed = watch, vlm, store, on_row, on_passed
         self._question = watch.defaults.question or ""
         self._job = job_key(watch.defaults.salt(str(vlm.folder)), self._question.encode())
         self._folder = watch.folder.resolve()
         self._waiting: dict[Path, _Waiting] = {}
         self._done: dict[Path, tuple[int, int]] = {}
+        self._own = store.path.resolve()
+        self._passed: set[str] = set()
 
     def run(self, stop: Event) -> None:
         """Watch until `stop` is set; an answer that is being made is made. Raises `OptionError`, `OutputError`."""
@@ -105,18 +117,21 @@ class Watcher:
     def _scan(self) -> Iterator[Path]:
         """Yield the folder's files, the oldest first."""
         pattern = "**/*" if self._watch.recursive else "*"
-        if not self._folder.is_dir():
-            raise OptionError(f"the folder {self._folder} is gone")
-        found = [
-            (stat.st_mtime_ns, path)
-            for path in self._folder.glob(pattern)
-            if _is_picture(path) and (stat := _stat(path))
-        ]
+        _check_folder(self._folder, f"the folder {self._folder} is gone")
+        found = []
+        for path in self._folder.glob(pattern):
+            if not _is_picture(path):
+                self._pass_over(path)
+            elif stat := _stat(path):
+                found.append((stat.st_mtime_ns, path))
         yield from (path for _, path in sorted(found))
 
     def _notice(self, path: Path) -> None:
         """Let a file wait, or wait anew if it has been written since, unless it has been answered."""
-        stat = _stat(path) if _is_picture(path) else None
+        if not _is_picture(path):
+            self._pass_over(path)
+            return
+        stat = _stat(path)
         if stat is None:
             self._waiting.pop(path, None)
             self._done.pop(path, None)  # else a watch of years would remember every file there ever was
@@ -128,6 +143,22 @@ class Watcher:
             self._settle(path, *facts)
         else:
             self._waiting[path] = _Waiting(*facts)
+
+    def _pass_over(self, path: Path) -> None:
+        """Tell the first file of each suffix that is no picture's, unless nobody would take it for one."""
+        kind = path.suffix.lower()
+        if kind in self._passed or len(self._passed) == _MOST_KINDS or self._is_nobodys(path) or _stat(path) is None:
+            return
+        self._passed.add(kind)
+        why = f"{kind} is no format that edgevlm reads" if kind else "it has no suffix"
+        others = "such files" if len(self._passed) < _MOST_KINDS else "such files, and of more kinds,"
+        self._on_passed(f"passed over: {printable(self._name(path))}, {why}; further {others} are not told")
+
+    def _is_nobodys(self, path: Path) -> bool:
+        """Tell whether a file is hidden, temporary, or the store's own."""
+        own = path.parent == self._own.parent and path.name.startswith(self._own.name)
+        hidden = any(part.startswith((".", "~")) for part in path.relative_to(self._folder).parts)
+        return own or hidden or path.name.lower().endswith(_TEMPORARY)
 
     def _settle(self, path: Path, size: int, mtime_ns: int) -> None:
         """Take note that there is nothing to do about a file as it is."""
@@ -184,7 +215,18 @@ class Watcher:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
+
+
+def _check_folder(folder: Path, gone: str) -> None:
+    """Raise `OptionError` for a folder that is none, or may not be read: `glob` would find it empty."""
+    try:
+        with os.scandir(folder):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise OptionError(gone) from None
+    except OSError as error:
+        raise OptionError(f"cannot read the folder {folder}: {error.strerror or error}") from None
 
 
 def _stat(path: Path) -> os.stat_result | None:

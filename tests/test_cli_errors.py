@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,11 @@ def test_a_closed_stdin() -> None:
     done = subprocess.run(["/bin/sh", "-c", 'exec "$@" <&-', "sh", *run], capture_output=True, check=False)
     line = b"Error: no image came on stdin, where an IMAGE of - is read from\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", line)
+
+
+@pytest.mark.parametrize("name", ["picture.jfif", "picture.PGM", "picture.j2k", "picture.tga"])
+def test_a_picture_of_any_format_and_no_question(name: str) -> None:
+    assert error("run", name) == f"no question: {name} is an image; put the question after it, in quotes"
 
 
 def test_a_picture_and_no_question(china: Path) -> None:
@@ -315,6 +323,179 @@ def test_a_part_without_its_weights(folder: Path) -> None:
     edit_manifest(folder, lambda data: data["files"].pop(name))
     line = error("run", QUESTION, "-m", folder)
     assert line.startswith(f"{folder / 'openvino_language_model.xml'} cannot be read by OpenVINO: ")
+
+
+LONG = "n" * 300
+TOO_LONG = "File name too long"
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["run", LONG, QUESTION], f"cannot read {LONG}: {TOO_LONG}"),
+        (["run", QUESTION, "--schema", LONG], f"cannot read the schema {LONG}: {TOO_LONG}"),
+        (["batch", LONG, "-o", "out.jsonl", "-m", "panel"], f"cannot read the jobs file {LONG}: {TOO_LONG}"),
+        (["batch", "jobs.jsonl", "-o", LONG, "-m", "panel"], f"cannot read {LONG}: {TOO_LONG}"),
+        (["batch", "jobs.jsonl", "-o", ".", "-m", "panel"], ". is a folder; name a file in it for the answers"),
+        (["batch", "jobs.jsonl", "-o", "/", "-m", "panel"], "/ is a folder; name a file in it for the answers"),
+        (["watch", LONG, "--question", QUESTION, "-o", "out"], f"cannot read the folder {LONG}: {TOO_LONG}"),
+        (["watch", ".", "--question", QUESTION, "-o", ".."], ".. is a folder; name a file in it for the answers"),
+        (["serve", "--image-folder", LONG], f"image folder {LONG} cannot be read: {TOO_LONG}"),
+        (["serve", "--image-folder", "jobs.jsonl"], "image folder jobs.jsonl is no folder"),
+        (["serve", "--api-key-file", LONG], f"API key file {LONG} cannot be read: {TOO_LONG}"),
+        (["bench", "--report", f"{LONG}/a.html"], f"no folder {LONG} for the report"),
+        (["bench", "--report", "folder.html"], "folder.html cannot be written; choose another place for the report"),
+        (["bench", "--report", "."], "a report is .html or .png, not ."),
+        (["export", LONG], f"no folder {LONG!r} here, and it is no hub id of the form owner/name"),
+        (["export", ".", "-o", LONG], f"cannot use {LONG}: {TOO_LONG}; choose another folder with -o"),
+    ],
+)
+def test_a_path_that_cannot_be(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.jsonl").write_text('{"question": "What?"}', encoding="utf-8")
+    (tmp_path / "folder.html").mkdir()
+    before = sorted(tmp_path.iterdir())
+    assert error(*arguments) == line
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@POSIX
+def test_a_file_where_the_models_folder_would_be(own_home: Path) -> None:
+    own_home.write_text("no folder", encoding="utf-8")
+    assert error("models") == f"the models folder {own_home / 'models'} cannot be read: Not a directory"
+    result = cli("doctor", "--json")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts["models folder"] == f"{own_home / 'models'} (cannot be read: Not a directory)"
+    assert facts["cache folder"] == f"{own_home / 'cache'} (cannot be read: Not a directory)"
+
+
+@pytest.mark.parametrize("host", ["a..b", "n" * 70])
+def test_a_host_that_is_no_name(exported: Path, host: str) -> None:
+    line = error("serve", exported, "--host", host, "--allow-anyone", "--port", 0)
+    assert line.startswith(f"cannot listen on {host} port 0: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, which is full as a disk may be")
+def test_an_answer_that_a_full_disk_does_not_take() -> None:
+    """No module foresees it: the command line itself tells what the system said."""
+    for command in (["models"], ["doctor", "--json"], ["run", "What?", "-m", "panel", "--max-new-tokens", "1"]):
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run([*COMMAND, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
+
+
+def held_to_permissions() -> list[str]:
+    """Return what a command is run through to be denied what its permissions deny; the superuser is denied nothing."""
+    if sys.platform == "win32":
+        pytest.skip("permissions of POSIX")
+    if os.geteuid():
+        return []
+    if not sys.platform.startswith("linux") or not shutil.which("setpriv"):
+        pytest.skip("the superuser may read everything, and there is no setpriv to take that from it")
+    drop = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={drop}", f"--inh-caps={drop}"]
+
+
+@pytest.fixture
+def private(exported: Path, idefics3: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder that may not be looked into; beside it a checkpoint of which one file may not be read."""
+    folder, half = tmp_path / "private", tmp_path / "half"
+    copy_export(exported, folder / "model")
+    (folder / "home" / "models").mkdir(parents=True)
+    (folder / "jobs.jsonl").write_text('{"question": "What?"}', encoding="utf-8")
+    shutil.copytree(idefics3, half)
+    (half / "tokenizer.json").chmod(0)
+    folder.chmod(0)
+    yield folder
+    folder.chmod(0o700)
+
+
+BARRED: dict[str, tuple[list[str], str]] = {
+    "run, model": (["run", QUESTION, "-m", "private/model"], "private/model cannot be read: permission denied"),
+    "run, picture": (["run", "private/a.png", QUESTION], "cannot read private/a.png: Permission denied"),
+    "chat, picture": (["chat", "private/a.png"], "cannot read private/a.png: Permission denied"),
+    "batch, jobs": (
+        ["batch", "private/jobs.jsonl", "-o", "out.jsonl", "-m", "panel"],
+        "cannot read the jobs file private/jobs.jsonl: Permission denied",
+    ),
+    "batch, model": (
+        ["batch", "jobs.jsonl", "-o", "out.jsonl", "-m", "private/model"],
+        "private/model cannot be read: permission denied",
+    ),
+    "batch, output": (
+        ["batch", "jobs.jsonl", "-o", "private/out.jsonl", "-m", "panel"],
+        "cannot read private/out.jsonl: Permission denied",
+    ),
+    "watch, folder": (
+        ["watch", "private/model", "--question", QUESTION, "-o", "out.jsonl"],
+        "cannot read the folder private/model: Permission denied",
+    ),
+    "watch, output": (
+        ["watch", ".", "--question", QUESTION, "-o", "private/out.jsonl", "-m", "panel"],
+        "cannot write private/out.jsonl: Permission denied; nothing is lost, run the same command again",
+    ),
+    "serve, model": (["serve", "private/model"], "private/model cannot be read: permission denied"),
+    "serve, pictures": (
+        ["serve", "--image-folder", "private/model"],
+        "image folder private/model cannot be read: Permission denied",
+    ),
+    "serve, keys": (
+        ["serve", "--api-key-file", "private/keys"],
+        "API key file private/keys cannot be read: Permission denied",
+    ),
+    "bench, report": (["bench", "--report", "private/model/a.html"], "no folder private/model for the report"),
+    "export, source": (["export", "private/model"], "private/model cannot be read: permission denied"),
+    "export, file of the source": (
+        ["export", "half", "-o", "out", "--fp32", "--no-verify"],
+        "half/tokenizer.json cannot be read: Permission denied",
+    ),
+    "export, target": (
+        ["export", "half", "-o", "private/out"],
+        "cannot use private/out: Permission denied; choose another folder with -o",
+    ),
+    "models": (["models"], "the models folder private/home/models cannot be read: Permission denied"),
+}
+
+
+@pytest.mark.parametrize("case", BARRED)
+def test_what_may_not_be_read_is_named(case: str, private: Path) -> None:
+    arguments, line = BARRED[case]
+    place = private.parent
+    (place / "jobs.jsonl").write_text('{"question": "What?"}', encoding="utf-8")
+    command = [*held_to_permissions(), *COMMAND, *arguments]
+    home = os.environ | ({"EDGEVLM_HOME": "private/home"} if case == "models" else {})
+    done = subprocess.run(command, cwd=place, env=home, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"Error: {line}\n")
+
+
+def test_a_home_that_may_not_be_used_costs_no_answer(private: Path) -> None:
+    place, home = private.parent, os.environ | {"EDGEVLM_HOME": "private/home"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [*held_to_permissions(), *COMMAND, *arguments]
+        return subprocess.run(command, cwd=place, env=home, capture_output=True, text=True, check=True)
+
+    facts = json.loads(run("doctor", "--json").stdout)
+    for name, folder in (("models folder", "models"), ("cache folder", "cache")):
+        assert facts[name] == str(Path("private", "home", folder)) + " (cannot be read: Permission denied)"
+    assert json.loads(run("run", "What?", "-m", "panel", "--max-new-tokens", "1", "--json").stdout)["answer"]
+
+
+def test_a_model_of_somebody_else_s_is_listed(exported: Path, own_home: Path) -> None:
+    folder = copy_export(exported, own_home / "models" / "theirs")
+    folder.chmod(0)
+    try:
+        command = [*held_to_permissions(), *COMMAND, "models", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    finally:
+        folder.chmod(0o700)
+    states = {each["name"]: each["state"] for each in json.loads(done.stdout)}
+    line = f"damaged: {folder / 'edgevlm.json'} cannot be read: Permission denied"
+    assert states == {"panel": "ok", "theirs": line}
 
 
 def test_the_real_command_prints_one_line(folder: Path) -> None:

@@ -24,6 +24,7 @@ from tests.conftest import heed_interrupts
 
 Q_PROJ = "model.text_model.layers.0.self_attn.q_proj.weight"
 QUICK = ExportOptions("int8", verify=False)
+FORCED = ExportOptions("fp32", verify=False, force=True)
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and limits")
 
 
@@ -193,27 +194,152 @@ def test_a_file_is_no_checkpoint(tmp_path: Path) -> None:
         export(path, tmp_path / "out", QUICK)
 
 
-def test_an_existing_folder_needs_force(exported: Path, idefics3: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine.txt").write_text("mine", encoding="utf-8")
+def old_export(folder: Path) -> Path:
+    """Make what an earlier export may have left; its manifest is damaged, which is a reason to export again."""
+    folder.mkdir(parents=True)
+    (folder / "edgevlm.json").write_text("{", encoding="utf-8")
+    (folder / "openvino_language_model.xml").write_text("old", encoding="utf-8")
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return the names of all folders and files below a folder, with what is in the files."""
+    paths = sorted(folder.rglob("*"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b"" for path in paths}
+
+
+def test_an_existing_folder_needs_force(idefics3: Path, tmp_path: Path) -> None:
+    target = old_export(tmp_path / "out")
+    before = tree(tmp_path)
     with pytest.raises(ExportError, match="exists already; use --force to replace it, or -o for another folder"):
         export(idefics3, target, QUICK)
-    assert (target / "mine.txt").read_text(encoding="utf-8") == "mine"
-    export(idefics3, target, ExportOptions("int8", verify=False, force=True))
-    assert not (target / "mine.txt").exists()
+    assert tree(tmp_path) == before
+    export(idefics3, target, FORCED)
+    assert (target / "openvino_language_model.xml").stat().st_size > 1000
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+def test_an_empty_folder_is_replaced_and_a_link_leads_there_still(idefics3: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "models", target_is_directory=True)
+    for _ in range(2):
+        export(idefics3, tmp_path / "link", FORCED)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "models"]
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "models" / "edgevlm.json").is_file()
+
+
+def thesis(place: Path) -> Path:
+    (place / "docs" / "thesis").mkdir(parents=True)
+    (place / "docs" / "thesis" / "chapter 1.txt").write_text("once", encoding="utf-8")
+    return place / "docs"
+
+
+def notes(place: Path) -> Path:
+    (place / "docs").mkdir()
+    (place / "docs" / "notes.txt").write_text("mine", encoding="utf-8")
+    return place / "docs"
+
+
+def under_version_control(place: Path) -> Path:
+    (old_export(place / "published") / ".git").mkdir()
+    return place / "published"
+
+
+def export_and_source(place: Path) -> Path:
+    (place / "checkpoint" / "edgevlm.json").write_text("{}", encoding="utf-8")
+    return place / "checkpoint"
+
+
+def a_file(place: Path) -> Path:
+    (place / "file").touch()
+    return place / "file"
+
+
+IS_SOURCE = "is the checkpoint's folder, holds it or lies in it; choose another folder with -o"
+NEVER_REPLACED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a folder of somebody's": (thesis, "holds 'thesis', which no export wrote, so it is not replaced; choose another"),
+    "a folder of files": (notes, "holds 'notes.txt', which no export wrote, so it is not replaced; choose another"),
+    "an export under version control": (under_version_control, "holds '.git', which no export wrote"),
+    "the source": (lambda place: place / "checkpoint", IS_SOURCE),
+    "the source by another name": (lambda place: place / "checkpoint" / ".." / "checkpoint", IS_SOURCE),
+    "the source, an export as well": (export_and_source, IS_SOURCE),
+    "what holds the source": (lambda place: place, IS_SOURCE),
+    "an export in the source": (lambda place: old_export(place / "checkpoint" / "ir"), IS_SOURCE),
+    "the current folder": (lambda _: Path(), ". is the current folder or holds it, and cannot be replaced"),
+    "what holds the current folder": (lambda _: Path(".."), ".. is the current folder or holds it"),
+    "a file": (a_file, "is a file, or lies in one; an export is a folder"),
+    "a folder in a file": (lambda place: a_file(place) / "out", "file"),
+    "a name that is too long": (lambda place: place / ("a" * 300), "choose another folder with -o"),
+    "a name too long for its draft": (lambda place: place / ("a" * 250), "cannot write to "),
+}
+
+
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("case", NEVER_REPLACED)
+def test_nothing_is_replaced_but_an_export(
+    case: str, force: bool, idefics3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, here = tmp_path / "place", tmp_path / "elsewhere" / "here"
+    shutil.copytree(idefics3, place / "checkpoint")
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    make, line = NEVER_REPLACED[case]
+    target = make(place)
+    before = tree(tmp_path)
+    with pytest.raises(ExportError) as caught:
+        export(place / "checkpoint", target, ExportOptions("fp32", verify=False, force=force))
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+    assert here.is_dir()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+def test_a_link_to_the_source_is_the_source(idefics3: Path, tmp_path: Path) -> None:
+    checkpoint, link = shutil.copytree(idefics3, tmp_path / "checkpoint"), tmp_path / "link"
+    link.symlink_to(checkpoint, target_is_directory=True)
+    before = tree(checkpoint)
+    for source, target in ((checkpoint, link), (link, checkpoint)):
+        with pytest.raises(ExportError, match="is the checkpoint's folder"):
+            export(source, target, FORCED)
+    assert tree(checkpoint) == before
+
+
+def test_a_target_is_refused_before_anything_is_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="which no export wrote"):
+        export("someone/nothing", notes(tmp_path), FORCED)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_what_comes_into_the_target_meanwhile_stays(force: bool, idefics3: Path, tmp_path: Path) -> None:
+    def write_notes(stage: str) -> None:
+        if stage == "write":
+            notes(tmp_path)
+
+    with pytest.raises(ExportError, match=r"holds 'notes\.txt', which no export wrote"):
+        export(idefics3, tmp_path / "docs", ExportOptions("fp32", verify=False, force=force), write_notes)
+    assert tree(tmp_path) == {"docs": b"", "docs/notes.txt": b"mine"}
+
+
+def test_what_only_resembles_a_leftover_stays(idefics3: Path, tmp_path: Path) -> None:
+    names = {".a[b]c.partial-99999999999999999999", ".a[b]c.partial-mine", ".abc.partial-4194305"}
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".a[b]c.partial-4194305").mkdir()  # no process has this number
+    export(idefics3, tmp_path / "a[b]c", FORCED)
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "a[b]c"}
+
+
 def test_a_failing_export_leaves_the_old_folder(idefics3: Path, tmp_path: Path) -> None:
-    target, checkpoint = tmp_path / "out", tmp_path / "checkpoint"
-    target.mkdir()
-    (target / "mine.txt").write_text("mine", encoding="utf-8")
-    shutil.copytree(idefics3, checkpoint)
+    target = old_export(tmp_path / "out")
+    before = tree(target)
+    checkpoint = Path(shutil.copytree(idefics3, tmp_path / "checkpoint"))
     drop_weight(checkpoint)
     with pytest.raises(SourceError):
-        export(checkpoint, target, ExportOptions("int8", verify=False, force=True))
-    assert (target / "mine.txt").read_text(encoding="utf-8") == "mine"
+        export(checkpoint, target, FORCED)
+    assert tree(target) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
@@ -289,17 +415,16 @@ def start_export(checkpoint: Path, target: Path, via: str = "native", **options:
 @pytest.mark.parametrize("via", BOTH)
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_export_leaves_the_old_folder(kill: int, via: str, idefics3: Path, tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine.txt").write_text("mine", encoding="utf-8")
+    target = old_export(tmp_path / "out")
+    before = tree(target)
     process = start_export(idefics3, target, via, preexec_fn=heed_interrupts)
     os.killpg(process.pid, kill)
     process.communicate()
     assert process.returncode != 0
-    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    assert tree(target) == before
     leftovers = [path for path in tmp_path.iterdir() if path.name != "out"]
     assert len(leftovers) == (1 if kill == signal.SIGKILL else 0)
-    with draft_folder(target, force=True) as draft:  # the next export clears them away
+    with draft_folder(target, idefics3, force=True) as draft:  # the next export clears them away
         assert [path.name for path in tmp_path.iterdir() if path not in (target, draft)] == []
 
 
@@ -336,14 +461,6 @@ def test_a_full_disk_leaves_the_old_folder(via: str, idefics3: Path, tmp_path: P
     assert list(target.iterdir()) == []
 
 
-def test_a_target_that_cannot_be_made(idefics3: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match=r"cannot write to .*file"):
-        export(idefics3, tmp_path / "file" / "out", QUICK)
-    with pytest.raises(ExportError, match="is a file; an export is a folder"):
-        export(idefics3, tmp_path / "file", ExportOptions("int8", force=True))
-
-
 @pytest.mark.parametrize(
     ("text", "line"),
     [
@@ -363,9 +480,25 @@ def test_a_bad_calibration_set_is_refused_before_any_work(text: str, line: str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_calibration_folder_of_pictures_is_enough(china: Path) -> None:
+def test_a_calibration_set_that_is_no_text_or_has_a_mark_before_it(china: Path, tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_bytes('{"question": "Größe?"}'.encode("latin-1"))
+    with pytest.raises(ExportError, match=r"set\.jsonl is not text in UTF-8"):
+        load_pairs(path)
+    path.write_bytes(b"\xef\xbb\xbf" + '{"question": "Größe?\u2028"}\n'.encode())  # as Notepad writes it
+    assert [pair.question for pair in load_pairs(path)] == ["Größe?\u2028"]
+    path.write_text(json.dumps({"image": "a" * 300, "question": "What?"}), encoding="utf-8")
+    with pytest.raises(ExportError, match=r"cannot be read|no such picture"):
+        load_pairs(path)
+
+
+def test_a_calibration_folder_of_pictures_is_enough(china: Path, tmp_path: Path) -> None:
     pairs = load_pairs(china.parent)
     assert [pair.image for pair in pairs] == [china]
     assert pairs[0].question
+    for name in ("b.jfif", "a.PGM", ".hidden.png", "c.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [pair.image for pair in load_pairs(tmp_path)] == [tmp_path / "a.PGM", tmp_path / "b.jfif"]
     with pytest.raises(ExportError, match="neither a folder nor a JSONL file"):
         load_pairs(china.parent / "gone")

@@ -21,7 +21,7 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as reference_load_image
 
 from edgevlm.errors import ImageError
-from edgevlm.image import MAX_PIXELS, RGB, load_image
+from edgevlm.image import FORMATS, MAX_PIXELS, RGB, image_suffixes, load_image
 from tests.conftest import photograph
 
 Make = Callable[[Path], tuple[Any, str]]
@@ -201,6 +201,93 @@ def test_what_lies_over_white_is_the_mix_of_both(tmp_path: Path) -> None:
     assert np.abs(found - mix).max() <= 1
     assert (found[0] == 255).all()
     assert np.array_equal(found[1], pixels[1, :, :3])
+
+
+def bgra(alpha: np.ndarray | int) -> np.ndarray:
+    """Return the scene in the order in which BMP and TGA store it, with this alpha."""
+    height, width, _ = scene().shape
+    return np.dstack([scene()[..., ::-1], np.broadcast_to(alpha, (height, width)).astype(np.uint8)])
+
+
+def bmp(pixels: np.ndarray, header_size: int = 124) -> bytes:
+    """Return a BMP of 32 bits a pixel, bottom row first, whose header names an alpha mask: V3 (56), V4 (108), V5."""
+    height, width, _ = pixels.shape
+    header = struct.pack("<IiiHHIIiiII", header_size, width, height, 1, 32, 3, pixels.size, 2835, 2835, 0, 0)
+    header += struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    head = b"BM" + struct.pack("<IHHI", 14 + header_size + pixels.size, 0, 0, 14 + header_size)
+    return head + header.ljust(header_size, b"\0") + pixels[::-1].tobytes()
+
+
+def tga(pixels: np.ndarray, kind: int = 2, attribute_bits: int = 0, palette: bytes = b"") -> bytes:
+    """Return a TGA, top row first, from an array `(H, W, bytes)`; `kind` is its image type."""
+    height, width, depth = pixels.shape
+    colours = (1, 0, len(palette) // 4, 32) if palette else (0, 0, 0, 0)
+    size = (0, 0, width, height, depth * 8, 0x20 | attribute_bits)
+    head = struct.pack("<BBBHHBHHHHBB", 0, colours[0], kind, *colours[1:], *size)
+    rows = pixels.tobytes()
+    if kind == 10:  # each pixel a packet of its own
+        rows = b"".join(b"\0" + pixel.tobytes() for pixel in pixels.reshape(-1, depth))
+    return head + palette + rows
+
+
+def ico(pixels: np.ndarray) -> bytes:
+    """Return an icon of one bitmap of 32 bits a pixel, all of it within its outline."""
+    height, width, _ = pixels.shape
+    outline = bytes(-(-width // 32) * 4 * height)
+    header = struct.pack("<IiiHHIIiiII", 40, width, 2 * height, 1, 32, 0, pixels.size, 0, 0, 0, 0)
+    bitmap = header + pixels[::-1].tobytes() + outline
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, width, height, 0, 0, 1, 32, len(bitmap), 22) + bitmap
+
+
+FOUR_BYTES: dict[str, Callable[[np.ndarray], bytes]] = {
+    "BMP V3": lambda pixels: bmp(pixels, 56),
+    "BMP V4": lambda pixels: bmp(pixels, 108),
+    "BMP V5": bmp,
+    "DIB": lambda pixels: bmp(pixels)[14:],
+    "TGA": lambda pixels: tga(pixels, attribute_bits=8),
+    "TGA, no attribute bits": tga,
+    "TGA, run-length encoded": lambda pixels: tga(pixels, 10),
+    "ICO": ico,
+}
+
+
+@pytest.mark.parametrize("case", FOUR_BYTES)
+def test_a_fourth_byte_that_is_0_throughout_is_padding(case: str) -> None:
+    data = FOUR_BYTES[case](bgra(0))
+    assert np.array_equal(load_image(data), scene())
+    with Image.open(io.BytesIO(data)) as image:
+        assert np.array_equal(load_image(image), scene())
+
+
+@pytest.mark.parametrize("case", FOUR_BYTES)
+def test_a_fourth_byte_that_is_not_0_throughout_is_alpha(case: str) -> None:
+    alpha = np.zeros(scene().shape[:2], np.uint8)
+    alpha[3, 4], alpha[5], alpha[7] = 1, 128, 255
+    found = load_image(FOUR_BYTES[case](bgra(alpha)))
+    assert np.array_equal(found, over_white(np.dstack([scene(), alpha])))
+    assert (found[0] == 255).all()
+    assert np.array_equal(found[7], scene()[7])
+    assert np.array_equal(load_image(FOUR_BYTES[case](bgra(255))), scene())
+
+
+def test_attribute_bits_of_other_targa_files() -> None:
+    """A bit, or a palette's fourth byte, that says the same everywhere hides nothing."""
+    five_bits = np.random.default_rng(8).integers(0, 2**15, (5, 6, 1), np.uint16)
+    wanted = load_image(tga(five_bits.view(np.uint8)))
+    assert wanted.min() < wanted.max()
+    assert np.array_equal(load_image(tga((five_bits | 0x8000).view(np.uint8), attribute_bits=1)), wanted)
+    gray = np.dstack([noise(5, 6)[..., 0], np.zeros((5, 6), np.uint8)])
+    assert np.array_equal(load_image(tga(gray, 3)), np.repeat(gray[..., :1], 3, axis=-1))
+    indices = noise(5, 6)[..., :1] % 2
+    two = load_image(tga(indices, 1, palette=bytes([30, 20, 10, 0, 60, 50, 40, 0])))
+    assert np.array_equal(two, np.where(indices, [40, 50, 60], [10, 20, 30]))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "JPEG2000"])
+def test_where_alpha_is_alpha_a_picture_clear_throughout_is_white(kind: str) -> None:
+    clear = Image.fromarray(np.dstack([scene(), np.zeros(scene().shape[:2], np.uint8)]))
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert (load_image(encode(clear, kind, **options)) == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["PA", "RGBa"])
@@ -534,6 +621,14 @@ def test_threads_at_once_let_no_warning_out_and_leave_the_filters_alone() -> Non
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(both, range(200)))
     assert list(warnings.filters) == before
+
+
+def test_the_suffixes_are_those_of_the_formats() -> None:
+    usual = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".tif", ".tiff", ".bmp", ".dib", ".ico"}
+    assert usual | {".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".tga"} <= image_suffixes()
+    assert not {".eps", ".ps", ".pdf", ".psd", ".heic", ".mp4", ".txt", ""} & image_suffixes()
+    registry = Image.registered_extensions()
+    assert {registry[suffix] for suffix in image_suffixes()} == {*FORMATS}
 
 
 def test_a_program_is_not_run_as_an_image() -> None:

@@ -230,6 +230,55 @@ def test_forms_and_folders_within(exported: Path, folder: Path, pictures: list[P
     assert set(json.loads(second["probabilities"])) == {"yes", "no"}
 
 
+def test_every_format_is_watched_and_what_is_passed_over_is_told_once(
+    exported: Path, folder: Path, pictures: list[Path]
+) -> None:
+    wanted = ["a.jfif", "b.JPE", "c.j2k", "d.dib", "e.pgm", "f.ico", "g.tga", "h.apng", "i.avif", "j.png"]
+    with Image.open(pictures[0]) as image:
+        for name in wanted:
+            image.save(folder / name)
+    for name in ("photo.heic", "scan.pdf", "1.TXT", "2.txt", "3.txt", "README", "odd\n.xyz"):
+        (folder / name).write_bytes(b"no picture")
+    for name in (".hidden.txt", "half.png.part", "upload.tmp", "~lock", "notes~", "notes.swp"):
+        (folder / name).write_bytes(b"no picture")
+    (folder / "sub.folder").mkdir()
+    store = folder / "answers.db"
+    watcher = Running(exported, folder, "--sqlite", str(store))
+    watcher.wait_for(lambda: len(rows_of(store)) == len(wanted))
+    (folder / "late.txt").write_bytes(b"no picture")  # of a kind that was told
+    (folder / "late.mp4").write_bytes(b"no picture")
+    shutil.copy(pictures[1], folder / "last.png")
+    watcher.wait_for(lambda: len(rows_of(store)) == len(wanted) + 1)
+    code, stderr = watcher.end()
+    assert code == 0
+    rows = rows_of(store)
+    assert sorted(row["path"] for row in rows) == sorted([*wanted, "last.png"])
+    assert all(row["error"] is None for row in rows)
+    told = [line.removeprefix("passed over: ") for line in stderr.splitlines() if line.startswith("passed over: ")]
+    first = min(told, key=lambda line: not line.lower().split(",")[0].endswith(".txt"))
+    assert first.split(",")[0] in {"1.TXT", "2.txt", "3.txt"}
+    assert sorted(set(told) - {first}) == [
+        "'odd\\n.xyz', .xyz is no format that edgevlm reads; further such files are not told",
+        "README, it has no suffix; further such files are not told",
+        "late.mp4, .mp4 is no format that edgevlm reads; further such files are not told",
+        "photo.heic, .heic is no format that edgevlm reads; further such files are not told",
+        "scan.pdf, .pdf is no format that edgevlm reads; further such files are not told",
+    ]
+    assert len(told) == 6
+
+
+def test_kinds_without_end_are_told_twenty_times(exported: Path, folder: Path, pictures: list[Path]) -> None:
+    for number in range(30):
+        (folder / f"camera.log.{number}").write_bytes(b"no picture")
+    shutil.copy(pictures[0], folder)
+    store = folder.parent / "answers.jsonl"
+    watcher = Running(exported, folder, "-o", str(store))
+    watcher.wait_for(lambda: rows_of(store))
+    told = [line for line in watcher.end()[1].splitlines() if line.startswith("passed over: ")]
+    assert len(told) == 20
+    assert [line for line in told if line.endswith("such files, and of more kinds, are not told")] == told[-1:]
+
+
 def test_wrong_use_is_one_line(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def error(*arguments: object) -> str:
         result = cli("watch", *arguments, "--question", QUESTION, "-m", exported)
@@ -248,6 +297,8 @@ def test_wrong_use_is_one_line(exported: Path, folder: Path, monkeypatch: pytest
     assert "cannot use the database" in error(folder, "--sqlite", out)
     assert "cannot use the database" in error(folder, "--sqlite", folder)
     assert "cannot read" in error(folder, "-o", folder)
+    assert error(folder, "-o", ".") == "Error: . is a folder; name a file in it for the answers"
+    assert "no such folder" in error(out, "-o", folder / "own.jsonl")
     monkeypatch.setattr("edgevlm.watching.find_spec", lambda _: None)
     with pytest.raises(OptionError, match=r"pip install 'edgevlm\[watch\]'"):
         Watch(folder, Defaults(question="?"))

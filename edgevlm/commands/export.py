@@ -54,7 +54,7 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
     "is native where it covers the checkpoint, and onnx where there are no safetensors.",
 )
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the uncompressed model.")
-@click.option("--force", is_flag=True, help="Replace the folder if it exists.")
+@click.option("--force", is_flag=True, help="Replace an earlier export; what is none is never replaced.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
 @click.option(

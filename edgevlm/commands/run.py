@@ -60,11 +60,12 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
 
 def _check_question(question: str) -> None:
     """Catch the likeliest slip: a picture and no question."""
-    from edgevlm.image import IMAGE_SUFFIXES
+    from edgevlm.image import image_suffixes
     from edgevlm.paths import is_there
 
-    names_image = question.lower().endswith(IMAGE_SUFFIXES) and len(question.split()) == 1
-    is_file = Path(question).suffix and is_there(Path(question)) and Path(question).is_file()
+    suffix = Path(question).suffix.lower()
+    names_image = suffix and len(question.split()) == 1 and suffix in image_suffixes()
+    is_file = suffix and is_there(Path(question)) and Path(question).is_file()
     if question == "-" or names_image or is_file:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
 

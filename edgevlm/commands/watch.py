@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -53,8 +54,9 @@ def watch(
     """Answer --question about each picture in FOLDER, and about each that comes, until Ctrl-C or SIGTERM.
 
     Each picture is answered once, also across restarts; a row holds its path, SHA-256, and the answer or the error. A
-    file that is still being written is waited for. What is in a JSON Lines file is held in memory (some hundred bytes a
-    picture): for years of pictures, take --sqlite. Needs pip install 'edgevlm[watch]'.
+    file that is still being written is waited for. Of files whose suffix is that of no format edgevlm reads, the first
+    of each suffix is told on stderr, and none is answered. What is in a JSON Lines file is held in memory (some hundred
+    bytes a picture): for years of pictures, take --sqlite. Needs pip install 'edgevlm[watch]'.
 
     \b
     edgevlm watch ./camera --question "Is the door open?" --choices yes,no --sqlite door.db
@@ -79,7 +81,7 @@ def watch(
             vlm = VLM(chosen, runtime)
         show = _print_json if as_json else print_row if sys.stdout.isatty() else _say_nothing
         click.echo(f"watching {folder}", err=True)
-        Watcher(what, vlm, store, show).run(stop)
+        Watcher(what, vlm, store, show, partial(click.echo, err=True)).run(stop)
 
 
 def _print_json(row: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 from ipaddress import ip_address
 from math import inf
@@ -82,8 +83,8 @@ class ServeConfig:
             )
         if any(not key.isascii() or not key.isprintable() or " " in key for key in self.api_keys):
             raise OptionError("an API key must be of printable ASCII characters without spaces")
-        if self.image_folder is not None and not self.image_folder.is_dir():
-            raise OptionError(f"image folder {self.image_folder} is no folder")
+        if self.image_folder is not None:
+            _check_folder(self.image_folder)
         for origin in self.allowed_origins:
             self._check_origin(origin)
         if not (self.is_local or self.api_keys or self.allow_anyone):
@@ -115,6 +116,19 @@ class ServeConfig:
             return ip_address(self.host).is_loopback
         except ValueError:
             return self.host.lower() == "localhost"
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        mode = folder.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise OptionError(f"image folder {folder} cannot be read: {error.strerror or error}") from None
+    if not stat.S_ISDIR(mode):
+        raise OptionError(f"image folder {folder} is no folder")
+    if not os.access(folder, os.X_OK):
+        raise OptionError(f"image folder {folder} cannot be read: permission denied")
 
 
 def read_keys(path: str | os.PathLike[str]) -> tuple[str, ...]:

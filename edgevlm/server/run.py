@@ -160,6 +160,6 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_MOST_CONNECTIONS)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last: a label of a name that is too long
         reason = getattr(error, "strerror", None) or error
         raise ServerError(f"cannot listen on {host} port {port}: {reason}; choose another with --port") from None

@@ -18,6 +18,7 @@ import numpy as np
 from edgevlm.chat import user_message
 from edgevlm.errors import ExportError
 from edgevlm.generate import GenerationConfig
+from edgevlm.image import image_suffixes
 from edgevlm.language_model import TextEmbeddings
 from edgevlm.model import merge
 from edgevlm.parts import PartLoader
@@ -32,7 +33,6 @@ answers, on 24 it loses none; SmolVLM-256M's shape, 576 wide, is as near to its 
 (cosine 0.9996, 0.9995), and each takes seconds."""
 _JSONL = "calibration.jsonl"
 _QUESTIONS = ("Describe this picture.", "What is in this picture?", "What does the text say?", "How many are there?")
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,36 @@ class Pair:
 def load_pairs(source: Path | None = None) -> list[Pair]:
     """Return the pairs of `source`, a folder or JSONL; None is the shipped set. Raises `ExportError`."""
     source = source or SHIPPED
-    if source.is_dir() and (source / _JSONL).is_file():
-        source = source / _JSONL
-    if source.is_file():
-        pairs = list(_read_jsonl(source))
-    elif source.is_dir():
-        pictures = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
-        pairs = [Pair(_QUESTIONS[i % len(_QUESTIONS)], path) for i, path in enumerate(pictures)]
-    else:
-        raise ExportError(f"no calibration set {source}: neither a folder nor a JSONL file")
+    try:
+        pairs = _read(source)
+    except OSError as error:
+        raise ExportError(f"the calibration set {source} cannot be read: {error.strerror or error}") from None
     if not pairs:
         raise ExportError(f"the calibration set {source} is empty")
     return pairs
 
 
+def _read(source: Path) -> list[Pair]:
+    if source.is_dir() and (source / _JSONL).is_file():
+        source = source / _JSONL
+    if source.is_file():
+        return list(_read_jsonl(source))
+    if source.is_dir():
+        pictures = sorted(path for path in source.iterdir() if _is_picture(path))
+        return [Pair(_QUESTIONS[i % len(_QUESTIONS)], path) for i, path in enumerate(pictures)]
+    raise ExportError(f"no calibration set {source}: neither a folder nor a JSONL file")
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".") and path.is_file()
+
+
 def _read_jsonl(path: Path) -> Iterator[Pair]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise ExportError(f"the calibration set {path} is not text in UTF-8") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

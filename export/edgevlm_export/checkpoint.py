@@ -13,6 +13,7 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
+from edgevlm.paths import is_barred, is_there
 from edgevlm_export.config import Section
 from edgevlm_export.options import Route
 
@@ -186,9 +187,11 @@ class Checkpoint:
 def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None, via: Route = "auto") -> Checkpoint:
     """Return the checkpoint that `source` names, with the weights that the route `via` reads. Raises `SourceError`."""
     folder = Path(source)
-    if folder.is_dir():
+    if is_barred(folder / "config.json"):
+        raise SourceError(f"{source} cannot be read: permission denied")
+    if is_there(folder) and folder.is_dir():
         return _open_folder(folder, folder.resolve().name, None, via)
-    if folder.exists():
+    if is_there(folder):
         raise SourceError(f"{source} is a file; give the checkpoint's folder or a hub id")
     snapshot = _fetch(str(source), revision, via)
     return _open_folder(snapshot, str(source), snapshot.name, via)

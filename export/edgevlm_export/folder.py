@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgevlm.device import import_openvino
+from edgevlm.errors import SourceError
 from edgevlm.families import Tiles, make_family
 from edgevlm.manifest import PART_NAMES, File, Manifest, Part, hash_file
 from edgevlm.paths import MANIFEST
@@ -45,8 +45,12 @@ def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], t
 
     `template` is the chat template's source.
     """
-    for path in checkpoint.small_files():
-        shutil.copyfile(path, work / path.name)
+    try:
+        small = {path.name: path.read_bytes() for path in checkpoint.small_files()}
+    except OSError as error:
+        raise SourceError(f"{error.filename} cannot be read: {error.strerror or error}") from None
+    for name, data in small.items():
+        (work / name).write_bytes(data)
     (work / _CHAT_TEMPLATE).write_text(template, encoding="utf-8", newline="")
     text = text_section(checkpoint.section(""))
     family = make_family(checkpoint.model_type, facts)

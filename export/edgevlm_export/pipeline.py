@@ -21,7 +21,7 @@ from edgevlm_export.calibration import load_pairs
 from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.clock import OnStage, StageClock
 from edgevlm_export.config import UncoveredError, overlooked, overlooked_in_decoding
-from edgevlm_export.draft import draft_folder
+from edgevlm_export.draft import check_target, draft_folder
 from edgevlm_export.families import architecture, family_facts
 from edgevlm_export.folder import Written, seal, start_folder
 from edgevlm_export.memory import PeakMemory
@@ -73,7 +73,11 @@ def export(
     clock = StageClock(on_stage)
     with PeakMemory() as memory:
         clock.begin("checkpoint")
+        if output:  # before anything is downloaded
+            check_target(output, Path(source), force=options.force)
         checkpoint = open_checkpoint(source, options.revision, options.via)
+        target = output or models_dir() / default_name(checkpoint, options)
+        check_target(target, checkpoint.folder, force=options.force)
         facts, processor = family_facts(checkpoint)
         template = checkpoint.chat_template(options.chat_template)
         unread = overlooked([processor], options.ignore_config_keys)
@@ -81,8 +85,7 @@ def export(
         write_parts, via, unread_by_route = choose_route(checkpoint, facts, options)
         unread |= unread_by_route
         pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
-        target = output or models_dir() / default_name(checkpoint, options)
-        with draft_folder(target, force=options.force) as draft:
+        with draft_folder(target, checkpoint.folder, force=options.force) as draft:
             work = draft / "work"
             work.mkdir()
             manifest = replace(start_folder(work, checkpoint, facts, template), overlooked=unread)
