@@ -13,7 +13,7 @@ TESTS = Path(__file__).parent / "tests"
 @nox.session
 def tests(session: nox.Session) -> None:
     """Style, types and tests, beside the reference: transformers 5."""
-    session.install("-e", ".[dev]")
+    session.install("--quiet", "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -23,6 +23,6 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def optimum(session: nox.Session) -> None:
     """What goes through optimum-intel, which needs transformers 4."""
-    session.install("-e", ".[export-torch]", "pytest>=8.4,<10", "scikit-learn>=1.7,<2")
+    session.install("--quiet", "-e", ".[export-torch]", "pytest>=8.4,<10", "scikit-learn>=1.7,<2")
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.optimum" in path.read_text("utf-8")]
     session.run("python", "-m", "pytest", "-m", "optimum", *files, *session.posargs)
