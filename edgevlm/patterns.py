@@ -86,7 +86,7 @@ def _in_class(body: str, head: str) -> str:
     tokens = _IN_CLASS.findall(body)
     if "--" in tokens:
         raise ValueError(r"a hyphen in a class is written \-")
-    if head == "[" and all(each == "-" or _CONTROL.fullmatch(each) for each in tokens):
+    if head == "[" and all(_CONTROL.fullmatch(each) for each in tokens if each != "-" or len(tokens) == 1):
         raise ValueError("it asks for a control character")
     written = {"[": r"\[", "]": r"\]", "&": r"\&", "~": r"\~", r"\s": _SPACE, r"\S": _NO_SPACE}
     return "".join(written.get(each, each) for each in tokens)

@@ -50,7 +50,7 @@ FAMILY: dict[str, dict[str, Any]] = {
     "64 bits": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
     "lengths": {"type": "string", "minLength": 2, "maxLength": 3},
     "white space": {"type": "string", "pattern": r"^\s\S.[^\s]$"},
-    "a class of brackets": {"type": "string", "pattern": r"^[[&&\]~-]{2}[\w.-]$"},
+    "a class of brackets": {"type": "string", "pattern": r"^[[&&\]~-]{2}[-][\w.-]$"},
     "literals": {"enum": [1, 2.5, -0.0, 1e-7, 'é"\\\n', None, [1, {"a": []}], {"b": 1, "a": True}]},
     "type and enum": {"type": ["string", "integer"], "enum": ["a", 1, 2.5, None]},
     "open object": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "null"}}},
