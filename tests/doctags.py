@@ -73,11 +73,9 @@ def _learn(folder: Path) -> None:
     tokenizer = FastTokenizer.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     table = model.get_input_embeddings().requires_grad_(False)
-    learned = [
-        weight for weight in (*model.model.text_model.parameters(), *model.lm_head.parameters()) if weight.requires_grad
-    ]
+    taught = (*model.model.text_model.parameters(), *model.lm_head.parameters())
     answer = torch.tensor([*tokenizer.encode(PAGE), tokenizer.convert_tokens_to_ids("<end_of_utterance>")])
-    optimiser = torch.optim.AdamW(learned, 3e-3)
+    optimiser = torch.optim.AdamW([weight for weight in taught if weight.requires_grad], 3e-3)
     losses = torch.ones(len(prompts))
     for step in range(_STEPS):
         which = step % len(prompts)

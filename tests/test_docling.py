@@ -62,8 +62,8 @@ def test_the_command_line(docling: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"skip_special_tokens": False}, {"skip_special_tokens": True}])
 def test_the_server_and_its_stream(fields: dict[str, Any], server: Server) -> None:
-    picture = {"type": "image_url", "image_url": {"url": data_url(SHEET)}}
-    body = {"messages": [{"role": "user", "content": [picture, {"type": "text", "text": PROMPT}]}], **fields}
+    content = [{"type": "image_url", "image_url": {"url": data_url(SHEET)}}, {"type": "text", "text": PROMPT}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 200, **fields}
     status, answer = ask(server, **body)
     assert (status, answer["choices"][0]["message"]["content"].strip()) == (200, PAGE)
     _, _, stream = request(server, "POST", "/v1/chat/completions", {**body, "stream": True})
