@@ -67,7 +67,7 @@ def reference(path: Path) -> np.ndarray:
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
     """Return the picture as the reference's image processor flattens RGBA."""
-    return np.asarray(convert_to_rgb(rgba, return_numpy=True))
+    return np.asarray(convert_to_rgb(Image.fromarray(rgba), return_numpy=True))
 
 
 def exif(orientation: int) -> bytes:

@@ -17,6 +17,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from edgevlm import VLM, Constraint, OptionError
 from edgevlm.sampling import make_sampler
+from edgevlm.server.errors import ApiError
 from edgevlm.server.schemas import Function
 from edgevlm.server.tools import Tools
 
@@ -233,8 +234,8 @@ def test_what_cannot_be_held_is_refused_by_its_keyword(schema: dict[str, Any], m
         Constraint.json_schema(schema)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 400
-    with pytest.raises(OptionError):
-        _ = Tools([Function(name="tell", parameters=schema)], required=True).constraint
+    with pytest.raises(ApiError):
+        _ = Tools([Function(name="tell", parameters=schema)], required=True, content=None).constraint
 
 
 def test_a_large_object_is_followed(vlm: VLM) -> None:

@@ -20,7 +20,8 @@ from edgevlm.strict_json import write_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CALL = re.compile(OPEN + r'\{"name": "([^"]+)", "arguments": (.*)\}' + CLOSE, re.DOTALL)
-_NO_PARAMETERS = {"properties": {}, "additionalProperties": False}
+_IN_PARTS = {"$ref", "allOf", "anyOf", "oneOf", "patternProperties"}
+"""With these, what a function names stands elsewhere too, and nothing is closed."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,11 @@ class Tools:
 
 
 def _arguments(function: Function) -> Constraint:
+    """Return the form of a call's arguments: none that the function does not name, unless its schema says otherwise."""
     with blaming("tools", f"the parameters of {function.name}"):
-        return Constraint.json_schema({"type": "object", **(function.parameters or _NO_PARAMETERS)})
+        parameters = function.parameters or {"properties": {}}
+        closed = {} if _IN_PARTS & parameters.keys() else {"additionalProperties": False}
+        return Constraint.json_schema({"type": "object", **closed, **parameters})
 
 
 def _call(number: int, function: Function) -> str:

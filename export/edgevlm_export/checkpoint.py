@@ -228,6 +228,8 @@ def _check_weights(checkpoint: Checkpoint) -> None:
             with safe_open(path, framework="np"):
                 pass
         except FileNotFoundError:
+            if path.is_file():
+                raise SourceError(f"{path} may not be read") from None
             raise SourceError(f"{path.parent} lacks {path.name}, which its index names") from None
         except (SafetensorError, OSError) as error:
             raise SourceError(f"{path} is damaged or truncated: {error}") from None

@@ -118,7 +118,7 @@ def _image_seq_len(checkpoint: Checkpoint, tile: int, patch_size: int) -> int:
 
 def _resample(preprocessor: Section) -> int:
     found = preprocessor.get("resample")
-    if found not in set(Image.Resampling):
+    if found not in list(Image.Resampling):
         raise SourceError(f"{preprocessor.file}: resample must be one of Pillow's filters, 0 to 5, not {found!r}")
     return int(found)
 
