@@ -55,13 +55,12 @@ def make_checkpoint(folder: Path, like: Path, layers: int, hidden: int) -> int:
         if path.suffix in {".json", ".jinja", ".txt"} and path.name != "model.safetensors.index.json":
             shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config(like, layers, hidden)), encoding="utf-8")
-    preprocessor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    preprocessor |= {"size": {"longest_edge": 4 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
+    preprocessor = {"size": {"longest_edge": 4 * IMAGE}, "max_image_size": {"longest_edge": IMAGE}}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
     processor = {"image_seq_len": (IMAGE // PATCH) ** 2 // FACTOR**2, "processor_class": "Idefics3Processor"}
     (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     checkpoint = Checkpoint(folder, folder.name, None, config(like, layers, hidden))
-    shapes = architecture(checkpoint, {"preprocessing": {"tile": IMAGE}}).shapes
+    shapes = architecture(checkpoint, {"preprocessing": {"tile": IMAGE}}, ("lm_head.weight",)).shapes
     generator = torch.Generator().manual_seed(SEED)
     weight_map: dict[str, str] = {}
     shard: dict[str, Any] = {}

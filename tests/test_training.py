@@ -136,7 +136,8 @@ def test_a_question_that_follows_sees_the_one_before_it_and_its_answer(tokenizer
         said = [turn for pair in pairs for turn in (("user", pair.question), ("assistant", pair.answer))][:-1]
         said[0] = ("user", block + said[0][1])
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in said]
-        wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)  # type: ignore[attr-defined]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)  # type: ignore[attr-defined]
+        wanted = tokenizer(prompt)["input_ids"]  # type: ignore[operator]
         answers = [place for place in range(len(seen)) if batch.input_ids[0, seen[place]].tolist() == wanted]
         assert len(answers) == 1  # where the answer begins
         assert batch.positions[0, seen[answers[0]]].tolist() == list(range(len(wanted)))
@@ -343,7 +344,7 @@ def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp
     from edgevlm_export.families import family_facts
 
     save_checkpoint(make_model(make_config(tokenizer, 64, 1, 1), seed=1), tokenizer, tmp_path / "panel")
-    family = Idefics3(family_facts(open_checkpoint(tmp_path / "panel")))
+    family = Idefics3(family_facts(open_checkpoint(tmp_path / "panel"))[0])
     for index in range(6):
         image = Drawer(tokenizer, seed=11).scene(index).image
         tiles = family.preprocess(np.asarray(image), "auto", None)
