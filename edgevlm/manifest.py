@@ -138,6 +138,8 @@ def _check_types(manifest: Manifest) -> None:
     values |= {f"parts.{name}.file": (part.file, str) for name, part in manifest.parts.items()}
     values |= {f"parts.{name}.precision": (part.precision, str) for name, part in manifest.parts.items()}
     values |= {f"files.{name}.size_bytes": (file.size_bytes, int) for name, file in manifest.files.items()}
+    values |= {f"text_tokens.{number}": (token, str) for number, token in enumerate(manifest.text_tokens)}
+    values["overlooked"] = (manifest.overlooked, dict)
     wrong = [f"{name} is no {kind.__name__}" for name, (value, kind) in values.items() if not isinstance(value, kind)]
     if wrong:
         raise TypeError(wrong[0])

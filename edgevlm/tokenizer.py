@@ -106,11 +106,13 @@ class Tokenizer:
         names = {content: content + _CONTROL for content in self._controls.values()}
         for token in source["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        vocab = source["model"]["vocab"]
-        if isinstance(vocab, dict):
-            source["model"]["vocab"] = {names.get(token, token): token_id for token, token_id in vocab.items()}
+        model = source["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(token, token): token_id for token, token_id in model["vocab"].items()}
         else:  # Unigram: pairs of a token and its score
-            source["model"]["vocab"] = [[names.get(token, token), score] for token, score in vocab]
+            model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
         fast = _load(json.dumps(source))
         assert all(fast.token_to_id(names[content]) == token_id for token_id, content in self._controls.items())
         return fast

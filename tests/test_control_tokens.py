@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -60,6 +60,27 @@ def test_escaped_and_whole_control_tokens_side_by_side(tokenizer: Tokenizer, fas
             prompt += control + tokenizer.escape(part)
             wanted += [fast.token_to_id(control), *letters(fast, part)]
         assert tokenizer.encode(prompt) == wanted
+
+
+@pytest.mark.parametrize("model", ["BPE", "Unigram", "WordLevel"])
+def test_tokenizers_of_other_kinds(model: str, tmp_path: Path) -> None:
+    """Control tokens within the vocabulary, one of them what unknown text becomes."""
+    words = ["<unk>", "<end>", "a", "b", "<", "end", ">", " "]
+    made = {
+        "BPE": lambda: models.BPE({word: at for at, word in enumerate(words)}, [], unk_token="<unk>", fuse_unk=True),
+        "Unigram": lambda: models.Unigram([(word, -1.0) for word in words], unk_id=0),
+        "WordLevel": lambda: models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<unk>"),
+    }[model]()
+    fast = FastTokenizer(made)
+    fast.pre_tokenizer = pre_tokenizers.Split("b", "isolated")
+    fast.add_special_tokens([AddedToken(token, special=True) for token in ("<unk>", "<end>", "<new>")])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    for text in ("ab", "<end>", "a<new>b<end>", "Ω", "<unk>b"):
+        assert tokenizer.encode(text) == fast.encode(text).ids
+        first, *rest = tokenizer.encode("<end>" + tokenizer.escape(text))
+        assert first == fast.token_to_id("<end>")
+        assert not {first, fast.token_to_id("<new>")} & set(rest)  # not even where the vocabulary has it as a word
 
 
 def letters(fast: FastTokenizer, text: str) -> list[int]:
