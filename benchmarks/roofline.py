@@ -82,7 +82,7 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
 
     vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
     family, parts = vlm.processor.family, vlm.manifest.parts
-    vision = specialise_vision(read_ir(folder / parts[VISION].file), family.vision_inputs(), family.tile_size)
+    vision = specialise_vision(read_ir(folder / parts[VISION].file), family.constants, family.view_size)
     options = GenerationConfig(max_new_tokens=33, detail="low")
     with tempfile.TemporaryDirectory() as scratch:
         image = load_image(sample_picture(Path(scratch)))

@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.results import write_result
 from edgevlm import VLM, RuntimeConfig
+from edgevlm_export.samples import pixel_views
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -32,15 +33,15 @@ def times(vlm: VLM, context: int, tokens: int = 48) -> dict[str, float]:
     """Return the seconds of one tile, of a prefill of `context` tokens, and of a token after it."""
     session = vlm.language_model.session()
     embeds = session.embed(np.arange(context) % 1000 + 100)
-    height, width = vlm.processor.family.tile_size
-    tile = np.random.default_rng(0).normal(size=(1, 3, height, width)).astype(np.float32)
+    height, width = vlm.processor.family.view_size or (512, 512)
+    views = pixel_views(np.random.default_rng(0).normal(size=(1, 3, height, width)).astype(np.float32))
 
     def decode() -> None:
         for token in range(tokens):
             session.step([100 + token])
 
     return {
-        "vision_tile": timed(lambda: vlm.vision.encode(tile)),
+        "vision_tile": timed(lambda: list(vlm.vision.encode(views))),
         "prefill": timed(lambda: session.prefill(embeds)),
         "decode": timed(decode) / tokens,
     }

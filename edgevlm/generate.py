@@ -14,7 +14,7 @@ from edgevlm.chat import check_variables
 from edgevlm.constraint import Constraint, Vocabulary
 from edgevlm.drafting import PromptLookup
 from edgevlm.errors import IncompleteAnswerError, OptionError
-from edgevlm.families.base import Detail
+from edgevlm.families.base import Detail, LanguageInputs
 from edgevlm.metrics import Stopwatch, Timings, peak_memory
 from edgevlm.sampling import Chooser, Logits, TokenLogprob, make_sampler, token_logprob
 from edgevlm.session import Session, common_length
@@ -148,7 +148,10 @@ class Prompt:
     inputs_embeds: npt.NDArray[np.float32]  # (1, n, hidden)
     ids: Sequence[int]
     keys: Sequence[Hashable]
-    """What stands at each position: a token id, or a tile's key and a place in its embedding."""
+    """What stands at each place: a token id, or a view's key and a row of its features."""
+    inputs: LanguageInputs
+    images: Sequence[range]
+    """The places of each picture's features."""
     image_tokens: int
     tiles: int
     cached_tiles: int
@@ -167,11 +170,12 @@ def stream_tokens(
     """
     ahead, drafted = chooser.forced[: max_tokens - 1], 0
     with watch.stage("prefill"):
-        start = session.rewind_to_common(prompt.keys)
+        start = session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images)
         inputs_embeds = prompt.inputs_embeds[:, start:]
         if ahead:
             inputs_embeds = np.concatenate([inputs_embeds, session.embed(ahead)], axis=1)
-        logits = session.prefill(inputs_embeds, 1 + len(ahead), [*prompt.keys[start:], *ahead])
+        keys = [*prompt.keys[start:], *ahead]
+        logits = session.prefill(inputs_embeds, 1 + len(ahead), keys, prompt.inputs.after(start))
     watch.count("cached_tokens", start)
     left = max_tokens
     while True:
@@ -224,7 +228,7 @@ def stream_answer(
     chooser = vocabulary.guide(config.constraint, sampler, lead) if config.constraint else Chooser(sampler)
     detokenizer = tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
     text = StopText(config.stop, lead if guided else "")
-    drafter = PromptLookup(prompt.ids, config.draft_tokens)
+    drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0)
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
     told = 0

@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.families.base import DecoderTraits
+from edgevlm.graph import LOGITS_TO_KEEP
 from edgevlm.paged import PagedSession, Pages
-from edgevlm.session import Session, embed
+from edgevlm.session import DecoderFacts, Requests, Session, embed
 from edgevlm.stateful import StatefulSession
 
 if TYPE_CHECKING:
     import openvino as ov
+
+
+_INPUTS = {"inputs_embeds", "attention_mask", "position_ids", "beam_idx", LOGITS_TO_KEEP}
 
 
 class TextEmbeddings:
@@ -33,11 +38,12 @@ class TextEmbeddings:
 class LanguageModel:
     """The compiled LM; `session()` gives one conversation's state."""
 
-    def __init__(self, compiled: ov.CompiledModel, embeddings: TextEmbeddings) -> None:
+    def __init__(self, compiled: ov.CompiledModel, embeddings: TextEmbeddings, traits: DecoderTraits) -> None:
         self._compiled = compiled
         self._embeddings = embeddings
         self._pages = Pages.of(compiled)
-        self._hidden_size = compiled.input("inputs_embeds").get_partial_shape()[-1].get_length()
+        hidden_size = compiled.input("inputs_embeds").get_partial_shape()[-1].get_length()
+        self._facts = DecoderFacts(hidden_size, traits, _extras(compiled) if self._pages is None else {})
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
@@ -49,7 +55,16 @@ class LanguageModel:
 
     def session(self) -> Session:
         """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
-        requests = self._compiled.create_infer_request(), self._embeddings.request()
+        requests = Requests(self._compiled.create_infer_request(), self._embeddings.request())
         if self._pages is None:
-            return StatefulSession(*requests, self._hidden_size)
-        return PagedSession(*requests, self._hidden_size, self._pages)
+            return StatefulSession(requests, self._facts)
+        return PagedSession(requests, self._facts, self._pages)
+
+
+def _extras(compiled: ov.CompiledModel) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    """Return type and shape, for each token, of the inputs that every decoder does not have: `(1, n, ...)`."""
+    inputs = {each.any_name: each for each in compiled.inputs if not each.get_names() & _INPUTS}
+    return {
+        name: (each.element_type.to_dtype(), tuple(size.get_length() for size in list(each.partial_shape)[2:]))
+        for name, each in inputs.items()
+    }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.errors import DamagedModelError, ExportError
+from edgevlm.families.base import DecoderTraits
 from edgevlm.paths import MANIFEST
 from edgevlm.strict_json import write_json
 
@@ -30,7 +31,7 @@ _TYPES: Mapping[str, type] = {
 }
 
 
-_LATER = frozenset({"text_tokens", "overlooked"})
+_LATER = frozenset({"decoder_traits", "text_tokens", "overlooked"})
 """What older exports do not have."""
 
 
@@ -68,6 +69,7 @@ class Manifest:
     special_tokens: Mapping[str, str]
     chat_template: str
     tool_versions: Mapping[str, str]
+    decoder_traits: DecoderTraits = field(default_factory=DecoderTraits)
     text_tokens: tuple[str, ...] = ()
     """Special tokens that are part of an answer; all others shape the prompt."""
     overlooked: Mapping[str, Any] = field(default_factory=dict)
@@ -121,6 +123,7 @@ def load_manifest(folder: Path) -> Manifest:
         data["parts"] = {name: Part(**part) for name, part in data["parts"].items()}
         data["files"] = {name: File(**file) for name, file in data["files"].items()}
         data["eos_token_ids"] = tuple(data["eos_token_ids"])
+        data["decoder_traits"] = DecoderTraits(**data.get("decoder_traits", {}))
         data["text_tokens"] = tuple(data.get("text_tokens", ()))
         manifest = Manifest(**data)
         _check_types(manifest)

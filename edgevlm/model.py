@@ -16,9 +16,9 @@ from edgevlm.chat import Message, user_message
 from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
 from edgevlm.device import RuntimeConfig, first_line, resolve_device
-from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, TileEmbedding, content_key
+from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, content_key
 from edgevlm.errors import ContextLengthError, DeviceError, PromptError
-from edgevlm.families import Tiles
+from edgevlm.families.base import IMAGE_EMBEDS, Arrays, Visual
 from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer, whole
 from edgevlm.image import ImageInput, Images, as_list, load_image
 from edgevlm.manifest import check_files, load_manifest
@@ -69,7 +69,7 @@ class VLM:
             except RuntimeError as error:  # what a device has compiled it may still not run
                 raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
             self.vision = vision.result()
-        self._seen = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
+        self._vision_cache = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
 
     def generate(
@@ -171,8 +171,8 @@ class VLM:
     ) -> int:
         """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
         config = config or GenerationConfig()
-        grids = [self._preprocess(image, config)[1] for image in images]
-        return len(self.processor.prompt_ids(messages, grids, config.chat_template_kwargs))
+        shown = [self._preprocess(image, config)[1] for image in images]
+        return len(self.processor.prompt_ids(messages, shown, config.chat_template_kwargs))
 
     def prepare(
         self,
@@ -185,24 +185,26 @@ class VLM:
         """Turn a conversation and its pictures into the embeddings that the language model reads."""
         family = self.processor.family
         with watch.stage("preprocess"):
-            looks = [self._preprocess(image, config) for image in images]
-            grids = [found for _, found in looks]
-            ids = np.asarray(self.processor.prompt_ids(messages, grids, config.chat_template_kwargs), np.int64)
+            visuals = [self._preprocess(image, config) for image in images]
+            shown = [each for _, each in visuals]
+            ids = np.asarray(self.processor.prompt_ids(messages, shown, config.chat_template_kwargs), np.int64)
         self.processor.check_known(ids)
         self._check_length(len(ids))
         with watch.stage("vision"):
-            pictures = self._encode(looks, config.cache_salt, on_progress)
-        tiles = [tile for picture in pictures for tile in picture.tiles]
-        image_embeds = np.concatenate(
-            [np.empty((0, self.manifest.hidden_size), np.float32), *(tile.image_embeds for tile in tiles)]
-        )
+            pictures = self._encode(visuals, config.cache_salt, on_progress)
+        features = [family.assemble(each.layout, [view.outputs for view in each.views]) for each in pictures]
+        image_embeds = join([each[IMAGE_EMBEDS] for each in features], self.manifest.hidden_size)
+        inputs = family.language_inputs(ids, [each.layout for each in pictures], features)
+        rows = [key for pair in zip(pictures, features, strict=True) for key in feature_keys(*pair)]
         return Prompt(
             merge(self.language_model.embed(ids), ids, family.image_token_id, image_embeds),
             ids=ids.tolist(),
-            keys=name_positions(ids, family.image_token_id, tiles, config.cache_salt),
+            keys=prefix_keys(ids, family.image_token_id, rows, config.cache_salt),
+            inputs=inputs,
+            images=image_places(ids, family.image_token_id, [len(each[IMAGE_EMBEDS]) for each in features]),
             image_tokens=len(image_embeds),
-            tiles=len(tiles),
-            cached_tiles=len(tiles) - sum(picture.encoded for picture in pictures),
+            tiles=sum(map(len, pictures)),
+            cached_tiles=sum(len(each) - each.encoded for each in pictures),
         )
 
     def _check_length(self, length: int) -> None:
@@ -213,20 +215,20 @@ class VLM:
                 " shorten the question, or use fewer pictures, max_tiles or a lower detail"
             )
 
-    def _preprocess(self, image: ImageInput, config: GenerationConfig) -> tuple[bytes, Tiles | EncodedImage]:
-        """Return a picture's key and its tiles, or its embeddings if it has been looked at before."""
+    def _preprocess(self, image: ImageInput, config: GenerationConfig) -> tuple[bytes, Visual | EncodedImage]:
+        """Return a picture's key and its views, or their encoding if it has been looked at before."""
         pixels = load_image(image)
         key = content_key(pixels, config.detail, config.max_tiles, config.cache_salt)
-        known = self._seen.picture(key)
+        known = self._vision_cache.picture(key)
         return key, known or self.processor.family.preprocess(pixels, config.detail, config.max_tiles)
 
     def _encode(
-        self, looks: Sequence[tuple[bytes, Tiles | EncodedImage]], salt: str, on_progress: Progress | None
+        self, visuals: Sequence[tuple[bytes, Visual | EncodedImage]], salt: str, on_progress: Progress | None
     ) -> list[EncodedImage]:
-        """Return the pictures' embeddings, encoding only tiles that have not been seen before."""
-        total, done = sum(len(found) for _, found in looks if isinstance(found, Tiles)), 0
+        """Return the pictures encoded, calling the vision encoder only for views that are not cached."""
+        total, done = sum(len(each) for _, each in visuals if isinstance(each, Visual)), 0
 
-        def on_tile() -> None:
+        def on_view() -> None:
             nonlocal done
             done += 1
             if on_progress:
@@ -234,26 +236,51 @@ class VLM:
 
         if on_progress and total:
             on_progress("vision", 0, total)
+        cache, encode = self._vision_cache, self.vision.encode
         return [
-            self._seen.encode(key, found, self.vision.encode, on_tile, salt) if isinstance(found, Tiles) else found
-            for key, found in looks
+            cache.encode(key, each, encode, on_view, salt) if isinstance(each, Visual) else each
+            for key, each in visuals
         ]
 
 
-def name_positions(
-    ids: npt.NDArray[np.int64], image_token_id: int, tiles: Sequence[TileEmbedding], salt: str = ""
+def join(arrays: Sequence[npt.NDArray[np.float32]], hidden_size: int) -> npt.NDArray[np.float32]:
+    """Return the rows `(n, hidden)` of several arrays, which may be none."""
+    return np.concatenate([np.empty((0, hidden_size), np.float32), *arrays])
+
+
+def feature_keys(picture: EncodedImage, features: Arrays) -> list[Hashable]:
+    """Return a name for each row of a picture's features.
+
+    Where they are the views' rows, one after another, a view names its own, whatever the picture around it.
+    """
+    rows = [(view.key, row) for view in picture.views for row in range(len(view.outputs[IMAGE_EMBEDS]))]
+    count = len(features[IMAGE_EMBEDS])
+    if len(rows) == count:
+        return list(rows)
+    whole = (picture.layout, *(view.key for view in picture.views))
+    return [(whole, row) for row in range(count)]
+
+
+def prefix_keys(
+    ids: npt.NDArray[np.int64], image_token_id: int, rows: Sequence[Hashable], salt: str = ""
 ) -> list[Hashable]:
-    """Return what stands at each position of a prompt: the token's id, or a tile's key and a place in the tile.
+    """Return what stands at each place of a prompt: a token id, or the name of the row of features in its place.
 
     The first name holds the salt, so that prompts of different salts have no beginning in common.
     """
     keys: list[Hashable] = ids.tolist()
-    places = [(tile.key, place) for tile in tiles for place in range(len(tile.image_embeds))]
-    for position, key in zip(np.flatnonzero(ids == image_token_id), places, strict=True):
-        keys[position] = key
+    for place, key in zip(np.flatnonzero(ids == image_token_id), rows, strict=True):
+        keys[place] = key
     if salt:
         keys[0] = (salt, keys[0])
     return keys
+
+
+def image_places(ids: npt.NDArray[np.int64], image_token_id: int, counts: Sequence[int]) -> list[range]:
+    """Return where each picture's features stand in the prompt, from the first to the last of them."""
+    places = np.flatnonzero(ids == image_token_id)
+    ends = np.cumsum(counts)
+    return [range(int(places[end - n]), int(places[end - 1]) + 1) for n, end in zip(counts, ends, strict=True) if n]
 
 
 def merge(

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.device import first_line, import_openvino
+from edgevlm.families.base import LanguageInputs
 from edgevlm.graph import LOGITS_TO_KEEP, keep_last_logits
-from edgevlm.session import Session
+from edgevlm.session import DecoderFacts, Requests, Session
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -90,8 +91,8 @@ class PagedSession(Session):
 
     past_factor = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
 
-    def __init__(self, request: ov.InferRequest, embeddings: ov.InferRequest, hidden_size: int, pages: Pages) -> None:
-        super().__init__(request, embeddings, hidden_size)
+    def __init__(self, requests: Requests, decoder: DecoderFacts, pages: Pages) -> None:
+        super().__init__(requests, decoder)
         self._pages = pages
         self._buffers = {
             name: np.zeros((0, math.prod(shape) * kind.bitwidth // 8), np.uint8)
@@ -114,7 +115,9 @@ class PagedSession(Session):
             new[:before] = old
             self._request.set_tensor(name, openvino.Tensor(new, openvino.Shape([held, *shape]), kind))
 
-    def _read(self, inputs_embeds: npt.NDArray[np.float32], logits_to_keep: int) -> npt.NDArray[np.float32]:
+    def _read(
+        self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
+    ) -> npt.NDArray[np.float32]:
         count = inputs_embeds.shape[1]
         total = self.length + count
         blocks = -(-total // self._pages.block_size)
@@ -122,7 +125,7 @@ class PagedSession(Session):
         outputs = self._request.infer(
             {
                 "inputs_embeds": inputs_embeds[0],
-                "position_ids": np.arange(self.length, total, dtype=np.int64),
+                "position_ids": inputs.positions[0] if len(inputs.positions) == 1 else inputs.positions,
                 "past_lens": np.array([self.length], np.int32),
                 "subsequence_begins": np.array([0, count], np.int32),
                 "block_indices": np.arange(blocks, dtype=np.int32),

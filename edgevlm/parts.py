@@ -34,8 +34,8 @@ class PartLoader:
     device: str
 
     def vision(self, family: Family) -> VisionEncoder:
-        """Return the vision part, fixed to the family's tile."""
-        model = specialise_vision(self._read(VISION), family.vision_inputs(), family.tile_size)
+        """Return the vision part, fixed to the family's views where they are all of one size."""
+        model = specialise_vision(self._read(VISION), family.constants, family.view_size)
         return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)))
 
     def text_embeddings(self) -> TextEmbeddings:
@@ -47,7 +47,7 @@ class PartLoader:
         """Return the language model with its embedding table."""
         embeddings = self.text_embeddings()
         compiled = self._paged() or self._compile(LANGUAGE, keep_last_logits(self._read(LANGUAGE)), self._properties)
-        return LanguageModel(compiled, embeddings)
+        return LanguageModel(compiled, embeddings, self.manifest.decoder_traits)
 
     @property
     def _properties(self) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import numpy.typing as npt
 from edgevlm.chat import ChatTemplate, Message
 from edgevlm.constraint import Vocabulary
 from edgevlm.errors import DamagedModelError, PromptError
-from edgevlm.families import Grid, Tiles, make_family
+from edgevlm.families import Visual, make_family
+from edgevlm.families.base import LaidOut
 from edgevlm.generate import GenerationConfig
 from edgevlm.image import ImageInput, load_image
 from edgevlm.manifest import Manifest
@@ -30,12 +31,12 @@ class Processor:
         self._vocab_size = manifest.vocab_size
         self._bos_token = manifest.special_tokens.get("bos_token")
 
-    def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Tiles]:
-        """Return each picture's tiles. Raises `ImageError`."""
+    def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Visual]:
+        """Return each picture's views. Raises `ImageError`."""
         return [self.family.preprocess(load_image(image), config.detail, config.max_tiles) for image in images]
 
     def prompt_ids(
-        self, messages: Sequence[Message], grids: Sequence[Grid], variables: Mapping[str, Any] | None = None
+        self, messages: Sequence[Message], pictures: Sequence[LaidOut], variables: Mapping[str, Any] | None = None
     ) -> list[int]:
         """Return the prompt's token ids, each image placeholder replaced by its picture's block.
 
@@ -43,10 +44,10 @@ class Processor:
         that begins with the BOS token is given no other, as transformers does it.
         """
         said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
-        first, *rest = self.template.render(said, given).split(self.family.image_token)
-        if len(rest) != len(grids):
-            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(grids)} images")
-        blocks = [self.family.image_text(each) for each in grids]
+        first, *rest = self.template.render(said, given).split(self.family.placeholder)
+        if len(rest) != len(pictures):
+            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(pictures)} images")
+        blocks = [self.family.image_text(each.layout) for each in pictures]
         prompt = first + "".join(block + text for block, text in zip(blocks, rest, strict=True))
         has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
         return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)

@@ -81,19 +81,29 @@ def log_likelihoods(
     `DeviceError` where the logits overflow.
     """
     with watch.stage("prefill"):
-        start = session.rewind_to_common(prompt.keys)
-        rows = _log_probabilities(session.prefill(prompt.inputs_embeds[:, start:], 1, prompt.keys[start:]))
+        start = session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images)
+        rows = _read(session, prompt, start)
     watch.count("cached_tokens", start)
     found: dict[tuple[int, ...], float] = {}
     before: tuple[int, ...] = ()
     for ids in sorted(map(tuple, answers)):
         common = common_length(before, ids)
-        session.rewind(len(prompt) + common)
+        if session.rewindable:
+            session.rewind(len(prompt) + common)
+        elif session.length > len(prompt):
+            session.reset()
+            common, rows = 0, _read(session, prompt, 0)
         if common < len(ids):
             rows = np.concatenate([rows[: common + 1], _log_probabilities(session.step(ids[common:]))])
         found[ids] = _sum(rows, ids, eos_token_ids)
         before = ids
     return [found[tuple(ids)] for ids in answers]
+
+
+def _read(session: Session, prompt: Prompt, start: int) -> npt.NDArray[np.float64]:
+    """Read the prompt after its first `start` tokens; return the log-probabilities `(1, V)` of what follows."""
+    embeds, inputs = prompt.inputs_embeds[:, start:], prompt.inputs.after(start)
+    return _log_probabilities(session.prefill(embeds, 1, prompt.keys[start:], inputs))
 
 
 def _log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:

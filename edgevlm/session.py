@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from threading import Lock
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from edgevlm.families.base import DecoderTraits, LanguageInputs
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -25,6 +28,23 @@ def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float3
     return np.array(request.infer([tokens])[0], np.float32)
 
 
+class Requests(NamedTuple):
+    """The inference requests of one sequence."""
+
+    decoder: ov.InferRequest
+    embeddings: ov.InferRequest
+
+
+@dataclass(frozen=True)
+class DecoderFacts:
+    """What sessions know of the decoder that they run."""
+
+    hidden_size: int
+    traits: DecoderTraits = field(default_factory=DecoderTraits)
+    extras: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]] = field(default_factory=dict)
+    """Inputs beside embeddings, positions and the cache: type and shape for each token."""
+
+
 class Session(ABC):
     """One sequence being decoded, with its own KV cache; sessions of one model may run in several threads."""
 
@@ -32,20 +52,24 @@ class Session(ABC):
     """Several tokens' attention to a key that the cache holds already takes this much longer than to one of their own
     (measured with SmolVLM-256M's shape)."""
 
-    def __init__(self, request: ov.InferRequest, embeddings: ov.InferRequest, hidden_size: int) -> None:
-        self._request = request
-        self._embeddings = embeddings
-        self._key_cost = _KEY_COST / max(hidden_size, _NARROWEST)
+    def __init__(self, requests: Requests, decoder: DecoderFacts) -> None:
+        self._request, self._embeddings = requests.decoder, requests.embeddings
+        self._decoder = decoder
+        self._key_cost = _KEY_COST / max(decoder.hidden_size, _NARROWEST)
         self.keys: list[Hashable] = []
-        """What each live position holds: a token id, or a name for a place of a picture."""
+        """What each live entry of the cache holds: a token id, or a name for a row of a picture's features."""
+        self._positions = np.zeros((decoder.traits.position_axes, 0), np.int64)
+        """Where each live entry stands, on every axis."""
 
     @abstractmethod
     def _forget(self, length: int) -> None:
         """Leave the first `length` live entries of the cache."""
 
     @abstractmethod
-    def _read(self, inputs_embeds: npt.NDArray[np.float32], logits_to_keep: int) -> npt.NDArray[np.float32]:
-        """Feed `(1, n, hidden)`; return the logits `(logits_to_keep, V)`."""
+    def _read(
+        self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
+    ) -> npt.NDArray[np.float32]:
+        """Feed `(1, n, hidden)` and what belongs to it; return the logits `(logits_to_keep, V)`."""
 
     def _entries(self, common: int) -> int:
         """Return how many of the cache's entries are read by what goes on after the first `common` positions."""
@@ -53,28 +77,47 @@ class Session(ABC):
 
     @property
     def length(self) -> int:
-        """Live positions in the KV cache."""
+        """Live entries of the KV cache."""
         return len(self.keys)
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether the sequence can be cut, and so whether drafts can be taken back."""
+        return self._decoder.traits.rewindable
 
     def reset(self) -> None:
         """Forget everything."""
         self._forget(0)
         self.keys = []
+        self._positions = self._positions[:, :0]
 
     def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` positions."""
+        """Forget everything after the first `length` entries."""
         if length == 0:
             self.reset()
         elif length < self.length:
+            assert self.rewindable, "a state that cannot be cut can only be begun anew"
             self._forget(length)
             del self.keys[length:]
+            self._positions = self._positions[:, :length]
 
-    def rewind_to_common(self, keys: Sequence[Hashable]) -> int:
+    def rewind_to_common(
+        self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
+    ) -> int:
         """Rewind to where the sequence parts from `keys`, leaving at least the last of them to feed; return there.
 
-        Where reading all of `keys` anew is quicker than going on from there, rewind to the beginning.
+        Where reading all of `keys` anew is quicker than going on from there, rewind to the beginning. `inputs` say
+        where the keys stand: what stands elsewhere is not the same. `images` are the places of each picture's features,
+        for decoders that reuse a picture whole or not at all.
         """
         common = min(common_length(self.keys, keys), len(keys) - 1)
+        if inputs:
+            same = (self._positions[:, :common] == inputs.positions[:, :common]).all(axis=0)
+            common = int(np.argmin(same)) if not same.all() else common
+        if self._decoder.traits.atomic_images:
+            common = next((each.start for each in images if each.start < common < each.stop), common)
+        if not self.rewindable and common < self.length:
+            common = 0
         self.rewind(common if self._going_on_pays(common, len(keys)) else 0)
         return self.length
 
@@ -92,14 +135,31 @@ class Session(ABC):
         inputs_embeds: npt.NDArray[np.float32],
         logits_to_keep: int = 1,
         keys: Sequence[Hashable] | None = None,
+        inputs: LanguageInputs | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Feed `(1, n, hidden)` after what the cache holds; return the last positions' logits `(logits_to_keep, V)`.
+        """Feed `(1, n, hidden)` after what the cache holds; return the last tokens' logits `(logits_to_keep, V)`.
 
-        `keys` name the n positions for later prompts; without them no later prompt takes them for its own.
+        `keys` name the n tokens for later prompts; without them no later prompt takes them for its own. `inputs` are
+        what else the decoder reads of the first of them; those after go on as text does.
         """
-        logits = self._read(inputs_embeds, logits_to_keep)
-        self.keys += [object() for _ in range(inputs_embeds.shape[1])] if keys is None else keys
+        count = inputs_embeds.shape[1]
+        whole = self._completed(inputs, count)
+        logits = self._read(inputs_embeds, whole, logits_to_keep)
+        self.keys += [object() for _ in range(count)] if keys is None else keys
+        self._positions = np.concatenate([self._positions, whole.positions], axis=1)
         return logits
+
+    def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
+        """Return `inputs` for `count` tokens: text goes on one after the highest position, the same on every axis."""
+        given = inputs.positions if inputs else self._positions[:, :0]
+        last = max((int(each.max()) for each in (self._positions, given) if each.size), default=-1)
+        text = np.broadcast_to(np.arange(count - given.shape[1]) + last + 1, (len(given), count - given.shape[1]))
+        extras = {}
+        for name, (dtype, shape) in self._decoder.extras.items():
+            extras[name] = np.zeros((count, *shape), dtype)
+            if inputs and name in inputs.extras:
+                extras[name][: given.shape[1]] = inputs.extras[name]
+        return LanguageInputs(np.concatenate([given, text], axis=1), extras)
 
     def step(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """Feed tokens; return the logits `(n, V)` after each of them."""

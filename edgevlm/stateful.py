@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from edgevlm.device import import_openvino
+from edgevlm.families.base import LanguageInputs
 from edgevlm.graph import LOGITS_TO_KEEP
-from edgevlm.session import Session
-
-if TYPE_CHECKING:
-    import openvino as ov
+from edgevlm.session import DecoderFacts, Requests, Session
 
 _MOST_STALE = 512
 """Masked entries of a KV cache beyond which they are cut out, which copies the cache once."""
@@ -28,8 +25,8 @@ class StatefulSession(Session):
 
     past_factor = 13  # 874 tokens at once take 0.63 s, in pieces of 128 1.27 s
 
-    def __init__(self, request: ov.InferRequest, embeddings: ov.InferRequest, hidden_size: int) -> None:
-        super().__init__(request, embeddings, hidden_size)
+    def __init__(self, requests: Requests, decoder: DecoderFacts) -> None:
+        super().__init__(requests, decoder)
         self._beam = np.zeros(1, np.int32)
         self._mask = np.zeros((1, 0), np.int64)  # one for each entry of the KV cache, 0 where it is stale
 
@@ -44,9 +41,11 @@ class StatefulSession(Session):
     def _entries(self, common: int) -> int:
         return common + min(self._mask.shape[1] - common, _MOST_STALE)
 
-    def rewind_to_common(self, keys: Sequence[Hashable]) -> int:
+    def rewind_to_common(
+        self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
+    ) -> int:
         """Rewind as every session does, and cut out what is stale if it is much."""
-        length = super().rewind_to_common(keys)
+        length = super().rewind_to_common(keys, inputs, images)
         if self._mask.shape[1] - length > _MOST_STALE:
             self._cut_stale()
         return length
@@ -55,21 +54,29 @@ class StatefulSession(Session):
         openvino = import_openvino()
         live = np.flatnonzero(self._mask[0])
         for variable in self._request.query_state():
+            assert _is_keys_or_values(variable.name), f"{variable.name} is no KV cache, and cannot be cut"
             variable.state = openvino.Tensor(np.ascontiguousarray(variable.state.data[:, :, live]))
         self._mask = np.ones((1, len(live)), np.int64)
 
-    def _read(self, inputs_embeds: npt.NDArray[np.float32], logits_to_keep: int) -> npt.NDArray[np.float32]:
+    def _read(
+        self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
+    ) -> npt.NDArray[np.float32]:
         count = inputs_embeds.shape[1]
         mask = np.concatenate([self._mask, np.ones((1, count), np.int64)], axis=1)
         outputs = self._request.infer(
             {
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": mask,
-                "position_ids": np.arange(self.length, self.length + count, dtype=np.int64)[None],
+                "position_ids": inputs.positions if len(inputs.positions) == 1 else inputs.positions[:, None],
                 "beam_idx": self._beam,
                 LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
+                **{name: array[None] for name, array in inputs.extras.items()},
             },
             share_inputs=True,
         )
         self._mask = mask
         return np.asarray(outputs["logits"][0], np.float32)
+
+
+def _is_keys_or_values(variable: str) -> bool:
+    return ".key" in variable or ".value" in variable

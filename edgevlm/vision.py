@@ -1,21 +1,21 @@
-"""The vision part: encoder and connector, pixel_values -> image_embeds, one tile at a time."""
+"""The vision part: encoder and connector, a view's inputs -> image_embeds, and what else deeper layers take of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edgevlm.device import import_openvino
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Arrays, View
 
 if TYPE_CHECKING:
     import openvino as ov
 
 
-def specialise_vision(model: ov.Model, constants: Mapping[str, npt.NDArray[Any]], tile: tuple[int, int]) -> ov.Model:
-    """Fix the vision model to one tile of `tile` = (height, width): static shapes, unchanging inputs made constants."""
+def specialise_vision(model: ov.Model, constants: Arrays, view_size: tuple[int, int] | None) -> ov.Model:
+    """Make inputs that never change constants, and shapes static where all views are of one `(height, width)`."""
     opset = import_openvino().opset13
     for parameter in model.get_parameters():
         names = parameter.output(0).get_names()
@@ -23,7 +23,8 @@ def specialise_vision(model: ov.Model, constants: Mapping[str, npt.NDArray[Any]]
             constant = opset.constant(constants[name], dtype=parameter.get_element_type())
             parameter.output(0).replace(constant.output(0))
             model.remove_parameter(parameter)
-    model.reshape({"pixel_values": [1, 3, *tile]})
+    if view_size:
+        model.reshape({PIXEL_VALUES: [1, 3, *view_size]})
     return model
 
 
@@ -32,16 +33,16 @@ class VisionEncoder:
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
-        self._tokens, self._hidden = list(compiled.output(0).shape)[1:]
+        first, *rest = (output.get_any_name() for output in compiled.outputs)
+        self._names = {first: IMAGE_EMBEDS, **{name: name for name in rest}}
 
-    def encode(self, pixel_values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Return the image_embeds `(T, tokens, hidden)` of `pixel_values` `(T, 3, H, W)`.
+    def encode(self, views: Iterable[View]) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the outputs of each view, `image_embeds` `(tokens, hidden)` the first of them.
 
-        Tiles are encoded one after another: they do not depend on each other, and activations stay bounded.
+        Views are encoded one after another, by one request: they do not depend on each other, and activations stay
+        bounded.
         """
         request = self._compiled.create_infer_request()
-        image_embeds = np.empty((len(pixel_values), self._tokens, self._hidden), np.float32)
-        for index in range(len(pixel_values)):
-            outputs = request.infer({"pixel_values": pixel_values[index : index + 1]}, share_inputs=True)
-            image_embeds[index] = outputs[0][0]
-        return image_embeds
+        for view in views:
+            outputs = request.infer(dict(view.inputs()), share_inputs=True)
+            yield {self._names[key.get_any_name()]: np.array(value[0]) for key, value in outputs.items()}

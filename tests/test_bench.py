@@ -54,8 +54,8 @@ def test_a_cache_hit_is_not_called_a_first_token(exported: Path) -> None:
 
 def test_a_touched_picture_has_no_tile_in_common_with_any_other(vlm: VLM) -> None:
     image = photograph("china.jpg")
-    tiles = [vlm.processor.preprocess([touch(image, number)], OPTIONS)[0].pixels for number in range(5)]
-    seen = {tile.tobytes() for picture in tiles for tile in picture}
+    tiles = [vlm.processor.preprocess([touch(image, number)], OPTIONS)[0].views for number in range(5)]
+    seen = {view.pixels.tobytes() for picture in tiles for view in picture}
     assert len(seen) == sum(map(len, tiles))
     assert np.abs(touch(image, 4).astype(int) - image).max() == 4
 
@@ -65,7 +65,7 @@ def test_the_drawn_picture_is_large_and_each_tile_its_own(vlm: VLM, tmp_path: Pa
     with Image.open(picture) as opened:
         assert opened.size == (1600, 1200)
     [tiles] = vlm.processor.preprocess([picture], GenerationConfig(detail="high"))
-    assert len({tile.tobytes() for tile in tiles.pixels}) == len(tiles)
+    assert len({view.pixels.tobytes() for view in tiles.views}) == len(tiles)
 
 
 def test_a_prompt_is_filled_up_or_refused(vlm: VLM) -> None:

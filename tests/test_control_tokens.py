@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 
 from edgevlm import VLM, GenerationConfig, OptionError
 from edgevlm.chat import ChatTemplate, Message, text_message, user_message
-from edgevlm.families import Tiles
 from edgevlm.tokenizer import Tokenizer
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.checkpoint import open_checkpoint
@@ -203,13 +202,11 @@ def test_which_special_tokens_of_a_docling_model_are_text(idefics3: Path, tmp_pa
 
 
 def image_block() -> str:
-    import numpy as np
-
     from edgevlm.families.idefics3 import Idefics3
     from tests.test_preprocess import family, sized
 
     made: Idefics3 = family(sized(4 * TILE, TILE))
-    return made.image_text(Tiles(np.empty((0, 0, 0, 3), np.uint8), made.lookup, 6, 6))
+    return made.block_text()
 
 
 TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {

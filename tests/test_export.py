@@ -18,9 +18,10 @@ from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, has
 from edgevlm.paths import default_model
 from edgevlm.processor import Processor
 from edgevlm_export import ExportOptions, export, native_route
-from edgevlm_export.calibration import load_pairs, verification_pairs, vision_samples, with_questions
+from edgevlm_export.calibration import load_pairs, verification_pairs, with_questions
 from edgevlm_export.convert import greedy
 from edgevlm_export.options import Int4Recipe
+from edgevlm_export.samples import pixel_values, vision_samples
 from edgevlm_export.verify import check, scales, verify
 from tests.conftest import F32, photograph
 
@@ -212,10 +213,10 @@ def test_another_models_outputs_fail_the_verification(idefics3: Path, exported_s
     vlm = VLM(exported_smolvlm, F32)
     tiles = vlm.processor.preprocess([photograph("china.jpg")], GenerationConfig(detail="low"))
     ids = np.asarray(vlm.processor.prompt_ids([user_message("What?", 1)], tiles), np.int64)
-    cases = {"picture.input_ids": ids, "picture.pixel_values": tiles[0].pixel_values}
+    cases = {"picture.input_ids": ids, "picture.pixel_values": pixel_values(tiles[0].views)}
     model = AutoModelForImageTextToText.from_pretrained(idefics3, dtype=torch.float32).eval()
     with torch.inference_mode():
-        embeds = model.model.get_image_features(torch.from_numpy(tiles[0].pixel_values)[None])
+        embeds = model.model.get_image_features(torch.from_numpy(pixel_values(tiles[0].views))[None])
         tokens, logits = greedy(model, torch.from_numpy(ids)[None], {"image_hidden_states": embeds}, 8)
         text_embeds = model.get_input_embeddings()(torch.from_numpy(np.concatenate([ids, tokens[:-1]])))
     reference = {
@@ -245,7 +246,7 @@ def says_the_same_with_optimum_intel(folder: Path, vlm: VLM) -> None:
     model = OVModelForVisualCausalLM.from_pretrained(
         folder, ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "CACHE_DIR": ""}
     )
-    positions = torch.from_numpy(vlm.processor.family.vision_inputs()["patch_position_ids"])
+    positions = torch.from_numpy(vlm.processor.family.constants["patch_position_ids"])
     encode = model.vision_embeddings
     model.vision_embeddings = lambda pixel_values, **inputs: encode(
         pixel_values, **inputs | {"patch_position_ids": positions.expand(len(pixel_values), -1)}
@@ -255,11 +256,11 @@ def says_the_same_with_optimum_intel(folder: Path, vlm: VLM) -> None:
     answer = vlm.generate(image, "What is this?", config)
     tiles = vlm.processor.preprocess([image], config)
     ids = torch.tensor([vlm.processor.prompt_ids([user_message("What is this?", 1)], tiles)])
-    pixel_values = torch.from_numpy(tiles[0].pixel_values)[None]
+    shown = torch.from_numpy(pixel_values(tiles[0].views))[None]
     outputs = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=pixel_values,
+        pixel_values=shown,
         do_sample=False,
         max_new_tokens=32,
     )

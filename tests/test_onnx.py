@@ -14,12 +14,14 @@ from edgevlm import VLM, GenerationConfig
 from edgevlm.chat import user_message
 from edgevlm.device import import_openvino
 from edgevlm.errors import SourceError
+from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.checkpoint import open_checkpoint
 from edgevlm_export.onnx_graph import fuse_attention
 from edgevlm_export.onnx_route import Reference
+from edgevlm_export.samples import pixel_values
 from tests.conftest import F32, photograph
 from tests.onnx_files import merge_decoders, write_onnx
 from tests.test_export import says_the_same_with_optimum_intel
@@ -93,8 +95,9 @@ def test_the_same_greedy_text_as_onnxruntime_and_the_native_route(
     reference = Reference(open_checkpoint(onnx_checkpoint).onnx_files())
     tokens, _ = reference.greedy(prompt.inputs_embeds, len(answer.token_ids))
     assert list(tokens) == list(answer.token_ids)
-    pixel_values = np.concatenate([each.pixel_values for each in tiles])
-    np.testing.assert_allclose(vlm.vision.encode(pixel_values), reference.encode(pixel_values), atol=1e-4)
+    views = [view for each in tiles for view in each.views]
+    found = np.stack([each[IMAGE_EMBEDS] for each in vlm.vision.encode(views)])
+    np.testing.assert_allclose(found, reference.encode(pixel_values(views)), atol=1e-4)
 
 
 def test_masked_entries_and_swapped_beams(from_onnx: Path, exported_smolvlm: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -13,9 +14,10 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail, Tiles
-from edgevlm.families.idefics3 import Idefics3
+from edgevlm.families.base import Detail, Visual
+from edgevlm.families.idefics3 import Grid, Idefics3
 from edgevlm.image import RGB
+from edgevlm_export.samples import pixel_values
 from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, photograph
 
 SIZES = [  # height, width
@@ -103,11 +105,15 @@ def reference(processor: Any, image: RGB, **options: Any) -> Reference:
     return Reference(out["pixel_values"][0], out["rows"][0][0], out["cols"][0][0])
 
 
-def assert_equal(found: Tiles, wanted: Tiles | Reference) -> None:
-    assert (found.rows, found.cols) == (wanted.rows, wanted.cols)
-    assert len(found) == len(found.pixel_values) == len(wanted.pixel_values)
-    assert found.pixel_values.dtype == wanted.pixel_values.dtype == np.float32
-    assert np.array_equal(found.pixel_values, wanted.pixel_values)
+def assert_equal(found: Visual, wanted: Visual | Reference) -> None:
+    if isinstance(wanted, Visual):
+        assert isinstance(wanted.layout, Grid)
+        wanted = Reference(pixel_values(wanted.views), *wanted.layout)
+    values, others = pixel_values(found.views), wanted.pixel_values
+    assert found.layout == (wanted.rows, wanted.cols)
+    assert len(found) == len(values) == len(others)
+    assert values.dtype == others.dtype == np.float32
+    assert np.array_equal(values, others)
 
 
 @pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
@@ -122,7 +128,7 @@ def test_high_equals_the_reference(kind: str, height: int, width: int) -> None:
 def test_high_equals_the_reference_on_photographs(kind: str, name: str) -> None:
     processor, image = image_processor(kind), photograph(name)
     found = family(processor).preprocess(image, "high", None)
-    assert (found.rows, found.cols) == (3, 4)
+    assert found.layout == (3, 4)
     assert_equal(found, reference(processor, image))
 
 
@@ -150,7 +156,7 @@ def test_high_equals_the_reference_at_real_sizes(
 ) -> None:
     processor, image = sized(longest_edge, tile), noise(height, width)
     found = family(processor).preprocess(image, "high", None)
-    assert (found.rows, found.cols, len(found)) == (*grid, grid[0] * grid[1] + 1)
+    assert (*found.layout, len(found)) == (*grid, grid[0] * grid[1] + 1)
     assert_equal(found, reference(processor, image))
 
 
@@ -158,7 +164,7 @@ def test_high_equals_the_reference_at_real_sizes(
 def test_low_equals_the_reference_without_splitting(height: int, width: int) -> None:
     processor, image = image_processor("idefics3"), noise(height, width)
     found = family(processor).preprocess(image, "low", None)
-    assert (found.rows, found.cols, len(found)) == (0, 0, 1)
+    assert (*found.layout, len(found)) == (0, 0, 1)
     assert_equal(found, reference(processor, image, do_image_splitting=False))
 
 
@@ -176,7 +182,7 @@ def test_a_longest_edge_of_one_tile_leaves_the_global_view(detail: Detail, max_t
     for height, width in [(427, 641), (900, 7), (TILE, TILE), (1, 1)]:
         image = noise(height, width)
         found = family(processor).preprocess(image, detail, max_tiles)
-        assert (found.rows, found.cols, len(found)) == (0, 0, 1)
+        assert (*found.layout, len(found)) == (0, 0, 1)
         assert_equal(found, reference(processor, image))
 
 
@@ -213,9 +219,12 @@ def test_auto_never_enlarges_and_never_makes_more_tiles_than_high(longest_edge: 
     for height, width in random_sizes(1, 200):
         image = np.zeros((height, width, 3), np.uint8)
         auto, high = made.preprocess(image, "auto", None), made.preprocess(image, "high", None)
-        assert max(auto.rows, auto.cols) * TILE <= max(height, width), (height, width)
-        assert auto.rows <= high.rows and auto.cols <= high.cols and len(auto) <= len(high), (height, width)
-        splits += auto.rows > 0
+        assert max(auto.layout) * TILE <= max(height, width), (height, width)
+        assert all(a <= b for a, b in zip(auto.layout, high.layout, strict=True)) and len(auto) <= len(high), (
+            height,
+            width,
+        )
+        splits += auto.layout != (0, 0)
     assert splits > 50  # else the bounds above held for want of tiles
 
 
@@ -228,7 +237,7 @@ def test_auto_is_high_for_a_picture_that_fills_the_grid_and_low_for_one_that_fil
 
 def test_auto_keeps_the_tiles_that_the_pixels_fill() -> None:
     found = family(image_processor("idefics3")).preprocess(noise(TILE, 3 * TILE + 5), "auto", None)
-    assert (found.rows, found.cols, len(found)) == (1, 3, 4)
+    assert (*found.layout, len(found)) == (1, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -238,8 +247,8 @@ def test_auto_keeps_the_tiles_that_the_pixels_fill() -> None:
 def test_auto_gives_a_picture_the_grid_nearest_to_its_shape(height: int, grid: tuple[int, int]) -> None:
     """A picture of 3 x 2.25 tiles is shrunk to two rows by a ninth, where three rows would stretch it by a third."""
     found = family(image_processor("idefics3")).preprocess(noise(height, 3 * TILE), "auto", None)
-    assert (found.rows, found.cols) == grid
-    assert found.pixels.shape[1:3] == (TILE, TILE)
+    assert found.layout == grid
+    assert {view.pixels.shape for view in found.views} == {(TILE, TILE, 3)}
 
 
 @pytest.mark.parametrize("detail", DETAILS)
@@ -254,8 +263,8 @@ def test_max_tiles_is_respected(detail: Detail, longest_edge: int, tile: int) ->
             tiles = made.preprocess(image, detail, max_tiles)
             counts.append(len(tiles))
             assert len(tiles) <= max_tiles, (height, width, max_tiles)
-            assert len(tiles) == tiles.rows * tiles.cols + 1
-            assert tiles.rows <= free.rows and tiles.cols <= free.cols
+            assert len(tiles) == math.prod(tiles.layout) + 1
+            assert all(a <= b for a, b in zip(tiles.layout, free.layout, strict=True))
         assert counts == sorted(counts)  # a higher limit never costs tiles
 
 
@@ -272,7 +281,7 @@ def test_max_tiles_that_does_not_bind_changes_nothing() -> None:
 )
 def test_max_tiles_lowers_the_grid_by_whole_tiles_of_the_longer_side(max_tiles: int, grid: tuple[int, int]) -> None:
     tiles = family(image_processor("idefics3")).preprocess(noise(200, 300), "high", max_tiles)
-    assert (tiles.rows, tiles.cols) == grid
+    assert tiles.layout == grid
 
 
 def test_a_lowered_grid_is_the_references_at_that_longest_edge() -> None:
@@ -300,7 +309,6 @@ def test_the_picture_is_left_as_it_was(detail: Detail) -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(0, 0), (1, 2), (2, 1), (3, 4), (4, 4), (6, 6)])
 def test_image_text_equals_the_reference(rows: int, cols: int) -> None:
     made = family(image_processor("idefics3"))
-    tiles = Tiles(np.zeros((rows * cols + 1, TILE, TILE, 3), np.uint8), made.lookup, rows, cols)
     wanted = get_image_prompt_string(
         rows,
         cols,
@@ -309,8 +317,8 @@ def test_image_text_equals_the_reference(rows: int, cols: int) -> None:
         image_token="<image>",
         global_image_token="<global-img>",
     )
-    assert made.image_text(tiles) == wanted
-    assert wanted.count("<image>") == made.tokens_per_tile * len(tiles)
+    assert made.image_text(Grid(rows, cols)) == wanted
+    assert wanted.count("<image>") == made.tokens_per_tile * (rows * cols + 1)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +333,7 @@ def test_image_text_equals_the_reference(rows: int, cols: int) -> None:
 )
 def test_vision_inputs_equal_the_reference(tile: int, patch_size: int, image_size: int) -> None:
     made = family(sized(4 * tile, tile), patch_size, image_size)
-    inputs = made.vision_inputs()
+    inputs = made.constants
     config = transformers.Idefics3VisionConfig(
         hidden_size=4, num_attention_heads=1, patch_size=patch_size, image_size=image_size
     )

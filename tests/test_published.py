@@ -18,12 +18,14 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from edgevlm import VLM, GenerationConfig
 from edgevlm.chat import user_message
 from edgevlm.errors import SourceError
+from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.manifest import load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import overlooked
 from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.samples import pixel_values
 from tests.conftest import F32, photograph
 from tests.published import (
     ALL,
@@ -101,12 +103,12 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers_5(
     prompt = vlm.prepare([user_message(QUESTION, 1)], [image], HIGH, Stopwatch())
     assert list(prompt.ids) == prompt_ids
     assert prompt.image_tokens == len(tiles) * published.image_seq_len
-    assert np.array_equal(tiles.pixel_values, inputs["pixel_values"][0].numpy())
+    assert np.array_equal(pixel_values(tiles.views), inputs["pixel_values"][0].numpy())
     with torch.inference_mode():
         outputs = reference.model(**inputs)
         ids = reference.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS, use_cache=True)
     wanted = torch.cat(list(outputs.image_outputs.pooler_output)).numpy()
-    embeds = vlm.vision.encode(tiles.pixel_values).reshape(wanted.shape)
+    embeds = np.stack([each[IMAGE_EMBEDS] for each in vlm.vision.encode(tiles.views)]).reshape(wanted.shape)
     np.testing.assert_allclose(embeds, wanted, atol=1e-4)
     logits = outputs.logits[0].numpy()
     found = vlm.language_model.session().prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import edgevlm.stateful
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
 from edgevlm.drafting import FIRST_DRAFT, PromptLookup
 from edgevlm.embedding_cache import EmbeddingCache, content_key
-from edgevlm.families import Tiles
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, View, Visual
+from edgevlm.families.idefics3 import normalised
 from edgevlm.session import common_length
 from edgevlm.stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
@@ -119,18 +121,20 @@ def test_noise_within_the_tolerance_is_not_looked_at_again(exported: Path, fresh
 
 
 def encoder(calls: list[int]):  # type: ignore[no-untyped-def]
-    def encode(pixel_values: np.ndarray) -> np.ndarray:
-        calls.append(len(calls))
-        return np.full((1, 4, 8), pixel_values.mean(), np.float32)
+    def encode(views: Iterable[View]) -> Iterator[dict[str, np.ndarray]]:
+        for view in views:
+            calls.append(len(calls))
+            yield {IMAGE_EMBEDS: np.full((4, 8), view.inputs()[PIXEL_VALUES].mean(), np.float32)}
 
     return encode
 
 
-def tiles(*levels: int) -> Tiles:
+def tiles(*levels: int) -> Visual:
     """One tile of each grey level."""
     lookup = np.broadcast_to(np.arange(256, dtype=np.float32), (3, 256))
-    pixels = np.stack([np.full((TILE, TILE, 3), level, np.uint8) for level in levels])
-    return Tiles(pixels, lookup, 1, len(levels))
+    pixels = [np.full((TILE, TILE, 3), level, np.uint8) for level in levels]
+    views = [View(each, lambda each=each: {PIXEL_VALUES: normalised(each, lookup)}) for each in pixels]
+    return Visual(views, (1, len(levels)))
 
 
 def test_slow_change_is_noticed_within_the_tolerance() -> None:
@@ -151,7 +155,7 @@ def test_the_cache_holds_no_more_than_its_bytes() -> None:
     cache.encode(b"2", tiles(2), encoder(calls))
     assert len(calls) == 5
     nothing = EmbeddingCache(0)
-    assert nothing.encode(b"7", tiles(7, 7), encoder(calls)).encoded == 2
+    assert nothing.encode(b"7", tiles(7, 8), encoder(calls)).encoded == 2
     assert nothing.picture(b"7") is None
 
 
@@ -159,9 +163,9 @@ def test_a_picture_of_equal_tiles_is_encoded_once() -> None:
     calls: list[int] = []
     found = EmbeddingCache(2**20).encode(b"x", tiles(5, 5, 6, 5), encoder(calls))
     assert (len(found), found.encoded, len(calls)) == (4, 2, 2)
-    assert [float(tile.image_embeds[0, 0]) for tile in found.tiles] == [5, 5, 6, 5]
+    assert [float(view.outputs[IMAGE_EMBEDS][0, 0]) for view in found.views] == [5, 5, 6, 5]
     with pytest.raises(ValueError, match="read-only"):
-        found.tiles[0].image_embeds[0, 0] = 1
+        found.views[0].outputs[IMAGE_EMBEDS][0, 0] = 1
 
 
 def test_a_key_names_content_shape_and_use() -> None:

@@ -350,9 +350,9 @@ def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp
         tiles = family.preprocess(np.asarray(image), "auto", None)
         assert len(tiles) == 1
         trained = shrink(image).astype(np.float32) / 127.5 - 1
-        np.testing.assert_allclose(tiles.pixel_values[0], trained.transpose(2, 0, 1), atol=1e-6)
+        np.testing.assert_allclose(tiles.views[0].inputs()["pixel_values"][0], trained.transpose(2, 0, 1), atol=1e-6)
     assert family.tokens_per_tile == IMAGE_TOKENS
-    assert family.tile_size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert family.view_size == (IMAGE_SIZE, IMAGE_SIZE)
 
 
 def test_marks_move_with_the_picture() -> None:

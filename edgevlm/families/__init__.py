@@ -7,9 +7,9 @@ from typing import Any
 
 from edgevlm.errors import DamagedModelError
 from edgevlm.families import idefics3
-from edgevlm.families.base import Detail, Family, Grid, Tiles
+from edgevlm.families.base import DecoderTraits, Detail, Family, LanguageInputs, View, Visual
 
-__all__ = ["FAMILIES", "Detail", "Family", "Grid", "Tiles", "make_family"]
+__all__ = ["FAMILIES", "DecoderTraits", "Detail", "Family", "LanguageInputs", "View", "Visual", "make_family"]
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "idefics3": idefics3.Idefics3,

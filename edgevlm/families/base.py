@@ -1,8 +1,14 @@
-"""What the runtime asks of a family."""
+"""What a family is at run time: one architecture's preprocessing and prompt rules. NumPy and Pillow only, no OpenVINO.
+
+A picture becomes a `Visual`: views, each of them one call of the vision encoder, and a layout, which only the family
+reads. The encoder's outputs for the views are assembled to features, one row for each image token of the prompt.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -10,57 +16,102 @@ import numpy.typing as npt
 
 from edgevlm.image import RGB
 
+Array: TypeAlias = npt.NDArray[Any]
+Arrays: TypeAlias = Mapping[str, Array]
 Detail: TypeAlias = Literal["low", "high", "auto"]
-
-
-class Grid(Protocol):
-    """How a picture was split: `rows` x `cols` tiles, 0 x 0 when it was not."""
-
-    @property
-    def rows(self) -> int: ...
-    @property
-    def cols(self) -> int: ...
+PIXEL_VALUES, IMAGE_EMBEDS = "pixel_values", "image_embeds"
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """One preprocessed picture: `rows` x `cols` tiles (0 x 0 when not split), then the global view."""
+class View:
+    """One call of the vision encoder: a tile, a thumbnail, or a whole picture."""
 
-    pixels: npt.NDArray[np.uint8]  # (T, H, W, 3)
-    lookup: npt.NDArray[np.float32]  # (3, 256): what each channel's values are normalised to
-    rows: int
-    cols: int
+    pixels: npt.NDArray[np.uint8]
+    """`(H, W, 3)`: what the vision cache knows it by."""
+    inputs: Callable[[], Arrays]
+    """Makes the encoder's inputs, a batch of one, by the graph's names; called only where the view is not cached."""
 
-    def __len__(self) -> int:
-        return len(self.pixels)
 
-    def __getitem__(self, index: int) -> npt.NDArray[np.float32]:
-        """Return one tile's `pixel_values` `(1, 3, H, W)`; a whole picture's are large, and seldom needed at once."""
-        return np.stack([self.lookup[channel][self.pixels[index, ..., channel]] for channel in range(3)])[None]
+class LaidOut(Protocol):
+    """A picture that has been through preprocessing, encoded or not."""
 
     @property
-    def pixel_values(self) -> npt.NDArray[np.float32]:
-        """All tiles' `pixel_values` `(T, 3, H, W)`."""
-        return np.concatenate([self[index] for index in range(len(self))])
+    def layout(self) -> Hashable:
+        """How its views make it up."""
+        ...
 
 
-class Family(Protocol):
-    """One architecture family's preprocessing and prompt rules."""
+@dataclass(frozen=True)
+class Visual:
+    """A picture after preprocessing."""
 
-    image_token: str
+    views: Sequence[View]
+    layout: Hashable
+    """How the views make up the picture, in the family's own terms, such as rows and columns of tiles."""
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+
+@dataclass(frozen=True)
+class LanguageInputs:
+    """What the decoder reads of a prompt of n tokens, beside `inputs_embeds`."""
+
+    positions: npt.NDArray[np.int64]
+    """`(axes, n)`: one axis, or three for M-RoPE."""
+    extras: Arrays = field(default_factory=dict)
+    """`(n, ...)` by the graph's names, such as token types or features for deeper layers; zero for what follows."""
+
+    def after(self, start: int) -> LanguageInputs:
+        """Return what is left after the first `start` tokens."""
+        extras = {name: array[start:] for name, array in self.extras.items()}
+        return LanguageInputs(self.positions[:, start:], extras)
+
+
+@dataclass(frozen=True)
+class DecoderTraits:
+    """What reuse of a KV cache has to respect; the exporter writes it into the manifest."""
+
+    position_axes: int = 1
+    atomic_images: bool = False
+    """Image tokens attend to each other both ways: an image is reused whole or not at all."""
+    rewindable: bool = True
+    """False for a state that can be continued and not cut, such as a convolution's."""
+
+
+class Family:
+    """One architecture's rules; the defaults fit those of one position axis whose features are the views' in a row."""
+
+    placeholder: str
+    """What the chat template writes for a picture."""
     image_token_id: int
-    tokens_per_tile: int
-    tile_size: tuple[int, int]
-    """Height and width of a tile in pixels."""
+    """Its places in the prompt take the features."""
+    view_size: tuple[int, int] | None = None
+    """Height and width of every view, for which the encoder is compiled; None where they differ."""
+    constants: Arrays = MappingProxyType({})
+    """Inputs of the encoder that are the same for every view."""
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Tiles:
-        """Return the tiles of `image`; `max_tiles` bounds their number, the global view included."""
-        ...
+    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
+        """Return the views of `image`; `max_tiles` bounds their number."""
+        raise NotImplementedError
 
-    def image_text(self, grid: Grid) -> str:
-        """Return the text that takes the place of one image placeholder in the rendered prompt."""
-        ...
+    def image_text(self, layout: Hashable) -> str:
+        """Return the text that takes the place of one placeholder in the rendered prompt, image tokens written out."""
+        raise NotImplementedError
 
-    def vision_inputs(self) -> dict[str, npt.NDArray[Any]]:
-        """Return every input of the vision part for one tile, `pixel_values` excepted: they never change."""
-        ...
+    def block_text(self) -> str:
+        """Return a text that holds all that image blocks are made of."""
+        raise NotImplementedError
+
+    def assemble(self, layout: Hashable, outputs: Sequence[Arrays]) -> dict[str, Array]:  # noqa: ARG002
+        """Join the encoder's outputs `(rows, ...)` for each view to the picture's features `(n, ...)`, by name."""
+        return {name: np.concatenate([each[name] for each in outputs]) for name in outputs[0]}
+
+    def language_inputs(
+        self,
+        ids: npt.NDArray[np.int64],
+        layouts: Sequence[Hashable],  # noqa: ARG002
+        features: Sequence[Arrays],  # noqa: ARG002
+    ) -> LanguageInputs:
+        """Return positions and extra inputs of a prompt, its pictures in order."""
+        return LanguageInputs(np.arange(len(ids), dtype=np.int64)[None])

@@ -8,29 +8,39 @@ equal token ids.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Hashable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail, Grid, Tiles
+from edgevlm.families.base import PIXEL_VALUES, Arrays, Detail, Family, View, Visual
 from edgevlm.image import RGB
 
 MAX_SIDE = 4096
 """No picture is resized beyond this side: `MAX_IMAGE_SIZE` of the reference."""
 
 
-class Idefics3:
+class Grid(NamedTuple):
+    """How a picture was split: `rows` x `cols` tiles, 0 x 0 when it was not; a global view follows."""
+
+    rows: int
+    cols: int
+
+
+_LARGEST = Grid(16, 16)
+
+
+class Idefics3(Family):
     """The family's rules, from the facts that the exporter took from the checkpoint."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         preprocessing = facts["preprocessing"]
         self.longest_edge = int(preprocessing["longest_edge"])
         self.tile = int(preprocessing["tile"])
-        self.tile_size = (self.tile, self.tile)
+        self.view_size = (self.tile, self.tile)
         self.split = bool(preprocessing["do_image_splitting"])
         self.resample = Image.Resampling(int(preprocessing["resample"]))
         self.lookup = _normalisation(
@@ -38,14 +48,15 @@ class Idefics3:
         )
         self.patch_size = int(facts["patch_size"])
         self.position_grid = int(facts["position_grid"])
-        self.image_token = str(facts["image_token"])
+        self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
         self.fake_token = str(facts["fake_image_token"])
         self.global_token = str(facts["global_image_token"])
         self.tokens_per_tile = int(facts["image_seq_len"])
+        self.constants = self._constants()
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Tiles:
-        """Return the tiles of a picture `(H, W, 3)`.
+    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
+        """Return the tiles of a picture `(H, W, 3)`, and the global view after them.
 
         `high` is what the checkpoint's own processor does, which enlarges a small picture to the full grid; `auto`
         never enlarges the longer side, and gives a picture that does not fill the full grid the one nearest to its
@@ -59,22 +70,24 @@ class Idefics3:
         if longest_edge is None:
             # The reference resizes twice here too, first to the longest edge and then to the square.
             small = self._resize(whole, *_fit(height, width, self.longest_edge))
-            return self._tiles([self._resize(small, self.tile, self.tile)], 0, 0)
+            return self._visual([self._resize(small, self.tile, self.tile)], Grid(0, 0))
         small = self._resize(whole, *_fit(height, width, longest_edge))
         grid_height, grid_width = self._grid(small.height, small.width, longest_edge, detail)
         gridded = self._resize(small, grid_height, grid_width)
         rows, cols = grid_height // self.tile, grid_width // self.tile
         if rows == cols == 1:
-            return self._tiles([gridded], 0, 0)
+            return self._visual([gridded], Grid(0, 0))
         crops = [
             gridded.crop((c * self.tile, r * self.tile, (c + 1) * self.tile, (r + 1) * self.tile))
             for r in range(rows)
             for c in range(cols)
         ]
-        return self._tiles([*crops, self._resize(gridded, self.tile, self.tile)], rows, cols)
+        return self._visual([*crops, self._resize(gridded, self.tile, self.tile)], Grid(rows, cols))
 
-    def image_text(self, grid: Grid) -> str:
+    def image_text(self, layout: Hashable) -> str:
         """Return the image block of the prompt: each tile named by row and column, the global view last."""
+        assert isinstance(layout, tuple)
+        grid = Grid(*layout)
         image_tokens = self.image_token * self.tokens_per_tile
         lines = [
             "".join(f"{self.fake_token}<row_{r + 1}_col_{c + 1}>{image_tokens}" for c in range(grid.cols)) + "\n"
@@ -83,7 +96,11 @@ class Idefics3:
         separator = "\n" if lines else ""
         return "".join(lines) + f"{separator}{self.fake_token}{self.global_token}{image_tokens}{self.fake_token}"
 
-    def vision_inputs(self) -> dict[str, npt.NDArray[Any]]:
+    def block_text(self) -> str:
+        """Return all that an image block may be made of."""
+        return self.image_text(_LARGEST)
+
+    def _constants(self) -> Arrays:
         """Return the mask and position ids of one full tile: `(1, P, P)` bool and `(1, P * P)` int64.
 
         A tile of P x P patches takes its positions from a G x G table: row (and column) i stands at i * G // P. These
@@ -123,8 +140,16 @@ class Idefics3:
     def _resize(self, image: Image.Image, height: int, width: int) -> Image.Image:
         return image.resize((width, height), resample=self.resample)
 
-    def _tiles(self, tiles: list[Image.Image], rows: int, cols: int) -> Tiles:
-        return Tiles(np.stack([np.asarray(tile) for tile in tiles]), self.lookup, rows, cols)
+    def _visual(self, tiles: list[Image.Image], grid: Grid) -> Visual:
+        return Visual([self._view(np.asarray(tile)) for tile in tiles], grid)
+
+    def _view(self, pixels: RGB) -> View:
+        return View(pixels, lambda: {PIXEL_VALUES: normalised(pixels, self.lookup)})
+
+
+def normalised(pixels: RGB, lookup: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return `pixel_values` `(1, 3, H, W)` of `(H, W, 3)`: each channel's value looked up in `(3, 256)`."""
+    return np.stack([lookup[channel][pixels[..., channel]] for channel in range(3)])[None]
 
 
 def _normalisation(

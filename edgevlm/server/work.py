@@ -260,7 +260,7 @@ class Worker:
 
 def warm_up(vlm: VLM) -> None:
     """Answer once, so that the first caller does not pay for what OpenVINO puts off until then."""
-    grey = np.full((*vlm.processor.family.tile_size, 3), 128, np.uint8)
+    grey = np.full((*(vlm.processor.family.view_size or (256, 256)), 3), 128, np.uint8)
     vlm.generate(grey, "What is this?", GenerationConfig(max_new_tokens=1, detail="low"))
 
 

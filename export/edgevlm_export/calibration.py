@@ -11,19 +11,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from edgevlm.chat import user_message
 from edgevlm.errors import ExportError
-from edgevlm.generate import GenerationConfig
 from edgevlm.image import image_suffixes
-from edgevlm.language_model import TextEmbeddings
-from edgevlm.model import merge
-from edgevlm.parts import PartLoader
-from edgevlm.processor import Processor
-from edgevlm.vision import VisionEncoder
 
 SHIPPED = Path(__file__).parent / "calibration"
 VISION_TILES, VISION_PIXELS, VISION_WIDTH = 8, 1_600_000, 576
@@ -100,39 +90,3 @@ def verification_pairs(pairs: Sequence[Pair]) -> dict[str, Pair]:
     picture = next((pair for pair in with_questions(pairs) if pair.image), None)
     text = next((pair for pair in pairs if not pair.image), Pair("What is the capital of France?"))
     return {"picture": picture, "text": text} if picture else {"text": text}
-
-
-def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int) -> list[dict[str, Any]]:
-    """Return the vision part's inputs for tiles taken evenly from the pairs' pictures, or the shipped ones.
-
-    `hidden_size` is that of the model.
-    """
-    pictures = [pair.image for pair in pairs if pair.image] or [pair.image for pair in load_pairs() if pair.image]
-    tiles = processor.preprocess(pictures, GenerationConfig(detail="auto"))
-    every = [(each, index) for each in tiles for index in range(len(each))]
-    _, height, width, _ = tiles[0].pixels.shape
-    pixels = VISION_PIXELS * max(1.0, VISION_WIDTH / hidden_size)
-    limit = max(VISION_TILES, int(pixels) // (height * width))
-    chosen = every[:: -(-len(every) // limit)]
-    return [{"pixel_values": each[index], **processor.family.vision_inputs()} for each, index in chosen]
-
-
-def language_samples(processor: Processor, loader: PartLoader, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Return the language model's inputs for every pair, prompt and answer in one sequence; pictures at one tile."""
-    vision, embeddings = loader.vision(processor.family), loader.text_embeddings()
-    return [_sample(processor, vision, embeddings, pair) for pair in with_questions(pairs)]
-
-
-def _sample(processor: Processor, vision: VisionEncoder, embeddings: TextEmbeddings, pair: Pair) -> dict[str, Any]:
-    tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
-    prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
-    ids = np.asarray(prompt + processor.tokenizer.encode(pair.answer), np.int64)
-    table = embeddings.embed(ids)
-    image_embeds = [vision.encode(each.pixel_values).reshape(-1, table.shape[-1]) for each in tiles]
-    joined = np.concatenate([np.empty((0, table.shape[-1]), np.float32), *image_embeds])
-    return {
-        "inputs_embeds": merge(table, ids, processor.family.image_token_id, joined),
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-        "beam_idx": np.zeros(1, np.int32),
-    }

@@ -7,11 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgevlm.device import import_openvino
 from edgevlm.errors import SourceError
-from edgevlm.families import Tiles, make_family
+from edgevlm.families import make_family
 from edgevlm.manifest import PART_NAMES, File, Manifest, Part, hash_file
 from edgevlm.paths import MANIFEST
 from edgevlm_export.checkpoint import Checkpoint
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 
 FILE_NAMES = {part: f"openvino_{part}_model.xml" for part in PART_NAMES}
 _CHAT_TEMPLATE = "chat_template.jinja"
-_LARGE = Tiles(np.empty((0, 0, 0, 3), np.uint8), np.empty((3, 256), np.float32), 16, 16)
-"""A grid as large as any, to see which tokens image blocks are made of."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], t
         context_length=text.size("max_position_embeddings"),
         eos_token_ids=checkpoint.eos_token_ids,
         special_tokens=checkpoint.named_tokens,
-        text_tokens=checkpoint.text_tokens(template + family.image_text(_LARGE)),
+        text_tokens=checkpoint.text_tokens(template + family.block_text()),
         chat_template=_CHAT_TEMPLATE,
         tool_versions={},
     )

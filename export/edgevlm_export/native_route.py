@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import edgevlm
-from edgevlm.chat import user_message
 from edgevlm.device import RuntimeConfig, core, read_ir
 from edgevlm.errors import SourceError
-from edgevlm.generate import GenerationConfig
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES
 from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION, Manifest
-from edgevlm.model import merge
 from edgevlm.processor import Processor
-from edgevlm_export.calibration import Pair, verification_pairs, vision_samples, with_questions
+from edgevlm_export.calibration import Pair, verification_pairs, with_questions
 from edgevlm_export.clock import StageClock
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
@@ -34,6 +32,7 @@ from edgevlm_export.folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.graphs.blocks import join, pieces, produced
 from edgevlm_export.graphs.layers import Constants
 from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, ExportOptions, Precision
+from edgevlm_export.samples import Sample, decoder_inputs, encoder_inputs, make_sample, pixel_values, vision_samples
 from edgevlm_export.verify import Array, Arrays
 from edgevlm_export.weights import Stored, Weights
 
@@ -44,16 +43,6 @@ LIBRARIES = ("nncf", "safetensors", "huggingface_hub")
 PIECE_WEIGHTS = 64_000_000
 """Weights of a piece: 0.26 GB in float32, of which compiling and compressing hold several copies."""
 _FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt and its answer as token ids, with the picture's tiles if there is one."""
-
-    ids: Array  # (n,)
-    pixel_values: Array | None  # (T, 3, H, W)
-    compared: int
-    """At how many of the last positions logits are compared."""
 
 
 def write_parts(
@@ -72,24 +61,23 @@ def write_parts(
     chosen = verification_pairs(pairs) if options.verify else {}
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
     learned = with_questions(pairs) if needs_data else []
-    texts = {pair: tokenize(processor, pair) for pair in [*chosen.values(), *learned]}
+    samples = {pair: make_sample(processor, pair) for pair in [*chosen.values(), *learned]}
     table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
-    embeds = {pair: look_up(table, text.ids) for pair, text in texts.items()}
+    embeds = {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
     writer = PartWriter(architecture, weights, options, draft, work, clock)
 
-    tiles = {pair: text.pixel_values for pair, text in texts.items() if text.pixel_values is not None}
-    feeds = [{"pixel_values": each, **processor.family.vision_inputs()} for each in tiles.values()]
+    feeds = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
     data = vision_samples(processor, pairs, manifest.hidden_size) if options.part_precision(VISION) == "w8a8" else []
-    image_embeds = dict(zip(tiles, writer.write(VISION, feeds, data), strict=True))
+    outputs = iter(writer.write(VISION, feeds, data))
+    encoded = {pair: [{IMAGE_EMBEDS: next(outputs)[0]} for _ in sample.views] for pair, sample in samples.items()}
     writer.write(TEXT_EMBEDDINGS, [], [])
 
-    nothing = np.empty((0, manifest.hidden_size), np.float32)
     inputs = {
-        pair: language_inputs(embeds[pair], text.ids, image_embeds.get(pair, nothing), processor.family.image_token_id)
-        for pair, text in texts.items()
+        pair: decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair])
+        for pair, sample in samples.items()
     }
     data = [inputs[pair] for pair in learned]
-    kept = [texts[pair].compared for pair in chosen.values()]
+    kept = [compared(samples[pair]) for pair in chosen.values()]
     logits = writer.write(LANGUAGE, [inputs[pair] for pair in chosen.values()], data, kept)
 
     for path in work.iterdir():
@@ -97,22 +85,18 @@ def write_parts(
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
     for (name, pair), scores in zip(chosen.items(), logits, strict=True):
-        case, outputs = compared(texts[pair], embeds[pair], image_embeds.get(pair), scores)
+        case, expected = as_case(samples[pair], embeds[pair], encoded[pair], scores)
         cases |= {f"{name}.{key}": array for key, array in case.items()}
-        reference |= {f"{name}.{key}": array for key, array in outputs.items()}
+        reference |= {f"{name}.{key}": array for key, array in expected.items()}
     precisions = {part: options.part_precision(part) for part in PART_NAMES}
     versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf")}}
     return Written(precisions, versions, "openvino, float32, uncompressed", cases, reference)
 
 
-def tokenize(processor: Processor, pair: Pair) -> Text:
-    """Return a pair's prompt and answer; without an answer, the prompt's own end is what is compared."""
-    tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
-    prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
-    answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
-    ids = np.asarray(prompt + answer, np.int64)
-    count = min(VERIFY_TOKENS, len(answer) + 1 if answer else len(ids))
-    return Text(ids, np.concatenate([each.pixel_values for each in tiles]) if tiles else None, count)
+def compared(sample: Sample) -> int:
+    """Return at how many of the last positions logits are compared: of the answer, or of a prompt without one."""
+    answer = len(sample.ids) - sample.prompt
+    return min(VERIFY_TOKENS, answer + 1 if answer else len(sample.ids))
 
 
 def look_up(table: Stored, ids: Array) -> Array:
@@ -125,25 +109,16 @@ def look_up(table: Stored, ids: Array) -> Array:
     return replace(table, array=table.array[ids]).float32()[None]
 
 
-def compared(text: Text, embeds: Array, image_embeds: Array | None, logits: Array) -> tuple[Arrays, Arrays]:
-    """Return inputs and outputs as `verify` takes them: logits `(compared, V)` of the last positions of `text`."""
-    prompt = len(text.ids) - text.compared + 1
-    following = np.append(text.ids[prompt:], logits[-1].argmax())
-    case = {"input_ids": text.ids[:prompt]}
+def as_case(sample: Sample, embeds: Array, encoded: Sequence[Arrays], logits: Array) -> tuple[Arrays, Arrays]:
+    """Return inputs and outputs as `verify` takes them: logits `(compared, V)` of the last positions of the sample."""
+    prompt = len(sample.ids) - compared(sample) + 1
+    following = np.append(sample.ids[prompt:], logits[-1].argmax())
+    case = {"input_ids": sample.ids[:prompt]}
     outputs = {"token_ids": following, "logits": logits, "text_embeds": embeds[0]}
-    if text.pixel_values is not None and image_embeds is not None:
-        case["pixel_values"], outputs["image_embeds"] = text.pixel_values, image_embeds
+    if sample.views:
+        case[PIXEL_VALUES] = pixel_values(sample.views)
+        outputs[IMAGE_EMBEDS] = np.stack([each[IMAGE_EMBEDS] for each in encoded])
     return case, outputs
-
-
-def language_inputs(inputs_embeds: Array, ids: Array, image_embeds: Array, image_token_id: int) -> dict[str, Array]:
-    """Return the language model's inputs for one text."""
-    flat = image_embeds.reshape(-1, inputs_embeds.shape[-1])
-    return {
-        "inputs_embeds": merge(inputs_embeds.copy(), ids, image_token_id, flat),
-        "attention_mask": np.ones((1, len(ids)), np.int64),
-        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-    }
 
 
 class PartWriter:

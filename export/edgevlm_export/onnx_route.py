@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import edgevlm
-from edgevlm.chat import user_message
 from edgevlm.device import core, first_line, import_openvino
 from edgevlm.errors import SourceError
-from edgevlm.generate import GenerationConfig
+from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
-from edgevlm.model import merge
 from edgevlm.processor import Processor
 from edgevlm_export import onnx_graph
 from edgevlm_export.calibration import Pair, verification_pairs
@@ -29,6 +27,7 @@ from edgevlm_export.folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.onnx_branch import SWITCH, check_switch, with_past
 from edgevlm_export.optimum_route import compress_parts, copy_small_files
 from edgevlm_export.options import VERIFY_TOKENS, ExportOptions
+from edgevlm_export.samples import decoder_inputs, make_sample, pixel_values
 from edgevlm_export.verify import Array
 
 if TYPE_CHECKING:
@@ -101,11 +100,11 @@ def write_parts(
     reference: dict[str, Array] = {}
     if options.verify:
         clock.begin("reference")
-        cases, reference = run_reference(parts, processor, manifest, pairs)
+        cases, reference = run_reference(parts, processor, pairs)
     clock.begin("convert")
     parts = {**parts, LANGUAGE: with_past(parts[LANGUAGE], work / "branch")}
     makers: dict[str, Callable[[ov.Model], ov.Model]] = {
-        VISION: lambda model: onnx_graph.vision(model, processor.family.tokens_per_tile, manifest.hidden_size),
+        VISION: lambda model: onnx_graph.vision(model, manifest.family_facts["image_seq_len"], manifest.hidden_size),
         TEXT_EMBEDDINGS: onnx_graph.text_embeddings,
         LANGUAGE: onnx_graph.language,
     }
@@ -142,26 +141,22 @@ def turn_weights(model: ov.Model) -> None:
 
 
 def run_reference(
-    parts: Mapping[str, Path], processor: Processor, manifest: Manifest, pairs: Sequence[Pair]
+    parts: Mapping[str, Path], processor: Processor, pairs: Sequence[Pair]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return inputs and what ONNX Runtime makes of them, as `verify` takes them. Raises `SourceError`."""
     reference = Reference(parts)
     cases: dict[str, Array] = {}
     outputs: dict[str, Array] = {}
     for name, pair in verification_pairs(pairs).items():
-        tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
-        prompt = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
-        ids = np.asarray(prompt, np.int64)
-        cases[f"{name}.input_ids"] = ids
-        image_embeds = np.empty((0, manifest.hidden_size), np.float32)
-        if tiles:
-            pixel_values = np.concatenate([each.pixel_values for each in tiles])
-            cases[f"{name}.pixel_values"] = pixel_values
-            image_embeds = reference.encode(pixel_values)
-            outputs[f"{name}.image_embeds"] = image_embeds
-        embeds = reference.embed(ids)
-        joined = merge(embeds.copy(), ids, processor.family.image_token_id, image_embeds.reshape(-1, embeds.shape[-1]))
-        tokens, logits = reference.greedy(joined, VERIFY_TOKENS)
+        sample = make_sample(processor, pair)
+        ids = cases[f"{name}.input_ids"] = sample.ids[: sample.prompt]
+        encoded = []
+        if sample.views:
+            pixels = cases[f"{name}.pixel_values"] = pixel_values(sample.views)
+            image_embeds = outputs[f"{name}.image_embeds"] = reference.encode(pixels)
+            encoded = [{IMAGE_EMBEDS: each} for each in image_embeds]
+        inputs = decoder_inputs(processor.family, ids, sample.visuals, reference.embed(ids), encoded)
+        tokens, logits = reference.greedy(inputs["inputs_embeds"], VERIFY_TOKENS)
         outputs[f"{name}.token_ids"], outputs[f"{name}.logits"] = tokens, logits
         outputs[f"{name}.text_embeds"] = reference.embed(np.concatenate([ids, tokens[:-1]]))[0]
     return cases, outputs

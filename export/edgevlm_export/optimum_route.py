@@ -14,14 +14,12 @@ from typing import Any
 import numpy as np
 
 import edgevlm
-from edgevlm.chat import user_message
 from edgevlm.device import RuntimeConfig, read_ir
 from edgevlm.errors import ExportError, SourceError
-from edgevlm.generate import GenerationConfig
 from edgevlm.manifest import LANGUAGE, PART_NAMES, VISION, Manifest
 from edgevlm.parts import PartLoader
 from edgevlm.processor import Processor
-from edgevlm_export.calibration import Pair, language_samples, verification_pairs, vision_samples
+from edgevlm_export.calibration import Pair, verification_pairs
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.clock import StageClock
 from edgevlm_export.compress import compress, import_nncf
@@ -29,6 +27,7 @@ from edgevlm_export.convert import CASES, JOB, REFERENCE, RESULT
 from edgevlm_export.folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.graph import fuse_sibling_matmuls
 from edgevlm_export.options import VERIFY_TOKENS, ExportOptions, Precision
+from edgevlm_export.samples import language_samples, make_sample, pixel_values, vision_samples
 from edgevlm_export.verify import load_arrays
 
 LIBRARIES = ("torch", "transformers", "optimum")
@@ -56,11 +55,10 @@ def write_cases(work: Path, manifest: Manifest, pairs: Sequence[Pair]) -> None:
     processor = Processor(work, manifest)
     arrays: dict[str, Any] = {}
     for name, pair in verification_pairs(pairs).items():
-        tiles = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
-        ids = processor.prompt_ids([user_message(pair.question, len(tiles))], tiles)
-        arrays[f"{name}.input_ids"] = np.asarray(ids, np.int64)
-        if tiles:
-            arrays[f"{name}.pixel_values"] = np.concatenate([each.pixel_values for each in tiles])
+        sample = make_sample(processor, pair)
+        arrays[f"{name}.input_ids"] = sample.ids[: sample.prompt]
+        if sample.views:
+            arrays[f"{name}.pixel_values"] = pixel_values(sample.views)
     np.savez(work / CASES, **arrays)
 
 
@@ -111,7 +109,7 @@ def convert(
 
 def _patch_position_ids(work: Path, manifest: Manifest) -> list[int] | None:
     """Return the positions of a tile's patches, where the family counts them itself."""
-    ids = Processor(work, manifest).family.vision_inputs().get("patch_position_ids")
+    ids = Processor(work, manifest).family.constants.get("patch_position_ids")
     return None if ids is None else [int(each) for each in ids[0]]
 
 

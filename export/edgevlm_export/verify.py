@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import VerificationError
+from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.model import VLM, merge
 from edgevlm_export.options import UNCOMPRESSED, Precision
+from edgevlm_export.samples import pixel_views
 
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
@@ -59,7 +61,8 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
         image_embeds = np.empty((0, vlm.manifest.hidden_size), np.float32)
         if f"{name}.pixel_values" in cases:
             expected = reference[f"{name}.image_embeds"]
-            embeds.append((expected, vlm.vision.encode(cases[f"{name}.pixel_values"])))
+            views = pixel_views(cases[f"{name}.pixel_values"])
+            embeds.append((expected, np.stack([each[IMAGE_EMBEDS] for each in vlm.vision.encode(views)])))
             image_embeds = expected.reshape(-1, vlm.manifest.hidden_size)
         ids = np.concatenate([cases[f"{name}.input_ids"], reference[f"{name}.token_ids"][:-1]])
         logits.append((reference[f"{name}.logits"], _logits(vlm, ids, image_embeds, reference[f"{name}.logits"])))

@@ -1,0 +1,101 @@
+"""From a pair to what the models read: views, token ids, the inputs of encoder and decoder, for every route alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgevlm.chat import user_message
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Array, Arrays, Family, View, Visual
+from edgevlm.generate import GenerationConfig
+from edgevlm.model import join, merge
+from edgevlm.parts import PartLoader
+from edgevlm.processor import Processor
+from edgevlm_export.calibration import VISION_PIXELS, VISION_TILES, VISION_WIDTH, Pair, load_pairs, with_questions
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and its answer as token ids, with its pictures."""
+
+    ids: Array  # (n,)
+    prompt: int
+    """How many of the ids are the prompt's."""
+    visuals: Sequence[Visual]
+
+    @property
+    def views(self) -> list[View]:
+        """The views of all pictures."""
+        return [view for visual in self.visuals for view in visual.views]
+
+
+def make_sample(processor: Processor, pair: Pair) -> Sample:
+    """Return a pair's prompt and answer, its picture looked at as cheaply as may be."""
+    visuals = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
+    prompt = processor.prompt_ids([user_message(pair.question, len(visuals))], visuals)
+    answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
+    return Sample(np.asarray(prompt + answer, np.int64), len(prompt), visuals)
+
+
+def encoder_inputs(family: Family, view: View) -> dict[str, Array]:
+    """Return the vision part's inputs for one view."""
+    return {**view.inputs(), **family.constants}
+
+
+def decoder_inputs(
+    family: Family, ids: Array, visuals: Sequence[Visual], inputs_embeds: Array, encoded: Sequence[Arrays]
+) -> dict[str, Array]:
+    """Return the language model's inputs for a text, of its embeddings `(1, n, D)` and its views' encoding in order."""
+    ends = np.cumsum([len(visual) for visual in visuals])
+    features = [
+        family.assemble(visual.layout, encoded[end - len(visual) : end])
+        for visual, end in zip(visuals, ends, strict=True)
+    ]
+    image_embeds = join([each[IMAGE_EMBEDS] for each in features], inputs_embeds.shape[-1])
+    inputs = family.language_inputs(ids, [visual.layout for visual in visuals], features)
+    return {
+        "inputs_embeds": merge(inputs_embeds.copy(), ids, family.image_token_id, image_embeds),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": inputs.positions if len(inputs.positions) == 1 else inputs.positions[:, None],
+        **{name: array[None] for name, array in inputs.extras.items()},
+    }
+
+
+def pixel_values(views: Sequence[View]) -> Array:
+    """Return the `pixel_values` `(T, 3, H, W)` of views of one size."""
+    return np.concatenate([view.inputs()[PIXEL_VALUES] for view in views])
+
+
+def pixel_views(values: Array) -> list[View]:
+    """Return views that give these `pixel_values` `(T, 3, H, W)`."""
+    nothing = np.empty((0, 0, 3), np.uint8)
+    return [View(nothing, lambda each=each: {PIXEL_VALUES: each[None]}) for each in values]  # type: ignore[misc]
+
+
+def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int) -> list[dict[str, Array]]:
+    """Return the vision part's inputs for views taken evenly from the pairs' pictures, or the shipped ones.
+
+    `hidden_size` is that of the model.
+    """
+    pictures = [pair.image for pair in pairs if pair.image] or [pair.image for pair in load_pairs() if pair.image]
+    visuals = processor.preprocess(pictures, GenerationConfig(detail="auto"))
+    views = [view for visual in visuals for view in visual.views]
+    height, width, _ = views[0].pixels.shape
+    pixels = VISION_PIXELS * max(1.0, VISION_WIDTH / hidden_size)
+    limit = max(VISION_TILES, int(pixels) // (height * width))
+    return [encoder_inputs(processor.family, view) for view in views[:: -(-len(views) // limit)]]
+
+
+def language_samples(processor: Processor, loader: PartLoader, pairs: Sequence[Pair]) -> list[dict[str, Array]]:
+    """Return the language model's inputs for every pair, prompt and answer in one sequence."""
+    vision, embeddings = loader.vision(processor.family), loader.text_embeddings()
+    samples = [make_sample(processor, pair) for pair in with_questions(pairs)]
+    return [
+        decoder_inputs(
+            processor.family, each.ids, each.visuals, embeddings.embed(each.ids), list(vision.encode(each.views))
+        )
+        | {"beam_idx": np.zeros(1, np.int32)}
+        for each in samples
+    ]
