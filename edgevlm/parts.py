@@ -57,6 +57,9 @@ class PartLoader:
         """Return the LM with paged attention, or None where the device or the graph has none."""
         if self.config.kv_cache == "stateful" or not self.device.startswith("CPU"):
             return None
+        if self.manifest.decoder_traits.position_axes > 1:
+            logger.info("no paged attention: positions have several axes")
+            return None
         model = with_paged_attention(self._read(LANGUAGE))
         try:
             return model and compile_cached(model, self.device, self._properties, None, 0)

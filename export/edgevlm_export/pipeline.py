@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 from edgevlm.device import RuntimeConfig
 from edgevlm.errors import ExportError, SourceError
+from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import Manifest
 from edgevlm.model import VLM
 from edgevlm.paths import models_dir
@@ -82,15 +83,17 @@ def export(
         template = checkpoint.chat_template(options.chat_template)
         unread = overlooked([processor], options.ignore_config_keys)
         unread |= overlooked_in_decoding(checkpoint.read("generation_config.json"))
-        write_parts, via, unread_by_route = choose_route(checkpoint, facts, options)
-        unread |= unread_by_route
+        route = choose_route(checkpoint, facts, options)
+        unread |= route.overlooked
         pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
         with draft_folder(target, checkpoint.folder, force=options.force) as draft:
             work = draft / "work"
             work.mkdir()
-            manifest = replace(start_folder(work, checkpoint, facts, template), overlooked=unread)
-            written = write_parts(manifest, pairs, options, draft, work, clock)
-            manifest = replace(manifest, tool_versions=written.tool_versions, export_options=_as_json(options, via))
+            manifest = start_folder(work, checkpoint, facts, template)
+            manifest = replace(manifest, decoder_traits=route.traits, overlooked=unread)
+            written = route.write_parts(manifest, pairs, options, draft, work, clock)
+            chosen = _as_json(options, route.name)
+            manifest = replace(manifest, tool_versions=written.tool_versions, export_options=chosen)
             manifest = seal(draft, manifest, written.precisions)
             verification = None
             if options.verify:
@@ -108,32 +111,39 @@ def default_name(checkpoint: Checkpoint, options: ExportOptions) -> str:
     return f"{checkpoint.source.split('/')[-1]}-{options.precision}"
 
 
-def choose_route(
-    checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions
-) -> tuple[Callable[..., Written], Route, dict[str, Any]]:
-    """Return what writes the parts, the route's name, and what config.json states that it does not read.
+@dataclass(frozen=True)
+class ChosenRoute:
+    """How a checkpoint's parts are made."""
 
-    That is the native route's question alone: the others get the model's arithmetic from transformers, or from the ONNX
-    files. Raises `ExportError` where no route can.
-    """
+    name: Route
+    write_parts: Callable[..., Written]
+    traits: DecoderTraits = field(default_factory=DecoderTraits)
+    overlooked: Mapping[str, Any] = field(default_factory=dict)
+    """What config.json states that the route does not read. That is the native route's question alone: the others get
+    the model's arithmetic from transformers, or from the ONNX files."""
+
+
+def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions) -> ChosenRoute:
+    """Return the route that the options, or else the checkpoint, ask for. Raises `ExportError` where none can."""
     if options.via == "onnx" or not checkpoint.has_safetensors:
         _need(onnx_route.LIBRARIES, "its ONNX files", "export-onnx")
         files = checkpoint.onnx_files()
         onnx_route.check_parts(files)
-        return partial(onnx_route.write_parts, files), "onnx", {}
+        return ChosenRoute("onnx", partial(onnx_route.write_parts, files))
     if options.via != "optimum":
         try:
             weights = Weights(checkpoint)
             found = architecture(checkpoint, facts, weights)
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)
-            return partial(native_route.write_parts, found, weights), "native", unread
+            write_parts = partial(native_route.write_parts, found, weights)
+            return ChosenRoute("native", write_parts, found.traits, unread)
         except UncoveredError as error:
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
             _need(optimum_route.LIBRARIES, f"optimum-intel ({error})", "export-torch")
     _need(optimum_route.LIBRARIES, "optimum-intel", "export-torch")
-    return partial(optimum_route.write_parts, checkpoint), "optimum", {}
+    return ChosenRoute("optimum", partial(optimum_route.write_parts, checkpoint))
 
 
 def _need(libraries: Sequence[str], route: str, extra: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from edgevlm.errors import SourceError
+from edgevlm.families.base import DecoderTraits
 from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs.blocks import Graph
@@ -27,6 +28,8 @@ class Architecture:
     vision_graph: Callable[[Constants], Graph]
     sections: tuple[Section, ...]
     """What of config.json the model was read from."""
+    traits: DecoderTraits = field(default_factory=DecoderTraits)
+    """What reuse of the decoder's cache has to respect."""
 
     def graphs(self) -> dict[str, Callable[[Constants], Graph]]:
         """Return what builds each part, by the part's name."""
