@@ -87,33 +87,27 @@ def write_reference(job: dict[str, Any], job_dir: Path) -> None:
     import numpy as np
     import torch
 
+    from edgevlm_export.families import FAMILIES
+
     model = load(job, torch.float32)
-    if job["patch_position_ids"]:
-        count_patches(model, torch.tensor([job["patch_position_ids"]]))
+    encode = FAMILIES[job["family"]].encode_in_torch
+    assert encode is not None
     outputs: dict[str, Any] = {}
     with np.load(job_dir / CASES) as cases, torch.inference_mode():
-        for name in sorted({key.split(".")[0] for key in cases.files}):
+        for name in sorted({key.split(".")[0] for key in cases.files if key.endswith(".input_ids")}):
             ids = torch.from_numpy(cases[f"{name}.input_ids"])[None]
             pictures = {}
             if f"{name}.pixel_values" in cases:
-                pixel_values = torch.from_numpy(cases[f"{name}.pixel_values"])[None]  # (1, T, 3, H, W)
-                image_embeds = model.model.get_image_features(pixel_values)
+                constants = {
+                    key.removeprefix("family."): cases[key] for key in cases.files if key.startswith("family.")
+                }
+                image_embeds, pictures = encode(model, torch.from_numpy(cases[f"{name}.pixel_values"]), constants)
                 outputs[f"{name}.image_embeds"] = image_embeds.numpy()
-                pictures = {"image_hidden_states": image_embeds}
             tokens, logits = greedy(model, ids, pictures, job["verify_tokens"])
             outputs[f"{name}.token_ids"], outputs[f"{name}.logits"] = tokens, logits
             seen = torch.cat([ids[0], torch.from_numpy(tokens[:-1])])
             outputs[f"{name}.text_embeds"] = model.get_input_embeddings()(seen).numpy()
     np.savez(job_dir / REFERENCE, **outputs)
-
-
-def count_patches(model: Any, position_ids: Any) -> None:
-    """Have the reference stand its patches at these positions `(1, P)`.
-
-    transformers 4.55.1 to 4.57 computes them one too low in float32 (docs/reference.md).
-    """
-    table = model.model.vision_model.embeddings.position_embedding
-    table.register_forward_pre_hook(lambda _, inputs: (position_ids.expand_as(inputs[0]),))
 
 
 def greedy(model: Any, ids: Any, pictures: dict[str, Any], count: int) -> tuple[Any, Any]:

@@ -46,14 +46,15 @@ def write_parts(
     versions = convert(checkpoint, manifest, pairs, options, work, clock)
     precisions = compress_parts(draft, manifest, pairs, work, options, clock)
     copy_small_files(work, draft)
-    arrays = [load_arrays(work / name) if options.verify else {} for name in (CASES, REFERENCE)]
-    return Written(precisions, versions, "transformers", *arrays)
+    cases, reference = (load_arrays(work / name) if options.verify else {} for name in (CASES, REFERENCE))
+    cases = {key: array for key, array in cases.items() if not key.startswith("family.")}
+    return Written(precisions, versions, "transformers", cases, reference)
 
 
 def write_cases(work: Path, manifest: Manifest, pairs: Sequence[Pair]) -> None:
     """Write the verification's inputs: one question about a picture, and one without."""
     processor = Processor(work, manifest)
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, Any] = {f"family.{name}": array for name, array in processor.family.constants.items()}
     for name, pair in verification_pairs(pairs).items():
         sample = make_sample(processor, pair)
         arrays[f"{name}.input_ids"] = sample.ids[: sample.prompt]
@@ -79,7 +80,7 @@ def convert(
         "dtype": options.dtype,
         "verify": options.verify,
         "verify_tokens": VERIFY_TOKENS,
-        "patch_position_ids": _patch_position_ids(work, manifest),
+        "family": manifest.family,
     }
     (work / JOB).write_text(json.dumps(job), encoding="utf-8")
     log = work / "convert.log"
@@ -105,12 +106,6 @@ def convert(
     if "unwritten" in result:
         raise OSError(result["unwritten"])
     return {"edgevlm": edgevlm.__version__, **result["versions"]}
-
-
-def _patch_position_ids(work: Path, manifest: Manifest) -> list[int] | None:
-    """Return the positions of a tile's patches, where the family counts them itself."""
-    ids = Processor(work, manifest).family.constants.get("patch_position_ids")
-    return None if ids is None else [int(each) for each in ids[0]]
 
 
 def _why_it_ended(returncode: int, log: Path) -> str:

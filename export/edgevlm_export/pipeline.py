@@ -23,7 +23,7 @@ from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.clock import OnStage, StageClock
 from edgevlm_export.config import UncoveredError, overlooked, overlooked_in_decoding
 from edgevlm_export.draft import check_target, draft_folder
-from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.families import architecture, exporter, family_facts
 from edgevlm_export.folder import Written, seal, start_folder
 from edgevlm_export.memory import PeakMemory
 from edgevlm_export.options import ExportOptions, Route
@@ -142,6 +142,8 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
             _need(optimum_route.LIBRARIES, f"optimum-intel ({error})", "export-torch")
+    if exporter(checkpoint).encode_in_torch is None:
+        raise SourceError(f"the route through optimum-intel does not cover family {checkpoint.model_type!r}")
     _need(optimum_route.LIBRARIES, "optimum-intel", "export-torch")
     return ChosenRoute("optimum", partial(optimum_route.write_parts, checkpoint))
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.families import idefics3
-from edgevlm_export.families.base import Architecture
+from edgevlm_export.families.base import Architecture, FamilyExporter
 
-__all__ = ["FAMILIES", "GRAPHS", "Architecture", "UncoveredError", "architecture", "family_facts"]
+__all__ = ["FAMILIES", "Architecture", "FamilyExporter", "UncoveredError", "architecture", "exporter", "family_facts"]
 
-FAMILIES: dict[str, Callable[[Checkpoint], tuple[dict[str, Any], Section]]] = {
-    "idefics3": idefics3.family_facts,
-    "smolvlm": idefics3.family_facts,
+FAMILIES: dict[str, FamilyExporter] = {
+    "idefics3": idefics3.EXPORTER,
+    "smolvlm": idefics3.EXPORTER,
 }
-GRAPHS: dict[str, Callable[[Checkpoint, Mapping[str, Any], Container[str]], Architecture]] = {
-    "idefics3": idefics3.architecture,
-    "smolvlm": idefics3.architecture,
-}
-"""The families that the native route covers."""
+
+
+def exporter(checkpoint: Checkpoint) -> FamilyExporter:
+    """Return what knows the checkpoint's family. Raises `SourceError`."""
+    if checkpoint.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise SourceError(f"{checkpoint.source} is of family {checkpoint.model_type!r}; edgevlm exports {known}")
+    return FAMILIES[checkpoint.model_type]
 
 
 def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
@@ -29,10 +32,7 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
 
     Raises `SourceError`.
     """
-    if checkpoint.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise SourceError(f"{checkpoint.source} is of family {checkpoint.model_type!r}; edgevlm exports {known}")
-    return FAMILIES[checkpoint.model_type](checkpoint)
+    return exporter(checkpoint).family_facts(checkpoint)
 
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:
@@ -40,8 +40,6 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
 
     Raises `SourceError`, and `UncoveredError` where there are none.
     """
-    if checkpoint.model_type not in GRAPHS:
-        raise UncoveredError(f"the native route does not cover family {checkpoint.model_type!r}")
     if checkpoint.config.get("quantization_config") is not None:
         raise SourceError("the checkpoint is quantized already; take the original one")
-    return GRAPHS[checkpoint.model_type](checkpoint, facts, tensors)
+    return exporter(checkpoint).architecture(checkpoint, facts, tensors)

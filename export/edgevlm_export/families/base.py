@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
+from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs.blocks import Graph
@@ -40,6 +41,20 @@ class Architecture:
             TEXT_EMBEDDINGS: lambda constants: decoders.text_embeddings_graph(self.decoder, constants),
             LANGUAGE: lambda constants: decoders.language_graph(self.decoder, constants),
         }
+
+
+@dataclass(frozen=True)
+class FamilyExporter:
+    """What a family tells the exporter."""
+
+    family_facts: Callable[[Checkpoint], tuple[dict[str, Any], Section]]
+    """Returns what the runtime's family reads, and the image processor's settings as they were read."""
+    architecture: Callable[[Checkpoint, Mapping[str, Any], Container[str]], Architecture]
+    """Returns the model as graphs, for the native route, of the tensors called so."""
+    encode_in_torch: Callable[[Any, Any, Mapping[str, Any]], tuple[Any, dict[str, Any]]] | None = None
+    """For the route through optimum-intel, in its child with torch: takes transformers' model, `pixel_values`
+    `(T, 3, H, W)` and the family's constants; returns `image_embeds` `(T, tokens, hidden)`, and the keywords under which the
+    model's forward takes them. None where that route does not cover the family."""
 
 
 _LLAMA = {

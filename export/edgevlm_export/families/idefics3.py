@@ -10,7 +10,7 @@ from PIL import Image
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section
-from edgevlm_export.families.base import Architecture, read_activation, read_decoder, text_section
+from edgevlm_export.families.base import Architecture, FamilyExporter, read_activation, read_decoder, text_section
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs import siglip
 from edgevlm_export.graphs.blocks import Block, Flow, Graph
@@ -189,3 +189,21 @@ def _vision(section: Section) -> siglip.VisionTransformer:
         layer_norm_eps=section.number("layer_norm_eps"),
         hidden_act=read_activation(section, "hidden_act"),
     )
+
+
+def encode_in_torch(model: Any, pixel_values: Any, constants: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return transformers' image_embeds, its patches standing where the runtime's do.
+
+    transformers 4.55.1 to 4.57 stands them one place too low in float32 (docs/reference.md).
+    """
+    import torch
+
+    places = torch.from_numpy(constants["patch_position_ids"])
+    table = model.model.vision_model.embeddings.position_embedding
+    hook = table.register_forward_pre_hook(lambda _, inputs: (places.expand_as(inputs[0]),))
+    image_embeds = model.model.get_image_features(pixel_values[None])
+    hook.remove()
+    return image_embeds, {"image_hidden_states": image_embeds}
+
+
+EXPORTER = FamilyExporter(family_facts, architecture, encode_in_torch)
