@@ -94,13 +94,11 @@ def write_reference(job: dict[str, Any], job_dir: Path) -> None:
     assert encode is not None
     outputs: dict[str, Any] = {}
     with np.load(job_dir / CASES) as cases, torch.inference_mode():
+        constants = {key.removeprefix("family."): cases[key] for key in cases.files if key.startswith("family.")}
         for name in sorted({key.split(".")[0] for key in cases.files if key.endswith(".input_ids")}):
             ids = torch.from_numpy(cases[f"{name}.input_ids"])[None]
-            pictures = {}
+            pictures: dict[str, Any] = {}
             if f"{name}.pixel_values" in cases:
-                constants = {
-                    key.removeprefix("family."): cases[key] for key in cases.files if key.startswith("family.")
-                }
                 image_embeds, pictures = encode(model, torch.from_numpy(cases[f"{name}.pixel_values"]), constants)
                 outputs[f"{name}.image_embeds"] = image_embeds.numpy()
             tokens, logits = greedy(model, ids, pictures, job["verify_tokens"])
