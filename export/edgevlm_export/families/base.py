@@ -52,9 +52,12 @@ class FamilyExporter:
     architecture: Callable[[Checkpoint, Mapping[str, Any], Container[str]], Architecture]
     """Returns the model as graphs, for the native route, of the tensors called so."""
     encode_in_torch: Callable[[Any, Any, Mapping[str, Any]], tuple[Any, dict[str, Any]]] | None = None
-    """For the route through optimum-intel, in its child with torch: takes transformers' model, `pixel_values`
-    `(T, 3, H, W)` and the family's constants; returns `image_embeds` `(T, tokens, hidden)`, and the keywords under which
-    the model's forward takes them. None where that route does not cover the family."""
+    """For the route through optimum-intel, in its child with torch.
+
+    Takes transformers' model, `pixel_values` `(T, 3, H, W)` and the family's constants; returns `image_embeds`
+    `(T, tokens, hidden)`, and the keywords under which the model's forward takes them. None where that route does not
+    cover the family.
+    """
 
 
 _LLAMA = {
