@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from time import perf_counter
 from typing import Any, Literal, TypeAlias
 
@@ -77,6 +78,15 @@ class GenerationConfig:
             raise OptionError("chat_template_kwargs must be a mapping of the template's variables to values")
         check_variables(self.chat_template_kwargs)
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
+
+    def override(self, options: Mapping[str, Any]) -> GenerationConfig:
+        """Return the configuration with some fields changed. Raises `OptionError`, also for one that there is not."""
+        known = [each.name for each in fields(self)]
+        if unknown := next((name for name in options if name not in known), None):
+            near = get_close_matches(unknown, known, 1)
+            say = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise OptionError(f"there is no option {unknown!r}; {say}")
+        return replace(self, **options) if options else self
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,12 +79,14 @@ class VLM:
         question: str,
         config: GenerationConfig | None = None,
         on_progress: Progress | None = None,
+        **options: Any,
     ) -> Answer:
         """Return the whole answer to `question` about `images`: one, several, or none.
 
-        Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
+        `options` are fields of `GenerationConfig`, such as `max_new_tokens=16`, and win over `config`. Errors as in
+        `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
         """
-        return whole(self.stream(images, question, config, on_progress))
+        return whole(self.stream(images, question, config, on_progress, **options))
 
     def stream(
         self,
@@ -91,12 +94,15 @@ class VLM:
         question: str,
         config: GenerationConfig | None = None,
         on_progress: Progress | None = None,
+        **options: Any,
     ) -> Iterator[Piece]:
         """Yield the answer piece by piece, never splitting a character; the last piece carries the `Answer`.
 
-        An answer cut short of its constraint is not an error here: its `satisfied` is False. Raises `ImageError`,
-        `PromptError`, and `OptionError` for a constraint that the model's tokens cannot follow.
+        `options` as in `generate`. An answer cut short of its constraint is not an error here: its `satisfied` is
+        False. Raises `ImageError`, `PromptError`, and `OptionError` for an unknown option and for a constraint that the
+        model's tokens cannot follow.
         """
+        config = (config or GenerationConfig()).override(options)
         pictures = as_list(images)
         yield from self.stream_messages([user_message(question, len(pictures))], pictures, config, on_progress)
 
@@ -162,9 +168,9 @@ class VLM:
         """Lend the session that holds most of the prompt's beginning in its KV cache."""
         return self._sessions.take(prompt.keys)
 
-    def chat(self, config: GenerationConfig | None = None, system: str | None = None) -> Chat:
-        """Return a new conversation; `system` is told to the model before the first turn."""
-        return Chat(self, config, system)
+    def chat(self, config: GenerationConfig | None = None, system: str | None = None, **options: Any) -> Chat:
+        """Return a new conversation; `options` as in `generate`. The model is told `system` before the first turn."""
+        return Chat(self, (config or GenerationConfig()).override(options), system)
 
     def count_tokens(
         self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None

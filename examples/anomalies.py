@@ -15,7 +15,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm import VLM, Constraint, GenerationConfig
+from edgevlm import VLM, Constraint
 
 QUESTION = "This is a measured signal over time. Is there an anomaly in it, of what kind, and where?"
 SCHEMA = {
@@ -66,7 +66,7 @@ def plot(series: Series) -> bytes:
 
 def judge(vlm: VLM, picture: bytes) -> dict[str, Any]:
     """Return the model's judgement, and how likely it finds an anomaly. Raises `EdgeVLMError`."""
-    answer = vlm.generate(picture, QUESTION, GenerationConfig(constraint=Constraint.json_schema(SCHEMA)))
+    answer = vlm.generate(picture, QUESTION, constraint=Constraint.json_schema(SCHEMA))
     scores = vlm.score(picture, "Is there an anomaly in this signal?", ["yes", "no"])
     return json.loads(answer.text) | {"probability": round(scores.probabilities["yes"], 3)}
 

@@ -14,7 +14,7 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from edgevlm import VLM, Constraint, GenerationConfig
+from edgevlm import VLM, Constraint
 
 QUESTION = "Read the flowchart: list its nodes with their texts, and the arrows between them."
 Graph = dict[str, Any]
@@ -53,8 +53,8 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 def read_graph(vlm: VLM, picture: Path | bytes, form: dict[str, Any] | None = None) -> Graph:
     """Return the graph that the model sees. Raises `EdgeVLMError`."""
-    config = GenerationConfig(max_new_tokens=1500, constraint=Constraint.json_schema(form or schema()))
-    return dict(json.loads(vlm.generate(picture, QUESTION, config).text))
+    constraint = Constraint.json_schema(form or schema())
+    return dict(json.loads(vlm.generate(picture, QUESTION, max_new_tokens=1500, constraint=constraint).text))
 
 
 def complaints(graph: Graph) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from edgevlm import VLM, Constraint, EdgeVLMError, GenerationConfig
+from edgevlm import VLM, Constraint, EdgeVLMError
 
 QUESTION = "Which instrument is this, and what does it read?"
 SCHEMA = {
@@ -30,8 +30,8 @@ SCHEMA = {
 
 def read_meter(vlm: VLM, picture: Path) -> dict[str, Any]:
     """Return what the model reads. Raises `EdgeVLMError`."""
-    config = GenerationConfig(constraint=Constraint.json_schema(SCHEMA))
-    return dict(json.loads(vlm.generate(picture, QUESTION, config).text))
+    answer = vlm.generate(picture, QUESTION, constraint=Constraint.json_schema(SCHEMA))
+    return dict(json.loads(answer.text))
 
 
 def append(table: Path, picture: Path, found: dict[str, Any]) -> None:

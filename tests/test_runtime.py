@@ -136,6 +136,19 @@ def test_length_ends_an_answer(vlm: VLM) -> None:
     assert (answer.finish_reason, answer.generated_tokens) == ("length", 3)
 
 
+def test_options_may_be_named_in_the_call_and_win_over_the_configuration(vlm: VLM) -> None:
+    config = GenerationConfig(max_new_tokens=9, draft_tokens=0)
+    assert vlm.generate(None, "Why?", max_new_tokens=3).generated_tokens == 3
+    assert vlm.generate(None, "Why?", config, max_new_tokens=3).generated_tokens == 3
+    assert vlm.chat(config, max_new_tokens=2).config == replace(config, max_new_tokens=2)
+    with pytest.raises(OptionError, match="there is no option 'max_tokens'; did you mean max_new_tokens"):
+        vlm.generate(None, "Why?", max_tokens=3)
+    with pytest.raises(OptionError, match="there is no option 'beams'; there are max_new_tokens, temperature, "):
+        next(vlm.stream(None, "Why?", beams=3))
+    with pytest.raises(OptionError, match="max_new_tokens must be at least 1, not 0"):
+        vlm.generate(None, "Why?", max_new_tokens=0)
+
+
 def test_the_context_ends_an_answer(vlm: VLM) -> None:
     question = "how many " * 80
     config = GenerationConfig(max_new_tokens=10_000)
