@@ -12,11 +12,12 @@ TESTS = Path(__file__).parent / "tests"
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Style, types and tests, beside the reference: transformers 5."""
+    """Style, types, imports and tests, beside the reference: transformers 5."""
     session.install("--quiet", "-e", ".[dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+    session.run("lint-imports", "--no-cache")
     session.run("python", "-m", "pytest", *session.posargs)
 
 

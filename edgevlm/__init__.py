@@ -34,12 +34,12 @@ from edgevlm.errors import (
 )
 
 if TYPE_CHECKING:
+    from edgevlm.answer import Answer, Piece, TokenLogprob
     from edgevlm.constraint import Constraint
     from edgevlm.conversation import Chat
     from edgevlm.device import RuntimeConfig
-    from edgevlm.generate import Answer, GenerationConfig, Piece
+    from edgevlm.generate import GenerationConfig
     from edgevlm.model import VLM
-    from edgevlm.sampling import TokenLogprob
     from edgevlm.scoring import Scores
 
 __version__ = "0.1.0"
@@ -77,12 +77,12 @@ _LAZY = {
     "Chat": "edgevlm.conversation",
     "Constraint": "edgevlm.constraint",
     "Scores": "edgevlm.scoring",
-    "TokenLogprob": "edgevlm.sampling",
+    "TokenLogprob": "edgevlm.answer",
     "VLM": "edgevlm.model",
     "RuntimeConfig": "edgevlm.device",
-    "Answer": "edgevlm.generate",
+    "Answer": "edgevlm.answer",
     "GenerationConfig": "edgevlm.generate",
-    "Piece": "edgevlm.generate",
+    "Piece": "edgevlm.answer",
 }
 
 

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from edgevlm.answer import Answer, Piece
 from edgevlm.chat import Message, text_message, user_message
-from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, whole
-from edgevlm.image import RGB, Images, as_list, load_image
+from edgevlm.generate import GenerationConfig, Progress, whole
+from edgevlm.image import RGB, ImageInput, Images, as_list, load_image
 
-if TYPE_CHECKING:
-    from edgevlm.model import VLM
+
+class Model(Protocol):
+    """What a conversation asks of a `VLM`."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have."""
+        ...
+
+    def stream_messages(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput],
+        config: GenerationConfig | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[Piece]:
+        """Yield the answer to a conversation."""
+        ...
+
+    def count_tokens(
+        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None
+    ) -> int:
+        """Return the length of its prompt."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +52,7 @@ class Chat:
     When it outgrows the model's context, its oldest turns are forgotten, but never its pictures.
     """
 
-    def __init__(self, vlm: VLM, config: GenerationConfig | None = None, system: str | None = None) -> None:
+    def __init__(self, vlm: Model, config: GenerationConfig | None = None, system: str | None = None) -> None:
         self._vlm = vlm
         self._system = system
         self.config = config or GenerationConfig()
@@ -64,7 +87,7 @@ class Chat:
 
     def _fit(self, turns: list[Turn]) -> list[Turn]:
         """Drop the oldest turns until the last one and its answer have room; pictures move to the next turn."""
-        limit = self._vlm.manifest.context_length
+        limit = self._vlm.context_length
         room = min(self.config.max_new_tokens, limit // 4)
         while len(turns) > 1 and self._vlm.count_tokens(*self._messages(turns), self.config) + room > limit:
             first, second, *rest = turns

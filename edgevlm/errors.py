@@ -23,7 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgevlm.generate import Answer
+    from edgevlm.answer import Answer
 
 __all__ = [
     "ContextLengthError",

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from time import perf_counter
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.answer import Answer, FinishReason, Piece, TokenLogprob
 from edgevlm.chat import check_variables
 from edgevlm.constraint import Constraint, Vocabulary
 from edgevlm.drafting import PromptLookup
 from edgevlm.errors import IncompleteAnswerError, OptionError
 from edgevlm.families.base import Detail, LanguageInputs
-from edgevlm.metrics import Stopwatch, Timings, peak_memory
-from edgevlm.sampling import Chooser, Logits, TokenLogprob, make_sampler, token_logprob
+from edgevlm.metrics import Stopwatch, peak_memory
+from edgevlm.sampling import Chooser, Logits, make_sampler, token_logprob
 from edgevlm.session import Session, common_length
 from edgevlm.tokenizer import Tokenizer
 
-FinishReason: TypeAlias = Literal["stop", "length", "context"]
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with a stage's name, the steps done and the steps in all."""
 DETAILS = ("auto", "low", "high")
@@ -87,68 +87,6 @@ class GenerationConfig:
             say = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
             raise OptionError(f"there is no option {unknown!r}; {say}")
         return replace(self, **options) if options else self
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A whole answer and what it took."""
-
-    text: str
-    finish_reason: FinishReason
-    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full."""
-    prompt_tokens: int
-    image_tokens: int
-    generated_tokens: int
-    tiles: int
-    token_ids: tuple[int, ...]
-    cached_tokens: int
-    """Prompt tokens that were in the KV cache already."""
-    cached_tiles: int
-    """Tiles that had been encoded before."""
-    drafted_tokens: int
-    accepted_tokens: int
-    """Drafted tokens that came true."""
-    forced_tokens: int
-    """Tokens that the constraint left no choice of, which cost no step of their own."""
-    satisfied: bool | None
-    """Whether the answer has the form that the constraint asks for; None without a constraint."""
-    logprobs: tuple[TokenLogprob, ...]
-    """One for each token but the end token, when `top_logprobs` asks for them."""
-    timings: Timings
-    peak_memory_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `edgevlm run --json` prints."""
-        timings = asdict(self.timings) | {"tokens_per_s": self.timings.tokens_per_s}
-        return {
-            "answer": self.text,
-            "finish_reason": self.finish_reason,
-            "prompt_tokens": self.prompt_tokens,
-            "image_tokens": self.image_tokens,
-            "generated_tokens": self.generated_tokens,
-            "tiles": self.tiles,
-            "cached_tokens": self.cached_tokens,
-            "cached_tiles": self.cached_tiles,
-            "drafted_tokens": self.drafted_tokens,
-            "accepted_tokens": self.accepted_tokens,
-            "forced_tokens": self.forced_tokens,
-            "satisfied": self.satisfied,
-            "timings": {name: round(value, 6) if value is not None else None for name, value in timings.items()}
-            | {"peak_memory_bytes": self.peak_memory_bytes},
-        }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next piece of an answer's text; the last one carries the whole answer."""
-
-    text: str
-    answer: Answer | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens since the piece before, when `top_logprobs` asks for them."""
-
-    def __str__(self) -> str:
-        return self.text
 
 
 @dataclass(frozen=True)

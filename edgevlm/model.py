@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.answer import Answer, Piece
 from edgevlm.chat import Message, user_message
 from edgevlm.constraint import check_choices
 from edgevlm.conversation import Chat
@@ -20,7 +21,7 @@ from edgevlm.device import RuntimeConfig, first_line, resolve_device
 from edgevlm.embedding_cache import EmbeddingCache, EncodedImage, content_key
 from edgevlm.errors import ContextLengthError, DeviceError, PromptError
 from edgevlm.families.base import IMAGE_EMBEDS, Arrays, Visual
-from edgevlm.generate import Answer, GenerationConfig, Piece, Progress, Prompt, stream_answer, whole
+from edgevlm.generate import GenerationConfig, Progress, Prompt, stream_answer, whole
 from edgevlm.image import ImageInput, Images, as_list, load_image
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
@@ -72,6 +73,11 @@ class VLM:
             self.vision = vision.result()
         self._vision_cache = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have."""
+        return self.manifest.context_length
 
     def generate(
         self,
@@ -126,7 +132,7 @@ class VLM:
                 vocabulary=self.processor.vocabulary,
                 lead=self.processor.template.answer_lead(config.chat_template_kwargs) if config.constraint else "",
                 eos_token_ids=self.manifest.eos_token_ids,
-                context_length=self.manifest.context_length,
+                context_length=self.context_length,
                 watch=watch,
                 load_s=self.load_s,
                 on_progress=on_progress,
@@ -214,7 +220,7 @@ class VLM:
         )
 
     def _check_length(self, length: int) -> None:
-        limit = self.manifest.context_length
+        limit = self.context_length
         if length >= limit:
             raise ContextLengthError(
                 f"the prompt has {length:,} tokens and the model's context holds {limit:,};"

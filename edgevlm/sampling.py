@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.answer import TokenLogprob
 from edgevlm.errors import OptionError
 
 Logits: TypeAlias = npt.NDArray[np.float32]
@@ -69,26 +69,6 @@ class Chooser:
     def possible(self, draft: Sequence[int]) -> list[int]:
         """Return the beginning of a draft that could be chosen."""
         return list(draft)
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token of an answer and its natural log-probability under the model's raw logits.
-
-    That is before temperature, top-k, top-p and any constraint: what the model thinks, not what it was allowed.
-    """
-
-    token_id: int
-    data: bytes
-    """What the token stands for; a part of a character may be all there is."""
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
-    """The likeliest tokens in its place, best first; their own `top` is empty."""
-
-    @property
-    def text(self) -> str:
-        """The token as text; bytes that are no whole character are shown as U+FFFD."""
-        return self.data.decode("utf-8", errors="replace")
 
 
 def token_logprob(token: int, logits: Logits, top: int, token_bytes: Callable[[int], bytes]) -> TokenLogprob:

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from edgevlm.answer import Answer
     from edgevlm.bench import Report
-    from edgevlm.generate import Answer
     from edgevlm.scoring import Scores
     from edgevlm_export.pipeline import ExportReport
 

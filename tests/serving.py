@@ -16,8 +16,9 @@ from typing import Any
 from PIL import Image
 
 from edgevlm import VLM
+from edgevlm.answer import Piece
 from edgevlm.chat import Message
-from edgevlm.generate import GenerationConfig, Piece, Progress
+from edgevlm.generate import GenerationConfig, Progress
 from edgevlm.image import ImageInput
 from edgevlm.server.config import ServeConfig
 from edgevlm.server.run import Server

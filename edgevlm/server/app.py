@@ -22,8 +22,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgevlm import __version__
+from edgevlm.answer import Answer, Piece
 from edgevlm.constraint import Constraint
-from edgevlm.generate import Answer, GenerationConfig, Piece
+from edgevlm.generate import GenerationConfig
 from edgevlm.model import VLM
 from edgevlm.server.completion import Completion
 from edgevlm.server.config import ServeConfig

@@ -7,8 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 from uuid import uuid4
 
-from edgevlm.generate import Answer, Piece
-from edgevlm.sampling import TokenLogprob
+from edgevlm.answer import Answer, Piece, TokenLogprob
 from edgevlm.server.errors import to_api_error, to_json
 from edgevlm.server.tools import OPEN, read_call
 

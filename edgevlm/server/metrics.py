@@ -7,7 +7,7 @@ from collections.abc import Callable
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
-from edgevlm.generate import Answer, Piece
+from edgevlm.answer import Answer, Piece
 from edgevlm.metrics import peak_memory
 from edgevlm.server.work import AbandonedError, FailedError, Job
 

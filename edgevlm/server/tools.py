@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import uuid4
 
+from edgevlm.answer import Answer
 from edgevlm.constraint import Constraint
-from edgevlm.generate import Answer
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatRequest, Function, NamedTool
 from edgevlm.strict_json import write_json

@@ -13,9 +13,10 @@ from time import monotonic, time
 
 import numpy as np
 
+from edgevlm.answer import Piece
 from edgevlm.chat import Message
 from edgevlm.errors import EdgeVLMError
-from edgevlm.generate import GenerationConfig, Piece
+from edgevlm.generate import GenerationConfig
 from edgevlm.image import ImageInput
 from edgevlm.model import VLM
 

@@ -1,0 +1,92 @@
+"""What an answer is: its text as it comes, and what it took."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from edgevlm.metrics import Timings
+
+FinishReason: TypeAlias = Literal["stop", "length", "context"]
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token of an answer and its natural log-probability under the model's raw logits.
+
+    That is before temperature, top-k, top-p and any constraint: what the model thinks, not what it was allowed.
+    """
+
+    token_id: int
+    data: bytes
+    """What the token stands for; a part of a character may be all there is."""
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens in its place, best first; their own `top` is empty."""
+
+    @property
+    def text(self) -> str:
+        """The token as text; bytes that are no whole character are shown as U+FFFD."""
+        return self.data.decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer and what it took."""
+
+    text: str
+    finish_reason: FinishReason
+    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full."""
+    prompt_tokens: int
+    image_tokens: int
+    generated_tokens: int
+    tiles: int
+    token_ids: tuple[int, ...]
+    cached_tokens: int
+    """Prompt tokens that were in the KV cache already."""
+    cached_tiles: int
+    """Tiles that had been encoded before."""
+    drafted_tokens: int
+    accepted_tokens: int
+    """Drafted tokens that came true."""
+    forced_tokens: int
+    """Tokens that the constraint left no choice of, which cost no step of their own."""
+    satisfied: bool | None
+    """Whether the answer has the form that the constraint asks for; None without a constraint."""
+    logprobs: tuple[TokenLogprob, ...]
+    """One for each token but the end token, when `top_logprobs` asks for them."""
+    timings: Timings
+    peak_memory_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm run --json` prints."""
+        timings = asdict(self.timings) | {"tokens_per_s": self.timings.tokens_per_s}
+        return {
+            "answer": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "image_tokens": self.image_tokens,
+            "generated_tokens": self.generated_tokens,
+            "tiles": self.tiles,
+            "cached_tokens": self.cached_tokens,
+            "cached_tiles": self.cached_tiles,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "forced_tokens": self.forced_tokens,
+            "satisfied": self.satisfied,
+            "timings": {name: round(value, 6) if value is not None else None for name, value in timings.items()}
+            | {"peak_memory_bytes": self.peak_memory_bytes},
+        }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next piece of an answer's text; the last one carries the whole answer."""
+
+    text: str
+    answer: Answer | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens since the piece before, when `top_logprobs` asks for them."""
+
+    def __str__(self) -> str:
+        return self.text
