@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
 
 from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
 from edgevlm.form import Form
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 ROW_ERRORS = (ImageError, PromptError, OptionError, IncompleteAnswerError)
 """What a row may have wrong with it; anything else concerns them all."""
-_FIELDS = {"id", "image", "question", "schema", "choices", "regex", "max_new_tokens"}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,22 @@ class Job:
     data: bytes
     key: str
     """Names what is asked of which model: rows that would be answered alike have the same."""
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a row of a jobs file says."""
+
+    id: Any = UNSET
+    image: str | list[str] | UnsetType = UNSET
+    question: str | UnsetType = UNSET
+    schema: str | dict[str, Any] | UnsetType = UNSET
+    choices: list[str] | UnsetType = UNSET
+    regex: str | UnsetType = UNSET
+    max_new_tokens: int | UnsetType = UNSET
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return those of the fields that the row has."""
+        return {name: value for name in names if (value := getattr(self, name)) is not UNSET}
 
 
 @dataclass(frozen=True)
@@ -88,24 +105,22 @@ class Asker:
         row: dict[str, Any] = {"line": job.line, "job": job.key}
         try:
             task = _parse(job.data)
-            row |= {name: task[name] for name in ("id", "image") if name in task}
+            row |= task.given("id", "image")
             return row | self._ask(task)
         except ROW_ERRORS as error:
             return row | {"error": str(error)}
 
-    def _ask(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        question = task.get("question", self._defaults.question)
+    def _ask(self, task: Row) -> dict[str, Any]:
+        question = self._defaults.question if task.question is UNSET else task.question
         if question is None:
             raise OptionError('the row has no "question", and --question gives none')
-        own = {name: task[name] for name in ("schema", "choices", "regex") if task.get(name) is not None}
-        if isinstance(own.get("schema"), str):
-            own["schema"] = self._folder / own["schema"]
+        own = task.given("schema", "choices", "regex")
+        if isinstance(task.schema, str):
+            own["schema"] = self._folder / task.schema
         form = Form.of(**own) if own else self._defaults.form
-        config = self._defaults.config
-        if "max_new_tokens" in task:
-            config = replace(config, max_new_tokens=task["max_new_tokens"])
-        image = task.get("image", [])
-        images = [read_image(self._folder / name) for name in ([image] if isinstance(image, str) else image)]
+        config = self._defaults.config.override(task.given("max_new_tokens"))
+        names = [] if task.image is UNSET else [task.image] if isinstance(task.image, str) else task.image
+        images = [read_image(self._folder / name) for name in names]
         return ask(self._vlm, images, question, config, form)
 
 
@@ -137,32 +152,13 @@ def _value(text: str) -> Any:
         ) from None
 
 
-def _parse(data: bytes) -> dict[str, Any]:
+def _parse(data: bytes) -> Row:
     """Return a row's fields, of the right types. Raises `OptionError`."""
     try:
-        task = read_json(data)
+        return msgspec.convert(read_json(data), Row)
+    except msgspec.ValidationError as error:
+        raise OptionError(
+            f"the row cannot be used: {error}; its fields are {', '.join(Row.__struct_fields__)}"
+        ) from None
     except ValueError as error:
         raise OptionError(f"the row is not JSON that can be read: {error}") from None
-    if not isinstance(task, dict):
-        raise OptionError('the row is not a JSON object; write {"image": …, "question": …}')
-    unknown = sorted(task.keys() - _FIELDS)
-    if unknown:
-        raise OptionError(f"the row has an unknown field {unknown[0]!r}; known are {', '.join(sorted(_FIELDS))}")
-    wrong = [name for name, fits in _TYPES.items() if name in task and not fits(task[name])]
-    if wrong:
-        raise OptionError(f"the row's {wrong[0]!r} is of the wrong type")
-    return task
-
-
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
-
-
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "image": lambda value: isinstance(value, str) or _texts(value),
-    "question": lambda value: isinstance(value, str),
-    "schema": lambda value: isinstance(value, str | dict),
-    "choices": _texts,
-    "regex": lambda value: isinstance(value, str),
-    "max_new_tokens": lambda value: isinstance(value, int) and not isinstance(value, bool),
-}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from edgevlm.errors import DamagedModelError, ExportError
 from edgevlm.families.base import DecoderTraits
@@ -19,20 +21,6 @@ VISION, TEXT_EMBEDDINGS, LANGUAGE = "vision_embeddings", "text_embeddings", "lan
 PART_NAMES = (VISION, TEXT_EMBEDDINGS, LANGUAGE)
 _HASHED_AT_LOAD = 16 * 2**20
 """Files up to this many bytes are hashed at every load; larger ones by `check_files(full=True)`."""
-_TYPES: Mapping[str, type] = {
-    "source": str,
-    "family": str,
-    "family_facts": dict,
-    "hidden_size": int,
-    "vocab_size": int,
-    "context_length": int,
-    "special_tokens": dict,
-    "chat_template": str,
-}
-
-
-_LATER = frozenset({"decoder_traits", "text_tokens", "overlooked"})
-"""What older exports do not have."""
 
 
 @dataclass(frozen=True)
@@ -116,36 +104,14 @@ def load_manifest(folder: Path) -> Manifest:
         raise DamagedModelError(
             f"{path} has schema version {version}, this edgevlm reads {SCHEMA_VERSION}; export the model again"
         )
-    lacking = [each.name for each in fields(Manifest) if each.name not in data and each.name not in _LATER]
-    if lacking:
-        raise DamagedModelError(f"{path} is incomplete (no {lacking[0]}); export the model again")
     try:
-        data["parts"] = {name: Part(**part) for name, part in data["parts"].items()}
-        data["files"] = {name: File(**file) for name, file in data["files"].items()}
-        data["eos_token_ids"] = tuple(data["eos_token_ids"])
-        data["decoder_traits"] = DecoderTraits(**data.get("decoder_traits", {}))
-        data["text_tokens"] = tuple(data.get("text_tokens", ()))
-        manifest = Manifest(**data)
-        _check_types(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedModelError(f"{path} is incomplete ({error}); export the model again") from None
+        manifest = msgspec.convert(data, Manifest)
+    except msgspec.ValidationError as error:
+        raise DamagedModelError(f"{path} is damaged ({error}); export the model again") from None
     missing = [name for name in PART_NAMES if name not in manifest.parts]
     if missing:
         raise DamagedModelError(f"{path} names no {missing[0]} part; export the model again")
     return manifest
-
-
-def _check_types(manifest: Manifest) -> None:
-    """Raise `TypeError` where a value that the runtime reads is of another type than it must be."""
-    values = {name: (getattr(manifest, name), kind) for name, kind in _TYPES.items()}
-    values |= {f"parts.{name}.file": (part.file, str) for name, part in manifest.parts.items()}
-    values |= {f"parts.{name}.precision": (part.precision, str) for name, part in manifest.parts.items()}
-    values |= {f"files.{name}.size_bytes": (file.size_bytes, int) for name, file in manifest.files.items()}
-    values |= {f"text_tokens.{number}": (token, str) for number, token in enumerate(manifest.text_tokens)}
-    values["overlooked"] = (manifest.overlooked, dict)
-    wrong = [f"{name} is no {kind.__name__}" for name, (value, kind) in values.items() if not isinstance(value, kind)]
-    if wrong:
-        raise TypeError(wrong[0])
 
 
 def hash_file(path: Path) -> str:

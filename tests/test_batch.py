@@ -97,7 +97,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
 
 BAD = [
     (b"{", "the row is not JSON"),
-    (b"[]", "the row is not a JSON object"),
+    (b"[]", "the row cannot be used: Expected `object`, got `array`; its fields are id, image, question,"),
     (b'{"question": "Why?", "id": 1e999}', "1e999 is a larger number than readers of JSON can hold"),
     (b'{"question": "Why?", "id": NaN}', "NaN is not JSON"),
     (b'{"question": "Why?", "id": ' + b"9" * 5000 + b"}", "99999999999999999999… is a larger number"),
@@ -106,8 +106,11 @@ BAD = [
     ({"image": "nonesuch.png", "question": QUESTION}, "no such image file"),
     ({"image": "notes.txt", "question": QUESTION}, "not an image"),
     ({"image": "cut.png", "question": QUESTION}, "cannot be decoded"),
-    ({"imgae": "0.png", "question": QUESTION}, "unknown field 'imgae'"),
-    ({"image": 7, "question": QUESTION}, "'image' is of the wrong type"),
+    ({"imgae": "0.png", "question": QUESTION}, "Object contains unknown field `imgae`"),
+    ({"image": 7, "question": QUESTION}, "Expected `str | array`, got `int` - at `$.image`"),
+    ({"question": QUESTION, "choices": ["a", 1]}, "Expected `str`, got `int` - at `$.choices[1]`"),
+    ({"question": QUESTION, "max_new_tokens": True}, "Expected `int`, got `bool` - at `$.max_new_tokens`"),
+    ({"question": QUESTION, "regex": None}, "got `null` - at `$.regex`"),
     ({"image": "0.png"}, 'no "question"'),
     ({"question": "word " * 600}, "the model's context holds 512"),
     ({"question": QUESTION, "schema": {"type": "nonesuch"}}, "the JSON schema cannot be used"),

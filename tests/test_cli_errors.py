@@ -208,15 +208,24 @@ def test_no_such_device(exported: Path) -> None:
         (lambda data: data.update(schema_version=99), "has schema version 99, this edgevlm reads 1"),
         (lambda data: data.pop("schema_version"), "has schema version None, this edgevlm reads 1"),
         (lambda data: data["parts"].pop("language"), "names no language part"),
-        (lambda data: data.pop("parts"), "is incomplete (no parts)"),
-        (lambda data: data.update(files=[]), "is incomplete ('list' object has no attribute 'items')"),
-        (lambda data: data.update(context_length="512"), "is incomplete (context_length is no int)"),
-        (lambda data: data.update(special_tokens=None), "is incomplete (special_tokens is no dict)"),
-        (lambda data: data.update(chat_template=5), "is incomplete (chat_template is no str)"),
-        (lambda data: data["parts"]["language"].update(file=None), "is incomplete (parts.language.file is no str)"),
+        (lambda data: data.pop("parts"), "is damaged (Object missing required field `parts`)"),
+        (lambda data: data.update(files=[]), "is damaged (Expected `object`, got `array` - at `$.files`)"),
+        (
+            lambda data: data.update(context_length="512"),
+            "is damaged (Expected `int`, got `str` - at `$.context_length`)",
+        ),
+        (
+            lambda data: data.update(special_tokens=None),
+            "is damaged (Expected `object`, got `null` - at `$.special_tokens`)",
+        ),
+        (lambda data: data.update(chat_template=5), "is damaged (Expected `str`, got `int` - at `$.chat_template`)"),
+        (
+            lambda data: data["parts"]["language"].update(file=None),
+            "is damaged (Expected `str`, got `null` - at `$.parts[...].file`)",
+        ),
         (
             lambda data: data["files"]["tokenizer.json"].update(size_bytes="21 kB"),
-            "is incomplete (files.tokenizer.json.size_bytes is no int)",
+            "is damaged (Expected `int`, got `str` - at `$.files[...].size_bytes`)",
         ),
     ],
 )
@@ -227,7 +236,7 @@ def test_a_manifest_that_does_not_hold(folder: Path, edit: Callable[[dict[str, A
 
 def test_a_manifest_without_a_field(folder: Path) -> None:
     edit_manifest(folder, lambda data: data.pop("family"))
-    line = f"{folder / 'edgevlm.json'} is incomplete (no family); export the model again"
+    line = f"{folder / 'edgevlm.json'} is damaged (Object missing required field `family`); export the model again"
     assert error("run", QUESTION, "-m", folder) == line
 
 
