@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, seed_weights
 
 TILE, PATCH = 32, 4
 IMAGE_SEQ_LEN = (TILE // PATCH // 2) ** 2
@@ -77,3 +80,68 @@ def reference_pixels(image: np.ndarray, image_processor: Any, **options: Any) ->
     """
     given = {"crop_to_patches": True, "input_data_format": "channels_last", "return_tensors": "np", **options}
     return np.asarray(image_processor([image], **given)["pixel_values"])
+
+
+def make_checkpoint(folder: Path, *, tied: bool = False, held: bool = False, **sections: dict[str, Any]) -> Path:
+    """Write a seeded checkpoint as transformers 5.24 saves it; `sections` change what config.json says in them.
+
+    `held` calls the tensors as transformers' classes do in memory.
+    """
+    import transformers
+
+    made = tokenizer()
+    config = transformers.InternVLConfig(
+        image_token_id=made.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=IMAGE_SEQ_LEN,
+        tie_word_embeddings=tied,
+        text_config={**TEXT, "vocab_size": len(made), "tie_word_embeddings": tied, **sections.get("text_config", {})},
+        vision_config={**VISION, **sections.get("vision_config", {})},
+    )
+    model = seed_weights(transformers.InternVLForConditionalGeneration(config))
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=made.eos_token_id, pad_token_id=made.pad_token_id
+    )
+    model.save_pretrained(folder, save_original_format=not held)
+    made.chat_template = TEMPLATE
+    made.save_pretrained(folder)
+    given = {**processor(made, image_processor()).to_dict(), "processor_class": "InternVLProcessor"}
+    write_json(folder / "processor_config.json", {name: each for name, each in given.items() if each is not None})
+    return folder
+
+
+def as_published(checkpoint: Path, folder: Path) -> Path:
+    """Write the checkpoint as those on the hub are laid out, which transformers 4 saved: most keys left to the class,
+    RoPE of the type that the config of the original model names, and a template that writes `<image>`."""
+    shutil.copytree(checkpoint, folder)
+    config = read_json(folder / "config.json")
+    text = config["text_config"]
+    theta = text.pop("rope_parameters")["rope_theta"]
+    scaling = {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"}
+    config["text_config"] = {name: text[name] for name in (*TEXT, "vocab_size", "max_window_layers")} | {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "torch_dtype": "float32",
+    }
+    config.pop("tie_word_embeddings")
+    write_json(folder / "config.json", config)
+    processor_config = read_json(folder / "processor_config.json")
+    settings = {**processor_config["image_processor"], "crop_to_patches": False, "data_format": "channels_first"}
+    write_json(folder / "preprocessor_config.json", settings)
+    stated = {"image_seq_length": IMAGE_SEQ_LEN, "processor_class": "InternVLProcessor"}
+    write_json(folder / "processor_config.json", stated)
+    named = read_json(folder / "tokenizer_config.json")
+    named["extra_special_tokens"] = {name: named.pop(name) for name in NAMED}
+    write_json(folder / "tokenizer_config.json", named)
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<IMG_CONTEXT>", "<image>"), encoding="utf-8")
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object."""
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -8,17 +8,19 @@ from typing import Any
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section, UncoveredError
-from edgevlm_export.families import idefics3
+from edgevlm_export.families import idefics3, internvl
 from edgevlm_export.families.base import Architecture
 
 __all__ = ["FAMILIES", "GRAPHS", "Architecture", "UncoveredError", "architecture", "family_facts"]
 
 FAMILIES: dict[str, Callable[[Checkpoint], tuple[dict[str, Any], Section]]] = {
     "idefics3": idefics3.family_facts,
+    "internvl": internvl.family_facts,
     "smolvlm": idefics3.family_facts,
 }
 GRAPHS: dict[str, Callable[[Checkpoint, Mapping[str, Any], Container[str]], Architecture]] = {
     "idefics3": idefics3.architecture,
+    "internvl": internvl.architecture,
     "smolvlm": idefics3.architecture,
 }
 """The families that the native route covers."""
