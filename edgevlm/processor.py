@@ -26,7 +26,10 @@ class Processor:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.family = make_family(manifest.family, manifest.family_facts)
         self.tokenizer = Tokenizer(folder, manifest.text_tokens)
-        self.template = ChatTemplate(_read_text(folder / manifest.chat_template), manifest.special_tokens)
+        source = _read_text(folder / manifest.chat_template)
+        self.template = ChatTemplate(source, manifest.special_tokens)
+        known = (self.family.placeholder, *self.family.other_placeholders)
+        self._placeholder = next((each for each in known if each in source), self.family.placeholder)
         self.vocabulary = Vocabulary(self.tokenizer, manifest.vocab_size, manifest.eos_token_ids)
         self._vocab_size = manifest.vocab_size
         self._bos_token = manifest.special_tokens.get("bos_token")
@@ -40,11 +43,11 @@ class Processor:
     ) -> list[int]:
         """Return the prompt's token ids, each image placeholder replaced by its picture's block.
 
-        Control tokens are those of the template and of the blocks: what the messages say never becomes one. A template
-        that begins with the BOS token is given no other, as transformers does it.
+        Control tokens and placeholders are those of the template and of the blocks: what the messages say never becomes
+        one. A template that begins with the BOS token is given no other, as transformers does it.
         """
         said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
-        first, *rest = self.template.render(said, given).split(self.family.placeholder)
+        first, *rest = self.template.render(said, given).split(self._placeholder)
         if len(rest) != len(pictures):
             raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(pictures)} images")
         blocks = [self.family.image_text(each.layout) for each in pictures]
@@ -53,9 +56,9 @@ class Processor:
         return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)
 
     def _escaped(self, value: Any) -> Any:
-        """Return texts, and what holds texts, with control tokens escaped."""
+        """Return texts, and what holds texts, with control tokens and placeholders escaped."""
         if isinstance(value, str):
-            return self.tokenizer.escape(value)
+            return self.tokenizer.escape(value, self._placeholder)
         if isinstance(value, Mapping):
             return {key: self._escaped(each) for key, each in value.items()}
         return [self._escaped(each) for each in value] if isinstance(value, list | tuple) else value

@@ -57,9 +57,12 @@ class Tokenizer:
         except TypeError:
             raise PromptError("the question is not valid Unicode text; write it in UTF-8") from None
 
-    def escape(self, text: str) -> str:
-        """Return `text` so that `encode` makes no control token of it, whatever stands beside it by then."""
-        for token in self._controls.values():
+    def escape(self, text: str, *others: str) -> str:
+        """Return `text` so that `encode` makes no control token of it, whatever stands beside it by then.
+
+        `others` are what must not be found in it either, control tokens or not.
+        """
+        for token in (*self._controls.values(), *others):
             while token in text:
                 text = text.replace(token, token[0] + _ESCAPE + token[1:])
         return text

@@ -19,6 +19,13 @@ from tests.conftest import CHAT_TEMPLATE, image_processor_class, make_tokenizer,
 _FOLDER = os.environ.get("EDGEVLM_PUBLISHED_CONFIGS")
 
 
+def published_folder(name: str) -> Path | None:
+    """Return the folder of a published checkpoint's real files, where it is at hand."""
+    found = sorted(Path(_FOLDER).glob(f"{name}*")) if _FOLDER else []
+    exact = [path for path in found if path.name.removesuffix(".RECONSTRUCTED") == name]
+    return exact[0] if exact else None
+
+
 @dataclass(frozen=True)
 class Published:
     """A published checkpoint: what its config.json and its image processor's file state, beside what is harmless."""
@@ -37,9 +44,7 @@ class Published:
     @property
     def folder(self) -> Path | None:
         """The folder of its real files."""
-        found = sorted(Path(_FOLDER).glob(f"{self.name}*")) if _FOLDER else []
-        exact = [path for path in found if path.name.removesuffix(".RECONSTRUCTED") == self.name]
-        return exact[0] if exact else None
+        return published_folder(self.name)
 
 
 _SMOLLM2_135M = {

@@ -262,7 +262,7 @@ def test_a_manifest_that_is_no_object(folder: Path) -> None:
 
 def test_an_unknown_family_is_told_with_the_known_ones(folder: Path) -> None:
     edit_manifest(folder, lambda data: data.update(family="llava"))
-    line = "the model's family 'llava' is unknown to this edgevlm; it knows idefics3, smolvlm"
+    line = "the model's family 'llava' is unknown to this edgevlm; it knows idefics3, internvl, smolvlm"
     assert error("run", QUESTION, "-m", folder) == line
 
 

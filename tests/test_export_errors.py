@@ -140,7 +140,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown family": (
         lambda f: edit_config(f, "config.json", model_type="llava"),
-        "is of family 'llava'; edgevlm exports idefics3, smolvlm",
+        "is of family 'llava'; edgevlm exports idefics3, internvl, smolvlm",
     ),
     "no image token": (
         lambda f: edit_config(f, "config.json", image_token_id=None),
@@ -363,8 +363,8 @@ def test_a_tokenizer_of_another_model_is_refused(idefics3: Path, tmp_path: Path)
     [
         (
             "text_config",
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "does not build RoPE of type dynamic",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "does not build RoPE of type longrope",
         ),
         ("text_config", {"model_type": "gemma2"}, "builds no 'gemma2' decoder; it knows llama, mistral, qwen2, qwen3"),
         ("text_config", {"hidden_act": "xielu"}, "does not build the activation 'xielu' of text_config.hidden_act"),

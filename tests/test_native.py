@@ -190,6 +190,7 @@ def test_decoders_equal_transformers(variant: str, tmp_path: Path) -> None:
     [
         None,
         {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "dynamic", "factor": 2.0},
         {
             "rope_type": "llama3",
             "factor": 32.0,

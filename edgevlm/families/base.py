@@ -84,6 +84,8 @@ class Family:
 
     placeholder: str
     """What the chat template writes for a picture."""
+    other_placeholders: tuple[str, ...] = ()
+    """What older templates write instead: the first that one holds counts, where it does not hold `placeholder`."""
     image_token_id: int
     """Its places in the prompt take the features."""
     view_size: tuple[int, int] | None = None

@@ -1,6 +1,6 @@
 """Rotary position embeddings (https://arxiv.org/abs/2104.09864) and the ways to stretch them.
 
-The frequencies follow transformers' `modeling_rope_utils` (5.24): default, linear, llama3, yarn.
+The frequencies follow transformers' `modeling_rope_utils` (5.24): default, linear, dynamic, llama3, yarn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, co
     frequencies = (1 / np.float32(theta) ** exponents).astype(np.float32)
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
+    if kind in ("default", "dynamic"):  # the latter stretches beyond the context only, where no prompt goes
         return Rope(frequencies)
     if kind == "linear":
         return Rope(frequencies / np.float32(scaling["factor"]))

@@ -1,0 +1,340 @@
+"""InternVL checkpoints exported natively, against transformers: prompts, embeddings, logits and greedy tokens."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLVisionConfig,
+)
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from edgevlm import VLM, GenerationConfig
+from edgevlm.chat import text_message, user_message
+from edgevlm.errors import SourceError
+from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.metrics import Stopwatch
+from edgevlm_export import ExportOptions, export, native_route
+from edgevlm_export.checkpoint import Checkpoint
+from edgevlm_export.config import overlooked
+from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.families import internvl as exporter
+from edgevlm_export.samples import pixel_values
+from tests.conftest import F32, photograph
+from tests.families.internvl import (
+    IMAGE_SEQ_LEN,
+    NAMED,
+    TEMPLATE,
+    as_published,
+    image_processor,
+    make_checkpoint,
+    processor,
+    read_json,
+    write_json,
+)
+from tests.published import published_folder
+from tests.test_graph import check_fused, runtime_kinds
+
+QUESTION = "What does the display of unit 12 show? Größe 42.7"
+NEW_TOKENS = 32
+HIGH = GenerationConfig(max_new_tokens=NEW_TOKENS, detail="high")
+QUICK = ExportOptions("fp32", via="native", verify=False)
+
+
+class Reference:
+    """transformers on one checkpoint, greedy and in float32, its image processor on Pillow and NumPy."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.tokenizer = FastTokenizer.from_pretrained(checkpoint)
+        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+        self.tokenizer._set_model_specific_special_tokens(NAMED)
+        self.processor = processor(self.tokenizer, image_processor())
+
+    def inputs(self, images: list[np.ndarray]) -> dict[str, Any]:
+        """Return the model's inputs for the question about `images`."""
+        text = self.tokenizer.apply_chat_template(
+            [user_message(QUESTION, len(images))], chat_template=TEMPLATE, tokenize=False, add_generation_prompt=True
+        )
+        return dict(self.processor(text=[text], images=images or None, return_tensors="pt"))
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "transformers-5": {},
+    "transformers-5-in-memory-names": {"held": True},
+    "tied": {"tied": True},
+    "qwen3": {"text_config": {"model_type": "qwen3", "head_dim": 32}},
+    "norms": {
+        "vision_config": {"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+    },
+    "bare": {
+        "vision_config": {
+            "attention_bias": False,
+            "use_absolute_position_embeddings": False,
+            "use_mask_token": True,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, VLM]:
+    """The reference and the float32 export of a checkpoint of one kind."""
+    folder = tmp_path_factory.mktemp(request.param)
+    checkpoint = make_checkpoint(folder / "checkpoint", **LAYOUTS[request.param])
+    if request.param == "published":
+        checkpoint = as_published(checkpoint, folder / "published")
+    report = export(checkpoint, folder / "out", QUICK)
+    assert report.manifest.overlooked == {}
+    return Reference(checkpoint), VLM(folder / "out", F32)
+
+
+def pictures(case: str) -> list[np.ndarray]:
+    china, flower = photograph("china.jpg"), photograph("flower.jpg")
+    return {"one": [china], "two": [china[:90], flower[:, :200]], "odd": [china[:9], flower[::40, ::40]], "none": []}[
+        case
+    ]
+
+
+@pytest.mark.parametrize("case", ["one", "two", "odd", "none"])
+def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers(
+    pair: tuple[Reference, VLM], case: str
+) -> None:
+    reference, vlm = pair
+    images = pictures(case)
+    inputs = reference.inputs(images)
+    ids = inputs["input_ids"][0].tolist()
+    visuals = vlm.processor.preprocess(images, HIGH)
+    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch())
+    assert list(prompt.ids) == ids
+    with torch.inference_mode():
+        outputs = reference.model(**inputs)
+        answer = reference.model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)[0, len(ids) :].tolist()
+    if images:
+        views = [view for visual in visuals for view in visual.views]
+        assert np.array_equal(pixel_values(views), inputs["pixel_values"].numpy())
+        embeds = np.stack([each[IMAGE_EMBEDS] for each in vlm.vision.encode(views)])
+        wanted = outputs.image_outputs.pooler_output.numpy()
+        assert np.ptp(wanted) > 1
+        np.testing.assert_allclose(embeds, wanted, atol=1e-4)
+    logits = outputs.logits[0].numpy()
+    found = vlm.language_model.session().prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
+    assert np.ptp(logits) > 5  # logits flat enough to agree by accident would prove nothing
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+    assert list(vlm.generate(images, QUESTION, HIGH).token_ids) == answer
+    assert len(answer) == NEW_TOKENS or answer[-1] in vlm.manifest.eos_token_ids
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as those on the hub are. Tests must not change it."""
+    folder = tmp_path_factory.mktemp("published")
+    return as_published(make_checkpoint(folder / "saved"), folder / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def exported(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its export, without compression."""
+    return export(published, tmp_path_factory.mktemp("exported") / "out", QUICK).folder
+
+
+def test_a_second_question_reads_only_what_is_new(exported: Path) -> None:
+    chat = VLM(exported, F32).chat(HIGH)
+    first = chat.ask(QUESTION, photograph("china.jpg"))
+    second = chat.ask("And the label?")
+    assert first.image_tokens == second.image_tokens == IMAGE_SEQ_LEN * first.tiles
+    assert second.cached_tokens >= first.prompt_tokens - 1
+    assert second.cached_tiles == second.tiles == 7
+
+
+@pytest.mark.parametrize("said", ["<image>", "is <image> one?", "<IMG_CONTEXT><img>", "<image><image>\n"])
+def test_a_placeholder_that_a_user_writes_is_no_picture(said: str, exported: Path) -> None:
+    vlm = VLM(exported, F32)
+    fast = vlm.processor.tokenizer
+    ids = vlm.processor.prompt_ids([user_message(said, 0), text_message("assistant", said)], [])
+    image_ids = {vlm.processor.family.image_token_id, *fast.encode("<img>"), *fast.encode("</img>")}
+    assert not image_ids & set(ids)
+    assert fast.decode(ids, skip_special_tokens=False).count(said) == 2
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_compressed_exports_answer(precision: Any, published: Path, tmp_path: Path) -> None:
+    report = export(published, tmp_path / "out", ExportOptions(precision))
+    assert report.verification is not None
+    assert report.verification.parts["vision_embeddings"].cosine > 0.95
+    answer = VLM(report.folder).generate(photograph("china.jpg"), QUESTION, HIGH)
+    assert (answer.tiles, answer.image_tokens) == (7, 7 * IMAGE_SEQ_LEN)
+    assert answer.generated_tokens > 0
+
+
+def test_pieces_make_the_same_model(exported: Path, published: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """With a limit below one layer's weights, every block is a piece of its own."""
+    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
+    report = export(published, tmp_path / "out", ExportOptions("fp32", via="native"))
+    assert report.verification is not None
+    assert report.verification.greedy_agreement == 1
+    whole, pieced = (VLM(folder, F32).generate(pictures("one"), QUESTION, HIGH) for folder in (exported, report.folder))
+    assert pieced.token_ids == whole.token_ids
+
+
+def test_the_parts_run_fused(exported: Path) -> None:
+    """Of vision two layers with four products each and the projector's two; attention is one node, as Idefics3's is."""
+    check_fused(exported)
+    kinds = runtime_kinds(VLM(exported, F32).vision._compiled)
+    assert kinds["FullyConnected"] == 2 * 4 + 2
+    assert kinds["MVN"] == 2 * 2 + 1
+    assert kinds["Softmax"] == kinds["MatMul"] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "section", "changes", "line"),
+    [
+        (
+            "config.json",
+            "vision_config",
+            {"image_size": [64, 64]},
+            "of 32 pixels, and vision_config.image_size 64",
+        ),
+        (
+            "config.json",
+            "vision_config",
+            {"patch_size": [4, 8]},
+            "patch_size must be the side of a square",
+        ),
+        (
+            "config.json",
+            "vision_config",
+            {"norm_type": "group"},
+            "does not build the norm 'group'",
+        ),
+        (
+            "config.json",
+            "vision_config",
+            {"num_attention_heads": 3},
+            "num_attention_heads 3 does not divide 32",
+        ),
+        ("config.json", "vision_config", {"use_rope": True}, "edgevlm does not know vision_config.use_rope (True)"),
+        ("config.json", "", {"vision_feature_layer": -2}, "builds no vision_feature_layer -2"),
+        ("config.json", "", {"vision_feature_select_strategy": "full"}, "no vision_feature_select_strategy 'full'"),
+        ("config.json", "", {"downsample_ratio": 2.0}, "downsample_ratio must be one over a whole number, not 2.0"),
+        ("config.json", "", {"downsample_ratio": 0.2}, "8 patches a side cannot be folded by 5"),
+        ("config.json", "", {"downsample_ratio": 0.3}, "downsample_ratio must be one over a whole number, not 0.3"),
+        ("config.json", "text_config", {"model_type": None}, "config.json states no text_config.model_type"),
+        (
+            "processor_config.json",
+            "",
+            {"image_seq_length": 256},
+            "says 256 image tokens a tile",
+        ),
+        ("preprocessor_config.json", "", {"size": {"height": 32, "width": 64}}, "size must be a square, not 64x32"),
+        ("preprocessor_config.json", "", {"min_patches": 13}, "min_patches 13 is more than max_patches 12"),
+        ("preprocessor_config.json", "", {"do_rescale": False}, "sets do_rescale to false"),
+    ],
+)
+def test_what_is_not_built_is_refused(
+    file: str, section: str, changes: dict[str, Any], line: str, published: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(published, tmp_path / "checkpoint"))
+    content = read_json(checkpoint / file)
+    (content[section] if section else content).update(changes)
+    write_json(checkpoint / file, content)
+    with pytest.raises(SourceError, match=re.escape(line)):
+        export(checkpoint, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def qwen(kind: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    """The `text_config` of a published checkpoint."""
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        **more,
+    }
+
+
+QWEN3 = {"head_dim": 128, "max_position_embeddings": 40960, "vocab_size": 151936, "rope_scaling": None}
+QWEN2 = {
+    "max_position_embeddings": 32768,
+    "vocab_size": 151674,
+    "rope_scaling": {"factor": 2.0, "rope_type": "dynamic", "type": "dynamic"},
+}
+PUBLISHED = {
+    "OpenGVLab__InternVL3-1B-hf": qwen("qwen2", 896, 4864, 24, 14, 2, **QWEN2),
+    "OpenGVLab__InternVL3-2B-hf": qwen("qwen2", 1536, 8960, 28, 12, 2, **QWEN2),
+    "OpenGVLab__InternVL3_5-1B-HF": qwen("qwen3", 1024, 3072, 28, 16, 8, **QWEN3),
+    "OpenGVLab__InternVL3_5-2B-HF": qwen("qwen3", 2048, 6144, 28, 16, 8, **QWEN3),
+    "OpenGVLab__InternVL3_5-4B-HF": qwen("qwen3", 2560, 9728, 36, 32, 8, **QWEN3),
+}
+
+
+def write_published(name: str, folder: Path) -> Path:
+    """Write a published checkpoint's files, weights excepted: the real ones where they are at hand, else its facts."""
+    if found := published_folder(name):
+        return Path(shutil.copytree(found, folder))
+    folder.mkdir()
+    config = {
+        "model_type": "internvl",
+        "image_token_id": 151667,
+        "image_seq_length": 256,
+        "text_config": PUBLISHED[name],
+    }
+    write_json(folder / "config.json", {**config, "vision_config": {"attention_bias": True}})
+    settings = image_processor(size={"height": 448, "width": 448}).to_dict()
+    write_json(folder / "preprocessor_config.json", {**settings, "crop_to_patches": False})
+    write_json(folder / "processor_config.json", {"image_seq_length": 256})
+    return folder
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_tensors_and_their_shapes_are_those_of_transformers(name: str, held: bool, tmp_path: Path) -> None:
+    """With all layers, and so with the sizes that a config leaves to its class."""
+    folder = write_published(name, tmp_path / "checkpoint")
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    wanted = {each if held else published_name(each): tuple(w.shape) for each, w in model.state_dict().items()}
+    checkpoint = Checkpoint(folder, folder.name, None, read_json(folder / "config.json"))
+    facts, preprocessor = family_facts(checkpoint)
+    found = architecture(checkpoint, facts, wanted)
+    assert dict(found.shapes) == wanted
+    assert overlooked([*found.sections, preprocessor]) == {}
+    assert (facts["image_seq_len"], facts["preprocessing"]["tile"], facts["image_token_id"]) == (256, 448, 151667)
+    rope = found.decoder.rope
+    assert rope.scale == 1
+    assert rope.frequencies[1] ** (-found.decoder.head_dim / 2) == pytest.approx(1000000.0, rel=1e-5)
+
+
+def published_name(name: str) -> str:
+    """Return what a tensor of a class is called in published files."""
+    name = name.removeprefix("model.")
+    return re.sub("^language_model", "language_model.model", name).replace("lm_head", "language_model.lm_head")
+
+
+def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
+    classes = [
+        (InternVLConfig(), exporter._DEFAULTS),
+        (InternVLVisionConfig(), exporter._VISION_DEFAULTS),
+        (GotOcr2ImageProcessorPil(), exporter._PREPROCESSOR_DEFAULTS),
+    ]
+    for made, defaults in classes:
+        found = {name: getattr(made, name) for name in defaults}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+        assert plain | ({"size": dict(plain["size"])} if "size" in plain else {}) == defaults
