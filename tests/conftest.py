@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def home() -> Path:
     return Path(_HOME.name)
 
 
-def make_tokenizer() -> Any:
-    """Return a small byte-level BPE tokenizer with the family's special tokens."""
+def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, end: str = "<end_of_utterance>") -> Any:
+    """Return a small byte-level BPE tokenizer with a family's special tokens; the first three are as in SmolVLM."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -75,7 +76,7 @@ def make_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=420,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -83,11 +84,11 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
-        eos_token="<end_of_utterance>",
+        eos_token=end,
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
         model_input_names=["input_ids", "attention_mask"],
-        additional_special_tokens=SPECIAL_TOKENS[3:],
+        additional_special_tokens=special_tokens[3:],
     )
 
 

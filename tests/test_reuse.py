@@ -15,7 +15,7 @@ from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConf
 from edgevlm.drafting import FIRST_DRAFT, PromptLookup
 from edgevlm.embedding_cache import EmbeddingCache, content_key
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, View, Visual
-from edgevlm.families.idefics3 import normalised
+from edgevlm.families.pixels import normalised
 from edgevlm.session import common_length
 from edgevlm.stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgevlm.errors import DamagedModelError
-from edgevlm.families import idefics3
+from edgevlm.families import idefics3, llava
 from edgevlm.families.base import DecoderTraits, Detail, Family, LanguageInputs, View, Visual
 
 __all__ = ["FAMILIES", "DecoderTraits", "Detail", "Family", "LanguageInputs", "View", "Visual", "make_family"]
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "idefics3": idefics3.Idefics3,
+    "llava": llava.Llava,
     "smolvlm": idefics3.Idefics3,
 }
 

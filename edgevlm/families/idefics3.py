@@ -12,11 +12,11 @@ from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import PIXEL_VALUES, Arrays, Detail, Family, View, Visual
+from edgevlm.families.base import Arrays, Detail, Family, Visual
+from edgevlm.families.pixels import normalisation, pixel_view
 from edgevlm.image import RGB
 
 MAX_SIDE = 4096
@@ -43,9 +43,7 @@ class Idefics3(Family):
         self.view_size = (self.tile, self.tile)
         self.split = bool(preprocessing["do_image_splitting"])
         self.resample = Image.Resampling(int(preprocessing["resample"]))
-        self.lookup = _normalisation(
-            float(preprocessing["rescale_factor"]), preprocessing["image_mean"], preprocessing["image_std"]
-        )
+        self.lookup = normalisation(preprocessing)
         self.patch_size = int(facts["patch_size"])
         self.position_grid = int(facts["position_grid"])
         self.placeholder = self.image_token = str(facts["image_token"])
@@ -141,27 +139,7 @@ class Idefics3(Family):
         return image.resize((width, height), resample=self.resample)
 
     def _visual(self, tiles: list[Image.Image], grid: Grid) -> Visual:
-        return Visual([self._view(np.asarray(tile)) for tile in tiles], grid)
-
-    def _view(self, pixels: RGB) -> View:
-        return View(pixels, lambda: {PIXEL_VALUES: normalised(pixels, self.lookup)})
-
-
-def normalised(pixels: RGB, lookup: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Return `pixel_values` `(1, 3, H, W)` of `(H, W, 3)`: each channel's value looked up in `(3, 256)`."""
-    return np.stack([lookup[channel][pixels[..., channel]] for channel in range(3)])[None]
-
-
-def _normalisation(
-    rescale_factor: float, mean: float | list[float], std: float | list[float]
-) -> npt.NDArray[np.float32]:
-    """Return `(3, 256)`: every uint8 value rescaled in float64, then normalised in float32, as the reference does.
-
-    `mean` and `std` are one number for each channel, or one for all.
-    """
-    levels = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
-    mean32, std32 = (np.broadcast_to(np.asarray(each, np.float32), 3) for each in (mean, std))
-    return (levels[None, :] - mean32[:, None]) / std32[:, None]
+        return Visual([pixel_view(np.asarray(tile), self.lookup) for tile in tiles], grid)
 
 
 def _fit(height: int, width: int, longest_edge: int) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""A small builder of seeded checkpoints for each family."""
