@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgevlm.chat import user_message
 from tests.conftest import make_tokenizer, seed_weights
 
 SIDE, PATCH = 28, 7
@@ -62,7 +65,7 @@ def tokenizer() -> Any:
     """Return a tokenizer that begins a text with <s>, as Llama's does."""
     from tokenizers.processors import TemplateProcessing
 
-    made = make_tokenizer(TOKENS, eos_token="</s>")
+    made = make_tokenizer(TOKENS, end="</s>")
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", made.convert_tokens_to_ids("<s>"))]
     )
@@ -112,10 +115,50 @@ def reference_pixels(image: np.ndarray, image_processor: Any) -> np.ndarray:
     return np.asarray(image_processor([image], input_data_format="channels_last", return_tensors="np")["pixel_values"])
 
 
+class Reference:
+    """transformers 5 on one checkpoint, greedy and in float32, the tokenizer its tokenizer.json as it stands."""
+
+    def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any] = reference_processor) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+        self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        self.model.generation_config.eos_token_id = None
+        words = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+        words.model_input_names = ["input_ids", "attention_mask"]
+        pictures = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+        self.processor = make_processor(words, pictures, self.model.config)
+
+    def inputs(self, images: Sequence[np.ndarray], question: str) -> dict[str, Any]:
+        """Return the model's inputs for one question about `images`."""
+        messages = [user_message(question, len(images))]
+        text = self.processor.tokenizer.apply_chat_template(
+            messages, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        pictures = {"images": [list(images)]} if images else {}
+        return dict(self.processor(text=[text], return_tensors="pt", **pictures))
+
+    def run(self, images: Sequence[np.ndarray], question: str) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the logits at every position `(S, V)` and each picture's features `(n, D)`."""
+        import torch
+
+        with torch.inference_mode():
+            outputs = self.model(**self.inputs(images, question))
+        pictures = outputs.image_outputs.pooler_output if images else []
+        return outputs.logits[0].numpy(), [each.numpy() for each in pictures]
+
+    def generate(self, images: Sequence[np.ndarray], question: str, count: int) -> list[int]:
+        """Return `count` greedy token ids."""
+        import torch
+
+        inputs = self.inputs(images, question)
+        with torch.inference_mode():
+            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
+        return ids[0, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+
+
 def in_old_layout(checkpoint: Path, folder: Path) -> Path:
     """Write the checkpoint anew as transformers 4 laid it out: names of tensors, and files of the processor."""
-    import shutil
-
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template.jinja"))
@@ -141,6 +184,16 @@ def old_name(name: str) -> str:
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
     return name
+
+
+def as_held(checkpoint: Path, folder: Path) -> Path:
+    """Write the checkpoint anew with its tensors called as transformers 5's classes call them."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({new_name(name): array for name, array in tensors.items()}, folder / "model.safetensors")
+    return folder
 
 
 def new_name(name: str) -> str:

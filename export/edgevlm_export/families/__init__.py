@@ -8,13 +8,14 @@ from typing import Any
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section, UncoveredError
-from edgevlm_export.families import idefics3
+from edgevlm_export.families import idefics3, llava
 from edgevlm_export.families.base import Architecture, FamilyExporter
 
 __all__ = ["FAMILIES", "Architecture", "FamilyExporter", "UncoveredError", "architecture", "exporter", "family_facts"]
 
 FAMILIES: dict[str, FamilyExporter] = {
     "idefics3": idefics3.EXPORTER,
+    "llava": llava.EXPORTER,
     "smolvlm": idefics3.EXPORTER,
 }
 

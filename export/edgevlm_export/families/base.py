@@ -155,6 +155,18 @@ def read_decoder(text: Section, prefix: str, head: str, *, tied: bool) -> Decode
     )
 
 
+def is_tied(config: Section, text: Section, tensors: Container[str], head: str = "lm_head") -> bool:
+    """Tell whether the head is the embedding table: where the checkpoint has no other.
+
+    transformers 4 looks for the flag in text_config and 5 beside it, and 5 overlooks it where both tensors are stored.
+    """
+    stated = [section.flag("tie_word_embeddings") for section in (config, text) if "tie_word_embeddings" in section]
+    tied = f"{head}.weight" not in tensors
+    if tied and stated and not any(stated):
+        config.note("tie_word_embeddings", f"false, but there is no {head}.weight: the embeddings are the head")
+    return tied
+
+
 def read_activation(section: Section, key: str) -> str:
     """Return the name of an activation function. Raises `UncoveredError`."""
     found = section.get(key)

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from typing import Any
 
-from PIL import Image
-
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section
-from edgevlm_export.families.base import Architecture, FamilyExporter, read_activation, read_decoder, text_section
+from edgevlm_export.families.base import (
+    Architecture,
+    FamilyExporter,
+    is_tied,
+    read_activation,
+    read_decoder,
+    text_section,
+)
+from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs import siglip
 from edgevlm_export.graphs.blocks import Block, Flow, Graph
@@ -54,7 +60,6 @@ _TOKEN_NAMES = {
     "global_image_token": "<global-img>",
 }
 _PROJECTION = "model.connector.modality_projection.proj"
-_ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 
 
 def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
@@ -63,15 +68,13 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
     Raises `SourceError` where they do not fit together.
     """
     preprocessor = checkpoint.image_processor(_PREPROCESSOR_DEFAULTS, _PREPROCESSOR_HARMLESS)
-    for name in _ALWAYS_DONE:
-        if not preprocessor.flag(name):
-            raise SourceError(f"{preprocessor.file} sets {name} to false, which edgevlm does not support")
+    check_always_done(preprocessor)
     vision = checkpoint.section("vision_config", _VISION_DEFAULTS)
     patch_size = vision.size("patch_size")
     longest_edge, tile = (preprocessor.section(name).size("longest_edge") for name in ("size", "max_image_size"))
     facts = {
         **_token_names(checkpoint),
-        "image_token_id": _image_token_id(checkpoint),
+        "image_token_id": read_image_token_id(checkpoint),
         "image_seq_len": _image_seq_len(checkpoint, tile, patch_size),
         "patch_size": patch_size,
         "position_grid": vision.size("image_size") // patch_size,
@@ -79,10 +82,7 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
             "longest_edge": longest_edge,
             "tile": tile,
             "do_image_splitting": preprocessor.flag("do_image_splitting"),
-            "resample": _resample(preprocessor),
-            "rescale_factor": preprocessor.number("rescale_factor"),
-            "image_mean": _channels(preprocessor, "image_mean"),
-            "image_std": _channels(preprocessor, "image_std"),
+            **read_arithmetic(preprocessor),
         },
     }
     return facts, preprocessor
@@ -92,15 +92,6 @@ def _token_names(checkpoint: Checkpoint) -> dict[str, str]:
     """Return what the image tokens are called: Idefics3's processor knows them, SmolVLM's asks the tokenizer."""
     given = checkpoint.named_tokens if checkpoint.model_type == "smolvlm" else {}
     return {name: given.get(name, usual) for name, usual in _TOKEN_NAMES.items()}
-
-
-def _image_token_id(checkpoint: Checkpoint) -> int:
-    found = checkpoint.section("").get("image_token_id")
-    if found is None:
-        raise SourceError("config.json states no image_token_id")
-    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise SourceError(f"config.json: image_token_id must be a whole number, not {found!r}")
-    return found
 
 
 def _image_seq_len(checkpoint: Checkpoint, tile: int, patch_size: int) -> int:
@@ -116,27 +107,11 @@ def _image_seq_len(checkpoint: Checkpoint, tile: int, patch_size: int) -> int:
     return computed
 
 
-def _resample(preprocessor: Section) -> int:
-    found = preprocessor.get("resample")
-    if found not in list(Image.Resampling):
-        raise SourceError(f"{preprocessor.file}: resample must be one of Pillow's filters, 0 to 5, not {found!r}")
-    return int(found)
-
-
-def _channels(preprocessor: Section, name: str) -> float | list[float]:
-    """Return a number for each channel, or one for all."""
-    found = preprocessor.get(name)
-    numbers = found if isinstance(found, list) and len(found) == 3 else [found]
-    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
-        raise SourceError(f"{preprocessor.file}: {name} must be a number or three, not {found!r}")
-    return found  # type: ignore[no-any-return]
-
-
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:
     """Return the model's graphs. Raises `SourceError`."""
     config = checkpoint.section("", _DEFAULTS, harmless=("vocab_size",))
     text, seen = text_section(config), config.section("vision_config", _VISION_DEFAULTS, harmless=_VISION_HARMLESS)
-    decoder = read_decoder(text, "model.text_model", "lm_head", tied=_is_tied(config, text, tensors))
+    decoder = read_decoder(text, "model.text_model", "lm_head", tied=is_tied(config, text, tensors))
     vision = _vision(seen)
     factor = config.size("scale_factor")
     if text.get("pixel_shuffle_factor", factor) != factor:
@@ -161,18 +136,6 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
         return Graph(inputs, [*siglip.blocks(vision, constants), connector], "last_hidden_state", "last_hidden_state")
 
     return Architecture(decoder, shapes, ("lm_head.weight",), vision_graph, (config, text, seen))
-
-
-def _is_tied(config: Section, text: Section, tensors: Container[str]) -> bool:
-    """Tell whether the head is the embedding table: where the checkpoint has no other.
-
-    transformers 4 looks for the flag in text_config and 5 beside it, and 5 overlooks it where both tensors are stored.
-    """
-    stated = [section.flag("tie_word_embeddings") for section in (config, text) if "tie_word_embeddings" in section]
-    tied = "lm_head.weight" not in tensors
-    if tied and stated and not any(stated):
-        config.note("tie_word_embeddings", "false, but there is no lm_head.weight: the embeddings are the head")
-    return tied
 
 
 def _vision(section: Section) -> siglip.VisionTransformer:

@@ -1,0 +1,56 @@
+"""What families read alike of a checkpoint's image processor and image token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from edgevlm.errors import SourceError
+from edgevlm_export.checkpoint import Checkpoint
+from edgevlm_export.config import Section
+
+_ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
+
+
+def check_always_done(preprocessor: Section) -> None:
+    """Raise `SourceError` where a step that edgevlm never leaves out is switched off."""
+    for name in _ALWAYS_DONE:
+        if not preprocessor.flag(name):
+            raise SourceError(f"{preprocessor.file} sets {name} to false, which edgevlm does not support")
+
+
+def read_arithmetic(preprocessor: Section) -> dict[str, Any]:
+    """Return the filter that pictures are resized with, and what their values are scaled by. Raises `SourceError`."""
+    return {
+        "resample": _resample(preprocessor),
+        "rescale_factor": preprocessor.number("rescale_factor"),
+        "image_mean": _channels(preprocessor, "image_mean"),
+        "image_std": _channels(preprocessor, "image_std"),
+    }
+
+
+def read_image_token_id(checkpoint: Checkpoint, default: int | None = None, name: str = "image_token_id") -> int:
+    """Return config.json's `image_token_id`, which families may call otherwise. Raises `SourceError`."""
+    found = checkpoint.section("").get(name, default)
+    if found is None:
+        raise SourceError(f"config.json states no {name}")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise SourceError(f"config.json: {name} must be a whole number, not {found!r}")
+    return found
+
+
+def _resample(preprocessor: Section) -> int:
+    found = preprocessor.get("resample")
+    if found not in list(Image.Resampling):
+        raise SourceError(f"{preprocessor.file}: resample must be one of Pillow's filters, 0 to 5, not {found!r}")
+    return int(found)
+
+
+def _channels(preprocessor: Section, name: str) -> float | list[float]:
+    """Return a number for each channel, or one for all."""
+    found = preprocessor.get(name)
+    numbers = found if isinstance(found, list) and len(found) == 3 else [found]
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
+        raise SourceError(f"{preprocessor.file}: {name} must be a number or three, not {found!r}")
+    return found  # type: ignore[no-any-return]
