@@ -171,8 +171,8 @@ def check_parity(reference: tiny.Reference, vlm: VLM, images: list[np.ndarray]) 
     visuals = vlm.processor.preprocess(images, HIGH)
     logits, features = reference.run(images, QUESTION)
     if images:
-        wanted = inputs["pixel_values"].numpy()
-        assert np.array_equal(pixel_values([view for each in visuals for view in each.views]), wanted)
+        found, wanted = pixel_values([view for each in visuals for view in each.views]), inputs["pixel_values"].numpy()
+        assert np.array_equal(found, wanted.reshape(found.shape))
     places = np.asarray(prompt.ids) == vlm.processor.family.image_token_id
     image_embeds = join(features, vlm.manifest.hidden_size)
     np.testing.assert_allclose(prompt.inputs_embeds[0, places], image_embeds, atol=1e-4)
