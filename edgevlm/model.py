@@ -183,7 +183,7 @@ class VLM:
     ) -> int:
         """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
         config = config or GenerationConfig()
-        shown = [self._preprocess(image, config)[1] for image in images]
+        shown = [each for _, each in self._preprocess(images, config)]
         return len(self.processor.prompt_ids(messages, shown, config.chat_template_kwargs))
 
     def prepare(
@@ -197,7 +197,7 @@ class VLM:
         """Turn a conversation and its pictures into the embeddings that the language model reads."""
         family = self.processor.family
         with watch.stage("preprocess"):
-            visuals = [self._preprocess(image, config) for image in images]
+            visuals = self._preprocess(images, config)
             shown = [each for _, each in visuals]
             ids = np.asarray(self.processor.prompt_ids(messages, shown, config.chat_template_kwargs), np.int64)
         self.processor.check_known(ids)
@@ -227,12 +227,18 @@ class VLM:
                 " shorten the question, or use fewer pictures, max_tiles or a lower detail"
             )
 
-    def _preprocess(self, image: ImageInput, config: GenerationConfig) -> tuple[bytes, Visual | EncodedImage]:
-        """Return a picture's key and its views, or their encoding if it has been looked at before."""
-        pixels = load_image(image)
-        key = content_key(pixels, config.detail, config.max_tiles, config.cache_salt)
-        known = self._vision_cache.picture(key)
-        return key, known or self.processor.family.preprocess(pixels, config.detail, config.max_tiles)
+    def _preprocess(
+        self, images: Sequence[ImageInput], config: GenerationConfig
+    ) -> list[tuple[bytes, Visual | EncodedImage]]:
+        """Return each picture's key and its views, or their encoding if it has been looked at before."""
+        family, found = self.processor.family, list[tuple[bytes, Visual | EncodedImage]]()
+        detail = family.detail_for(config.detail, len(images))
+        for image in images:
+            pixels = load_image(image)
+            key = content_key(pixels, detail, config.max_tiles, config.cache_salt)
+            known = self._vision_cache.picture(key)
+            found.append((key, known or family.preprocess(pixels, detail, config.max_tiles)))
+        return found
 
     def _encode(
         self, visuals: Sequence[tuple[bytes, Visual | EncodedImage]], salt: str, on_progress: Progress | None
@@ -265,12 +271,18 @@ def feature_keys(picture: EncodedImage, features: Arrays) -> list[Hashable]:
 
     Where they are the views' rows, one after another, a view names its own, whatever the picture around it.
     """
-    rows = [(view.key, row) for view in picture.views for row in range(len(view.outputs[IMAGE_EMBEDS]))]
-    count = len(features[IMAGE_EMBEDS])
-    if len(rows) == count:
-        return list(rows)
+    image_embeds, start = features[IMAGE_EMBEDS], 0
+    rows: list[Hashable] = []
+    for view in picture.views:
+        own = view.outputs[IMAGE_EMBEDS]
+        if not np.array_equal(own, image_embeds[start : start + len(own)]):
+            break
+        rows += [(view.key, row) for row in range(len(own))]
+        start += len(own)
+    if len(rows) == len(image_embeds):
+        return rows
     whole = (picture.layout, *(view.key for view in picture.views))
-    return [(whole, row) for row in range(count)]
+    return [(whole, row) for row in range(len(image_embeds))]
 
 
 def prefix_keys(

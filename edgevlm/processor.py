@@ -35,8 +35,9 @@ class Processor:
         self._bos_token = manifest.special_tokens.get("bos_token")
 
     def preprocess(self, images: Sequence[ImageInput], config: GenerationConfig) -> list[Visual]:
-        """Return each picture's views. Raises `ImageError`."""
-        return [self.family.preprocess(load_image(image), config.detail, config.max_tiles) for image in images]
+        """Return the views of each picture of one prompt. Raises `ImageError`."""
+        detail = self.family.detail_for(config.detail, len(images))
+        return [self.family.preprocess(load_image(image), detail, config.max_tiles) for image in images]
 
     def prompt_ids(
         self, messages: Sequence[Message], pictures: Sequence[LaidOut], variables: Mapping[str, Any] | None = None

@@ -17,6 +17,7 @@ from PIL import Image
 from edgevlm import VLM
 from edgevlm.chat import user_message
 from edgevlm.device import core
+from edgevlm.families import FAMILIES
 from tests.damage import copy_export, edit_manifest, flip, reseal, truncate
 from tests.test_cli import COMMAND, POSIX, cli
 
@@ -261,8 +262,8 @@ def test_a_manifest_that_is_no_object(folder: Path) -> None:
 
 
 def test_an_unknown_family_is_told_with_the_known_ones(folder: Path) -> None:
-    edit_manifest(folder, lambda data: data.update(family="llava"))
-    line = "the model's family 'llava' is unknown to this edgevlm; it knows idefics3, internvl, smolvlm"
+    edit_manifest(folder, lambda data: data.update(family="mllama"))
+    line = f"the model's family 'mllama' is unknown to this edgevlm; it knows {', '.join(sorted(FAMILIES))}"
     assert error("run", QUESTION, "-m", folder) == line
 
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgevlm import ExportError, SourceError
+from edgevlm.families import FAMILIES
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.calibration import load_pairs
 from edgevlm_export.draft import draft_folder
@@ -139,8 +140,8 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "model.safetensors.index.json has no weight_map from tensors to files",
     ),
     "unknown family": (
-        lambda f: edit_config(f, "config.json", model_type="llava"),
-        "is of family 'llava'; edgevlm exports idefics3, internvl, smolvlm",
+        lambda f: edit_config(f, "config.json", model_type="mllama"),
+        f"is of family 'mllama'; edgevlm exports {', '.join(sorted(FAMILIES))}",
     ),
     "no image token": (
         lambda f: edit_config(f, "config.json", image_token_id=None),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgevlm.errors import DamagedModelError
-from edgevlm.families import idefics3, internvl
+from edgevlm.families import idefics3, internvl, llava, llava_onevision
 from edgevlm.families.base import DecoderTraits, Detail, Family, LanguageInputs, View, Visual
 
 __all__ = ["FAMILIES", "DecoderTraits", "Detail", "Family", "LanguageInputs", "View", "Visual", "make_family"]
@@ -14,6 +14,8 @@ __all__ = ["FAMILIES", "DecoderTraits", "Detail", "Family", "LanguageInputs", "V
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "idefics3": idefics3.Idefics3,
     "internvl": internvl.InternVL,
+    "llava": llava.Llava,
+    "llava_onevision": llava_onevision.LlavaOnevision,
     "smolvlm": idefics3.Idefics3,
 }
 

@@ -93,6 +93,10 @@ class Family:
     constants: Arrays = MappingProxyType({})
     """Inputs of the encoder that are the same for every view."""
 
+    def detail_for(self, detail: Detail, pictures: int) -> Detail:  # noqa: ARG002
+        """Return how closely to look at each of so many pictures of one prompt where `detail` is asked for."""
+        return detail
+
     def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
         """Return the views of `image`; `max_tiles` bounds their number."""
         raise NotImplementedError

@@ -126,6 +126,8 @@ class ChosenRoute:
 def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions) -> ChosenRoute:
     """Return the route that the options, or else the checkpoint, ask for. Raises `ExportError` where none can."""
     if options.via == "onnx" or not checkpoint.has_safetensors:
+        if not exporter(checkpoint).covers_onnx:
+            raise SourceError(f"the route from ONNX files does not cover family {checkpoint.model_type!r}")
         _need(onnx_route.LIBRARIES, "its ONNX files", "export-onnx")
         files = checkpoint.onnx_files()
         onnx_route.check_parts(files)

@@ -80,7 +80,7 @@ def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int
     `hidden_size` is that of the model.
     """
     pictures = [pair.image for pair in pairs if pair.image] or [pair.image for pair in load_pairs() if pair.image]
-    visuals = processor.preprocess(pictures, GenerationConfig(detail="auto"))
+    visuals = [processor.preprocess([picture], GenerationConfig(detail="auto"))[0] for picture in pictures]
     views = [view for visual in visuals for view in visual.views]
     height, width, _ = views[0].pixels.shape
     pixels = VISION_PIXELS * max(1.0, VISION_WIDTH / hidden_size)

@@ -8,7 +8,7 @@ from typing import Any
 from edgevlm.errors import SourceError
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import Section, UncoveredError
-from edgevlm_export.families import idefics3, internvl
+from edgevlm_export.families import idefics3, internvl, llava, llava_onevision
 from edgevlm_export.families.base import Architecture, FamilyExporter
 
 __all__ = ["FAMILIES", "Architecture", "FamilyExporter", "UncoveredError", "architecture", "exporter", "family_facts"]
@@ -16,6 +16,8 @@ __all__ = ["FAMILIES", "Architecture", "FamilyExporter", "UncoveredError", "arch
 FAMILIES: dict[str, FamilyExporter] = {
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
+    "llava": llava.EXPORTER,
+    "llava_onevision": llava_onevision.EXPORTER,
     "smolvlm": idefics3.EXPORTER,
 }
 

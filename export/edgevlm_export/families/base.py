@@ -58,6 +58,8 @@ class FamilyExporter:
     `(T, tokens, hidden)`, and the keywords under which the model's forward takes them. None where that route does not
     cover the family.
     """
+    covers_onnx: bool = True
+    """False where the runtime's family needs more of the vision part than an ONNX file's encoder gives."""
 
 
 _LLAMA = {

@@ -30,13 +30,13 @@ def read_arithmetic(preprocessor: Section) -> dict[str, Any]:
     }
 
 
-def read_image_token_id(checkpoint: Checkpoint, default: int | None = None) -> int:
-    """Return config.json's `image_token_id`. Raises `SourceError`."""
-    found = checkpoint.section("").get("image_token_id", default)
+def read_image_token_id(checkpoint: Checkpoint, default: int | None = None, name: str = "image_token_id") -> int:
+    """Return config.json's `image_token_id`, which families may call otherwise. Raises `SourceError`."""
+    found = checkpoint.section("").get(name, default)
     if found is None:
-        raise SourceError("config.json states no image_token_id")
+        raise SourceError(f"config.json states no {name}")
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise SourceError(f"config.json: image_token_id must be a whole number, not {found!r}")
+        raise SourceError(f"config.json: {name} must be a whole number, not {found!r}")
     return found
 
 

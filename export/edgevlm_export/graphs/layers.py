@@ -101,11 +101,13 @@ def activation(x: Output, name: str) -> ov.Node:
         return opset.gelu(x, "tanh")
     if name == "gelu":
         return opset.gelu(x, "erf")
+    if name == "quick_gelu":
+        return opset.swish(x, np.float32(1.702))
     assert name == "relu", name
     return opset.relu(x)
 
 
-ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh", "gelu_new", "gelu", "relu")
+ACTIVATIONS = ("silu", "swish", "gelu_pytorch_tanh", "gelu_new", "gelu", "quick_gelu", "relu")
 
 
 def split(x: Output, widths: Sequence[int]) -> Sequence[Output]:
@@ -141,6 +143,13 @@ def embedding(ids: Output, constants: Constants, module: str) -> ov.Node:
     """Rows of a table: int64 `(B, S)` -> `(B, S, D)`."""
     opset = import_openvino().opset13
     return named(opset.gather(constants.matrix(f"{module}.weight"), opset.convert(ids, "i32"), np.int32(0)), module)
+
+
+def repeated(row: npt.NDArray[np.float32], like: Output) -> ov.Node:
+    """One vector `(D,)` for each sequence of a batch: `(B, 1, D)`, B that of `like` `(B, S, D)`."""
+    opset = import_openvino().opset13
+    batch = opset.unsqueeze(dimension(like, 0), np.int64(0))
+    return opset.broadcast(row.reshape(1, 1, -1), opset.concat([batch, np.array([1, row.size])], 0))
 
 
 def attention_bias(allowed: Output) -> ov.Node:

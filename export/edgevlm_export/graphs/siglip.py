@@ -113,11 +113,12 @@ def encoder_layer(flow: Flow, vision: VisionTransformer, constants: Constants, i
 
 
 def attention(x: Output, flow: Flow, vision: VisionTransformer, constants: Constants, at: str) -> ov.Node:
-    """Every patch attends to every patch that is not padding."""
+    """Every patch attends to every patch; to none that is padding, where there may be any."""
     opset = import_openvino().opset13
     heads, width = vision.num_attention_heads, vision.hidden_size
     qkv = linear(x, constants, *(f"{at}.{name}_proj" for name in "qkv"))
     q, k, v = (to_heads(each, heads, width // heads) for each in split(qkv, [width] * 3))
     scale = np.float32((width // heads) ** -0.5)
-    mixed = opset.scaled_dot_product_attention(q, k, v, flow["attention_bias"], scale, causal=False)
+    bias = flow.values.get("attention_bias")
+    mixed = opset.scaled_dot_product_attention(q, k, v, bias, scale, causal=False)
     return linear(from_heads(mixed, width), constants, f"{at}.out_proj")
