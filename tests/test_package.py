@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import edgevlm
+from edgevlm import families
+from edgevlm_export import families as exporters
 
 ROOT = Path(__file__).parents[1]
 EXPORTER_ONLY = {"torch", "transformers", "optimum", "nncf", "onnx", "onnxruntime"}
@@ -191,3 +193,13 @@ def test_the_export_extra_has_no_torch(wheel: zipfile.ZipFile) -> None:
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     entry_points = wheel.read(f"edgevlm-{edgevlm.__version__}.dist-info/entry_points.txt").decode()
     assert "edgevlm = edgevlm.cli:main" in entry_points
+
+
+def test_the_readme_s_table_of_families_is_the_code_s() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| family | `model_type` |") :].partition("\n\n")[0].splitlines()[2:]
+    cells = [line.strip("|").split("|") for line in table]
+    routes = {name: row[3].strip() for row in cells for name in re.findall(r"`(\w+)`", row[1])}
+    assert routes.keys() == families.FAMILIES.keys() == exporters.FAMILIES.keys()
+    has_optimum = {name for name, family in exporters.FAMILIES.items() if family.encode_in_torch}
+    assert {name for name, cell in routes.items() if cell != "no"} == has_optimum
