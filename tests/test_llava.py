@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.chat import user_message
@@ -21,13 +18,9 @@ from edgevlm.families.llava import Llava
 from edgevlm.metrics import Stopwatch
 from edgevlm.model import join
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import overlooked
-from edgevlm_export.families import architecture, family_facts
 from edgevlm_export.samples import pixel_values
 from tests.conftest import F32, photograph
 from tests.families import llava as tiny
-from tests.published import published_folder
 from tests.test_graph import runtime_kinds
 
 QUESTION = "What does the display of unit 12 show? Größe 42.7"
@@ -247,77 +240,3 @@ def test_the_graphs_run_fused(pair: tuple[tiny.Reference, VLM]) -> None:
     layers = 3 + 1 + config.vision_feature_layer
     check_fused(vlm, layers)
     assert runtime_kinds(vlm.vision._compiled)["MVN"] == 2 * layers + int(has_class_token)
-
-
-CLIP_L = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-    "projection_dim": 768,
-    "vocab_size": 32000,
-}
-SIGLIP = {
-    "model_type": "siglip_vision_model",
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 16,
-    "image_size": 384,
-    "patch_size": 14,
-    "vision_use_head": False,
-}
-QWEN2 = {
-    "model_type": "qwen2",
-    "vocab_size": 152000,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-}
-CROP = (
-    {"shortest_edge": 336},
-    {"crop_size": {"height": 336, "width": 336}, "image_processor_type": "CLIPImageProcessor"},
-)
-WHOLE = {"height": 384, "width": 384}, {"image_processor_type": "LlavaOnevisionImageProcessor"}
-PUBLISHED: dict[str, tuple[dict[str, Any], tuple[dict[str, int], dict[str, Any]]]] = {
-    "llava-hf__llava-1.5-7b-hf": (
-        {
-            "model_type": "llava",
-            "image_token_index": 32000,
-            "vision_feature_layer": -2,
-            "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 32064},
-            "vision_config": CLIP_L,
-        },
-        CROP,
-    ),
-    "llava-hf__llava-onevision-qwen2-0.5b-ov-hf": (
-        {"model_type": "llava_onevision", "text_config": QWEN2, "vision_config": SIGLIP, "tie_word_embeddings": True},
-        WHOLE,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_tensors_and_their_shapes_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """With all layers, and so with the sizes that a config leaves to its class."""
-    config, (size, more) = PUBLISHED[name]
-    folder = published_folder(name) or tmp_path
-    if folder == tmp_path:
-        (folder / "config.json").write_text(json.dumps(config), "utf-8")
-        (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, **more}), "utf-8")
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-    wanted = {each: tuple(weight.shape) for each, weight in model.state_dict().items()}
-    checkpoint = Checkpoint(folder, name, None, json.loads((folder / "config.json").read_text("utf-8")))
-    facts, preprocessor = family_facts(checkpoint)
-    found = architecture(checkpoint, facts, wanted)
-    unused = {each for each in wanted if each in found.unused}
-    assert dict(found.shapes) == {each: shape for each, shape in wanted.items() if each not in unused}
-    assert overlooked([*found.sections, preprocessor]) == {}
