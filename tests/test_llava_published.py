@@ -372,3 +372,13 @@ def test_as_many_rows_as_the_views_have_are_not_the_views_rows() -> None:
     assert feature_keys(picture, {IMAGE_EMBEDS: rows}) == [(b"a", 0), (b"a", 1), (b"b", 0), (b"b", 1)]
     mixed = feature_keys(picture, {IMAGE_EMBEDS: rows[[0, 1, 3, 2]]})
     assert mixed == [(("layout", b"a", b"b"), row) for row in range(4)]
+
+
+@pytest.mark.parametrize("via", ["auto", "native"])
+def test_what_only_one_route_covers_is_not_sent_to_another(via: Any, tmp_path: Path) -> None:
+    checkpoint = llava.make_llava(tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text("utf-8"))
+    config["projector_hidden_act"] = "mish"
+    (checkpoint / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(SourceError, match=r"mish.*, and no other route covers family 'llava'$"):
+        export(checkpoint, tmp_path / "out", ExportOptions(via=via))

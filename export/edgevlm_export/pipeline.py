@@ -125,9 +125,10 @@ class ChosenRoute:
 
 def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions) -> ChosenRoute:
     """Return the route that the options, or else the checkpoint, ask for. Raises `ExportError` where none can."""
+    family, kind = exporter(checkpoint), f"family {checkpoint.model_type!r}"
     if options.via == "onnx" or not checkpoint.has_safetensors:
-        if not exporter(checkpoint).covers_onnx:
-            raise SourceError(f"the route from ONNX files does not cover family {checkpoint.model_type!r}")
+        if not family.covers_onnx:
+            raise SourceError(f"the route from ONNX files does not cover {kind}; use safetensors and --via native")
         _need(onnx_route.LIBRARIES, "its ONNX files", "export-onnx")
         files = checkpoint.onnx_files()
         onnx_route.check_parts(files)
@@ -141,11 +142,13 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
             write_parts = partial(native_route.write_parts, found, weights)
             return ChosenRoute("native", write_parts, found.traits, unread)
         except UncoveredError as error:
+            if family.encode_in_torch is None:
+                raise SourceError(f"{error}, and no other route covers {kind}") from None
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
             _need(optimum_route.LIBRARIES, f"optimum-intel ({error})", "export-torch")
-    if exporter(checkpoint).encode_in_torch is None:
-        raise SourceError(f"the route through optimum-intel does not cover family {checkpoint.model_type!r}")
+    if family.encode_in_torch is None:
+        raise SourceError(f"the route through optimum-intel does not cover {kind}; use --via native")
     _need(optimum_route.LIBRARIES, "optimum-intel", "export-torch")
     return ChosenRoute("optimum", partial(optimum_route.write_parts, checkpoint))
 
