@@ -125,7 +125,7 @@ class PagedSession(Session):
         outputs = self._request.infer(
             {
                 "inputs_embeds": inputs_embeds[0],
-                "position_ids": inputs.positions[0] if len(inputs.positions) == 1 else inputs.positions,
+                "position_ids": inputs.positions[0],
                 "past_lens": np.array([self.length], np.int32),
                 "subsequence_begins": np.array([0, count], np.int32),
                 "block_indices": np.arange(blocks, dtype=np.int32),

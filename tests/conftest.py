@@ -229,6 +229,11 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    """Return a picture in which no two places are alike, uint8 `(H, W, channels)`."""
+    return np.random.default_rng([height, width]).integers(0, 256, (height, width, channels), np.uint8)
+
+
 def photograph(name: str) -> np.ndarray:
     """Return one of scikit-learn's photographs, uint8 `(H, W, 3)`."""
     from sklearn.datasets import load_sample_image

@@ -22,14 +22,10 @@ from transformers.image_utils import load_image as reference_load_image
 
 from edgevlm.errors import ImageError
 from edgevlm.image import FORMATS, MAX_PIXELS, RGB, image_suffixes, load_image
-from tests.conftest import photograph
+from tests.conftest import noise, photograph
 
 Make = Callable[[Path], tuple[Any, str]]
 CUT = "cannot be decoded, it may be truncated:"
-
-
-def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
-    return np.random.default_rng([height, width]).integers(0, 256, (height, width, channels), np.uint8)
 
 
 def scene() -> RGB:

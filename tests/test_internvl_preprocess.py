@@ -13,7 +13,7 @@ from edgevlm.errors import OptionError
 from edgevlm.families.base import Detail
 from edgevlm.families.internvl import Grid, InternVL, nearest_grid
 from edgevlm_export.samples import pixel_values
-from tests.conftest import photograph
+from tests.conftest import noise, photograph
 from tests.families.internvl import IMAGE_SEQ_LEN, TILE, image_processor, reference_pixels
 
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
@@ -33,11 +33,6 @@ SIZES = [  # height, width
     (200, 300),
     (427, 641),
 ]
-
-
-def noise(height: int, width: int) -> np.ndarray:
-    """A picture in which no two tiles are alike."""
-    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def family(processor: Any) -> InternVL:

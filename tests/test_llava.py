@@ -19,7 +19,7 @@ from edgevlm.metrics import Stopwatch
 from edgevlm.model import join
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.samples import pixel_values
-from tests.conftest import F32, photograph
+from tests.conftest import F32, noise, photograph
 from tests.families import llava as tiny
 from tests.test_graph import runtime_kinds
 
@@ -42,11 +42,6 @@ SIZES = [  # height, width
     (101, 99),
     (427, 641),
 ]
-
-
-def noise(height: int, width: int) -> np.ndarray:
-    """A picture in which no two places are alike."""
-    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def family(processor: Any) -> Llava:

@@ -19,11 +19,11 @@ from edgevlm.families.base import IMAGE_EMBEDS, Detail
 from edgevlm.families.llava_onevision import Grid, LlavaOnevision, resized
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.samples import pixel_values
-from tests.conftest import F32, photograph
+from tests.conftest import F32, noise, photograph
 from tests.families import llava
 from tests.families import llava_onevision as tiny
 from tests.families.llava_onevision import GRIDS, TILE
-from tests.test_llava import QUICK, check_chat, check_fused, check_parity, noise, pictures
+from tests.test_llava import QUICK, check_chat, check_fused, check_parity, pictures
 
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
 SIZES = [  # height, width

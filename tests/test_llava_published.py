@@ -28,9 +28,9 @@ from edgevlm_export import ExportOptions, export
 from edgevlm_export.checkpoint import Checkpoint
 from edgevlm_export.config import overlooked
 from edgevlm_export.families import architecture, family_facts
+from tests.conftest import noise
 from tests.families import llava, llava_onevision
 from tests.test_llava import QUICK
-from tests.test_llava_onevision import noise
 
 _FOLDER = os.environ.get("EDGEVLM_PUBLISHED_CONFIGS")
 _GRIDS = [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)]

@@ -18,7 +18,7 @@ from edgevlm.families.base import Detail, Visual
 from edgevlm.families.idefics3 import Grid, Idefics3
 from edgevlm.image import RGB
 from edgevlm_export.samples import pixel_values
-from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, photograph
+from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, noise, photograph
 
 SIZES = [  # height, width
     (1, 1),
@@ -49,11 +49,6 @@ SIZES = [  # height, width
     (427, 641),
 ]
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
-
-
-def noise(height: int, width: int) -> RGB:
-    """A picture in which no two tiles are alike."""
-    return np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def sized(longest_edge: int, tile: int, **options: Any) -> Any:

@@ -169,6 +169,23 @@ def is_tied(config: Section, text: Section, tensors: Container[str], head: str =
     return tied
 
 
+def read_vision_sizes(section: Section) -> dict[str, Any]:
+    """Return what every vision transformer states alike, by the names of `VisionTransformer`'s fields.
+
+    Raises `SourceError`, and `UncoveredError` for an activation that is not built.
+    """
+    hidden = section.size("hidden_size")
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": section.size("intermediate_size"),
+        "num_hidden_layers": section.size("num_hidden_layers"),
+        "num_attention_heads": section.heads("num_attention_heads", hidden),
+        "num_channels": section.size("num_channels"),
+        "layer_norm_eps": section.number("layer_norm_eps"),
+        "hidden_act": read_activation(section, "hidden_act"),
+    }
+
+
 def read_activation(section: Section, key: str) -> str:
     """Return the name of an activation function. Raises `UncoveredError`."""
     found = section.get(key)

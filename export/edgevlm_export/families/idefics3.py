@@ -12,8 +12,8 @@ from edgevlm_export.families.base import (
     Architecture,
     FamilyExporter,
     is_tied,
-    read_activation,
     read_decoder,
+    read_vision_sizes,
     text_section,
 )
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
@@ -139,18 +139,11 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
 
 
 def _vision(section: Section) -> siglip.VisionTransformer:
-    hidden = section.size("hidden_size")
     return siglip.VisionTransformer(
         prefix="model.vision_model",
-        hidden_size=hidden,
-        intermediate_size=section.size("intermediate_size"),
-        num_hidden_layers=section.size("num_hidden_layers"),
-        num_attention_heads=section.heads("num_attention_heads", hidden),
-        num_channels=section.size("num_channels"),
         image_size=section.size("image_size"),
         patch_size=section.size("patch_size"),
-        layer_norm_eps=section.number("layer_norm_eps"),
-        hidden_act=read_activation(section, "hidden_act"),
+        **read_vision_sizes(section),
     )
 
 

@@ -15,6 +15,7 @@ from edgevlm_export.families.base import (
     is_tied,
     read_activation,
     read_decoder,
+    read_vision_sizes,
     text_section,
 )
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
@@ -207,20 +208,14 @@ class _Names:
 
 
 def _vision(section: Section, prefix: str) -> internvit.InternViT:
-    hidden, norm = section.size("hidden_size"), section.get("norm_type")
+    norm = section.get("norm_type")
     if norm not in ("layer_norm", "rms_norm"):
         raise UncoveredError(f"the native route does not build the norm {norm!r} of {section.name_of('norm_type')}")
     return internvit.InternViT(
         prefix=prefix,
-        hidden_size=hidden,
-        intermediate_size=section.size("intermediate_size"),
-        num_hidden_layers=section.size("num_hidden_layers"),
-        num_attention_heads=section.heads("num_attention_heads", hidden),
-        num_channels=section.size("num_channels"),
         image_size=_square(section, "image_size"),
         patch_size=_square(section, "patch_size"),
-        layer_norm_eps=section.number("layer_norm_eps"),
-        hidden_act=read_activation(section, "hidden_act"),
+        **read_vision_sizes(section),
         attention_bias=section.flag("attention_bias"),
         use_qk_norm=section.flag("use_qk_norm"),
         rms=norm == "rms_norm",

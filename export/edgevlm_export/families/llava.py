@@ -22,6 +22,7 @@ from edgevlm_export.families.base import (
     is_tied,
     read_activation,
     read_decoder,
+    read_vision_sizes,
     text_section,
 )
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
@@ -263,21 +264,15 @@ def _tower_section(config: Section) -> Section:
 
 
 def _tower(section: Section, config: Section, prefix: str) -> Tower:
-    hidden, count = section.size("hidden_size"), section.size("num_hidden_layers")
+    count = section.size("num_hidden_layers")
     layer = config.get("vision_feature_layer")
     if isinstance(layer, bool) or not isinstance(layer, int) or not -count - 1 <= layer <= count:
         raise UncoveredError(f"the native route builds no vision_feature_layer {layer!r} of {count} layers")
     return Tower(
         prefix=prefix,
-        hidden_size=hidden,
-        intermediate_size=section.size("intermediate_size"),
-        num_hidden_layers=count,
-        num_attention_heads=section.heads("num_attention_heads", hidden),
-        num_channels=section.size("num_channels"),
         image_size=section.size("image_size"),
         patch_size=section.size("patch_size"),
-        layer_norm_eps=section.number("layer_norm_eps"),
-        hidden_act=read_activation(section, "hidden_act"),
+        **read_vision_sizes(section),
         has_class_token=section.get("model_type", "clip_vision_model") == "clip_vision_model",
         layers=layer % (count + 1),
     )

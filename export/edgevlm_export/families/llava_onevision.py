@@ -63,7 +63,7 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
             raise SourceError(f"the checkpoint contradicts itself: its processor and its config.json differ in {what}")
     facts = {
         **llava.image_token(checkpoint, config),
-        "patches_per_side": tower.image_size // tower.patch_size,
+        "patches_per_side": tower.side,
         "max_tiles_of_features": _most_tiles(config.text("vision_aspect_ratio")),
         "preprocessing": {"tile": tile, "image_grid_pinpoints": grids, **read_arithmetic(preprocessor)},
     }

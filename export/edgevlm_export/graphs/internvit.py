@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevlm.device import import_openvino
+from edgevlm_export.graphs import siglip
 from edgevlm_export.graphs.blocks import Block, Flow
 from edgevlm_export.graphs.layers import (
     Constants,
@@ -30,19 +31,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InternViT:
+class InternViT(siglip.VisionTransformer):
     """The sizes and choices of the transformer, named as Hugging Face configs name them."""
 
-    prefix: str
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_channels: int
-    image_size: int
-    patch_size: int
-    layer_norm_eps: float
-    hidden_act: str
     attention_bias: bool = False
     use_qk_norm: bool = False
     rms: bool = False
@@ -53,11 +44,6 @@ class InternViT:
     """Learned positions are added to the class token and the patches."""
     mask_token: bool = False
     """The checkpoint has the token that stands for masked patches in training."""
-
-    @property
-    def side(self) -> int:
-        """Patches in a row of the picture."""
-        return self.image_size // self.patch_size
 
     def layer(self, index: int) -> str:
         """Return what the names of a layer's weights begin with."""

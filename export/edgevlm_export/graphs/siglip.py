@@ -44,6 +44,11 @@ class VisionTransformer:
     layer_norm_eps: float
     hidden_act: str
 
+    @property
+    def side(self) -> int:
+        """Patches in a row of the picture."""
+        return self.image_size // self.patch_size
+
     def layer(self, index: int) -> str:
         """Return what the names of a layer's weights begin with."""
         return f"{self.prefix}.encoder.layers.{index}"
@@ -55,7 +60,7 @@ def shapes(vision: VisionTransformer) -> Iterator[tuple[str, tuple[int, ...]]]:
     embeddings = f"{vision.prefix}.embeddings"
     yield f"{embeddings}.patch_embedding.weight", (hidden, vision.num_channels, patch, patch)
     yield f"{embeddings}.patch_embedding.bias", (hidden,)
-    yield f"{embeddings}.position_embedding.weight", ((vision.image_size // patch) ** 2, hidden)
+    yield f"{embeddings}.position_embedding.weight", (vision.side**2, hidden)
     for index in range(vision.num_hidden_layers):
         at = vision.layer(index)
         square = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}

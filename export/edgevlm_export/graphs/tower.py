@@ -29,7 +29,7 @@ class Tower(siglip.VisionTransformer):
     @property
     def patches(self) -> int:
         """How many patches a view has."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
 
     @property
     def positions(self) -> int:
