@@ -47,8 +47,8 @@ def make_checkpoint(folder: Path, like: Path, layers: int, hidden: int) -> int:
     import torch
     from safetensors.torch import save_file
 
-    from edgevlm_export.checkpoint import Checkpoint
     from edgevlm_export.families import architecture
+    from edgevlm_export.source.checkpoint import Checkpoint
 
     folder.mkdir(parents=True)
     for path in like.iterdir():
@@ -80,7 +80,7 @@ def make_checkpoint(folder: Path, like: Path, layers: int, hidden: int) -> int:
 def command(route: str, checkpoint: Path, output: Path, options: list[str]) -> list[str]:
     """Return the command line of a route; without torch in reach where it needs none."""
     hidden = "for name in ('torch', 'transformers', 'optimum'): sys.modules[name] = None\n" if route == "native" else ""
-    code = f"import sys\n{hidden}from edgevlm.cli import main\nmain()"
+    code = f"import sys\n{hidden}from edgevlm.cli.main import main\nmain()"
     arguments = ["export", str(checkpoint), "--int4", "--via", route, "-o", str(output), "--force", "--json", *options]
     return [sys.executable, "-c", code, *arguments]
 

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, Constraint, GenerationConfig
-from edgevlm.constraint import Guide
-from edgevlm.sampling import greedy
+from edgevlm.decoding.sampling import greedy
+from edgevlm.decoding.structured import Guide
 
 PROMPT = "Tell a short story about a lighthouse keeper and a storm."
 READING = Constraint.json_schema(
@@ -39,12 +39,12 @@ def measure(model: Path, repeat: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     vlm = VLM(model)
     started = perf_counter()
-    vlm.processor.vocabulary.encode("x")
+    vlm.vocabulary.encode("x")
     found["vocabulary, s, once"].append(perf_counter() - started)
     free = GenerationConfig(max_new_tokens=100, draft_tokens=0)
     for number in range(repeat + 1):
         started = perf_counter()
-        vlm.processor.vocabulary.guide(READING, greedy)
+        vlm.vocabulary.guide(READING, greedy)
         compiled = perf_counter() - started
         plain = vlm.generate(None, PROMPT, free)
         anything = vlm.generate(None, PROMPT, replace(free, constraint=Constraint.regex("(?s:.*)")))

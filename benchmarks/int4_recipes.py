@@ -25,18 +25,19 @@ import numpy as np
 
 from benchmarks.make_checkpoint import photograph
 from benchmarks.prompts import PICTURE, TEXT
-from edgevlm.chat import user_message
-from edgevlm.device import RuntimeConfig, read_ir
-from edgevlm.generate import GenerationConfig
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import LANGUAGE, load_manifest
 from edgevlm.metrics import Stopwatch
-from edgevlm.model import VLM
-from edgevlm.parts import PartLoader
-from edgevlm.processor import Processor
+from edgevlm.runtime.config import RuntimeConfig
+from edgevlm.runtime.core import read_ir
+from edgevlm.runtime.loader import PartLoader
+from edgevlm.vlm import VLM
 from edgevlm_export.calibration import language_samples, load_pairs
 from edgevlm_export.compress import compress
-from edgevlm_export.folder import FILE_NAMES, save_ir, seal
 from edgevlm_export.options import Int4Recipe
+from edgevlm_export.output_folder import FILE_NAMES, save_ir, seal
 from edgevlm_export.verify import kl
 
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)

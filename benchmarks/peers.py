@@ -131,7 +131,7 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
 
     def answers(job: Job) -> Answers:
         from edgevlm import VLM, GenerationConfig, RuntimeConfig
-        from edgevlm.bench import ask
+        from edgevlm.bench.measure import ask
 
         vlm = VLM(job.model, RuntimeConfig(threads=job.threads, image_cache_bytes=0, kept_sessions=0))
         options = GenerationConfig(max_new_tokens=job.tokens, detail=detail)  # type: ignore[arg-type]

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
-from edgevlm.bench import QUESTION, sample_picture, touch
-from edgevlm.device import KV_CACHES, KVCache
-from edgevlm.image import RGB, load_image
+from edgevlm.bench.measure import QUESTION, sample_picture, touch
+from edgevlm.families.base import RGB
+from edgevlm.inputs.image import load_image
+from edgevlm.runtime.config import KV_CACHES, KVCache
 
 TO_REPEAT = json.dumps(
     [{"line": n, "part": f"A{n}-7731", "count": 12 + n, "state": "checked and accepted"} for n in range(1, 6)]

@@ -22,10 +22,10 @@ import numpy as np
 
 from benchmarks.results import write_result
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.bench import QUESTION, ask, sample_picture, touch
-from edgevlm.device import core, import_openvino, read_ir
-from edgevlm.image import load_image
+from edgevlm.bench.measure import QUESTION, ask, sample_picture, touch
+from edgevlm.inputs.image import load_image
 from edgevlm.manifest import LANGUAGE, VISION
+from edgevlm.runtime.core import core, import_openvino, read_ir
 
 SIDE = 2048
 
@@ -78,7 +78,7 @@ def matmul_operations(model: Any) -> int:
 
 def measure(folder: Path, threads: int) -> dict[str, Any]:
     """Return the machine's limits, what the model needs and reaches, and the shares."""
-    from edgevlm.vision import specialise_vision
+    from edgevlm.runtime.vision_encoder import specialise_vision
 
     vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
     family, parts = vlm.processor.family, vlm.manifest.parts

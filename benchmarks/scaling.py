@@ -14,8 +14,9 @@ from typing import Any
 
 from benchmarks.results import write_result
 from edgevlm import VLM, GenerationConfig
-from edgevlm.bench import Sweep, bench, sample_picture, touch
-from edgevlm.image import RGB, load_image
+from edgevlm.bench.measure import Sweep, bench, sample_picture, touch
+from edgevlm.families.base import RGB
+from edgevlm.inputs.image import load_image
 
 TILES = (1, 5, 13, 17)
 CONTEXTS = (100, 900, 2000, 6000)

@@ -24,8 +24,8 @@ from PIL import Image
 from benchmarks.results import write_result
 from benchmarks.serve_soak import server
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.bench import QUESTION, sample_picture, touch
-from edgevlm.image import load_image
+from edgevlm.bench.measure import QUESTION, sample_picture, touch
+from edgevlm.inputs.image import load_image
 
 TOKENS = 16
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import peer_models
 from benchmarks.results import write_result
-from edgevlm.bench import sample_picture
+from edgevlm.bench.measure import sample_picture
 
 OPTIMUM = {
     "optimum FP32": ["--weight-format", "fp32"],

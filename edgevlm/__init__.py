@@ -35,12 +35,12 @@ from edgevlm.errors import (
 
 if TYPE_CHECKING:
     from edgevlm.answer import Answer, Piece, TokenLogprob
-    from edgevlm.constraint import Constraint
-    from edgevlm.conversation import Chat
-    from edgevlm.device import RuntimeConfig
-    from edgevlm.generate import GenerationConfig
-    from edgevlm.model import VLM
-    from edgevlm.scoring import Scores
+    from edgevlm.chat import Chat
+    from edgevlm.decoding.config import GenerationConfig
+    from edgevlm.decoding.scoring import Scores
+    from edgevlm.decoding.structured import Constraint
+    from edgevlm.runtime.config import RuntimeConfig
+    from edgevlm.vlm import VLM
 
 __version__ = "0.1.0"
 
@@ -74,14 +74,14 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Chat": "edgevlm.conversation",
-    "Constraint": "edgevlm.constraint",
-    "Scores": "edgevlm.scoring",
+    "Chat": "edgevlm.chat",
+    "Constraint": "edgevlm.decoding.structured",
+    "Scores": "edgevlm.decoding.scoring",
     "TokenLogprob": "edgevlm.answer",
-    "VLM": "edgevlm.model",
-    "RuntimeConfig": "edgevlm.device",
+    "VLM": "edgevlm.vlm",
+    "RuntimeConfig": "edgevlm.runtime.config",
     "Answer": "edgevlm.answer",
-    "GenerationConfig": "edgevlm.generate",
+    "GenerationConfig": "edgevlm.decoding.config",
     "Piece": "edgevlm.answer",
 }
 

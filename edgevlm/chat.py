@@ -1,123 +1,105 @@
-"""The checkpoint's chat template, rendered in Jinja's sandbox the way transformers renders it."""
+"""A conversation about pictures, whose earlier turns stay in the KV cache: each turn reads only what is new."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn, TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from edgevlm.errors import DamagedModelError, OptionError, PromptError, one_line
-
-Message: TypeAlias = Mapping[str, Any]
-"""`{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`, as in Hugging Face chats."""
+from edgevlm.answer import Answer, Piece
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.stream import Progress, whole
+from edgevlm.families.base import RGB
+from edgevlm.inputs.chat_template import Message, text_message, user_message
+from edgevlm.inputs.image import ImageInput, Images, as_list, load_image
 
 
-def user_message(question: str, images: int) -> Message:
-    """Return one user turn: the images first, then the question."""
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
-    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+class Model(Protocol):
+    """What a conversation asks of a `VLM`."""
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have."""
+        ...
 
-def text_message(role: str, text: str) -> Message:
-    """Return one turn of `role` ("system", "assistant") without pictures."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-
-
-def check_variables(variables: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for template variables that no template could be given."""
-    for name in variables:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise OptionError(f"a template variable needs a name such as enable_thinking, not {name!r}")
-        if name in _RESERVED:
-            raise OptionError(f"{name} is no template variable: edgevlm sets it itself")
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, by which templates mark what training learns from: its body."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    @staticmethod
-    def _body(caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class ChatTemplate:
-    """A compiled chat template."""
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = _now
-        self._special_tokens = dict(special_tokens)
-        try:
-            self._template = environment.from_string(source)
-        except (TemplateError, RecursionError) as error:
-            raise DamagedModelError(f"the model's chat template does not parse: {one_line(error)}") from None
-
-    def render(
+    def stream_messages(
         self,
         messages: Sequence[Message],
-        variables: Mapping[str, Any] | None = None,
-        *,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """Return the prompt for `messages`, opened for the assistant's answer. Raises `PromptError`.
+        images: Sequence[ImageInput],
+        config: GenerationConfig | None = None,
+        on_progress: Progress | None = None,
+    ) -> Iterator[Piece]:
+        """Yield the answer to a conversation."""
+        ...
 
-        `variables` are the template's own, such as `enable_thinking`; they go before special tokens of that name.
+    def count_tokens(
+        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None
+    ) -> int:
+        """Return the length of its prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question, the pictures that came with it, and the answer as far as it was given."""
+
+    question: str
+    images: tuple[RGB, ...]
+    answer: str
+
+
+class Chat:
+    """A conversation with one model; make it with `VLM.chat()`. Not for use from several threads at once.
+
+    When it outgrows the model's context, its oldest turns are forgotten, but never its pictures.
+    """
+
+    def __init__(self, vlm: Model, config: GenerationConfig | None = None, system: str | None = None) -> None:
+        self._vlm = vlm
+        self._system = system
+        self.config = config or GenerationConfig()
+        self.turns: list[Turn] = []
+
+    def reset(self) -> None:
+        """Forget all turns and their pictures."""
+        self.turns = []
+
+    def ask(self, question: str, images: Images = None) -> Answer:
+        """Return the answer to the next question, with new pictures if there are any.
+
+        Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
         """
-        known = {"tools": None, "documents": None, **self._special_tokens, **(variables or {})}
-        try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **known)
-        except Exception as error:  # a template is a program: it may divide by zero or add a number to a text
-            raise PromptError(f"the model's chat template refuses the conversation: {one_line(error)}") from None
+        return whole(self.stream(question, images))
 
-    def answer_lead(self, variables: Mapping[str, Any] | None = None) -> str:
-        """Return the whitespace that the template puts between the opened turn and its text.
+    def stream(self, question: str, images: Images = None, on_progress: Progress | None = None) -> Iterator[Piece]:
+        """Yield the answer piece by piece; one that is broken off is part of the conversation as far as it came.
 
-        A model answers the way its template writes answers down: many begin theirs with a space.
+        Raises `ImageError` and `PromptError`; the conversation is then as it was before.
         """
-        question, answer = "question", "ANSWER"
-        asked = [user_message(question, 0)]
+        new = Turn(question, tuple(load_image(image) for image in as_list(images)), "")
+        turns = self._fit([*self.turns, new])
+        answer = ""
         try:
-            opened = self.render(asked, variables)
-            whole = self.render([*asked, text_message("assistant", answer)], variables, add_generation_prompt=False)
-        except PromptError:
-            return ""
-        lead = whole.removeprefix(opened).partition(answer)[0]
-        return lead if whole.startswith(opened) and lead.isspace() else ""
+            for piece in self._vlm.stream_messages(*self._messages(turns), self.config, on_progress):
+                answer += piece.text
+                yield piece
+        finally:
+            if answer:
+                self.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
 
+    def _fit(self, turns: list[Turn]) -> list[Turn]:
+        """Drop the oldest turns until the last one and its answer have room; pictures move to the next turn."""
+        limit = self._vlm.context_length
+        room = min(self.config.max_new_tokens, limit // 4)
+        while len(turns) > 1 and self._vlm.count_tokens(*self._messages(turns), self.config) + room > limit:
+            first, second, *rest = turns
+            turns = [replace(second, images=first.images + second.images), *rest]
+        return turns
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+    def _messages(self, turns: list[Turn]) -> tuple[list[Message], list[RGB]]:
+        messages: list[Message] = [] if self._system is None else [text_message("system", self._system)]
+        for turn in turns:
+            messages.append(user_message(turn.question, len(turn.images)))
+            if turn.answer:
+                messages.append(text_message("assistant", turn.answer))
+        return messages, [image for turn in turns for image in turn.images]

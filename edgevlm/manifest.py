@@ -13,7 +13,7 @@ import msgspec
 
 from edgevlm.errors import DamagedModelError, ExportError
 from edgevlm.families.base import DecoderTraits
-from edgevlm.paths import MANIFEST
+from edgevlm.model_store import MANIFEST
 from edgevlm.strict_json import write_json
 
 SCHEMA_VERSION = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm.manifest import hash_file
-from edgevlm.paths import MANIFEST
+from edgevlm.model_store import MANIFEST
 
 
 def copy_export(exported: Path, folder: Path) -> Path:

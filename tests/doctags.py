@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import user_message
+from edgevlm.inputs.chat_template import user_message
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from tests.conftest import F32, SPECIAL_TOKENS

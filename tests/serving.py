@@ -17,11 +17,12 @@ from PIL import Image
 
 from edgevlm import VLM
 from edgevlm.answer import Piece
-from edgevlm.chat import Message
-from edgevlm.generate import GenerationConfig, Progress
-from edgevlm.image import ImageInput
-from edgevlm.server.config import ServeConfig
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.stream import Progress
+from edgevlm.inputs.chat_template import Message
+from edgevlm.inputs.image import ImageInput
 from edgevlm.server.run import Server
+from edgevlm.server.settings import ServeConfig
 from edgevlm.strict_json import read_json
 
 QUESTION = "What is the size of the grid?"

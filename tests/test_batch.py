@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig, OptionError, OutputError
-from edgevlm.batch import Batch, run_batch
-from edgevlm.form import Form
-from edgevlm.jobs import Defaults, read_jobs
-from edgevlm.ledger import CHUNK, Ledger, Row
+from edgevlm.decoding.output_format import Form
+from edgevlm.jobs.batch import Batch, run_batch
+from edgevlm.jobs.spec import Defaults, read_jobs
+from edgevlm.jobs.work_queue import CHUNK, Ledger, Row
 from tests.conftest import F32, photograph
 from tests.test_cli import COMMAND, POSIX, cli
 
@@ -283,7 +283,7 @@ def test_a_write_that_the_system_refuses_loses_nothing(exported: Path, folder: P
     write(folder / "jobs.jsonl", questions(30))
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
-        "from edgevlm.cli import main; main(sys.argv[1:])"
+        "from edgevlm.cli.main import main; main(sys.argv[1:])"
     )
     arguments = ["batch", "jobs.jsonl", "-o", "out.jsonl", "-m", str(exported), *OPTIONS]
     done = subprocess.run(
@@ -336,8 +336,8 @@ def answer(job: Any) -> Row:
 DYING = """
 import os, random, sys, time
 from pathlib import Path
-from edgevlm.jobs import read_jobs
-from edgevlm.ledger import Ledger
+from edgevlm.jobs.spec import read_jobs
+from edgevlm.jobs.work_queue import Ledger
 
 chance = random.Random(int(sys.argv[1]))
 

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edgevlm import VLM, BenchmarkError, GenerationConfig, OptionError
-from edgevlm.bench import Figure, Sweep, ask, bench, fill, measure, sample_picture, touch
-from edgevlm.cli import main
-from edgevlm.report import check_target
+from edgevlm.bench.measure import Figure, Sweep, ask, bench, fill, measure, sample_picture, touch
+from edgevlm.bench.report import check_target
+from edgevlm.cli.main import main
+from edgevlm.families.base import ImageBudget
 from tests.conftest import F32, photograph
 
 QUICK = Sweep(repetitions=2, new_tokens=4)
@@ -54,7 +55,7 @@ def test_a_cache_hit_is_not_called_a_first_token(exported: Path) -> None:
 
 def test_a_touched_picture_has_no_tile_in_common_with_any_other(vlm: VLM) -> None:
     image = photograph("china.jpg")
-    tiles = [vlm.processor.preprocess([touch(image, number)], OPTIONS)[0].views for number in range(5)]
+    tiles = [vlm.processor.preprocess([touch(image, number)], OPTIONS.image_budget)[0].views for number in range(5)]
     seen = {view.pixels.tobytes() for picture in tiles for view in picture}
     assert len(seen) == sum(map(len, tiles))
     assert np.abs(touch(image, 4).astype(int) - image).max() == 4
@@ -64,7 +65,7 @@ def test_the_drawn_picture_is_large_and_each_tile_its_own(vlm: VLM, tmp_path: Pa
     picture = sample_picture(tmp_path)
     with Image.open(picture) as opened:
         assert opened.size == (1600, 1200)
-    [tiles] = vlm.processor.preprocess([picture], GenerationConfig(detail="high"))
+    [tiles] = vlm.processor.preprocess([picture], ImageBudget("high"))
     assert len({view.pixels.tobytes() for view in tiles.views}) == len(tiles)
 
 

@@ -18,8 +18,8 @@ import openvino as ov
 import pytest
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.cache import SUMS, compile_cached, folder_size, prune
-from edgevlm.device import read_ir
+from edgevlm.runtime.compile_cache import SUMS, compile_cached, folder_size, prune
+from edgevlm.runtime.core import read_ir
 from tests.conftest import F32
 from tests.damage import truncate
 
@@ -284,7 +284,7 @@ def test_threads_may_share_an_entry(load: Callable[[], ov.CompiledModel], entry:
 
 
 def test_processes_may_share_a_cold_cache(exported: Path, own_home: Path) -> None:
-    command = [sys.executable, "-m", "edgevlm.cli", "run", QUESTION, "-m", str(exported), "--max-new-tokens", "8"]
+    command = [sys.executable, "-m", "edgevlm", "run", QUESTION, "-m", str(exported), "--max-new-tokens", "8"]
     for _ in range(2):
         shutil.rmtree(own_home, ignore_errors=True)
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgevlm import VLM
-from edgevlm.cli import main
+from edgevlm.cli.main import main
 from tests.conftest import F32
 
 OPTIONS = ["--max-new-tokens", "8", "--inference-precision", "f32"]

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import SourceError
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.checkpoint import open_checkpoint
 from edgevlm_export.families import family_facts
 from edgevlm_export.families.base import _TEXT_DEFAULTS
+from edgevlm_export.source.checkpoint import open_checkpoint
 from tests.conftest import F32, make_checkpoint, photograph
 
 QUICK = ExportOptions("fp32", verify=False, via="native")

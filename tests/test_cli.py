@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edgevlm import VLM, GenerationConfig, __version__
-from edgevlm.cli import main
+from edgevlm.cli.main import main
 from tests.conftest import heed_interrupts, photograph
 from tests.damage import copy_export, edit_manifest, flip, truncate
 
-COMMAND = [sys.executable, "-m", "edgevlm.cli"]
+COMMAND = [sys.executable, "-m", "edgevlm"]
 QUESTION = "What is in this picture?"
 JSON_KEYS = {"answer", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "tiles", "timings"}
 JSON_KEYS |= {"cached_tokens", "cached_tiles", "drafted_tokens", "accepted_tokens", "forced_tokens", "satisfied"}

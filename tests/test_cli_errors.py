@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM
-from edgevlm.chat import user_message
-from edgevlm.device import core
 from edgevlm.families import FAMILIES
+from edgevlm.inputs.chat_template import user_message
+from edgevlm.runtime.core import core
 from tests.damage import copy_export, edit_manifest, flip, reseal, truncate
 from tests.test_cli import COMMAND, POSIX, cli
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edgevlm import VLM, Constraint, GenerationConfig, IncompleteAnswerError, OptionError
-from edgevlm.chat import ChatTemplate, user_message
-from edgevlm.sampling import log_softmax
+from edgevlm.decoding.sampling import log_softmax
+from edgevlm.inputs.chat_template import ChatTemplate, user_message
 
 QUESTION = "What is in this picture?"
 METER = {
@@ -75,7 +75,7 @@ def test_drafts_and_forced_tokens_change_the_speed_only(vlm: VLM, form: str, tem
 
 
 def test_forced_tokens_cost_no_step_of_their_own(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgevlm.session import Session
+    from edgevlm.runtime.kv_session import Session
 
     steps = []
     step = Session.step
@@ -94,7 +94,7 @@ def test_every_token_is_the_likeliest_of_those_that_the_form_allows(vlm: VLM) ->
     """Forcing and masking in steps of several tokens chooses what a step by step search chooses."""
     texts = ["a red circle", "a blue square", "a blue circle"]
     answer = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(texts)))
-    spelled = vlm.processor.vocabulary.token_bytes
+    spelled = vlm.vocabulary.token_bytes
     rests, choices = [f" {text}".encode() for text in texts], 0
     for number, token in enumerate(answer.token_ids):
         if not all(rest.startswith(spelled(token)) for rest in rests):

@@ -15,7 +15,7 @@ from typing import Any
 import openai
 import pytest
 
-from edgevlm import VLM, GenerationConfig, ModelNotFoundError, paths
+from edgevlm import VLM, GenerationConfig, ModelNotFoundError, model_store
 from edgevlm.manifest import check_files
 from edgevlm.server.run import Server
 from tests.serving import ask, data_url, serving, shown, wait_until
@@ -151,10 +151,10 @@ def test_it_is_an_ordinary_export_of_the_checkpoint_in_the_tree(panel: VLM) -> N
 
 def test_the_command_uses_it_and_says_so_on_stderr() -> None:
     line = QUESTIONS[0]
-    command = [sys.executable, "-m", "edgevlm.cli", "run", str(EXAMPLES / line["image"]), line["question"]]
+    command = [sys.executable, "-m", "edgevlm", "run", str(EXAMPLES / line["image"]), line["question"]]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout == line["answer"] + "\n"
-    assert done.stderr == paths.DEFAULT_NOTICE + "\n"
+    assert done.stderr == model_store.DEFAULT_NOTICE + "\n"
     assert "edgevlm export" in done.stderr
     named = subprocess.run([*command, "-m", "panel"], capture_output=True, text=True, encoding="utf-8", check=True)
     assert (named.stdout, named.stderr) == (done.stdout, "")
@@ -165,16 +165,16 @@ def test_the_api_says_so_through_logging(caplog: pytest.LogCaptureFixture) -> No
         VLM("panel")
         assert caplog.messages == []
         VLM()
-    assert caplog.messages == [paths.DEFAULT_NOTICE]
+    assert caplog.messages == [model_store.DEFAULT_NOTICE]
 
 
 def test_a_model_of_the_user_s_goes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path))
-    assert paths.find_model("panel") == paths.default_model()
+    assert model_store.find_model("panel") == model_store.default_model()
     own = tmp_path / "models" / "panel"
     own.mkdir(parents=True)
-    assert paths.find_model("panel") == own
-    assert paths.find_model(None) == paths.default_model()
+    assert model_store.find_model("panel") == own
+    assert model_store.find_model(None) == model_store.default_model()
 
 
 def test_an_installation_without_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from edgevlm import VLM, GenerationConfig, OptionError, VerificationError
-from edgevlm.chat import user_message
-from edgevlm.device import read_ir
+from edgevlm.families.base import ImageBudget
+from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, check_files, hash_file, load_manifest
-from edgevlm.paths import default_model
-from edgevlm.processor import Processor
-from edgevlm_export import ExportOptions, export, native_route
+from edgevlm.model_store import default_model
+from edgevlm.runtime.core import read_ir
+from edgevlm_export import ExportOptions, export
 from edgevlm_export.calibration import load_pairs, verification_pairs, with_questions
-from edgevlm_export.convert import greedy
 from edgevlm_export.options import Int4Recipe
+from edgevlm_export.routes import native
+from edgevlm_export.routes.optimum_worker import greedy
 from edgevlm_export.samples import pixel_values, vision_samples
 from edgevlm_export.verify import check, scales, verify
 from tests.conftest import F32, photograph
@@ -111,12 +113,12 @@ def test_int4_is_smaller_and_still_answers(exported: Path, exported_int4: Path) 
         Int4Recipe(gptq=True, group_size=32),
     ],
 )
-@pytest.mark.parametrize("piece_weights", [native_route.PIECE_WEIGHTS, 1000])
+@pytest.mark.parametrize("piece_weights", [native.PIECE_WEIGHTS, 1000])
 def test_every_recipe_exports(
     idefics3: Path, tmp_path: Path, recipe: Int4Recipe, piece_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one piece, and with every layer a piece of its own."""
-    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", piece_weights)
+    monkeypatch.setattr(native, "PIECE_WEIGHTS", piece_weights)
     report = export(idefics3, tmp_path / "out", ExportOptions("int4", int4=recipe, via="native"))
     assert report.manifest.export_options["int4"]["group_size"] == recipe.group_size
     assert report.verification is not None
@@ -211,7 +213,7 @@ def test_another_models_outputs_fail_the_verification(idefics3: Path, exported_s
     from transformers import AutoModelForImageTextToText
 
     vlm = VLM(exported_smolvlm, F32)
-    tiles = vlm.processor.preprocess([photograph("china.jpg")], GenerationConfig(detail="low"))
+    tiles = vlm.processor.preprocess([photograph("china.jpg")], ImageBudget("low"))
     ids = np.asarray(vlm.processor.prompt_ids([user_message("What?", 1)], tiles), np.int64)
     cases = {"picture.input_ids": ids, "picture.pixel_values": pixel_values(tiles[0].views)}
     model = AutoModelForImageTextToText.from_pretrained(idefics3, dtype=torch.float32).eval()
@@ -254,7 +256,7 @@ def says_the_same_with_optimum_intel(folder: Path, vlm: VLM) -> None:
     config = GenerationConfig(max_new_tokens=32, detail="high")
     image = photograph("china.jpg")
     answer = vlm.generate(image, "What is this?", config)
-    tiles = vlm.processor.preprocess([image], config)
+    tiles = vlm.processor.preprocess([image], config.image_budget)
     ids = torch.tensor([vlm.processor.prompt_ids([user_message("What is this?", 1)], tiles)])
     shown = torch.from_numpy(pixel_values(tiles[0].views))[None]
     outputs = model.generate(

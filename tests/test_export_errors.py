@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from edgevlm import ExportError, SourceError
 from edgevlm.families import FAMILIES
 from edgevlm_export import ExportOptions, export
+from edgevlm_export.atomic_folder import draft_folder
 from edgevlm_export.calibration import load_pairs
-from edgevlm_export.draft import draft_folder
 from tests.conftest import heed_interrupts
 
 Q_PROJ = "model.text_model.layers.0.self_attn.q_proj.weight"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from edgevlm import VLM
-from edgevlm.device import core, import_openvino
-from edgevlm_export.graph import fuse_sibling_matmuls
+from edgevlm.runtime.core import core, import_openvino
+from edgevlm_export.fuse import fuse_sibling_matmuls
 from tests.conftest import F32
 
 ov = import_openvino()

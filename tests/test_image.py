@@ -21,7 +21,8 @@ from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as reference_load_image
 
 from edgevlm.errors import ImageError
-from edgevlm.image import FORMATS, MAX_PIXELS, RGB, image_suffixes, load_image
+from edgevlm.families.base import MAX_PIXELS, RGB
+from edgevlm.inputs.image import FORMATS, image_suffixes, load_image
 from tests.conftest import noise, photograph
 
 Make = Callable[[Path], tuple[Any, str]]

@@ -20,16 +20,17 @@ from transformers import (
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import text_message, user_message
 from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.inputs.chat_template import text_message, user_message
 from edgevlm.metrics import Stopwatch
-from edgevlm_export import ExportOptions, export, native_route
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import overlooked
+from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import architecture, family_facts
 from edgevlm_export.families import internvl as exporter
+from edgevlm_export.routes import native
 from edgevlm_export.samples import pixel_values
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import F32, photograph
 from tests.families.internvl import (
     IMAGE_SEQ_LEN,
@@ -115,7 +116,7 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers(
     images = pictures(case)
     inputs = reference.inputs(images)
     ids = inputs["input_ids"][0].tolist()
-    visuals = vlm.processor.preprocess(images, HIGH)
+    visuals = vlm.processor.preprocess(images, HIGH.image_budget)
     prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch())
     assert list(prompt.ids) == ids
     with torch.inference_mode():
@@ -180,7 +181,7 @@ def test_compressed_exports_answer(precision: Any, published: Path, tmp_path: Pa
 
 def test_pieces_make_the_same_model(exported: Path, published: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """With a limit below one layer's weights, every block is a piece of its own."""
-    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(native, "PIECE_WEIGHTS", 1000)
     report = export(published, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import user_message
 from edgevlm.errors import OptionError
 from edgevlm.families.base import Detail
 from edgevlm.families.llava import Llava
+from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.prompt import join
 from edgevlm.metrics import Stopwatch
-from edgevlm.model import join
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.samples import pixel_values
 from tests.conftest import F32, noise, photograph
@@ -163,7 +163,7 @@ def check_parity(reference: tiny.Reference, vlm: VLM, images: list[np.ndarray]) 
     inputs = reference.inputs(images, QUESTION)
     prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch())
     assert prompt.ids == inputs["input_ids"][0].tolist()
-    visuals = vlm.processor.preprocess(images, HIGH)
+    visuals = vlm.processor.preprocess(images, HIGH.image_budget)
     logits, features = reference.run(images, QUESTION)
     if images:
         found, wanted = pixel_values([view for each in visuals for view in each.views]), inputs["pixel_values"].numpy()

@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaOnevision
 from edgevlm.errors import SourceError
 from edgevlm.families import make_family
 from edgevlm.families.base import IMAGE_EMBEDS
-from edgevlm.model import EncodedImage, feature_keys
+from edgevlm.inputs.prompt import feature_keys
+from edgevlm.vlm import EncodedImage
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import overlooked
 from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import noise
 from tests.families import llava, llava_onevision
 from tests.test_llava import QUICK
@@ -364,7 +365,7 @@ def test_a_checkpoint_without_its_newline_is_refused(tmp_path: Path) -> None:
 
 
 def test_as_many_rows_as_the_views_have_are_not_the_views_rows() -> None:
-    from edgevlm.embedding_cache import EncodedView
+    from edgevlm.inputs.vision_cache import EncodedView
 
     rows = np.arange(12, dtype=np.float32).reshape(4, 3)
     views = [EncodedView(name, {IMAGE_EMBEDS: rows[at : at + 2]}) for name, at in ((b"a", 0), (b"b", 2))]

@@ -13,14 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import user_message
-from edgevlm.device import core, read_ir
 from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, PART_NAMES, VISION, hash_file, load_manifest
 from edgevlm.metrics import Stopwatch
-from edgevlm_export import ExportOptions, export, native_route
-from edgevlm_export.folder import FILE_NAMES
+from edgevlm.runtime.core import core, read_ir
+from edgevlm_export import ExportOptions, export
 from edgevlm_export.graphs.rope import make_rope
+from edgevlm_export.output_folder import FILE_NAMES
+from edgevlm_export.routes import native
 from edgevlm_export.samples import pixel_views
 from tests.conftest import F32, make_checkpoint, photograph
 
@@ -221,7 +222,7 @@ def bins(folder: Path) -> dict[str, str]:
 
 def test_pieces_make_the_same_model(exported: Path, idefics3: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """With a limit below one layer's weights, every block is a piece of its own."""
-    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(native, "PIECE_WEIGHTS", 1000)
     report = export(idefics3, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1

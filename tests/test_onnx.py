@@ -11,17 +11,17 @@ import onnx
 import pytest
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import user_message
-from edgevlm.device import import_openvino
 from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, load_manifest
 from edgevlm.metrics import Stopwatch
+from edgevlm.runtime.core import import_openvino
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.checkpoint import open_checkpoint
-from edgevlm_export.onnx_graph import fuse_attention
-from edgevlm_export.onnx_route import Reference
+from edgevlm_export.routes.onnx import Reference
+from edgevlm_export.routes.onnx_stateful import fuse_attention
 from edgevlm_export.samples import pixel_values
+from edgevlm_export.source.checkpoint import open_checkpoint
 from tests.conftest import F32, photograph
 from tests.onnx_files import merge_decoders, write_onnx
 from tests.test_export import says_the_same_with_optimum_intel
@@ -90,7 +90,7 @@ def test_the_same_greedy_text_as_onnxruntime_and_the_native_route(
     image = photograph("china.jpg")
     answer = vlm.generate(image, "What?", config)
     assert answer.token_ids == VLM(exported_smolvlm, F32).generate(image, "What?", config).token_ids
-    tiles = vlm.processor.preprocess([image], config)
+    tiles = vlm.processor.preprocess([image], config.image_budget)
     prompt = vlm.prepare([user_message("What?", 1)], [image], config, Stopwatch())
     reference = Reference(open_checkpoint(onnx_checkpoint).onnx_files())
     tokens, _ = reference.greedy(prompt.inputs_embeds, len(answer.token_ids))

@@ -192,7 +192,7 @@ def test_the_export_extra_has_no_torch(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
     entry_points = wheel.read(f"edgevlm-{edgevlm.__version__}.dist-info/entry_points.txt").decode()
-    assert "edgevlm = edgevlm.cli:main" in entry_points
+    assert "edgevlm = edgevlm.cli.main:main" in entry_points
 
 
 def test_the_readme_s_table_of_families_is_the_code_s() -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from edgevlm import VLM, GenerationConfig, OptionError, RuntimeConfig
-from edgevlm.commands.options import runtime_config
-from edgevlm.commands.run import run
-from edgevlm.commands.serve import serve
-from edgevlm.commands.watch import watch
-from edgevlm.device import import_openvino, read_ir
-from edgevlm.paged import PagedSession, with_paged_attention
-from edgevlm.session import Session
-from edgevlm.stateful import StatefulSession
+from edgevlm.cli.options import runtime_config
+from edgevlm.cli.run import run
+from edgevlm.cli.serve import serve
+from edgevlm.cli.watch import watch
+from edgevlm.runtime.core import import_openvino, read_ir
+from edgevlm.runtime.kv_paged import PagedSession, with_paged_attention
+from edgevlm.runtime.kv_session import Session
+from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, photograph
 
 

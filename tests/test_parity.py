@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Idefics3Processor
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import user_message
+from edgevlm.families.base import ImageBudget
+from edgevlm.inputs.chat_template import user_message
 from edgevlm.metrics import Stopwatch
 from tests.conftest import F32, image_processor, photograph
 
@@ -69,7 +70,7 @@ def as_pil(images: list[np.ndarray]) -> list[Image.Image]:
 @pytest.mark.parametrize("case", ["one", "two", "none"])
 def test_prompt_token_ids_equal_the_reference(pair: tuple[Reference, VLM], case: str) -> None:
     reference, vlm = pair
-    tiles = vlm.processor.preprocess(pictures(case), GenerationConfig(detail="high"))
+    tiles = vlm.processor.preprocess(pictures(case), ImageBudget("high"))
     ids = vlm.processor.prompt_ids([user_message(QUESTION, len(tiles))], tiles)
     assert ids == reference.inputs(as_pil(pictures(case)), QUESTION)["input_ids"][0].tolist()
 

@@ -14,9 +14,8 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail, Visual
+from edgevlm.families.base import RGB, Detail, Visual
 from edgevlm.families.idefics3 import Grid, Idefics3
-from edgevlm.image import RGB
 from edgevlm_export.samples import pixel_values
 from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, noise, photograph
 

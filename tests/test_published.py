@@ -16,16 +16,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.chat import user_message
 from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import overlooked
 from edgevlm_export.families import architecture, family_facts
 from edgevlm_export.samples import pixel_values
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import F32, photograph
 from tests.published import (
     ALL,
@@ -99,7 +99,7 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers_5(
     image = photograph("china.jpg")[200:300]  # in five tiles
     inputs = reference.inputs([image], (vlm.folder / "chat_template.jinja").read_text(encoding="utf-8"))
     prompt_ids = inputs["input_ids"][0].tolist()
-    [tiles] = vlm.processor.preprocess([image], HIGH)
+    [tiles] = vlm.processor.preprocess([image], HIGH.image_budget)
     prompt = vlm.prepare([user_message(QUESTION, 1)], [image], HIGH, Stopwatch())
     assert list(prompt.ids) == prompt_ids
     assert prompt.image_tokens == len(tiles) * published.image_seq_len

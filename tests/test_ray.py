@@ -56,7 +56,7 @@ def test_no_such_cluster_is_one_line(exported: Path, folder: Path) -> None:
 
 
 def test_without_ray_the_extra_is_named(exported: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgevlm.ray_batch.find_spec", lambda _: None)
+    monkeypatch.setattr("edgevlm.jobs.ray.find_spec", lambda _: None)
     write(folder / "jobs.jsonl", questions(2))
     result = cli("batch", folder / "jobs.jsonl", "-o", folder / "out.jsonl", "-m", exported, "--ray", "auto")
     assert result.exit_code == 1

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edgevlm.stateful
+import edgevlm.runtime.kv_stateful
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
-from edgevlm.drafting import FIRST_DRAFT, PromptLookup
-from edgevlm.embedding_cache import EmbeddingCache, content_key
+from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, PromptLookup
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, View, Visual
-from edgevlm.families.pixels import normalised
-from edgevlm.session import common_length
-from edgevlm.stateful import StatefulSession
+from edgevlm.families.imaging import normalised
+from edgevlm.inputs.vision_cache import EmbeddingCache, content_key
+from edgevlm.runtime.kv_session import common_length
+from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
 
 QUESTION = "What is in this picture?"
@@ -202,7 +202,7 @@ def test_a_session_that_went_back_is_as_one_that_never_went_there(vlm: VLM) -> N
 
 def test_stale_entries_are_cut_out_when_there_are_many(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = VLM(exported, replace(F32, kv_cache="stateful"))
-    monkeypatch.setattr(edgevlm.stateful, "_MOST_STALE", 25)
+    monkeypatch.setattr(edgevlm.runtime.kv_stateful, "_MOST_STALE", 25)
     session, straight = vlm.language_model.session(), vlm.language_model.session()
     assert isinstance(session, StatefulSession)
     session.step(range(50, 80))
@@ -357,7 +357,7 @@ def test_a_broken_off_answer_is_part_of_the_conversation(vlm: VLM) -> None:
 
 
 def test_count_tokens_is_the_prompt_s_length(vlm: VLM, picture: np.ndarray) -> None:
-    from edgevlm.chat import user_message
+    from edgevlm.inputs.chat_template import user_message
 
     assert vlm.count_tokens([user_message(QUESTION, 1)], [picture]) == vlm.generate(picture, QUESTION).prompt_tokens
 

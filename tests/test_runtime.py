@@ -30,9 +30,9 @@ from edgevlm import (
     PromptError,
     RuntimeConfig,
 )
-from edgevlm.chat import user_message
-from edgevlm.device import core, import_openvino
+from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
+from edgevlm.runtime.core import core, import_openvino
 from tests.conftest import F32, photograph
 from tests.damage import copy_export, edit_manifest, reseal
 
@@ -59,7 +59,7 @@ def test_a_stream_s_pieces_are_the_answer(vlm: VLM, china: Path, stop: tuple[str
 def test_an_answer_adds_up(vlm: VLM, china: Path) -> None:
     answer = vlm.generate([china, photograph("flower.jpg")], QUESTION, SHORT)
     messages = [user_message(QUESTION, 2)]
-    tiles = vlm.processor.preprocess([china, photograph("flower.jpg")], SHORT)
+    tiles = vlm.processor.preprocess([china, photograph("flower.jpg")], SHORT.image_budget)
     assert answer.prompt_tokens == len(vlm.processor.prompt_ids(messages, tiles))
     assert (answer.tiles, answer.image_tokens) == (26, 26 * 4)
     assert answer.generated_tokens == len(answer.token_ids) == 16

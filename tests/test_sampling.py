@@ -11,7 +11,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from edgevlm import GenerationConfig, OptionError
-from edgevlm.sampling import make_sampler
+from edgevlm.decoding.sampling import make_sampler
 
 DRAWS = 4000
 LOGITS = np.array([2.0, -1.0, 0.5, 3.0, 0.0, 2.5, -4.0, 1.0, 1.5, -0.5], np.float32)

@@ -16,7 +16,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from edgevlm import VLM, Constraint, OptionError
-from edgevlm.sampling import make_sampler
+from edgevlm.decoding.sampling import make_sampler
 from edgevlm.server.errors import ApiError
 from edgevlm.server.schemas import Function
 from edgevlm.server.tools import Tools
@@ -113,7 +113,7 @@ def taken(schema: Mapping[str, Any], text: str) -> bool:
 
 def written(vlm: VLM, constraint: Constraint, seed: int, most: int = 120) -> str | None:
     """Return what a model of no mind writes under a constraint, with a liking for ends; None if it does not end."""
-    random, vocabulary = np.random.default_rng(seed), vlm.processor.vocabulary
+    random, vocabulary = np.random.default_rng(seed), vlm.vocabulary
     guide = vocabulary.guide(constraint, make_sampler(1.0, 1.0, 0, seed))
     size = vlm.processor.tokenizer.size
     ends = [*vlm.manifest.eos_token_ids, *(vlm.processor.tokenizer.encode(each)[-1] for each in '"}]')]

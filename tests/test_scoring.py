@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from edgevlm import VLM, ImageError, OptionError, PromptError
-from edgevlm.chat import user_message
-from edgevlm.sampling import log_softmax
+from edgevlm.decoding.sampling import log_softmax
+from edgevlm.inputs.chat_template import user_message
 from tests.test_cli import cli
 
 QUESTION = "What is in this picture?"
@@ -52,7 +52,7 @@ def test_the_order_of_choices_and_what_else_is_asked_change_nothing(vlm: VLM, ch
 
 
 def test_the_prompt_is_read_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgevlm.session import Session
+    from edgevlm.runtime.kv_session import Session
 
     read = []
     prefill = Session.prefill
@@ -60,7 +60,7 @@ def test_the_prompt_is_read_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> N
         Session, "prefill", lambda self, embeds, *rest: read.append(embeds.shape[1]) or prefill(self, embeds, *rest)
     )
     scores = vlm.score(None, "How many parts are there, and where?", CHOICES)
-    lengths = [len(vlm.processor.answer_ids(choice)) for choice in CHOICES]
+    lengths = [len(vlm.vocabulary.encode(choice)) for choice in CHOICES]
     assert read[0] == scores.prompt_tokens - scores.cached_tokens
     assert sum(read[1:]) < sum(lengths)  # what two choices begin with in common is read once too
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from edgevlm import VLM, Constraint, GenerationConfig
-from edgevlm.chat import user_message
-from edgevlm.device import import_openvino, read_ir
 from edgevlm.families import FAMILIES
 from edgevlm.families.base import IMAGE_EMBEDS, Array, Arrays, LanguageInputs
 from edgevlm.families.idefics3 import Idefics3
-from edgevlm.generate import Prompt
+from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.prompt import Prompt
 from edgevlm.manifest import LANGUAGE
 from edgevlm.metrics import Stopwatch
-from edgevlm_export.folder import FILE_NAMES
+from edgevlm.runtime.core import import_openvino, read_ir
+from edgevlm_export.output_folder import FILE_NAMES
 from tests.conftest import F32, photograph
 from tests.damage import copy_export, edit_manifest, reseal
 
@@ -199,7 +199,7 @@ def test_choices_and_forms_of_a_state_that_cannot_be_cut(folder: Path, monkeypat
 def test_positions_on_several_axes_are_not_for_the_paged_cache(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO", logger="edgevlm.parts"):
+    with caplog.at_level("INFO", logger="edgevlm.runtime.loader"):
         vlm = load(folder, monkeypatch, {}, kv_cache="paged")
     assert "positions have several axes" in caplog.text
     assert vlm.generate(None, QUESTION, SHORT).generated_tokens > 0

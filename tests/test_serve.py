@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, Constraint, GenerationConfig
-from edgevlm.chat import ChatTemplate, text_message, user_message
+from edgevlm.inputs.chat_template import ChatTemplate, text_message, user_message
 from edgevlm.server.run import Server
 from tests.conftest import SPECIAL_TOKENS
 from tests.serving import QUESTION, ask, data_url, events, request, serving, shown

@@ -100,7 +100,7 @@ def test_what_cannot_be_is_told_in_one_line(exported: Path, options: list[str], 
 
 
 def test_without_the_extra_one_line_names_it(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgevlm.commands.serve.find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setattr("edgevlm.cli.serve.find_spec", lambda name: None if name == "uvicorn" else object())
     result = cli("serve", exported)
     assert result.exit_code == 1
     assert result.stderr == "Error: serving needs uvicorn; install it with: pip install 'edgevlm[serve]'\n"

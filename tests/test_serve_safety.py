@@ -23,11 +23,11 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, OptionError
+from edgevlm.decoding.config import GenerationConfig
 from edgevlm.errors import ServerError
-from edgevlm.generate import GenerationConfig
-from edgevlm.server.config import ServeConfig, read_keys
+from edgevlm.server.engine import FairQueue, Job, QueueFullError
 from edgevlm.server.run import Server
-from edgevlm.server.work import FairQueue, Job, QueueFullError
+from edgevlm.server.settings import ServeConfig, read_keys
 from tests.conftest import F32
 from tests.serving import QUESTION, Braked, ask, ask_error, data_url, request, serving, shown, wait_until
 
@@ -121,7 +121,7 @@ def test_a_key_opens_everything_but_the_page_and_the_probes(vlm: VLM) -> None:
 def test_keys_are_compared_in_constant_time(vlm: VLM) -> None:
     import hmac
 
-    spy = mock.patch("edgevlm.server.guard.hmac.compare_digest", wraps=hmac.compare_digest)
+    spy = mock.patch("edgevlm.server.middleware.hmac.compare_digest", wraps=hmac.compare_digest)
     with spy as compare, serving(vlm, api_keys=(KEY, OTHER_KEY)) as server:
         ask(server, {"Authorization": f"Bearer {KEY}"})
     assert compare.call_count == 2  # the second key too, though the first one fits

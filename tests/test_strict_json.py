@@ -14,11 +14,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgevlm import VLM, Constraint, ExportError, GenerationConfig, OptionError, OutputError
+from edgevlm.decoding.output_format import Form
 from edgevlm.errors import VerificationError
-from edgevlm.form import Form
-from edgevlm.jobs import ask
-from edgevlm.jsonl import append_rows, read_rows
-from edgevlm.store import SqliteStore
+from edgevlm.jobs.jsonl import append_rows, read_rows
+from edgevlm.jobs.sinks import SqliteStore
+from edgevlm.jobs.spec import ask
 from edgevlm.strict_json import read_json, write_json
 from edgevlm_export import ExportOptions, export
 from tests.test_cli import cli

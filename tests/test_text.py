@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from edgevlm import VLM, DamagedModelError, GenerationConfig, PromptError
-from edgevlm.chat import ChatTemplate, user_message
-from edgevlm.generate import StopText
-from edgevlm.tokenizer import Tokenizer
+from edgevlm.decoding.stop_text import StopText
+from edgevlm.inputs.chat_template import ChatTemplate, user_message
+from edgevlm.inputs.tokenizer import Tokenizer
 from tests.conftest import F32
 from tests.damage import copy_export, reseal
 

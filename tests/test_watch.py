@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, OptionError, OutputError
-from edgevlm.jobs import Defaults
-from edgevlm.store import JsonlStore, SqliteStore
-from edgevlm.watching import Watch
+from edgevlm.jobs.sinks import JsonlStore, SqliteStore
+from edgevlm.jobs.spec import Defaults
+from edgevlm.jobs.watch import Watch
 from tests.conftest import heed_interrupts, photograph
 from tests.test_batch import OPTIONS, SHORT, wait_for
 from tests.test_cli import COMMAND, POSIX, cli
@@ -191,7 +191,7 @@ def test_a_write_that_the_system_refuses_loses_nothing(
         shutil.copy(picture, folder)
     limited = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}));"
-        "from edgevlm.cli import main; main(sys.argv[1:])"
+        "from edgevlm.cli.main import main; main(sys.argv[1:])"
     )
     arguments = ["watch", str(folder), "--question", QUESTION, "-m", str(exported), *OPTIONS, "--settle", "0.2"]
     done = subprocess.run(
@@ -299,7 +299,7 @@ def test_wrong_use_is_one_line(exported: Path, folder: Path, monkeypatch: pytest
     assert "cannot read" in error(folder, "-o", folder)
     assert error(folder, "-o", ".") == "Error: . is a folder; name a file in it for the answers"
     assert "no such folder" in error(out, "-o", folder / "own.jsonl")
-    monkeypatch.setattr("edgevlm.watching.find_spec", lambda _: None)
+    monkeypatch.setattr("edgevlm.jobs.watch.find_spec", lambda _: None)
     with pytest.raises(OptionError, match=r"pip install 'edgevlm\[watch\]'"):
         Watch(folder, Defaults(question="?"))
 

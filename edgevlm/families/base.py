@@ -14,12 +14,21 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.image import RGB
-
+RGB: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 Detail: TypeAlias = Literal["low", "high", "auto"]
 PIXEL_VALUES, IMAGE_EMBEDS = "pixel_values", "image_embeds"
+MAX_PIXELS = 100_000_000
+"""A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
+
+
+@dataclass(frozen=True)
+class ImageBudget:
+    """How closely to look at each picture of a prompt."""
+
+    detail: Detail = "auto"
+    max_tiles: int | None = None
 
 
 @dataclass(frozen=True)

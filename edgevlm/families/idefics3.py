@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Arrays, Detail, Family, Visual
-from edgevlm.families.pixels import normalisation, pixel_view
-from edgevlm.image import RGB
+from edgevlm.families.base import RGB, Arrays, Detail, Family, Visual
+from edgevlm.families.imaging import normalisation, pixel_view
 
 MAX_SIDE = 4096
 """No picture is resized beyond this side: `MAX_IMAGE_SIZE` of the reference."""

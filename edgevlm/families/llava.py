@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail, Family, Visual
-from edgevlm.families.pixels import normalisation, pixel_view
-from edgevlm.image import MAX_PIXELS, RGB
+from edgevlm.families.base import MAX_PIXELS, RGB, Detail, Family, Visual
+from edgevlm.families.imaging import normalisation, pixel_view
 
 WHOLE = "whole"
 """The layout of a picture that is one view."""

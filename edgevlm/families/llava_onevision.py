@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgevlm.families.base import IMAGE_EMBEDS, Array, Arrays, Detail, Family, Visual
+from edgevlm.families.base import IMAGE_EMBEDS, RGB, Array, Arrays, Detail, Family, Visual
+from edgevlm.families.imaging import normalisation, pixel_view
 from edgevlm.families.llava import background, check_max_tiles, padded_to_square
-from edgevlm.families.pixels import normalisation, pixel_view
-from edgevlm.image import RGB
 
 
 class Grid(NamedTuple):

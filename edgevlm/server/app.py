@@ -23,19 +23,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
-from edgevlm.constraint import Constraint
-from edgevlm.generate import GenerationConfig
-from edgevlm.model import VLM
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.structured import Constraint
 from edgevlm.server.completion import Completion
-from edgevlm.server.config import ServeConfig
-from edgevlm.server.conversation import Conversation
+from edgevlm.server.engine import Job, Worker
 from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, to_api_error, to_json
-from edgevlm.server.guard import Guard
+from edgevlm.server.messages import Conversation
 from edgevlm.server.metrics import Metrics
+from edgevlm.server.middleware import Guard
 from edgevlm.server.refusals import explain
 from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, JsonSchema, SchemaJson
+from edgevlm.server.settings import ServeConfig
 from edgevlm.server.tools import Tools, choose_tools
-from edgevlm.server.work import Job, Worker
+from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
 Pieces: TypeAlias = AsyncGenerator[tuple[Piece, float], None]

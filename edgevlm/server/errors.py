@@ -16,7 +16,7 @@ from edgevlm.errors import (
     OptionError,
     PromptError,
 )
-from edgevlm.server.work import FailedError, QueueFullError, StoppingError
+from edgevlm.server.engine import FailedError, QueueFullError, StoppingError
 from edgevlm.strict_json import write_json
 
 

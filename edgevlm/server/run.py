@@ -14,16 +14,16 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from edgevlm.device import RuntimeConfig
 from edgevlm.errors import ServerError
 from edgevlm.manifest import check_files, load_manifest
-from edgevlm.model import VLM
-from edgevlm.paths import find_model
+from edgevlm.model_store import find_model
+from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.server.app import create_app
-from edgevlm.server.config import ServeConfig
+from edgevlm.server.engine import Worker
 from edgevlm.server.metrics import Metrics
 from edgevlm.server.notify import notify, watchdog_interval_s
-from edgevlm.server.work import Worker
+from edgevlm.server.settings import ServeConfig
+from edgevlm.vlm import VLM
 
 _HEADER_TIMEOUT_S = 10.0
 _MOST_CONNECTIONS = 512

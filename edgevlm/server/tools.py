@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from uuid import uuid4
 
 from edgevlm.answer import Answer
-from edgevlm.constraint import Constraint
+from edgevlm.decoding.structured import Constraint
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatRequest, Function, NamedTool
 from edgevlm.strict_json import write_json

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgevlm.errors import ExportError
-from edgevlm.image import image_suffixes
+from edgevlm.inputs.image import image_suffixes
 
 SHIPPED = Path(__file__).parent / "calibration"
 VISION_TILES, VISION_PIXELS, VISION_WIDTH = 8, 1_600_000, 576

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.device import import_openvino
+from edgevlm.runtime.core import import_openvino
 from edgevlm_export.options import UNCOMPRESSED, Int4Recipe, Precision
 
 if TYPE_CHECKING:

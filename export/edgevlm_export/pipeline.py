@@ -11,24 +11,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgevlm.device import RuntimeConfig
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import Manifest
-from edgevlm.model import VLM
-from edgevlm.paths import models_dir
-from edgevlm_export import native_route, onnx_route, optimum_route
+from edgevlm.model_store import models_dir
+from edgevlm.runtime.config import RuntimeConfig
+from edgevlm.vlm import VLM
+from edgevlm_export.atomic_folder import check_target, draft_folder
 from edgevlm_export.calibration import load_pairs
-from edgevlm_export.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.clock import OnStage, StageClock
-from edgevlm_export.config import UncoveredError, overlooked, overlooked_in_decoding
-from edgevlm_export.draft import check_target, draft_folder
 from edgevlm_export.families import architecture, exporter, family_facts
-from edgevlm_export.folder import Written, seal, start_folder
 from edgevlm_export.memory import PeakMemory
 from edgevlm_export.options import ExportOptions, Route
+from edgevlm_export.output_folder import Written, seal, start_folder
+from edgevlm_export.routes import native, onnx, optimum
+from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
+from edgevlm_export.source.config_reader import UncoveredError, overlooked, overlooked_in_decoding
+from edgevlm_export.source.safetensors_reader import Weights
 from edgevlm_export.verify import Verification, check, scales, verify
-from edgevlm_export.weights import Weights
 
 _REFERENCE_CONFIG = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
@@ -129,28 +129,28 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
     if options.via == "onnx" or not checkpoint.has_safetensors:
         if not family.covers_onnx:
             raise SourceError(f"the route from ONNX files does not cover {kind}; use safetensors and --via native")
-        _need(onnx_route.LIBRARIES, "its ONNX files", "export-onnx")
+        _need(onnx.LIBRARIES, "its ONNX files", "export-onnx")
         files = checkpoint.onnx_files()
-        onnx_route.check_parts(files)
-        return ChosenRoute("onnx", partial(onnx_route.write_parts, files))
+        onnx.check_parts(files)
+        return ChosenRoute("onnx", partial(onnx.write_parts, files))
     if options.via != "optimum":
         try:
             weights = Weights(checkpoint)
             found = architecture(checkpoint, facts, weights)
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)
-            write_parts = partial(native_route.write_parts, found, weights)
+            write_parts = partial(native.write_parts, found, weights)
             return ChosenRoute("native", write_parts, found.traits, unread)
         except UncoveredError as error:
             if family.encode_in_torch is None:
                 raise SourceError(f"{error}, and no other route covers {kind}") from None
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
-            _need(optimum_route.LIBRARIES, f"optimum-intel ({error})", "export-torch")
+            _need(optimum.LIBRARIES, f"optimum-intel ({error})", "export-torch")
     if family.encode_in_torch is None:
         raise SourceError(f"the route through optimum-intel does not cover {kind}; use --via native")
-    _need(optimum_route.LIBRARIES, "optimum-intel", "export-torch")
-    return ChosenRoute("optimum", partial(optimum_route.write_parts, checkpoint))
+    _need(optimum.LIBRARIES, "optimum-intel", "export-torch")
+    return ChosenRoute("optimum", partial(optimum.write_parts, checkpoint))
 
 
 def _need(libraries: Sequence[str], route: str, extra: str) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgevlm.chat import user_message
-from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Array, Arrays, Family, View, Visual
-from edgevlm.generate import GenerationConfig
-from edgevlm.model import join, merge
-from edgevlm.parts import PartLoader
-from edgevlm.processor import Processor
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Array, Arrays, Family, ImageBudget, View, Visual
+from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.processor import Processor
+from edgevlm.inputs.prompt import join, merge
+from edgevlm.runtime.loader import PartLoader
 from edgevlm_export.calibration import VISION_PIXELS, VISION_TILES, VISION_WIDTH, Pair, load_pairs, with_questions
 
 
@@ -33,7 +32,7 @@ class Sample:
 
 def make_sample(processor: Processor, pair: Pair) -> Sample:
     """Return a pair's prompt and answer, its picture looked at as cheaply as may be."""
-    visuals = processor.preprocess([pair.image] if pair.image else [], GenerationConfig(detail="low"))
+    visuals = processor.preprocess([pair.image] if pair.image else [], ImageBudget("low"))
     prompt = processor.prompt_ids([user_message(pair.question, len(visuals))], visuals)
     answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
     return Sample(np.asarray(prompt + answer, np.int64), len(prompt), visuals)
@@ -80,7 +79,7 @@ def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int
     `hidden_size` is that of the model.
     """
     pictures = [pair.image for pair in pairs if pair.image] or [pair.image for pair in load_pairs() if pair.image]
-    visuals = [processor.preprocess([picture], GenerationConfig(detail="auto"))[0] for picture in pictures]
+    visuals = [processor.preprocess([picture], ImageBudget("auto"))[0] for picture in pictures]
     views = [view for visual in visuals for view in visual.views]
     height, width, _ = views[0].pixels.shape
     pixels = VISION_PIXELS * max(1.0, VISION_WIDTH / hidden_size)

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from edgevlm.errors import VerificationError
 from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.inputs.prompt import merge
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
-from edgevlm.model import VLM, merge
+from edgevlm.vlm import VLM
 from edgevlm_export.options import UNCOMPRESSED, Precision
 from edgevlm_export.samples import pixel_views
 

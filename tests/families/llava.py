@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.chat import user_message
+from edgevlm.inputs.chat_template import user_message
 from tests.conftest import make_tokenizer, seed_weights
 
 SIDE, PATCH = 28, 7

@@ -6,10 +6,10 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.families import idefics3, internvl, llava, llava_onevision
 from edgevlm_export.families.base import Architecture, FamilyExporter
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section, UncoveredError
 
 __all__ = ["FAMILIES", "Architecture", "FamilyExporter", "UncoveredError", "architecture", "exporter", "family_facts"]
 

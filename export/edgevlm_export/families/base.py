@@ -8,13 +8,13 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.graphs import decoder as decoders
-from edgevlm_export.graphs.blocks import Graph
 from edgevlm_export.graphs.decoder import Decoder
 from edgevlm_export.graphs.layers import ACTIVATIONS, Constants
 from edgevlm_export.graphs.rope import Rope, make_rope
+from edgevlm_export.graphs.stages import Graph
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section, UncoveredError
 
 
 @dataclass(frozen=True)

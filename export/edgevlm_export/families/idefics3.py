@@ -6,8 +6,6 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section
 from edgevlm_export.families.base import (
     Architecture,
     FamilyExporter,
@@ -18,10 +16,12 @@ from edgevlm_export.families.base import (
 )
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.graphs import decoder as decoders
-from edgevlm_export.graphs import siglip
-from edgevlm_export.graphs.blocks import Block, Flow, Graph
+from edgevlm_export.graphs import vision_transformer
 from edgevlm_export.graphs.connectors import pixel_shuffle
 from edgevlm_export.graphs.layers import Constants, linear
+from edgevlm_export.graphs.stages import Block, Flow, Graph
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section
 
 # What transformers' Idefics3ImageProcessor, Idefics3Config and Idefics3VisionConfig (and SmolVLM's, which are alike)
 # assume where the checkpoint is silent: models/idefics3/ of transformers 5.24.
@@ -118,7 +118,7 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
         raise SourceError("config.json contradicts itself: scale_factor and text_config.pixel_shuffle_factor differ")
     config.get("image_token_id")
     folded = vision.hidden_size * factor**2
-    shapes = dict(siglip.shapes(vision)) | dict(decoders.shapes(decoder))
+    shapes = dict(vision_transformer.shapes(vision)) | dict(decoders.shapes(decoder))
     shapes[f"{_PROJECTION}.weight"] = (decoder.hidden_size, folded)
     side = facts["preprocessing"]["tile"] // vision.patch_size
 
@@ -133,13 +133,15 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
             "patch_position_ids": ("i64", (-1, -1)),
         }
         connector = Block(lambda flow: connect(flow, constants), folded * decoder.hidden_size)
-        return Graph(inputs, [*siglip.blocks(vision, constants), connector], "last_hidden_state", "last_hidden_state")
+        return Graph(
+            inputs, [*vision_transformer.blocks(vision, constants), connector], "last_hidden_state", "last_hidden_state"
+        )
 
     return Architecture(decoder, shapes, ("lm_head.weight",), vision_graph, (config, text, seen))
 
 
-def _vision(section: Section) -> siglip.VisionTransformer:
-    return siglip.VisionTransformer(
+def _vision(section: Section) -> vision_transformer.VisionTransformer:
+    return vision_transformer.VisionTransformer(
         prefix="model.vision_model",
         image_size=section.size("image_size"),
         patch_size=section.size("patch_size"),

@@ -7,8 +7,6 @@ from functools import partial
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.families.base import (
     Architecture,
     FamilyExporter,
@@ -21,9 +19,11 @@ from edgevlm_export.families.base import (
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs import internvit
-from edgevlm_export.graphs.blocks import Block, Flow, Graph
 from edgevlm_export.graphs.connectors import pixel_shuffle
 from edgevlm_export.graphs.layers import Constants, activation, layer_norm, linear
+from edgevlm_export.graphs.stages import Block, Flow, Graph
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section, UncoveredError
 
 # What transformers' GotOcr2ImageProcessor, InternVLConfig and InternVLVisionConfig assume where the checkpoint is
 # silent: models/got_ocr2/ and models/internvl/ of transformers 5.24.

@@ -12,10 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.device import import_openvino
 from edgevlm.errors import SourceError
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section, UncoveredError
+from edgevlm.runtime.core import import_openvino
 from edgevlm_export.families.base import (
     Architecture,
     FamilyExporter,
@@ -28,9 +26,11 @@ from edgevlm_export.families.base import (
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.graphs import decoder as decoders
 from edgevlm_export.graphs import tower as towers
-from edgevlm_export.graphs.blocks import Block, Flow, Graph
 from edgevlm_export.graphs.layers import Constants, activation, linear, repeated
+from edgevlm_export.graphs.stages import Block, Flow, Graph
 from edgevlm_export.graphs.tower import Tower
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section, UncoveredError
 
 # What transformers' classes assume where the checkpoint is silent: models/llava/, models/clip/ and models/siglip/ of
 # transformers 5.24.

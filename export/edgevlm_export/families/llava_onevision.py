@@ -7,11 +7,11 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section, UncoveredError
 from edgevlm_export.families import llava
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section, UncoveredError
 
 # What transformers' LlavaOnevisionConfig and LlavaOnevisionImageProcessor assume where the checkpoint is silent:
 # models/llava_onevision/ of transformers 5.24.

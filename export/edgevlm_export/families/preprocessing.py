@@ -7,8 +7,8 @@ from typing import Any
 from PIL import Image
 
 from edgevlm.errors import SourceError
-from edgevlm_export.checkpoint import Checkpoint
-from edgevlm_export.config import Section
+from edgevlm_export.source.checkpoint import Checkpoint
+from edgevlm_export.source.config_reader import Section
 
 _ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 

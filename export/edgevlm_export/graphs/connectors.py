@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgevlm.device import import_openvino
-from edgevlm_export.graphs.blocks import Output
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.stages import Output
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgevlm.device import import_openvino
-from edgevlm_export.graphs.blocks import Block, Flow, Graph, Output
+from edgevlm.runtime.core import import_openvino
 from edgevlm_export.graphs.layers import (
     Constants,
     activation,
@@ -30,6 +29,7 @@ from edgevlm_export.graphs.layers import (
     to_heads,
 )
 from edgevlm_export.graphs.rope import Rope, rotate, rotations
+from edgevlm_export.graphs.stages import Block, Flow, Graph, Output
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgevlm.device import import_openvino
-from edgevlm_export.graphs import siglip
-from edgevlm_export.graphs.blocks import Block, Flow
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs import vision_transformer
 from edgevlm_export.graphs.layers import (
     Constants,
     activation,
@@ -23,15 +22,16 @@ from edgevlm_export.graphs.layers import (
     split,
     to_heads,
 )
+from edgevlm_export.graphs.stages import Block, Flow
 
 if TYPE_CHECKING:
     import openvino as ov
 
-    from edgevlm_export.graphs.blocks import Output
+    from edgevlm_export.graphs.stages import Output
 
 
 @dataclass(frozen=True)
-class InternViT(siglip.VisionTransformer):
+class InternViT(vision_transformer.VisionTransformer):
     """The sizes and choices of the transformer, named as Hugging Face configs name them."""
 
     attention_bias: bool = False

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.device import import_openvino
-from edgevlm_export.graphs.blocks import Output
-from edgevlm_export.weights import Stored, Weights, concatenate
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.stages import Output
+from edgevlm_export.source.safetensors_reader import Stored, Weights, concatenate
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.device import import_openvino
-from edgevlm_export.graphs.blocks import Output
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.stages import Output
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgevlm.device import import_openvino
-from edgevlm_export.graphs import siglip
-from edgevlm_export.graphs.blocks import Block, Flow
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs import vision_transformer
 from edgevlm_export.graphs.layers import Constants, layer_norm, named, repeated
+from edgevlm_export.graphs.stages import Block, Flow
 
 _POOLING = [f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
 _POOLING += [f"{module}.{name}" for module in ("layernorm", "mlp.fc1", "mlp.fc2") for name in ("weight", "bias")]
 
 
 @dataclass(frozen=True)
-class Tower(siglip.VisionTransformer):
+class Tower(vision_transformer.VisionTransformer):
     """The sizes of the transformer, and how much of it is run."""
 
     has_class_token: bool = False
@@ -40,7 +40,7 @@ class Tower(siglip.VisionTransformer):
 def shapes(tower: Tower) -> dict[str, tuple[int, ...]]:
     """Return the name and shape of every tensor that is read."""
     skipped, at = set(unused(tower)), f"{tower.prefix}.embeddings"
-    found = {name: shape for name, shape in siglip.shapes(tower) if name not in skipped}
+    found = {name: shape for name, shape in vision_transformer.shapes(tower) if name not in skipped}
     if tower.has_class_token:
         found.pop(f"{at}.patch_embedding.bias")
         found[f"{at}.class_embedding"] = (tower.hidden_size,)
@@ -55,14 +55,14 @@ def unused(tower: Tower) -> tuple[str, ...]:
     after = tuple(f"{tower.layer(index)}." for index in range(tower.layers, tower.num_hidden_layers))
     after += (f"{tower.prefix}.post_layernorm.",)
     head = [f"{tower.prefix}.head.{name}" for name in ("probe", *_POOLING)]
-    return (*(name for name, _ in siglip.shapes(tower) if name.startswith(after)), *head)
+    return (*(name for name, _ in vision_transformer.shapes(tower) if name.startswith(after)), *head)
 
 
 def blocks(tower: Tower, constants: Constants) -> list[Block]:
     """Return patches and layers: pixel_values -> hidden_states `(B, positions, D)`."""
     in_layer = tower.hidden_size * (4 * tower.hidden_size + 2 * tower.intermediate_size)
     layers = [
-        Block(lambda flow, index=index: siglip.encoder_layer(flow, tower, constants, index), in_layer)  # type: ignore[misc]
+        Block(lambda flow, index=index: vision_transformer.encoder_layer(flow, tower, constants, index), in_layer)  # type: ignore[misc]
         for index in range(tower.layers)
     ]
     return [Block(lambda flow: tokens(flow, tower, constants)), *layers]

@@ -1,0 +1,1 @@
+"""The latency benchmark: what it measures, and its report."""

@@ -1,0 +1,70 @@
+"""`edgevlm batch`: a file of questions to a file of answers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgevlm.cli.options import (
+    answer_form,
+    chosen_model,
+    form_options,
+    generation_config,
+    generation_options,
+    model_options,
+    runtime_config,
+)
+from edgevlm.strict_json import write_json
+
+
+@click.command()
+@click.argument("jobs", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON Lines file of answers.")
+@click.option("--question", help="Asked where a row has no question of its own.")
+@click.option("--workers", default=1, show_default=True, help="Processes, each with a model of its own.")
+@click.option("--ray", metavar="ADDRESS", help="Run the workers on a Ray cluster; local starts one on this machine.")
+@model_options
+@generation_options
+@form_options
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
+def batch(
+    jobs: Path, output: Path, question: str | None, workers: int, ray: str | None, as_json: bool, **options: Any
+) -> None:
+    """Answer the JOBS, a JSON Lines file, into another, in the same order.
+
+    A row is {"image": "a.png", "question": "…"}, where image may also be a list or left out; it may have an id, schema
+    (an object or a file), choices or regex, and max_new_tokens. Paths are relative to the file of jobs.
+
+    Killed or run again, it goes on where it was: nothing is lost and nothing answered twice. Run it several times at
+    once, also on machines that share the folder, and they share the work. --ray puts the workers on a Ray cluster (pip
+    install 'edgevlm[ray]'), where the model and the pictures must be at the same paths. A row that cannot be answered
+    has an error in place of its answer, and the exit code is then 1.
+
+    \b
+    edgevlm batch jobs.jsonl -o answers.jsonl
+    edgevlm batch jobs.jsonl -o answers.jsonl --workers 4 --schema reading.json
+    edgevlm batch jobs.jsonl -o answers.jsonl --workers 16 --ray 10.0.0.5:6379
+    """
+    from edgevlm.cli.output import Bar
+    from edgevlm.jobs.batch import Batch, run_batch
+    from edgevlm.jobs.spec import Defaults
+
+    defaults = Defaults(question, answer_form(options), generation_config(options))
+    what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
+    with Bar() as bar:
+        carry_out = None
+        if ray:
+            from edgevlm.jobs.ray import work_on_ray
+
+            carry_out = partial(work_on_ray, ray)
+        tally = run_batch(what, bar.row, bar.progress, carry_out)
+    if as_json:
+        click.echo(write_json(tally.to_dict()))
+    else:
+        known = f" ({tally.known} of them before)" if tally.known else ""
+        click.echo(f"{tally.jobs - tally.failed} of {tally.jobs} rows answered{known}: {output}", err=True)
+    if tally.failed:
+        click.get_current_context().exit(1)

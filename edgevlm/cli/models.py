@@ -1,0 +1,60 @@
+"""`edgevlm models`: the models that have a short name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgevlm.errors import ModelError
+from edgevlm.strict_json import write_json
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Compare every file with its SHA-256; exit 1 if one differs.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
+@click.pass_context
+def models(ctx: click.Context, check: bool, as_json: bool) -> None:
+    """List the bundled and the exported models, with size and precision.
+
+    \b
+    edgevlm models
+    edgevlm models --check
+    """
+    from edgevlm.cli.output import print_models
+
+    found = describe_models(full_check=check)
+    if as_json:
+        click.echo(write_json(found))
+    else:
+        print_models(found)
+    if check and any(each["state"].startswith("damaged") for each in found):
+        ctx.exit(1)
+
+
+def describe_models(*, full_check: bool = False) -> list[dict[str, Any]]:
+    """Return name, family, precision, size and state of every model with a short name, damaged ones included."""
+    from edgevlm.model_store import list_models
+
+    return [_describe(folder, full_check) for folder in list_models()]
+
+
+def _describe(folder: Path, full_check: bool) -> dict[str, Any]:
+    from edgevlm.families import make_family
+    from edgevlm.manifest import check_files, load_manifest
+
+    known: dict[str, Any] = {"name": folder.name, "path": str(folder)}
+    try:
+        manifest = load_manifest(folder)
+        known |= {
+            "source": manifest.source,
+            "family": manifest.family,
+            "precision": ", ".join(f"{name} {part.precision}" for name, part in manifest.parts.items()),
+            "size_bytes": manifest.size_bytes,
+        }
+        make_family(manifest.family, manifest.family_facts)
+        check_files(folder, manifest, full=full_check)
+    except ModelError as error:
+        return known | {"state": f"damaged: {error}"}
+    return known | {"state": "checked" if full_check else "ok"}

@@ -1,0 +1,152 @@
+"""Options that several commands share, and what they mean."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgevlm.decoding.config import GenerationConfig
+    from edgevlm.decoding.output_format import Form
+    from edgevlm.runtime.config import RuntimeConfig
+
+
+STAYS = {"default_map": {"kv_cache": "paged"}}
+"""Click's settings for a command whose process stays: what `model_options` leave to it."""
+
+
+def model_options(command: Any) -> Any:
+    """Add the options that say which model runs, and how."""
+    for option in (
+        click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk."),
+        click.option(
+            "--inference-precision",
+            type=click.Choice(["auto", "f32", "bf16", "f16"]),
+            default="auto",
+            show_default=True,
+            help="auto is OpenVINO's choice for the device; f32 is the most exact.",
+        ),
+        click.option(
+            "--kv-cache-precision",
+            type=click.Choice(["auto", "u8", "f16", "f32"]),
+            default="auto",
+            show_default=True,
+            help="auto is 16 bits (float32 with --inference-precision f32); u8 halves a conversation's memory.",
+        ),
+        click.option(
+            "--kv-cache",
+            type=click.Choice(["stateful", "paged"]),
+            default="stateful",
+            show_default=True,
+            help="paged: on a CPU, blocks under paged attention; quicker answers after a slower start.",
+        ),
+        click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
+        click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
+        click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]"),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen_model(name: str | None) -> str | Path:
+    """Return the model that was named, or the bundled one, saying so on stderr."""
+    from edgevlm.model_store import DEFAULT_NOTICE, default_model
+
+    if name is not None:
+        return name
+    click.echo(DEFAULT_NOTICE, err=True)
+    return default_model()
+
+
+def generation_options(command: Any) -> Any:
+    """Add the options that say how an answer is made."""
+    for option in (
+        click.option("--max-tiles", type=int, help="At most this many tiles a picture, the global view included."),
+        click.option(
+            "--detail",
+            type=click.Choice(["auto", "low", "high"]),
+            default="auto",
+            show_default=True,
+            help="low: the global view only; auto: as many tiles as the pixels fill; high: as the checkpoint does.",
+        ),
+        click.option(
+            "--template-var",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Set a variable of the chat template, such as enable_thinking=false; may be repeated.",
+        ),
+        click.option("--keep-special-tokens", is_flag=True, help="Show special tokens in the answer, too."),
+        click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all."),
+        click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied."),
+        click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens."),
+    ):
+        command = option(command)
+    return command
+
+
+def form_options(command: Any) -> Any:
+    """Add the options that say what form an answer has; one of them at most may be given."""
+    for option in (
+        click.option("--regex", help="Answer with text that this regular expression matches from end to end."),
+        click.option(
+            "--choices", help="Rate these answers, separated by commas: yes,no. Quote one that holds a comma."
+        ),
+        click.option("--schema", type=click.Path(path_type=Path), help="Answer with JSON of this JSON Schema, a file."),
+    ):
+        command = option(command)
+    return command
+
+
+def answer_form(options: dict[str, Any]) -> Form:
+    """Return the form that `form_options` ask for."""
+    from edgevlm.decoding.output_format import Form
+
+    given = [name for name in ("schema", "choices", "regex") if options[name] is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"--{given[0]} and --{given[1]} exclude each other")
+    choices = next(csv.reader([options["choices"]], skipinitialspace=True), []) if given == ["choices"] else None
+    return Form.of(schema=options["schema"], choices=choices, regex=options["regex"])
+
+
+def runtime_config(options: dict[str, Any]) -> RuntimeConfig:
+    """Return what `model_options` say, but for the model."""
+    from edgevlm.runtime.config import RuntimeConfig
+
+    return RuntimeConfig(
+        device=options["device"],
+        threads=options["threads"],
+        inference_precision=options["inference_precision"],
+        kv_cache_precision=options["kv_cache_precision"],
+        kv_cache=options["kv_cache"],
+        cache=not options["no_cache"],
+    )
+
+
+def generation_config(options: dict[str, Any]) -> GenerationConfig:
+    """Return what `generation_options` say."""
+    from edgevlm.decoding.config import GenerationConfig
+
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "detail", "max_tiles")
+    return GenerationConfig(
+        **{name: options[name] for name in names},
+        skip_special_tokens=not options["keep_special_tokens"],
+        chat_template_kwargs=dict(_template_variable(each) for each in options["template_var"]),
+    )
+
+
+def _template_variable(text: str) -> tuple[str, Any]:
+    """Return the name and value of `NAME=VALUE`; a value that is no JSON is a text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise click.UsageError(f"--template-var takes NAME=VALUE, such as enable_thinking=false, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -1,0 +1,187 @@
+"""What people see: progress on stderr, tables on stdout. Programs use `--json` instead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from edgevlm.answer import Answer
+    from edgevlm.bench.measure import Report
+    from edgevlm.decoding.scoring import Scores
+
+
+_POINTS_ABREAST = 5
+"""Points of a benchmark that fit beside each other in a terminal of 80 columns."""
+
+
+class Progress:
+    """One line on stderr that says what takes time; silent when stderr is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._status: Status | None = Status("", console=console) if console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clear()
+
+    def stage(self, name: str) -> None:
+        """Show what is being done now."""
+        if self._status:
+            self._status.update(f"{name} …")
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """Show a counted stage; the last step of vision means that the prompt is being read."""
+        label = f"looking at the picture, tile {done + 1} of {total}" if done < total else "reading the question"
+        self.stage(label if stage == "vision" else f"{stage} {done}/{total}")
+
+    def clear(self) -> None:
+        """Take the line away."""
+        if self._status:
+            self._status.stop()
+            self._status = None
+
+
+class Bar:
+    """A bar with the time that is left on stderr, silent when stderr is no terminal; rows that failed are told."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        self._progress = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task("", total=None, rate="loading the model …")
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how many of how many are done."""
+        task = self._progress.tasks[0]
+        if task.total is None:
+            self._progress.reset(self._task, total=total, completed=done)
+            return
+        rate = f"{task.speed * 60:.0f}/min" if task.speed else ""
+        self._progress.update(self._task, completed=done, total=total, rate=rate)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Tell a row that failed."""
+        if "error" in row:
+            where = f"line {row['line']}" if "line" in row else row["path"]
+            self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)
+
+
+def print_row(row: Mapping[str, Any]) -> None:
+    """Print a picture's name and what was answered about it, or what was wrong with it."""
+    Console().print(Text(f"{row['path']}  {row.get('answer', row.get('error'))}"), soft_wrap=True)
+
+
+def print_cut(answer: Answer) -> None:
+    """Say on stderr why an answer ended before the model did."""
+    if answer.finish_reason != "stop":
+        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
+        Console(stderr=True).print(f"(cut: {why})", highlight=False)
+
+
+def print_stats(answer: Answer) -> None:
+    """Print tokens, timings and memory of an answer, on stderr so that stdout holds the answer alone."""
+    timings = answer.timings
+    speed = f"{timings.tokens_per_s:.1f} tokens/s" if timings.tokens_per_s else "-"
+    rows = {
+        "prompt": f"{answer.prompt_tokens} tokens, {answer.image_tokens} of them from {answer.tiles} tiles",
+        "known before": f"{answer.cached_tokens} tokens, {answer.cached_tiles} tiles",
+        "answer": f"{answer.generated_tokens} tokens ({answer.finish_reason})",
+        "drafts": f"{answer.accepted_tokens} of {answer.drafted_tokens} tokens came true",
+        "load": f"{timings.load_s:.2f} s",
+        "preprocess": f"{timings.preprocess_s:.3f} s",
+        "vision": f"{timings.vision_s:.3f} s",
+        "prefill": f"{timings.prefill_s:.3f} s",
+        "TTFT": f"{timings.ttft_s:.3f} s",
+        "TPOT": f"{timings.tpot_s * 1000:.1f} ms ({speed})" if timings.tpot_s else "-",
+        "peak memory": f"{answer.peak_memory_bytes / 2**20:,.0f} MiB",
+    }
+    _print_pairs(rows, Console(stderr=True))
+
+
+def print_scores(scores: Scores) -> None:
+    """Print the choices with their probabilities, the likeliest first."""
+    for choice, probability in sorted(scores.probabilities.items(), key=lambda each: -each[1]):
+        Console().print(Text(f"{probability:7.2%}  {choice}"), soft_wrap=True)
+
+
+def print_bench(report: Report) -> None:
+    """Print a benchmark's table, and what it was taken on."""
+    from edgevlm.bench.report import COLUMNS, name_point
+
+    console = Console()
+    points = list(enumerate(report.points, 1))
+    for number, point in points:
+        console.print(f"{number}: {name_point(point)}", highlight=False)
+    for first in range(0, len(points), _POINTS_ABREAST):
+        abreast = points[first : first + _POINTS_ABREAST]
+        table = Table(report.model, *(str(number) for number, _ in abreast))
+        for heading, cell in COLUMNS.items():
+            table.add_row(heading, *(cell(point) for _, point in abreast))
+        console.print(table)
+    load = report.load
+    console.print(
+        f"load {load['compile']:.2f} s, with compiled models on disk {load['cached']:.2f} s;"
+        f" a new process needs {load['process']:.2f} s to its first token (global view only)",
+        highlight=False,
+    )
+    console.print(
+        f"{report.machine['cpu']}, {report.machine['cores']} cores, {report.machine['system']}", highlight=False
+    )
+
+
+def print_models(models: Sequence[Mapping[str, Any]]) -> None:
+    """Print the models that are there."""
+    table = Table("name", "family", "precision", "size", "state")
+    for each in models:
+        size = megabytes(each["size_bytes"]) if each.get("size_bytes") else "-"
+        texts = (each["name"], each.get("family", "-"), each.get("precision", "-"), size, each["state"])
+        table.add_row(*(Text(text) for text in texts))
+    Console().print(table)
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print nested facts, a line each."""
+    rows: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            rows |= {f"{name}: {key}": str(each) for key, each in value.items()}
+        else:
+            rows[name] = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    _print_pairs(rows, Console())
+
+
+def megabytes(size: int) -> str:
+    """Return a size for people, in MB of a million bytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _print_pairs(rows: Mapping[str, str], console: Console) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        # Plain text, for a path may hold brackets; and unwrapped, for it may be copied.
+        console.print(Text(f"{name:<{width}}  {value}"), soft_wrap=True)

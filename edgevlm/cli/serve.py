@@ -1,0 +1,132 @@
+"""`edgevlm serve`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from edgevlm.cli.options import STAYS, model_options, runtime_config
+from edgevlm.errors import OptionError, ServerError
+
+if TYPE_CHECKING:
+    from edgevlm.server.settings import ServeConfig
+
+_BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("--max-tokens", int, 512, "Longest answer of a request that does not say."),
+    ("--max-queue", int, 16, "Requests that may wait."),
+    ("--max-images", int, 8, "Pictures of one request."),
+    ("--max-pixels", int, 50_000_000, "Pixels of one picture."),
+    ("--max-body-mb", float, 32.0, "Size of one request, in MiB."),
+    ("--time-limit", float, 300.0, "Seconds for an answer, waiting included."),
+    ("--stop-timeout", float, 10.0, "Seconds that an answer may still take after SIGTERM."),
+)
+
+
+def bounds(command: Any) -> Any:
+    """Add the options that bound what a request may take."""
+    for name, kind, default, text in reversed(_BOUNDS):
+        command = click.option(name, type=kind, default=default, show_default=True, help=text)(command)
+    return command
+
+
+@click.command(context_settings=STAYS)
+@click.argument("model_argument", metavar="[MODEL]", required=False)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")
+@click.option("--api-key", envvar="EDGEVLM_API_KEY", help="Callers must send it; better given in EDGEVLM_API_KEY.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), help="File with a key on each line.")
+@click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
+@click.option("--allow-host", multiple=True, help="Name by which this machine may be called; may be repeated.")
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    help="Web page that may use the server, such as https://shop.example; with an API key, * lets all.",
+)
+@click.option("--image-folder", type=click.Path(path_type=Path), help="Let pictures under it be named by path.")
+@click.option("--model-name", help="What callers call the model; default: its folder's name.")
+@bounds
+@click.option("--log-content", is_flag=True, help="Write questions and answers into the log.")
+@click.option("--print-unit", is_flag=True, help="Print a systemd unit that starts this server, and do nothing else.")
+@model_options
+@click.pass_context
+def serve(ctx: click.Context, /, **options: Any) -> None:
+    """Answer OpenAI's clients and people with a browser, on this machine alone unless told otherwise.
+
+    Speaks POST /v1/chat/completions and GET /v1/models; a page for people is at /, and /healthz, /readyz and /metrics
+    are for those who watch over it. Nothing is fetched from anywhere.
+
+    \b
+    edgevlm serve
+    edgevlm serve SmolVLM-256M-Instruct-int4 --port 9000
+    EDGEVLM_API_KEY=... edgevlm serve --host 0.0.0.0
+    edgevlm serve ./my-model --print-unit | sudo tee /etc/systemd/system/edgevlm.service
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    if missing:
+        raise ServerError(f"serving needs {', '.join(missing)}; install it with: pip install 'edgevlm[serve]'")
+    if options["model"] and options["model_argument"]:
+        raise click.UsageError("name the model once: as MODEL or with -m")
+    model = options["model_argument"] or options["model"]
+    runtime, config = runtime_config(options), _config(options)
+    if options["print_unit"]:
+        from edgevlm.model_store import find_model
+        from edgevlm.server.unit import render_unit
+
+        click.echo(render_unit(find_model(model).resolve(), _given(ctx)), nl=False)
+        return
+    from edgevlm.server.run import serve as run_server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run_server(model, runtime, config)
+
+
+def _given(ctx: click.Context) -> list[str]:
+    """Return the options of the command line again, but for those that a unit holds otherwise: model and key."""
+    words = []
+    for option in ctx.command.params:
+        left_out = ("model", "model_argument", "print_unit", "api_key")
+        if option.name in left_out or ctx.get_parameter_source(str(option.name)) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[str(option.name)]
+        name = option.opts[0]
+        if value is True:
+            words.append(name)
+        for each in value if isinstance(value, tuple) else [] if value is True else [value]:
+            words += [name, str(each.resolve() if isinstance(each, Path) else each)]
+    return words
+
+
+def _bytes(mebibytes: float) -> int:
+    if not isfinite(mebibytes):
+        raise OptionError(f"--max-body-mb must be finite, not {mebibytes}")
+    return round(mebibytes * 2**20)
+
+
+def _config(options: dict[str, Any]) -> ServeConfig:
+    from edgevlm.server.settings import ServeConfig, read_keys
+
+    keys = (options["api_key"],) if options["api_key"] else ()
+    return ServeConfig(
+        host=options["host"],
+        port=options["port"],
+        api_keys=keys + (read_keys(options["api_key_file"]) if options["api_key_file"] else ()),
+        allow_anyone=options["allow_anyone"],
+        allowed_hosts=options["allow_host"],
+        allowed_origins=options["allow_origin"],
+        image_folder=options["image_folder"],
+        model_name=options["model_name"],
+        max_body_bytes=_bytes(options["max_body_mb"]),
+        max_images=options["max_images"],
+        max_pixels=options["max_pixels"],
+        max_queue=options["max_queue"],
+        max_tokens=options["max_tokens"],
+        time_limit_s=options["time_limit"],
+        stop_timeout_s=options["stop_timeout"],
+        log_content=options["log_content"],
+    )

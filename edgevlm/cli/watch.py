@@ -1,0 +1,107 @@
+"""`edgevlm watch`: a folder of pictures, answered as they come."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import click
+
+from edgevlm.cli.options import (
+    STAYS,
+    answer_form,
+    chosen_model,
+    form_options,
+    generation_config,
+    generation_options,
+    model_options,
+    runtime_config,
+)
+from edgevlm.strict_json import write_json
+
+
+@click.command(context_settings=STAYS)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--question", required=True, help="Asked about each picture.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON Lines file of answers.")
+@click.option("--sqlite", type=click.Path(path_type=Path), help="SQLite database (a local disk): its table `answers`.")
+@click.option("--recursive", is_flag=True, help="Look into folders within the folder too.")
+@click.option(
+    "--settle", default=1.0, show_default=True, help="Seconds for which a new file must have been left alone."
+)
+@click.option(
+    "--patience", default=30.0, show_default=True, help="Seconds after which a file that is no picture is given up."
+)
+@model_options
+@generation_options
+@form_options
+@click.option("--json", "as_json", is_flag=True, help="Also print each row as a line of JSON.")
+def watch(
+    folder: Path,
+    question: str,
+    output: Path | None,
+    sqlite: Path | None,
+    recursive: bool,
+    settle: float,
+    patience: float,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Answer --question about each picture in FOLDER, and about each that comes, until Ctrl-C or SIGTERM.
+
+    Each picture is answered once, also across restarts; a row holds its path, SHA-256, and the answer or the error. A
+    file that is still being written is waited for. Of files whose suffix is that of no format edgevlm reads, the first
+    of each suffix is told on stderr, and none is answered. What is in a JSON Lines file is held in memory (some hundred
+    bytes a picture): for years of pictures, take --sqlite. Needs pip install 'edgevlm[watch]'.
+
+    \b
+    edgevlm watch ./camera --question "Is the door open?" --choices yes,no --sqlite door.db
+    edgevlm watch ./gauges --question "Read the gauge." --schema reading.json -o readings.jsonl
+    """
+    from edgevlm.cli.output import Progress, print_row
+    from edgevlm.jobs.sinks import JsonlStore, SqliteStore
+    from edgevlm.jobs.spec import Defaults
+    from edgevlm.jobs.watch import Watch, Watcher
+
+    if (output is None) == (sqlite is None):
+        raise click.UsageError("name one place for the answers: -o FILE or --sqlite DB")
+    form, generation, runtime = answer_form(options), generation_config(options), runtime_config(options)
+    what = Watch(folder, Defaults(question, form, generation), recursive, settle, patience)
+    with SqliteStore(sqlite) if sqlite else JsonlStore(output) as store:  # type: ignore[arg-type]
+        stop = _until_told()
+        chosen = chosen_model(options["model"])
+        with Progress() as progress:
+            progress.stage("loading the model")
+            from edgevlm.vlm import VLM
+
+            vlm = VLM(chosen, runtime)
+        show = _print_json if as_json else print_row if sys.stdout.isatty() else _say_nothing
+        click.echo(f"watching {folder}", err=True)
+        Watcher(what, vlm, store, show, partial(click.echo, err=True)).run(stop)
+
+
+def _print_json(row: dict[str, Any]) -> None:
+    click.echo(write_json(row))
+
+
+def _say_nothing(_: dict[str, Any]) -> None:
+    """Keep answers out of a service's log."""
+
+
+def _until_told() -> Event:
+    """Return an event that Ctrl-C and SIGTERM set; told a second time, the program ends at once."""
+    stop = Event()
+
+    def end(number: int, frame: object) -> None:  # noqa: ARG001
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), end)
+    return stop

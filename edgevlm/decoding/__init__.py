@@ -1,0 +1,1 @@
+"""From logits to tokens to text: the generator, sampling, structured output, drafting, scoring."""

@@ -1,0 +1,83 @@
+"""How an answer is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from edgevlm.decoding.sampling import make_sampler
+from edgevlm.decoding.structured import Constraint
+from edgevlm.errors import OptionError
+from edgevlm.families.base import Detail, ImageBudget
+from edgevlm.inputs.chat_template import check_variables
+
+DETAILS = ("auto", "low", "high")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How an answer is made; greedy by default."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    detail: Detail = "auto"
+    """`low`: the global view only; `auto`: as many tiles as the picture's pixels fill; `high`: as the checkpoint's own
+    processor does, which enlarges small pictures."""
+    max_tiles: int | None = None
+    """At most this many tiles for each picture, its global view included."""
+    draft_tokens: int = 8
+    """Most tokens drafted from earlier text for one step to check; 0 drafts none. In float32 the answer is the same;
+    in BF16 a step of several tokens rounds differently from a step of one, and a near tie may fall the other way."""
+    constraint: Constraint | None = None
+    """The form that the answer must have."""
+    top_logprobs: int | None = None
+    """Give each token's log-probability with this many of the likeliest in its place; 0: its own alone; None: none."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the answer's text, but for those that are part of it, such as granite-docling's
+    `<doctag>`; False shows all but the end token, and stop texts see them."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The chat template's own variables, such as `enable_thinking`."""
+    cache_salt: str = ""
+    """What has been computed under one salt is not used under another: neither the time to the first token nor
+    `cached_tokens` then tells one caller what another has shown."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise OptionError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.detail not in DETAILS:
+            raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
+        if self.max_tiles is not None and self.max_tiles < 1:
+            raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
+        if not 0 <= self.draft_tokens <= 64:
+            raise OptionError(f"draft_tokens must be between 0 and 64, not {self.draft_tokens}")
+        if not isinstance(self.constraint, Constraint | None):
+            raise OptionError("constraint must be a Constraint, such as Constraint.json_schema(…)")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
+            raise OptionError(f"top_logprobs must be between 0 and 20, not {self.top_logprobs}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise OptionError("stop must be a tuple of texts, none of them empty")
+        if not isinstance(self.chat_template_kwargs, Mapping):
+            raise OptionError("chat_template_kwargs must be a mapping of the template's variables to values")
+        check_variables(self.chat_template_kwargs)
+        make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
+
+    @property
+    def image_budget(self) -> ImageBudget:
+        """What concerns the pictures."""
+        return ImageBudget(self.detail, self.max_tiles)
+
+    def override(self, options: Mapping[str, Any]) -> GenerationConfig:
+        """Return the configuration with some fields changed. Raises `OptionError`, also for one that there is not."""
+        known = [each.name for each in fields(self)]
+        if unknown := next((name for name in options if name not in known), None):
+            near = get_close_matches(unknown, known, 1)
+            say = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise OptionError(f"there is no option {unknown!r}; {say}")
+        return replace(self, **options) if options else self

@@ -1,0 +1,117 @@
+"""How likely each of several given answers is, read off the logits without generating anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.decoding.sampling import Logits, log_softmax
+from edgevlm.errors import DeviceError
+from edgevlm.inputs.prompt import Prompt
+from edgevlm.metrics import Stopwatch, Timings
+from edgevlm.runtime.kv_session import Session, common_length
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Choices and how likely the model is to answer with each.
+
+    A choice's log-likelihood is the sum of its tokens' log-probabilities and that of the answer's end after them,
+
+        log p(c) = sum_i log p(c_i | prompt, c_1 ... c_(i-1)) + log p(end | prompt, c),
+
+    so that `yes` is not preferred to `yes, two` for being its beginning. The probabilities are their softmax: the
+    model's own, given that it answers with one of the choices. Nothing is divided by the length, which would no longer
+    be a probability. It is the rule by which GPT-3 was scored on multiple choice (Brown et al. 2020, section 2.4), with
+    the end added; they are as well calibrated as the model is.
+    """
+
+    log_likelihoods: Mapping[str, float]
+    prompt_tokens: int
+    image_tokens: int
+    tiles: int
+    cached_tokens: int
+    cached_tiles: int
+    timings: Timings
+
+    @property
+    def probabilities(self) -> dict[str, float]:
+        """Each choice's probability; together they are 1."""
+        shares = np.exp(log_softmax(np.array(list(self.log_likelihoods.values()))))
+        return dict(zip(self.log_likelihoods, shares.tolist(), strict=True))
+
+    @property
+    def best(self) -> str:
+        """The likeliest choice, the first among equals."""
+        return max(self.log_likelihoods, key=lambda choice: self.log_likelihoods[choice])
+
+    @property
+    def mass(self) -> float:
+        """How likely the model was to answer with any of the choices at all; near 0, it had something else to say."""
+        return float(np.exp(list(self.log_likelihoods.values())).sum())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm run --choices --json` prints."""
+        return {
+            "answer": self.best,
+            "probabilities": {choice: round(p, 6) for choice, p in self.probabilities.items()},
+            "mass": round(self.mass, 6),
+            "prompt_tokens": self.prompt_tokens,
+            "image_tokens": self.image_tokens,
+            "tiles": self.tiles,
+            "cached_tokens": self.cached_tokens,
+            "cached_tiles": self.cached_tiles,
+            "timings": {name: round(getattr(self.timings, name), 6) for name in _TIMINGS},
+        }
+
+
+_TIMINGS = ("load_s", "preprocess_s", "vision_s", "prefill_s", "total_s")
+
+
+def log_likelihoods(
+    session: Session, prompt: Prompt, answers: Sequence[Sequence[int]], eos_token_ids: Sequence[int], watch: Stopwatch
+) -> list[float]:
+    """Return the log-likelihood of each answer's token ids and the end after them.
+
+    The prompt is read once. Answers are read in sorted order, each from where it parts from the one before. Raises
+    `DeviceError` where the logits overflow.
+    """
+    with watch.stage("prefill"):
+        start = session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images)
+        rows = _read(session, prompt, start)
+    watch.count("cached_tokens", start)
+    found: dict[tuple[int, ...], float] = {}
+    before: tuple[int, ...] = ()
+    for ids in sorted(map(tuple, answers)):
+        common = common_length(before, ids)
+        if session.rewindable:
+            session.rewind(len(prompt) + common)
+        elif session.length > len(prompt):
+            session.reset()
+            common, rows = 0, _read(session, prompt, 0)
+        if common < len(ids):
+            rows = np.concatenate([rows[: common + 1], _log_probabilities(session.step(ids[common:]))])
+        found[ids] = _sum(rows, ids, eos_token_ids)
+        before = ids
+    return [found[tuple(ids)] for ids in answers]
+
+
+def _read(session: Session, prompt: Prompt, start: int) -> npt.NDArray[np.float64]:
+    """Read the prompt after its first `start` tokens; return the log-probabilities `(1, V)` of what follows."""
+    embeds, inputs = prompt.inputs_embeds[:, start:], prompt.inputs.after(start)
+    return _log_probabilities(session.prefill(embeds, 1, prompt.keys[start:], inputs))
+
+
+def _log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:
+    if not np.isfinite(logits.max()):
+        raise DeviceError("the model's logits are no numbers on this device; try --inference-precision f32")
+    return log_softmax(logits)
+
+
+def _sum(rows: npt.NDArray[np.float64], ids: Sequence[int], eos_token_ids: Sequence[int]) -> float:
+    end = np.logaddexp.reduce(rows[len(ids), list(eos_token_ids)])
+    return float(rows[np.arange(len(ids)), list(ids)].sum() + end)

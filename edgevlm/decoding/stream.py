@@ -1,0 +1,156 @@
+"""The one generator: a prompt's embeddings in, pieces of text out; everything else is a view of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import perf_counter
+from typing import TypeAlias
+
+import numpy as np
+
+from edgevlm.answer import Answer, FinishReason, Piece, TokenLogprob
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.prompt_lookup import PromptLookup
+from edgevlm.decoding.sampling import Chooser, Logits, make_sampler, token_logprob
+from edgevlm.decoding.stop_text import StopText
+from edgevlm.decoding.structured import Vocabulary
+from edgevlm.errors import IncompleteAnswerError
+from edgevlm.inputs.prompt import Prompt
+from edgevlm.inputs.tokenizer import Tokenizer
+from edgevlm.metrics import Stopwatch, peak_memory
+from edgevlm.runtime.kv_session import Session
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with a stage's name, the steps done and the steps in all."""
+
+
+def stream_tokens(
+    session: Session, prompt: Prompt, chooser: Chooser, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
+) -> Iterator[tuple[int, Logits]]:
+    """Yield up to `max_tokens` token ids after the prompt, each with the logits `(V,)` that stood in its place.
+
+    The caller stops when it has seen the end. Every token is the chooser's, after all tokens before it: a draft that it
+    does not choose is taken back. What it is forced to choose goes to the model as a draft that always comes true.
+    """
+    ahead, drafted = chooser.forced[: max_tokens - 1], 0
+    with watch.stage("prefill"):
+        start = session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images)
+        inputs_embeds = prompt.inputs_embeds[:, start:]
+        if ahead:
+            inputs_embeds = np.concatenate([inputs_embeds, session.embed(ahead)], axis=1)
+        keys = [*prompt.keys[start:], *ahead]
+        logits = session.prefill(inputs_embeds, 1 + len(ahead), keys, prompt.inputs.after(start))
+    watch.count("cached_tokens", start)
+    left = max_tokens
+    while True:
+        accepted = 0
+        for row, expected in zip(logits, [*ahead, None], strict=True):
+            token = chooser.choose(row)
+            watch.first_token = watch.first_token or perf_counter()
+            drafter.add(token)
+            left -= 1
+            yield token, row
+            if not left or chooser.complete:
+                return
+            if token != expected:
+                break
+            accepted += 1
+            watch.count("accepted_tokens", bool(drafted))
+        if drafted:
+            session.rewind(session.length - drafted + accepted)
+            drafter.learn(drafted, accepted)
+        forced = chooser.forced[: left - 1]
+        draft = [] if forced else chooser.possible(drafter.draft(left - 1))
+        ahead, drafted = forced or draft, len(draft)
+        watch.count("drafted_tokens", drafted)
+        logits = session.step([token, *ahead])
+
+
+def stream_answer(
+    session: Session,
+    prompt: Prompt,
+    config: GenerationConfig,
+    *,
+    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
+    lead: str,
+    eos_token_ids: Sequence[int],
+    context_length: int,
+    watch: Stopwatch,
+    load_s: float,
+    on_progress: Progress | None = None,
+) -> Iterator[Piece]:
+    """Yield the answer's pieces; the last one carries the `Answer`.
+
+    `lead` is what the model writes before an answer; one with a constraint begins after it. `on_progress` is told of
+    every token, also of one that completes no text; what it raises ends the answer.
+    """
+    room = context_length - len(prompt)
+    budget = min(config.max_new_tokens, room)
+    sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
+    guided = config.constraint is not None
+    chooser = vocabulary.guide(config.constraint, sampler, lead) if config.constraint else Chooser(sampler)
+    detokenizer = tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
+    text = StopText(config.stop, lead if guided else "")
+    drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0)
+    ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    told = 0
+    reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
+    for token, logits in stream_tokens(session, prompt, chooser, budget, watch, drafter):
+        ids.append(token)
+        if on_progress:
+            on_progress("decode", len(ids), budget)
+        if token in eos_token_ids:
+            reason = "stop"
+            break
+        if config.top_logprobs is not None:
+            logprobs.append(token_logprob(token, logits, config.top_logprobs, vocabulary.token_bytes))
+        if piece := text.add(detokenizer.add(token)):
+            yield Piece(piece, logprobs=tuple(logprobs[told:]))
+            told = len(logprobs)
+        if text.stopped:
+            break
+    rest = text.finish(detokenizer.finish())
+    if text.stopped or chooser.complete:
+        reason = "stop"
+    answer = Answer(
+        text=text.shown,
+        finish_reason=reason,
+        prompt_tokens=len(prompt),
+        image_tokens=prompt.image_tokens,
+        generated_tokens=len(ids),
+        tiles=prompt.tiles,
+        token_ids=tuple(ids),
+        cached_tokens=watch.counts.get("cached_tokens", 0),
+        cached_tiles=prompt.cached_tiles,
+        drafted_tokens=watch.counts.get("drafted_tokens", 0),
+        accepted_tokens=watch.counts.get("accepted_tokens", 0),
+        forced_tokens=chooser.forced_tokens,
+        satisfied=chooser.satisfied and not text.stopped,
+        logprobs=tuple(logprobs),
+        timings=watch.timings(load_s, len(ids)),
+        peak_memory_bytes=peak_memory(),
+    )
+    yield Piece(rest, answer, tuple(logprobs[told:]))
+
+
+def whole(pieces: Iterable[Piece]) -> Answer:
+    """Return the answer that the last piece carries. Raises `IncompleteAnswerError`."""
+    *_, last = pieces
+    assert last.answer is not None
+    check_satisfied(last.answer)
+    return last.answer
+
+
+def check_satisfied(answer: Answer) -> None:
+    """Raise `IncompleteAnswerError` for an answer that was cut before it had the form it was to have."""
+    if answer.satisfied is False:
+        why = {
+            "length": f"max_new_tokens ({answer.generated_tokens}) was reached; allow more, or a shorter form",
+            "context": "the context is full; ask about fewer or smaller pictures",
+            "stop": "a stop text came in the middle of it",
+        }
+        raise IncompleteAnswerError(
+            f"the answer is not whole and does not satisfy the constraint: {why[answer.finish_reason]}", answer
+        )

@@ -1,0 +1,238 @@
+"""What an answer has to look like, and the guide that lets no other token through (llguidance)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.decoding.json_schema import JSON_STYLE, enforceable, goes_on
+from edgevlm.decoding.sampling import Chooser, Logits, Sampler
+from edgevlm.errors import OptionError, one_line
+from edgevlm.strict_json import read_json, write_json
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from edgevlm.inputs.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A form that every answer has; make one with its constructors, which raise `OptionError` for a bad form."""
+
+    grammar: str = field(repr=False)
+    """The form as an llguidance grammar, in JSON."""
+    source: str
+    """The form as it was given."""
+    is_json: bool = False
+    """Whether all that it allows is JSON."""
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | str) -> Constraint:
+        """Allow JSON that a JSON Schema describes, given as a mapping or as JSON text.
+
+        A keyword that cannot be enforced is an error, never overlooked. `source` is the schema as it was given, and the
+        grammar is of what `edgevlm.decoding.json_schema` makes of it.
+        """
+        from llguidance import LLMatcher
+
+        try:
+            found = read_json(schema) if isinstance(schema, str) else dict(schema)
+            text = write_json(found)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise OptionError(f"the JSON schema is not JSON: {one_line(error)}") from None
+        if not isinstance(found, dict):
+            raise OptionError(f"the JSON schema must be an object, not {text[:40]}")
+        held = enforceable(found)
+        return _checked(
+            "JSON schema",
+            lambda: LLMatcher.grammar_from_json_schema(json.dumps(held), defaults=JSON_STYLE),
+            text,
+            is_json=True,
+        )
+
+    @classmethod
+    def json(cls) -> Constraint:
+        """Allow any JSON object."""
+        return cls.json_schema({"type": "object"})
+
+    @classmethod
+    def regex(cls, pattern: str) -> Constraint:
+        """Allow what a regular expression (Rust's `regex` syntax, no look-around) matches from end to end."""
+        from llguidance import LLMatcher
+
+        return _checked("regular expression", lambda: LLMatcher.grammar_from_regex(pattern), pattern)
+
+    @classmethod
+    def choices(cls, texts: Sequence[str]) -> Constraint:
+        """Allow one of these texts."""
+        check_choices(texts)
+        quoted = [json.dumps(text, ensure_ascii=False) for text in texts]
+        return _checked("choices", lambda: _lark(f"start: {' | '.join(quoted)}", {}), ", ".join(quoted))
+
+    @classmethod
+    def lark(cls, grammar: str, forms: Mapping[str, Constraint] | None = None) -> Constraint:
+        """Allow what a grammar in llguidance's dialect of Lark describes; its `start` rule is the answer.
+
+        `@name` in it is what the form of that name allows.
+        """
+        return _checked("grammar", lambda: _lark(grammar, forms or {}), grammar)
+
+    def after(self, lead: str) -> str:
+        """Return the grammar of `lead` and then the answer."""
+        if not lead:
+            return self.grammar
+        return _lark(f"start: {json.dumps(lead)} @form", {"form": self})
+
+
+def _lark(grammar: str, forms: Mapping[str, Constraint]) -> str:
+    grammars = [{"name": "answer", "lark_grammar": grammar}]
+    for name, form in forms.items():
+        body, *rest = json.loads(form.grammar)["grammars"]
+        grammars += [body | {"name": name}, *rest]
+    return json.dumps({"grammars": grammars})
+
+
+def check_choices(texts: Sequence[str]) -> None:
+    """Raise `OptionError` unless there are choices, none of them empty and no two alike."""
+    if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise OptionError("choices must be one text or more, none of them empty")
+    if len(set(texts)) < len(texts):
+        raise OptionError("choices must differ from one another")
+
+
+def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = False) -> Constraint:
+    from llguidance import LLMatcher
+
+    try:
+        grammar = make()
+        wrong = LLMatcher.validate_grammar(grammar)
+        if not wrong and not is_json and not goes_on(grammar):
+            wrong = "no text satisfies it"
+    except (ValueError, TypeError, RecursionError) as error:  # surrogates, which are not Unicode text
+        wrong = str(error)
+    if wrong:
+        raise OptionError(f"the {what} cannot be used: {_first_lines(wrong)}")
+    return Constraint(grammar, source, is_json)
+
+
+def _first_lines(message: str) -> str:
+    """Return the parser's complaint without the excerpt and the state that it draws below."""
+    lines = [line.strip() for line in message.partition("<state>")[0].splitlines()]
+    return " ".join(line for line in lines if not re.fullmatch(r"\d* ?\|.*|\^*", line))[:300]
+
+
+class Vocabulary:
+    """The model's tokens as bytes: what a guide chooses from. Made on first use, in about a third of a second."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]) -> None:
+        self._source, self._size, self._eos = tokenizer, size, list(eos_token_ids)
+        self._lock = Lock()
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        size = max(self._size, self._source.size)  # a tokenizer may know tokens that the model has no logits for
+        return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
+
+    def _get(self) -> LLTokenizer:
+        with self._lock:
+            return self._tokenizer
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return what a token stands for; a special token is its name."""
+        return self._get().decode_bytes([token_id])
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text` as an answer would hold it, with no special token. Raises `OptionError`."""
+        tokenizer = self._get()
+        try:
+            ids = tokenizer.tokenize_str(text)
+        except UnicodeEncodeError:
+            raise OptionError("a choice is not valid Unicode text; write it in UTF-8") from None
+        special = [each for each in ids if tokenizer.is_special_token(each)]
+        if special:
+            raise OptionError(f"a choice may not contain {self.token_bytes(special[0]).decode()}, a special token")
+        return ids
+
+    def guide(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> Guide:
+        """Return a guide for one answer, which is preceded by `lead`. Raises `OptionError`."""
+        from llguidance import LLMatcher, LLParserLimits
+
+        # As set by llguidance, they end an answer at an object of five hundred optional properties.
+        limits = LLParserLimits(max_items_in_row=100_000, step_max_items=1_000_000)
+        matcher = LLMatcher(self._get(), constraint.after(lead), log_level=0, limits=limits)
+        return Guide(matcher, sampler, self._eos)
+
+
+class Guide(Chooser):
+    """Chooses an answer's tokens among those that the constraint allows.
+
+    Where the constraint leaves one text only, its tokens are `forced`: they are chosen without a look at the logits, so
+    that the model reads them together.
+    """
+
+    def __init__(self, matcher: LLMatcher, sampler: Sampler, eos_token_ids: Sequence[int]) -> None:
+        super().__init__(sampler)
+        self._matcher = matcher
+        self._eos = frozenset(eos_token_ids)
+        self._forced: deque[int] = deque()
+        self._look_ahead()
+        if not self._matcher.is_stopped():
+            self._bits()  # a form that nothing fits is refused before the answer begins
+
+    @property
+    def forced(self) -> list[int]:
+        return list(self._forced)
+
+    @property
+    def complete(self) -> bool:
+        return not self._forced and self._matcher.is_stopped()
+
+    @property
+    def satisfied(self) -> bool:
+        return not self._forced and self._matcher.is_accepting()
+
+    def choose(self, logits: Logits) -> int:
+        if self._forced:
+            self.forced_tokens += 1
+            return self._forced.popleft()
+        token = super().choose(np.where(self._allowed(len(logits)), logits, np.float32(-np.inf)))
+        if token not in self._eos:
+            self._matcher.consume_token(token)
+            self._look_ahead()
+        return token
+
+    def possible(self, draft: Sequence[int]) -> list[int]:
+        return list(draft[: self._matcher.validate_tokens(list(draft))])
+
+    def _allowed(self, size: int) -> npt.NDArray[np.bool_]:
+        """Return for each token of the vocabulary whether it may come next."""
+        return np.unpackbits(self._bits(), count=size, bitorder="little").view(np.bool_)
+
+    def _bits(self) -> npt.NDArray[np.uint8]:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        if not bits.any():
+            raise OptionError("the constraint asks for text that the model has no tokens for")
+        return bits
+
+    def _look_ahead(self) -> None:
+        forced = self._matcher.compute_ff_tokens()
+        self._matcher.consume_tokens(forced)
+        self._forced.extend(forced)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise OptionError(f"the constraint cannot be followed: {_first_lines(self._matcher.get_error())}")

@@ -1,0 +1,194 @@
+"""A picture in any form a user may have it, to one uint8 RGB array.
+
+The reference for a plain file is transformers' `load_image`: EXIF orientation applied, then RGB. Transparency is
+laid over white, as the Idefics3 image processor does with an RGBA picture; 16-bit samples keep their high byte. The
+fourth byte of a BMP, TGA or ICO is padding where it is 0 throughout: the picture is opaque.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from edgevlm.errors import ImageError, ImageTooLargeError, one_line
+from edgevlm.families.base import MAX_PIXELS, RGB
+
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]"
+Images: TypeAlias = "ImageInput | Sequence[ImageInput] | None"
+
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
+"""Pixel formats only: Pillow would also take, say, PostScript, and run an interpreter on a stranger's program."""
+
+_FOURTH_BYTE = {"BMP", "DIB", "TGA", "ICO"}
+"""Formats of four bytes a pixel whose writers often have no alpha to put into the fourth, and leave it 0."""
+_SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What stands an image of each EXIF orientation upright."""
+_ONE_AT_A_TIME = Lock()
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes, in lower case, that Pillow knows for the formats read here; 60 ms at the first call."""
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
+    """Return `source` as a uint8 array `(H, W, 3)`, upright, transparency laid over white.
+
+    `source` is a path, the bytes of an image file, a PIL image, or a uint8 array `(H, W, 3)`. Of an animation the
+    first frame is taken. Raises `ImageError`.
+    """
+    if isinstance(source, np.ndarray):
+        return _check_array(source, max_pixels)
+    if isinstance(source, Image.Image):
+        with _quiet():
+            return _to_rgb(source, "the image", max_pixels)
+    if isinstance(source, bytes):
+        return _decode(source, "the image", max_pixels)
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(f"an image must be a path, bytes, a PIL image or a uint8 array, not {type(source).__name__}")
+    return _decode(read_image(source), printable(os.fspath(source)), max_pixels)
+
+
+def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise the `ImageError` that the file's first bytes already call for; nothing is decoded."""
+    data, name = source, "the image"
+    if not isinstance(data, bytes):
+        name = printable(os.fspath(data))
+        data = read_image(data)
+    with _quiet(), _open(data, name, max_pixels) as image:
+        _check_size(*image.size, name, max_pixels)
+
+
+def read_image(source: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image file, whatever they are. Raises `ImageError`."""
+    path, name = Path(source), printable(os.fspath(source))
+    try:
+        if path.is_dir():
+            raise ImageError(f"{name} is a folder, not an image file")
+        if path.exists() and not path.is_file():
+            raise ImageError(f"{name} is a device or a pipe, not an image file; use - for stdin")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ImageError(f"no such image file: {name}") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _check_array(array: npt.NDArray[Any], max_pixels: int) -> RGB:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise ImageError(f"an image array must be uint8 of shape (H, W, 3), not {array.dtype} of {array.shape}")
+    _check_size(array.shape[1], array.shape[0], "the image", max_pixels)
+    return np.ascontiguousarray(array)
+
+
+def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageTooLargeError(
+            f"{name} has {width}x{height} pixels, more than the limit of {max_pixels:,}; shrink it first"
+        )
+
+
+def _decode(data: bytes, name: str, max_pixels: int) -> RGB:
+    with _quiet(), _open(data, name, max_pixels) as image:
+        return _to_rgb(image, name, max_pixels)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Pillow's warnings, of many pixels or a broken EXIF block: what matters of them is an `ImageError`.
+
+    The filters belong to the whole process, so one picture is decoded at a time.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    if not data:
+        raise ImageError(f"{name} is empty, not an image")
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ImageError(f"{name} is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)") from None
+    except Image.DecompressionBombError:
+        # Pillow's own limit may be the lower one, and it does not tell the size apart.
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise ImageTooLargeError(f"{name} has more pixels than the limit of {limit:,}; shrink it first") from None
+    except Exception as error:  # a decoder may raise anything on hostile bytes
+        raise ImageError(f"{name} cannot be opened as an image: {one_line(error)}") from None
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RGB:
+    _check_size(*image.size, name, max_pixels)
+    if 0 in image.size:
+        raise ImageError(f"{name} has no pixels")
+    if image.mode == "F":
+        raise ImageError(f"{name} has floating-point pixels; convert it to 8 bits a channel first")
+    try:
+        image.load()
+        return np.asarray(_flatten(_upright(image)))
+    except Exception as error:  # as above: truncated or hostile data
+        raise ImageError(f"{name} cannot be decoded, it may be truncated: {one_line(error)}") from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned as its EXIF orientation asks; `ImageOps.exif_transpose` fails where EXIF is broken."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # the pixels are good all the same
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Return the image in mode RGB."""
+    if image.mode in _SIXTEEN_BIT:
+        samples = np.asarray(image)
+        high_byte = (np.clip(samples, 0, 65535).astype(np.uint16) >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            high_byte[samples == image.info["transparency"]] = 255
+        return Image.fromarray(high_byte).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        if image.format in _FOURTH_BYTE and rgba.getchannel("A").getextrema() == (0, 0):
+            return rgba.convert("RGB")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def printable(path: str) -> str:
+    """Return a path for a message of one line: neither control characters nor a whole picture in base64."""
+    short = path if len(path) <= 300 else path[:299] + "…"
+    return short if short and short.isprintable() else repr(short)
+
+
+def as_list(images: Images) -> list[ImageInput]:
+    """Return one picture, several or none as a list."""
+    if images is None:
+        return []
+    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        return [images]
+    return list(images)

@@ -1,0 +1,75 @@
+"""What stands before the models: pictures to tiles, a conversation to token ids. No OpenVINO here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.errors import DamagedModelError, PromptError
+from edgevlm.families import Visual, make_family
+from edgevlm.families.base import ImageBudget, LaidOut
+from edgevlm.inputs.chat_template import ChatTemplate, Message
+from edgevlm.inputs.image import ImageInput, load_image
+from edgevlm.inputs.tokenizer import Tokenizer
+from edgevlm.manifest import Manifest
+
+
+class Processor:
+    """Family, tokenizer and chat template of one exported folder."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.family = make_family(manifest.family, manifest.family_facts)
+        self.tokenizer = Tokenizer(folder, manifest.text_tokens)
+        source = _read_text(folder / manifest.chat_template)
+        self.template = ChatTemplate(source, manifest.special_tokens)
+        known = (self.family.placeholder, *self.family.other_placeholders)
+        self._placeholder = next((each for each in known if each in source), self.family.placeholder)
+        self._vocab_size = manifest.vocab_size
+        self._bos_token = manifest.special_tokens.get("bos_token")
+
+    def preprocess(self, images: Sequence[ImageInput], budget: ImageBudget) -> list[Visual]:
+        """Return the views of each picture of one prompt. Raises `ImageError`."""
+        detail = self.family.detail_for(budget.detail, len(images))
+        return [self.family.preprocess(load_image(image), detail, budget.max_tiles) for image in images]
+
+    def prompt_ids(
+        self, messages: Sequence[Message], pictures: Sequence[LaidOut], variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Return the prompt's token ids, each image placeholder replaced by its picture's block.
+
+        Control tokens and placeholders are those of the template and of the blocks: what the messages say never becomes
+        one. A template that begins with the BOS token is given no other, as transformers does it.
+        """
+        said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
+        first, *rest = self.template.render(said, given).split(self._placeholder)
+        if len(rest) != len(pictures):
+            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(pictures)} images")
+        blocks = [self.family.image_text(each.layout) for each in pictures]
+        prompt = first + "".join(block + text for block, text in zip(blocks, rest, strict=True))
+        has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
+        return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)
+
+    def _escaped(self, value: Any) -> Any:
+        """Return texts, and what holds texts, with control tokens and placeholders escaped."""
+        if isinstance(value, str):
+            return self.tokenizer.escape(value, self._placeholder)
+        if isinstance(value, Mapping):
+            return {key: self._escaped(each) for key, each in value.items()}
+        return [self._escaped(each) for each in value] if isinstance(value, list | tuple) else value
+
+    def check_known(self, ids: npt.NDArray[np.int64]) -> None:
+        """Raise `PromptError` for a token that the tokenizer knows and the model has no embedding for."""
+        unknown = ids[ids >= self._vocab_size]
+        if len(unknown):
+            raise PromptError(f"the model has no embedding for {self.tokenizer.token(int(unknown[0]))}; leave it out")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DamagedModelError(f"{path} cannot be read: {error}; export the model again") from None

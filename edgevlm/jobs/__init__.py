@@ -1,0 +1,1 @@
+"""Many pictures: batch and watch, their rows, queues and sinks."""

@@ -1,0 +1,164 @@
+"""Where `edgevlm watch` keeps its answers: a JSON Lines file or an SQLite database, whole after a kill."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from filelock import FileLock, Timeout
+
+from edgevlm.errors import OutputError
+from edgevlm.jobs.jsonl import Row, append_rows, beside, read_rows, writing
+from edgevlm.strict_json import write_json
+
+_COLUMNS = {
+    "time": "TEXT NOT NULL",
+    "path": "TEXT NOT NULL",
+    "sha256": "TEXT",
+    "size": "INTEGER NOT NULL",
+    "mtime_ns": "INTEGER NOT NULL",
+    "job": "TEXT NOT NULL",
+    "question": "TEXT NOT NULL",
+    "answer": "TEXT",
+    "value": "TEXT",
+    "probabilities": "TEXT",
+    "finish_reason": "TEXT",
+    "error": "TEXT",
+    "seconds": "REAL",
+}
+
+_INSERT = f"INSERT OR IGNORE INTO answers ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' for _ in _COLUMNS)})"  # noqa: S608
+_FIND = "SELECT 1 FROM answers WHERE job = ? AND path = ?"
+
+
+class Store(Protocol):
+    """Rows by picture and job; `OutputError` where they cannot be kept."""
+
+    @property
+    def path(self) -> Path:
+        """The file; others that go with it have names that begin with its name."""
+        ...
+
+    def __enter__(self) -> Store: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def has_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
+        """Tell whether a file has been answered, and has not been written since."""
+        ...
+
+    def has_picture(self, job: str, path: str, sha256: str) -> bool:
+        """Tell whether these very bytes have been answered under that name."""
+        ...
+
+    def add(self, row: Row) -> None:
+        """Put a row onto the disk."""
+        ...
+
+
+class JsonlStore:
+    """A JSON Lines file, written by one process at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = FileLock(beside(path, ".lock"))
+        self._files: set[tuple[str, str, int, int]] = set()
+        self._pictures: set[tuple[str, str, str]] = set()
+
+    def __enter__(self) -> JsonlStore:
+        with writing(self.path):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise OutputError(f"another process is writing {self.path}; end it first") from None
+        for row, _ in read_rows(self.path):
+            self._note(row)
+        with writing(self.path):
+            append_rows(self.path, [])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+        with suppress(OSError):
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def has_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
+        return (job, path, size, mtime_ns) in self._files
+
+    def has_picture(self, job: str, path: str, sha256: str) -> bool:
+        return (job, path, sha256) in self._pictures
+
+    def add(self, row: Row) -> None:
+        with writing(self.path):
+            append_rows(self.path, [row])
+        self._note(row)
+
+    def _note(self, row: Row) -> None:
+        try:
+            self._files.add((row["job"], row["path"], row["size"], row["mtime_ns"]))
+            self._pictures.add((row["job"], row["path"], row["sha256"]))
+        except KeyError:
+            raise OutputError(f"{self.path} holds other rows; choose another file, or delete it") from None
+
+
+class SqliteStore:
+    """A table `answers` in an SQLite database, which others may read meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._database: sqlite3.Connection | None = None
+
+    def __enter__(self) -> SqliteStore:
+        columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
+        with self._cursor() as database:
+            # Write-ahead logging lets others read while this process writes; FULL puts each row onto the disk.
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute(
+                f"CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, {columns}, UNIQUE (job, path, sha256))"
+            )
+            database.execute("CREATE INDEX IF NOT EXISTS answers_file ON answers (job, path, size, mtime_ns)")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._database:
+            self._database.close()
+
+    def has_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
+        return self._finds(f"{_FIND} AND size = ? AND mtime_ns = ?", job, path, size, mtime_ns)
+
+    def has_picture(self, job: str, path: str, sha256: str) -> bool:
+        return self._finds(f"{_FIND} AND sha256 = ?", job, path, sha256)
+
+    def add(self, row: Row) -> None:
+        values = [
+            write_json(row[name]) if name in {"value", "probabilities"} and name in row
+            else row.get(name)
+            for name in _COLUMNS
+        ]  # fmt: skip
+        with self._cursor() as database:
+            database.execute(_INSERT, values)
+
+    def _finds(self, query: str, *values: object) -> bool:
+        with self._cursor() as database:
+            return bool(database.execute(query, values).fetchone())
+
+    @contextmanager
+    def _cursor(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection for one transaction."""
+        try:
+            if self._database is None:
+                self._database = sqlite3.connect(self.path, timeout=30)
+            with self._database:
+                yield self._database
+        except sqlite3.Error as error:
+            raise OutputError(f"cannot use the database {self.path}: {error}") from None

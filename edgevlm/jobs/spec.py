@@ -1,0 +1,165 @@
+"""One row of work: pictures, a question, the form of its answer; and the row that comes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.output_format import Form
+from edgevlm.decoding.stream import whole
+from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
+from edgevlm.inputs.image import read_image
+from edgevlm.manifest import hash_file
+from edgevlm.model_store import MANIFEST, find_model
+from edgevlm.strict_json import read_json
+
+if TYPE_CHECKING:
+    from edgevlm.vlm import VLM
+
+ROW_ERRORS = (ImageError, PromptError, OptionError, IncompleteAnswerError)
+"""What a row may have wrong with it; anything else concerns them all."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of a jobs file that is not blank."""
+
+    line: int
+    """Where it is in the file, from 1."""
+    data: bytes
+    key: str
+    """Names what is asked of which model: rows that would be answered alike have the same."""
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a row of a jobs file says."""
+
+    id: Any = UNSET
+    image: str | list[str] | UnsetType = UNSET
+    question: str | UnsetType = UNSET
+    schema: str | dict[str, Any] | UnsetType = UNSET
+    choices: list[str] | UnsetType = UNSET
+    regex: str | UnsetType = UNSET
+    max_new_tokens: int | UnsetType = UNSET
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Return those of the fields that the row has."""
+        return {name: value for name in names if (value := getattr(self, name)) is not UNSET}
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds for rows that do not say otherwise."""
+
+    question: str | None = None
+    form: Form = field(default_factory=Form)
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def salt(self, model: str | None) -> str:
+        """Return what all rows' keys share: the model's manifest, by its SHA-256, and these defaults.
+
+        Raises `ModelError`.
+        """
+        manifest = find_model(model) / MANIFEST
+        try:
+            known = hash_file(manifest)
+        except FileNotFoundError:
+            known = ""
+        except OSError as error:
+            raise ModelError(f"{manifest} cannot be read: {error.strerror or error}") from None
+        return json.dumps([known, asdict(self)], sort_keys=True, default=str)
+
+
+def read_jobs(path: Path, salt: str) -> list[Job]:
+    """Return the rows of a JSON Lines file, whatever is in them. Raises `OptionError` if it cannot be read."""
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        raise OptionError(f"no such jobs file: {path}") from None
+    except OSError as error:
+        raise OptionError(f"cannot read the jobs file {path}: {error.strerror or error}") from None
+    rows = ((number, line.strip()) for number, line in enumerate(lines, 1))
+    return [Job(number, line, job_key(salt, line)) for number, line in rows if line]
+
+
+def job_key(salt: str, data: bytes) -> str:
+    """Return the name of a job."""
+    return hashlib.sha256(salt.encode() + b"\0" + data).hexdigest()[:16]
+
+
+class Asker:
+    """Answers jobs with one model; a row that cannot be answered says why under `error`."""
+
+    def __init__(self, vlm: VLM, defaults: Defaults, folder: Path) -> None:
+        self._vlm, self._defaults, self._folder = vlm, defaults, folder
+
+    def __call__(self, job: Job) -> dict[str, Any]:
+        """Return the answer's row, which begins with the job's `line` and `key`."""
+        row: dict[str, Any] = {"line": job.line, "job": job.key}
+        try:
+            task = _parse(job.data)
+            row |= task.given("id", "image")
+            return row | self._ask(task)
+        except ROW_ERRORS as error:
+            return row | {"error": str(error)}
+
+    def _ask(self, task: Row) -> dict[str, Any]:
+        question = self._defaults.question if task.question is UNSET else task.question
+        if question is None:
+            raise OptionError('the row has no "question", and --question gives none')
+        own = task.given("schema", "choices", "regex")
+        if isinstance(task.schema, str):
+            own["schema"] = self._folder / task.schema
+        form = Form.of(**own) if own else self._defaults.form
+        config = self._defaults.config.override(task.given("max_new_tokens"))
+        names = [] if task.image is UNSET else [task.image] if isinstance(task.image, str) else task.image
+        images = [read_image(self._folder / name) for name in names]
+        return ask(self._vlm, images, question, config, form)
+
+
+def ask(vlm: VLM, images: list[bytes], question: str, config: GenerationConfig, form: Form) -> dict[str, Any]:
+    """Return what a model makes of pictures, given as the bytes of their files, as fields of a row.
+
+    Raises `ImageError`, `PromptError`, `OptionError` and `IncompleteAnswerError`.
+    """
+    started = perf_counter()
+    row: dict[str, Any] = {"sha256": [hashlib.sha256(data).hexdigest() for data in images], "question": question}
+    if form.choices:
+        scores = vlm.score(images, question, form.choices, config)
+        row |= {"answer": scores.best, "probabilities": {key: round(p, 6) for key, p in scores.probabilities.items()}}
+    else:
+        answer = whole(vlm.stream(images, question, replace(config, constraint=form.constraint)))
+        row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
+        if form.constraint and form.constraint.is_json:
+            row["value"] = _value(answer.text)
+    return row | {"seconds": round(perf_counter() - started, 3)}
+
+
+def _value(text: str) -> Any:
+    """Return what an answer in JSON says. Raises `OptionError` for numbers that a row cannot hold, such as 1e999."""
+    try:
+        return read_json(text)
+    except ValueError as error:
+        raise OptionError(
+            f"the answer has the form, but {error}; narrow the schema with minimum, maximum and maxItems"
+        ) from None
+
+
+def _parse(data: bytes) -> Row:
+    """Return a row's fields, of the right types. Raises `OptionError`."""
+    try:
+        return msgspec.convert(read_json(data), Row)
+    except msgspec.ValidationError as error:
+        raise OptionError(
+            f"the row cannot be used: {error}; its fields are {', '.join(Row.__struct_fields__)}"
+        ) from None
+    except ValueError as error:
+        raise OptionError(f"the row is not JSON that can be read: {error}") from None

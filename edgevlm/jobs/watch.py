@@ -1,0 +1,244 @@
+"""A folder of pictures, each answered once, soon after it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Event
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from edgevlm.errors import ImageError, OptionError
+from edgevlm.inputs.image import image_suffixes, load_image, printable, read_image
+from edgevlm.jobs.jsonl import Row
+from edgevlm.jobs.sinks import Store
+from edgevlm.jobs.spec import ROW_ERRORS, Defaults, ask, job_key
+from edgevlm.jobs.work_queue import ignore
+
+if TYPE_CHECKING:
+    from edgevlm.vlm import VLM
+
+_SCAN_S = 10.0
+"""How often the whole folder is looked through: of what another machine writes to a share, no notice comes."""
+_MOST_KINDS = 20
+"""Kinds of files passed over that are told: suffixes may be numbers without end."""
+_TEMPORARY = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", ".download", ".swp", ".lock", "~")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Which folder is watched, and what is asked about each picture in it."""
+
+    folder: Path
+    defaults: Defaults
+    recursive: bool = False
+    settle_s: float = 1.0
+    """A file must have stayed as it is for so long before it is read."""
+    patience_s: float = 30.0
+    """A file that cannot be read as a picture is taken for a broken one when it has stayed so for so long."""
+
+    def __post_init__(self) -> None:
+        _check_folder(self.folder, f"no such folder: {self.folder}")
+        if not self.defaults.question:
+            raise OptionError("watching needs a question")
+        if not 0 < self.settle_s <= self.patience_s:
+            raise OptionError("the time to settle must be above 0 and not above the patience")
+        if find_spec("watchfiles") is None:
+            raise OptionError("watching needs watchfiles; install it with: pip install 'edgevlm[watch]'")
+
+
+@dataclass
+class _Waiting:
+    """A file that may still be being written."""
+
+    size: int
+    mtime_ns: int
+    since: float = field(default_factory=monotonic)
+    broken: bool = False
+
+
+class Watcher:
+    """Answers a folder's pictures into a store, those first that were there before.
+
+    A picture is known by its name, its bytes and what is asked: one that is written anew is answered anew, one that was
+    answered before a restart is not. `on_row` is given each row, `on_passed` a line for the first file of each kind
+    that is passed over because its name is no picture's.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        vlm: VLM,
+        store: Store,
+        on_row: Callable[[Row], object] = ignore,
+        on_passed: Callable[[str], object] = ignore,
+    ) -> None:
+        self._watch, self._vlm, self._store, self._on_row, self._on_passed = watch, vlm, store, on_row, on_passed
+        self._question = watch.defaults.question or ""
+        self._job = job_key(watch.defaults.salt(str(vlm.folder)), self._question.encode())
+        self._folder = watch.folder.resolve()
+        self._waiting: dict[Path, _Waiting] = {}
+        self._done: dict[Path, tuple[int, int]] = {}
+        self._own = store.path.resolve()
+        self._passed: set[str] = set()
+
+    def run(self, stop: Event) -> None:
+        """Watch until `stop` is set; an answer that is being made is made. Raises `OptionError`, `OutputError`."""
+        from watchfiles import watch
+
+        step = max(10, int(1000 * self._watch.settle_s / 4))
+        scanned = None
+        for changes in watch(
+            self._folder,
+            watch_filter=None,
+            stop_event=stop,
+            rust_timeout=step,
+            debounce=step,
+            yield_on_timeout=True,
+            raise_interrupt=False,
+            recursive=self._watch.recursive,
+        ):
+            for _, name in changes:
+                self._notice(Path(name))
+            if scanned is None or monotonic() - scanned > _SCAN_S:  # first when the watch is already on
+                for path in self._scan():
+                    self._notice(path)
+                scanned = monotonic()
+            for path in list(self._waiting):
+                if stop.is_set():
+                    return
+                self._consider(path)
+
+    def _scan(self) -> Iterator[Path]:
+        """Yield the folder's files, the oldest first."""
+        pattern = "**/*" if self._watch.recursive else "*"
+        _check_folder(self._folder, f"the folder {self._folder} is gone")
+        found = []
+        for path in self._folder.glob(pattern):
+            if not _is_picture(path):
+                self._pass_over(path)
+            elif stat := _stat(path):
+                found.append((stat.st_mtime_ns, path))
+        yield from (path for _, path in sorted(found))
+
+    def _notice(self, path: Path) -> None:
+        """Let a file wait, or wait anew if it has been written since, unless it has been answered."""
+        if not _is_picture(path):
+            self._pass_over(path)
+            return
+        stat = _stat(path)
+        if stat is None:
+            self._waiting.pop(path, None)
+            self._done.pop(path, None)  # else a watch of years would remember every file there ever was
+            return
+        waiting, facts = self._waiting.get(path), (stat.st_size, stat.st_mtime_ns)
+        if facts == self._done.get(path) or (waiting and facts == (waiting.size, waiting.mtime_ns)):
+            return
+        if self._store.has_file(self._job, self._name(path), *facts):
+            self._settle(path, *facts)
+        else:
+            self._waiting[path] = _Waiting(*facts)
+
+    def _pass_over(self, path: Path) -> None:
+        """Tell the first file of each suffix that is no picture's, unless nobody would take it for one."""
+        kind = path.suffix.lower()
+        if kind in self._passed or len(self._passed) == _MOST_KINDS or self._is_nobodys(path) or _stat(path) is None:
+            return
+        self._passed.add(kind)
+        why = f"{kind} is no format that edgevlm reads" if kind else "it has no suffix"
+        others = "such files" if len(self._passed) < _MOST_KINDS else "such files, and of more kinds,"
+        self._on_passed(f"passed over: {printable(self._name(path))}, {why}; further {others} are not told")
+
+    def _is_nobodys(self, path: Path) -> bool:
+        """Tell whether a file is hidden, temporary, or the store's own."""
+        own = path.parent == self._own.parent and path.name.startswith(self._own.name)
+        hidden = any(part.startswith((".", "~")) for part in path.relative_to(self._folder).parts)
+        return own or hidden or path.name.lower().endswith(_TEMPORARY)
+
+    def _settle(self, path: Path, size: int, mtime_ns: int) -> None:
+        """Take note that there is nothing to do about a file as it is."""
+        self._done[path] = size, mtime_ns
+        self._waiting.pop(path, None)
+
+    def _consider(self, path: Path) -> None:
+        """Answer a file that has been left alone for long enough and is a picture, or will not become one."""
+        self._notice(path)
+        waiting = self._waiting.get(path)
+        if waiting is None:
+            return
+        age = monotonic() - waiting.since
+        if age < (self._watch.patience_s if waiting.broken else self._watch.settle_s):
+            return
+        try:
+            data = read_image(path)
+            load_image(data)
+        except ImageError as error:
+            if waiting.broken:
+                self._add(path, waiting, {"sha256": _hash_of(path), "question": self._question, "error": str(error)})
+            waiting.broken = True
+            return
+        if len(data) == waiting.size:  # else it grew while it was read
+            self._answer(path, waiting, data)
+
+    def _answer(self, path: Path, waiting: _Waiting, data: bytes) -> None:
+        sha256 = hashlib.sha256(data).hexdigest()
+        if self._store.has_picture(self._job, self._name(path), sha256):
+            self._settle(path, waiting.size, waiting.mtime_ns)
+            return
+        defaults = self._watch.defaults
+        try:
+            row = ask(self._vlm, [data], self._question, defaults.config, defaults.form)
+        except ROW_ERRORS as error:
+            row = {"question": self._question, "error": str(error)}
+        self._add(path, waiting, row | {"sha256": sha256})
+
+    def _add(self, path: Path, waiting: _Waiting, row: Row) -> None:
+        head = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "path": self._name(path),
+            "sha256": row["sha256"],
+            "size": waiting.size,
+            "mtime_ns": waiting.mtime_ns,
+            "job": self._job,
+        }
+        self._store.add(head | row)
+        self._settle(path, waiting.size, waiting.mtime_ns)
+        self._on_row(head | row)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
+
+
+def _check_folder(folder: Path, gone: str) -> None:
+    """Raise `OptionError` for a folder that is none, or may not be read: `glob` would find it empty."""
+    try:
+        with os.scandir(folder):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise OptionError(gone) from None
+    except OSError as error:
+        raise OptionError(f"cannot read the folder {folder}: {error.strerror or error}") from None
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    """Return a file's facts, or None if it is gone or none."""
+    try:
+        return path.stat() if path.is_file() else None
+    except OSError:
+        return None
+
+
+def _hash_of(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(read_image(path)).hexdigest()
+    except ImageError:
+        return None

@@ -1,0 +1,86 @@
+"""How a model is run on this machine, and what that means in OpenVINO's properties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgevlm.errors import OptionError
+
+InferencePrecision = Literal["auto", "f32", "bf16", "f16"]
+PRECISIONS = ("auto", "f32", "bf16", "f16")
+KVCachePrecision = Literal["auto", "u8", "f16", "f32"]
+KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
+KVCache = Literal["paged", "stateful"]
+KV_CACHES = ("paged", "stateful")
+
+KERNELS_KEPT = 256
+"""Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met
+costs about 8 ms more. With OpenVINO's own 5,000 a process that meets prompts of many lengths grows for thousands of
+requests; on SmolVLM-256M's shape 16 suffice to keep the next token as fast."""
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """How a model is run on this machine."""
+
+    device: str = "AUTO"
+    """`AUTO` is the GPU where OpenVINO sees one, else the CPU."""
+    threads: int | None = None
+    """CPU threads; None leaves it to OpenVINO."""
+    inference_precision: InferencePrecision = "auto"
+    """`auto` is OpenVINO's own choice; `f32` also keeps the KV cache and the activations in float32."""
+    kv_cache_precision: KVCachePrecision = "auto"
+    """`auto` is what the export asks for, 16 bits, or float32 with an `inference_precision` of `f32`; `u8` halves the
+    memory of a conversation and moves its answers a little."""
+    kv_cache: KVCache = "stateful"
+    """`stateful` leaves it to OpenVINO's own state. `paged` keeps it in blocks that paged attention reads, on a CPU and
+    where the graph allows it: quicker answers after a slower start, for a process that stays, because OpenVINO 2026.4
+    cannot load a compiled model with paged attention again and compiles it at every start."""
+    cache: bool = True
+    """Keep compiled models on disk, so that the next start is fast."""
+    cache_limit_bytes: int = 2 * 2**30
+    """The oldest compiled models are deleted beyond this."""
+    image_cache_bytes: int = 64 * 2**20
+    """Memory for the embeddings of pictures already looked at; 0 keeps none."""
+    tile_tolerance: float = 0.0
+    """Take a tile for the one last seen in its place when they differ by at most this on average (levels of 0 to 255):
+    for the sensor noise of a fixed camera. 0 asks for equal pixels."""
+    kept_sessions: int = 2
+    """Conversations whose KV cache is kept for a prompt that begins alike; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise OptionError(f"threads must be between 1 and 1024, not {self.threads}")
+        for name in ("image_cache_bytes", "tile_tolerance", "kept_sessions"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if self.inference_precision not in PRECISIONS:
+            raise OptionError(f"inference precision must be one of {', '.join(PRECISIONS)}")
+        if self.kv_cache_precision not in KV_CACHE_PRECISIONS:
+            raise OptionError(f"KV cache precision must be one of {', '.join(KV_CACHE_PRECISIONS)}")
+        if self.kv_cache not in KV_CACHES:
+            raise OptionError(f"KV cache must be one of {', '.join(KV_CACHES)}")
+
+    def properties(self, device: str) -> dict[str, Any]:
+        """Return OpenVINO's properties for a part without a KV cache."""
+        properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if device.startswith("CPU"):
+            properties["CPU_RUNTIME_CACHE_CAPACITY"] = KERNELS_KEPT
+            properties["ENABLE_CPU_PINNING"] = False  # else every process with one thread takes the same core
+            if self.threads is not None:
+                properties["INFERENCE_NUM_THREADS"] = self.threads
+        if self.inference_precision != "auto":
+            properties["INFERENCE_PRECISION_HINT"] = self.inference_precision
+        if self.inference_precision == "f32" and device.startswith("CPU"):
+            properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+        return properties
+
+    def language_properties(self, device: str) -> dict[str, Any]:
+        """Return OpenVINO's properties for the language model."""
+        properties = self.properties(device)
+        if self.kv_cache_precision != "auto":
+            properties["KV_CACHE_PRECISION"] = self.kv_cache_precision
+        elif self.inference_precision == "f32" and device.startswith("CPU"):
+            properties["KV_CACHE_PRECISION"] = "f32"
+        return properties

@@ -1,0 +1,57 @@
+"""OpenVINO's core and devices; its telemetry is cut off here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.errors import DamagedModelError, DeviceError
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+def import_openvino() -> Any:
+    """Import OpenVINO without its telemetry, which would otherwise try the network at every import.
+
+    OpenVINO and NNCF take a missing `openvino_telemetry` for "none installed".
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+@cache
+def core() -> ov.Core:
+    """Return the process's OpenVINO core."""
+    return import_openvino().Core()
+
+
+def resolve_device(name: str) -> str:
+    """Return the OpenVINO device that `name` means on this machine. Raises `DeviceError`."""
+    available = list(core().available_devices)
+    wanted = name.upper()
+    if wanted == "AUTO":
+        return next((device for device in available if device.startswith("GPU")), "CPU")
+    if wanted in available or any(device.split(".")[0] == wanted for device in available):
+        return wanted
+    raise DeviceError(f"no device {name} here; OpenVINO sees {', '.join(available) or 'none'}")
+
+
+def read_ir(path: Path) -> ov.Model:
+    """Read an OpenVINO IR, its weights mapped from the file. Raises `DamagedModelError`."""
+    try:
+        return core().read_model(path)
+    except RuntimeError as error:
+        raise DamagedModelError(f"{path} cannot be read by OpenVINO: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    """Return the telling line of an OpenVINO error, which come as a stack of source locations."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (telling or lines or [type(error).__name__])[-1].replace(os.linesep, " ")

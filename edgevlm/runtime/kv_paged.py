@@ -1,0 +1,138 @@
+"""The KV cache in blocks that edgevlm holds, read by OpenVINO's paged attention: the quicker way on a CPU.
+
+Measured with SmolVLM-256M's shape, INT4 weights and 877 tokens, against OpenVINO's own state: a prompt takes 0.84 of
+the time, a step 0.9, and several tokens after what is known already (the rest of a changed picture, a draft) 0.4 to
+0.7.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.families.base import LanguageInputs
+from edgevlm.runtime.core import first_line, import_openvino
+from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP, keep_last_logits
+from edgevlm.runtime.kv_session import DecoderFacts, Requests, Session
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+logger = logging.getLogger(__name__)
+_CONTROLS = {
+    "inputs_embeds",
+    "position_ids",
+    "past_lens",
+    "subsequence_begins",
+    "block_indices",
+    "block_indices_begins",
+    "max_context_len",
+}
+"""The inputs of a graph with paged attention, besides its caches."""
+_SPARE = 8
+"""Blocks by which a cache grows at least."""
+
+
+def with_paged_attention(model: ov.Model) -> ov.Model | None:
+    """Turn a stateful LM's attention into paged attention, and add `logits_to_keep`; None if its graph is another's.
+
+    The model is of no use afterwards where the answer is None.
+    """
+    from openvino._offline_transformations import paged_attention_transformation
+
+    hidden = model.input("inputs_embeds").get_partial_shape()[-1]
+    try:
+        paged_attention_transformation(model)
+    except RuntimeError as error:
+        logger.info("no paged attention: %s", first_line(error))
+        return None
+    inputs = {each.any_name for each in model.inputs}
+    if {name for name in inputs if not _is_cache(name)} != _CONTROLS or not any(map(_is_cache, inputs)):
+        logger.info("no paged attention: the graph's inputs are %s", ", ".join(sorted(inputs)))
+        return None
+    embeds = model.input("inputs_embeds").get_node()
+    embeds.set_partial_shape(import_openvino().PartialShape([-1, hidden]))  # of which the change forgets the second
+    return keep_last_logits(model, axis=0)
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith(("key_cache.", "value_cache."))
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What the caches of one compiled LM are made of."""
+
+    blocks: dict[str, tuple[ov.Type, list[int]]]
+    """By input: the type of an element, and the shape of a block as the device lays it out."""
+    block_size: int
+    """Tokens in a block."""
+
+    @classmethod
+    def of(cls, compiled: ov.CompiledModel) -> Pages | None:
+        """Return the layout, or None for an LM whose cache is OpenVINO's state."""
+        shapes = {each.any_name: each for each in compiled.inputs if _is_cache(each.any_name)}
+        if not shapes:
+            return None
+        blocks = {
+            name: (each.get_element_type(), [size.get_length() for size in list(each.get_partial_shape())[1:]])
+            for name, each in shapes.items()
+        }
+        return cls(blocks, blocks["value_cache.0"][1][1])  # (block, head, token, head_dim)
+
+
+class PagedSession(Session):
+    """A sequence whose cache lies in blocks of its own; going back costs nothing."""
+
+    past_factor = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
+
+    def __init__(self, requests: Requests, decoder: DecoderFacts, pages: Pages) -> None:
+        super().__init__(requests, decoder)
+        self._pages = pages
+        self._buffers = {
+            name: np.zeros((0, math.prod(shape) * kind.bitwidth // 8), np.uint8)
+            for name, (kind, shape) in pages.blocks.items()
+        }
+
+    def _forget(self, length: int) -> None:
+        pass
+
+    def _reserve(self, blocks: int) -> None:
+        """Make room for so many blocks. The new ones are zeros: kernels multiply what they then leave out."""
+        before = len(self._buffers["value_cache.0"])
+        if blocks <= before:
+            return
+        openvino = import_openvino()
+        held = max(blocks + _SPARE, before * 3 // 2)
+        for name, (kind, shape) in self._pages.blocks.items():
+            old = self._buffers[name]
+            new = self._buffers[name] = np.zeros((held, old.shape[1]), np.uint8)
+            new[:before] = old
+            self._request.set_tensor(name, openvino.Tensor(new, openvino.Shape([held, *shape]), kind))
+
+    def _read(
+        self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
+    ) -> npt.NDArray[np.float32]:
+        count = inputs_embeds.shape[1]
+        total = self.length + count
+        blocks = -(-total // self._pages.block_size)
+        self._reserve(blocks)
+        outputs = self._request.infer(
+            {
+                "inputs_embeds": inputs_embeds[0],
+                "position_ids": inputs.positions[0],
+                "past_lens": np.array([self.length], np.int32),
+                "subsequence_begins": np.array([0, count], np.int32),
+                "block_indices": np.arange(blocks, dtype=np.int32),
+                "block_indices_begins": np.array([0, blocks], np.int32),
+                "max_context_len": np.array(total, np.int32),
+                LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
+            },
+            share_inputs=True,
+        )
+        return np.asarray(outputs["logits"], np.float32).reshape(logits_to_keep, -1)

@@ -1,0 +1,171 @@
+"""One sequence being decoded: what is in its KV cache, and when it is worth going on from there."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.families.base import DecoderTraits, LanguageInputs
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+_KEY_COST, _NARROWEST = 1 / 6, 512
+"""Attending to one key costs a token this much over the hidden size, measured by its matrix products: a layer has
+12 hidden^2 products of them, and 2 hidden a key. Below the narrowest width overheads hide the difference."""
+
+
+def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """Return the embeddings `(1, n, hidden)` of `n` token ids, looked up by a request of the embedding table."""
+    tokens = np.asarray(ids, np.int64).reshape(1, -1)
+    return np.array(request.infer([tokens])[0], np.float32)
+
+
+class Requests(NamedTuple):
+    """The inference requests of one sequence."""
+
+    decoder: ov.InferRequest
+    embeddings: ov.InferRequest
+
+
+@dataclass(frozen=True)
+class DecoderFacts:
+    """What sessions know of the decoder that they run."""
+
+    hidden_size: int
+    traits: DecoderTraits = field(default_factory=DecoderTraits)
+    extras: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]] = field(default_factory=dict)
+    """Inputs beside embeddings, positions and the cache: type and shape for each token."""
+
+
+class Session(ABC):
+    """One sequence being decoded, with its own KV cache; sessions of one model may run in several threads."""
+
+    past_factor: ClassVar[float]
+    """Several tokens' attention to a key that the cache holds already takes this much longer than to one of their own
+    (measured with SmolVLM-256M's shape)."""
+
+    def __init__(self, requests: Requests, decoder: DecoderFacts) -> None:
+        self._request, self._embeddings = requests.decoder, requests.embeddings
+        self._decoder = decoder
+        self._key_cost = _KEY_COST / max(decoder.hidden_size, _NARROWEST)
+        self.keys: list[Hashable] = []
+        """What each live entry of the cache holds: a token id, or a name for a row of a picture's features."""
+        self._positions = np.zeros((decoder.traits.position_axes, 0), np.int64)
+        """Where each live entry stands, on every axis."""
+
+    @abstractmethod
+    def _forget(self, length: int) -> None:
+        """Leave the first `length` live entries of the cache."""
+
+    @abstractmethod
+    def _read(
+        self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
+    ) -> npt.NDArray[np.float32]:
+        """Feed `(1, n, hidden)` and what belongs to it; return the logits `(logits_to_keep, V)`."""
+
+    def _entries(self, common: int) -> int:
+        """Return how many of the cache's entries are read by what goes on after the first `common` positions."""
+        return common
+
+    @property
+    def length(self) -> int:
+        """Live entries of the KV cache."""
+        return len(self.keys)
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether the sequence can be cut, and so whether drafts can be taken back."""
+        return self._decoder.traits.rewindable
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._forget(0)
+        self.keys = []
+        self._positions = self._positions[:, :0]
+
+    def rewind(self, length: int) -> None:
+        """Forget everything after the first `length` entries."""
+        if length == 0:
+            self.reset()
+        elif length < self.length:
+            assert self.rewindable, "a state that cannot be cut can only be begun anew"
+            self._forget(length)
+            del self.keys[length:]
+            self._positions = self._positions[:, :length]
+
+    def rewind_to_common(
+        self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
+    ) -> int:
+        """Rewind to where the sequence parts from `keys`, leaving at least the last of them to feed; return there.
+
+        Where reading all of `keys` anew is quicker than going on from there, rewind to the beginning. `inputs` say
+        where the keys stand: what stands elsewhere is not the same. `images` are the places of each picture's features,
+        for decoders that reuse a picture whole or not at all.
+        """
+        common = min(common_length(self.keys, keys), len(keys) - 1)
+        if inputs:
+            same = (self._positions[:, :common] == inputs.positions[:, :common]).all(axis=0)
+            common = int(np.argmin(same)) if not same.all() else common
+        if self._decoder.traits.atomic_images:
+            common = next((each.start for each in images if each.start < common < each.stop), common)
+        if not self.rewindable and common < self.length:
+            common = 0
+        self.rewind(common if self._going_on_pays(common, len(keys)) else 0)
+        return self.length
+
+    def _going_on_pays(self, common: int, length: int) -> bool:
+        rest = length - common
+        going_on = rest * (1 + self.past_factor * self._key_cost * (self._entries(common) + rest / 2))
+        return going_on < length * (1 + self._key_cost * length / 2)
+
+    def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the embeddings `(1, n, hidden)` of `n` token ids."""
+        return embed(self._embeddings, ids)
+
+    def prefill(
+        self,
+        inputs_embeds: npt.NDArray[np.float32],
+        logits_to_keep: int = 1,
+        keys: Sequence[Hashable] | None = None,
+        inputs: LanguageInputs | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Feed `(1, n, hidden)` after what the cache holds; return the last tokens' logits `(logits_to_keep, V)`.
+
+        `keys` name the n tokens for later prompts; without them no later prompt takes them for its own. `inputs` are
+        what else the decoder reads of the first of them; those after go on as text does.
+        """
+        count = inputs_embeds.shape[1]
+        whole = self._completed(inputs, count)
+        logits = self._read(inputs_embeds, whole, logits_to_keep)
+        self.keys += [object() for _ in range(count)] if keys is None else keys
+        self._positions = np.concatenate([self._positions, whole.positions], axis=1)
+        return logits
+
+    def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
+        """Return `inputs` for `count` tokens: text goes on one after the highest position, the same on every axis."""
+        given = inputs.positions if inputs else self._positions[:, :0]
+        last = max((int(each.max()) for each in (self._positions, given) if each.size), default=-1)
+        text = np.broadcast_to(np.arange(count - given.shape[1]) + last + 1, (len(given), count - given.shape[1]))
+        extras = {}
+        for name, (dtype, shape) in self._decoder.extras.items():
+            extras[name] = np.zeros((count, *shape), dtype)
+            if inputs and name in inputs.extras:
+                extras[name][: given.shape[1]] = inputs.extras[name]
+        return LanguageInputs(np.concatenate([given, text], axis=1), extras)
+
+    def step(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Feed tokens; return the logits `(n, V)` after each of them."""
+        return self.prefill(self.embed(token_ids), len(token_ids), token_ids)
+
+
+def common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
+    """Return how many items two sequences begin with in common."""
+    return next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

@@ -1,0 +1,70 @@
+"""The language part: token embeddings, and the LM with a KV cache for each session."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.families.base import DecoderTraits
+from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
+from edgevlm.runtime.kv_paged import PagedSession, Pages
+from edgevlm.runtime.kv_session import DecoderFacts, Requests, Session, embed
+from edgevlm.runtime.kv_stateful import StatefulSession
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+_INPUTS = {"inputs_embeds", "attention_mask", "position_ids", "beam_idx", LOGITS_TO_KEEP}
+
+
+class TextEmbeddings:
+    """The compiled embedding table."""
+
+    def __init__(self, compiled: ov.CompiledModel) -> None:
+        self._compiled = compiled
+
+    def request(self) -> ov.InferRequest:
+        """Return an inference request, one for each session."""
+        return self._compiled.create_infer_request()
+
+    def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the embeddings `(1, n, hidden)` of `n` token ids."""
+        return embed(self.request(), ids)
+
+
+class LanguageModel:
+    """The compiled LM; `session()` gives one conversation's state."""
+
+    def __init__(self, compiled: ov.CompiledModel, embeddings: TextEmbeddings, traits: DecoderTraits) -> None:
+        self._compiled = compiled
+        self._embeddings = embeddings
+        self._pages = Pages.of(compiled)
+        hidden_size = compiled.input("inputs_embeds").get_partial_shape()[-1].get_length()
+        self._facts = DecoderFacts(hidden_size, traits, _extras(compiled) if self._pages is None else {})
+
+    def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the embeddings `(1, n, hidden)` of `n` token ids."""
+        return self._embeddings.embed(ids)
+
+    def warm_up(self) -> None:
+        """Read one token: what OpenVINO puts off until the first inference takes longer than a short prompt does."""
+        self.session().step([0])
+
+    def session(self) -> Session:
+        """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
+        requests = Requests(self._compiled.create_infer_request(), self._embeddings.request())
+        if self._pages is None:
+            return StatefulSession(requests, self._facts)
+        return PagedSession(requests, self._facts, self._pages)
+
+
+def _extras(compiled: ov.CompiledModel) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    """Return type and shape, for each token, of the inputs that every decoder does not have: `(1, n, ...)`."""
+    inputs = {each.any_name: each for each in compiled.inputs if not each.get_names() & _INPUTS}
+    return {
+        name: (each.element_type.to_dtype(), tuple(size.get_length() for size in list(each.partial_shape)[2:]))
+        for name, each in inputs.items()
+    }

@@ -1,0 +1,76 @@
+"""The three compiled parts of an exported folder, adapted to this machine as they are loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgevlm.errors import DeviceError
+from edgevlm.families import Family
+from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
+from edgevlm.model_store import cache_dir
+from edgevlm.runtime.compile_cache import compile_cached
+from edgevlm.runtime.config import RuntimeConfig
+from edgevlm.runtime.core import read_ir
+from edgevlm.runtime.graph_passes import keep_last_logits
+from edgevlm.runtime.kv_paged import with_paged_attention
+from edgevlm.runtime.language_model import LanguageModel, TextEmbeddings
+from edgevlm.runtime.vision_encoder import VisionEncoder, specialise_vision
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartLoader:
+    """Reads, specialises and compiles the parts of one folder for one device."""
+
+    folder: Path
+    manifest: Manifest
+    config: RuntimeConfig
+    device: str
+
+    def vision(self, family: Family) -> VisionEncoder:
+        """Return the vision part, fixed to the family's views where they are all of one size."""
+        model = specialise_vision(self._read(VISION), family.constants, family.view_size)
+        return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)))
+
+    def text_embeddings(self) -> TextEmbeddings:
+        """Return the embedding table."""
+        model = self._read(TEXT_EMBEDDINGS)
+        return TextEmbeddings(self._compile(TEXT_EMBEDDINGS, model, self.config.properties(self.device)))
+
+    def language_model(self) -> LanguageModel:
+        """Return the language model with its embedding table."""
+        embeddings = self.text_embeddings()
+        compiled = self._paged() or self._compile(LANGUAGE, keep_last_logits(self._read(LANGUAGE)), self._properties)
+        return LanguageModel(compiled, embeddings, self.manifest.decoder_traits)
+
+    @property
+    def _properties(self) -> dict[str, Any]:
+        return self.config.language_properties(self.device)
+
+    def _paged(self) -> ov.CompiledModel | None:
+        """Return the LM with paged attention, or None where the device or the graph has none."""
+        if self.config.kv_cache == "stateful" or not self.device.startswith("CPU"):
+            return None
+        if self.manifest.decoder_traits.position_axes > 1:
+            logger.info("no paged attention: positions have several axes")
+            return None
+        model = with_paged_attention(self._read(LANGUAGE))
+        try:
+            return model and compile_cached(model, self.device, self._properties, None, 0)
+        except DeviceError as error:
+            logger.info("no paged attention: %s", error)
+            return None
+
+    def _read(self, part: str) -> ov.Model:
+        return read_ir(self.folder / self.manifest.parts[part].file)
+
+    def _compile(self, part: str, model: ov.Model, properties: dict[str, Any]) -> ov.CompiledModel:
+        entry = cache_dir() / "compiled" / f"{self.manifest.fingerprint}-{part}" if self.config.cache else None
+        return compile_cached(model, self.device, properties, entry, self.config.cache_limit_bytes)

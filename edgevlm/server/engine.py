@@ -1,0 +1,271 @@
+"""One model, one thread that answers, and the bounded queue before it, fair among callers."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from threading import Condition, Event, Thread
+from time import monotonic, time
+
+import numpy as np
+
+from edgevlm.answer import Piece
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.errors import EdgeVLMError
+from edgevlm.inputs.chat_template import Message
+from edgevlm.inputs.image import ImageInput
+from edgevlm.vlm import VLM
+
+logger = logging.getLogger(__name__)
+Deliver = Callable[[Piece | BaseException], None]
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may."""
+
+
+class StoppingError(Exception):
+    """The server is stopping."""
+
+
+class FailedError(Exception):
+    """The answer failed as nobody foresaw; the log says where."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the answer any more; raised inside the model's progress callback to end it."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One conversation to be answered."""
+
+    messages: Sequence[Message]
+    images: Sequence[ImageInput]
+    config: GenerationConfig
+    caller: str
+    deliver: Deliver
+    """Called in the worker's thread with each piece, or with the error that ended the answer."""
+    submitted: float = field(default_factory=monotonic)
+    started: float | None = None
+    abandoned: Event = field(default_factory=Event)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds between being submitted and being begun."""
+        return (self.started or monotonic()) - self.submitted
+
+
+class FairQueue:
+    """Jobs that wait: callers take turns, each one's own jobs in their order."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._taken = 0
+        self._changed = Condition()
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that nobody has taken yet."""
+        with self._changed:
+            return self._count()
+
+    @property
+    def full(self) -> bool:
+        """Whether another job would be refused."""
+        with self._changed:
+            return self._is_full()
+
+    def _count(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def _is_full(self) -> bool:
+        """One job may be in the making beside those that wait."""
+        return self._count() + self._taken > self._limit
+
+    def put(self, job: Job) -> None:
+        """Add a job. Raises `QueueFullError` and `StoppingError`."""
+        with self._changed:
+            if self._closed:
+                raise StoppingError
+            if self._is_full():
+                raise QueueFullError
+            self._waiting.setdefault(job.caller, deque()).append(job)
+            self._changed.notify()
+
+    def take(self) -> Job | None:
+        """Wait for the next job and take it, to be followed by `done`; None when the queue was closed."""
+        with self._changed:
+            while not self._waiting and not self._closed:
+                self._changed.wait()
+            if not self._waiting:
+                return None
+            caller, jobs = self._waiting.popitem(last=False)
+            job = jobs.popleft()
+            if jobs:
+                self._waiting[caller] = jobs  # at the end: the others come first now
+            self._taken += 1
+            return job
+
+    def done(self) -> None:
+        """Tell that a job taken is no longer in the making."""
+        with self._changed:
+            self._taken -= 1
+
+    def remove(self, job: Job) -> None:
+        """Take out a job that nobody waits for any more, if it is still there."""
+        with self._changed:
+            jobs = self._waiting.get(job.caller)
+            if jobs and job in jobs:
+                jobs.remove(job)
+                if not jobs:
+                    del self._waiting[job.caller]
+
+    def close(self) -> list[Job]:
+        """Let nothing more in and return what was waiting."""
+        with self._changed:
+            self._closed = True
+            left = [job for jobs in self._waiting.values() for job in jobs]
+            self._waiting.clear()
+            self._changed.notify_all()
+            return left
+
+
+class Worker:
+    """Loads the model in a thread of its own, and answers one job after another there."""
+
+    def __init__(
+        self,
+        load: Callable[[], VLM],
+        max_queue: int,
+        on_done: Callable[[Job, Piece | BaseException], None] | None = None,
+        on_failure: Callable[[], None] | None = None,
+    ) -> None:
+        """`on_done` is told of each job's end, `on_failure` when the model cannot be loaded; both in the thread."""
+        self._load, self._on_done, self._on_failure = load, on_done, on_failure
+        self._queue = FairQueue(max_queue)
+        self._thread = Thread(target=self._run, name="edgevlm-worker", daemon=True)
+        self._current: Job | None = None
+        self._beat = monotonic()
+        self.started_at = int(time())
+        self.vlm: VLM | None = None
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin to load the model."""
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the model is loaded and has answered once."""
+        return self.vlm is not None
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait."""
+        return self._queue.waiting
+
+    @property
+    def running(self) -> int:
+        """Jobs being answered: 0 or 1."""
+        return int(self._current is not None)
+
+    @property
+    def full(self) -> bool:
+        """Whether another job would be refused."""
+        return self._queue.full
+
+    def stalled_s(self) -> float:
+        """Return for how many seconds the answer being made has not moved; infinite when the thread has died."""
+        if not self._thread.is_alive():
+            return float("inf")
+        return monotonic() - self._beat if self._current else 0.0
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. Raises `QueueFullError` and `StoppingError`."""
+        self._queue.put(job)
+
+    def abandon(self, job: Job) -> None:
+        """Forget a job: out of the queue, or its answer ended before the next token."""
+        job.abandoned.set()
+        self._queue.remove(job)
+
+    def stop_accepting(self) -> None:
+        """Refuse all jobs that wait or come; the one being answered goes on."""
+        for job in self._queue.close():
+            job.deliver(StoppingError())
+
+    def end_current(self) -> None:
+        """End the answer being made before its next token."""
+        if job := self._current:
+            job.abandoned.set()
+            job.deliver(StoppingError())
+
+    def stop(self, timeout_s: float) -> bool:
+        """End everything and wait for the thread; return whether it ended in time."""
+        self.stop_accepting()
+        self.end_current()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            vlm = self._load()
+            warm_up(vlm)
+        except BaseException as error:
+            self.failure = error
+            if self._on_failure:
+                self._on_failure()
+            return
+        self.vlm = vlm
+        while (job := self._queue.take()) is not None:
+            self._current = job
+            end = self._answer(vlm, job)
+            self._current = None
+            self._queue.done()
+            if self._on_done:
+                self._on_done(job, end)
+            job.deliver(end)
+
+    def _answer(self, vlm: VLM, job: Job) -> Piece | BaseException:
+        """Deliver all pieces but the last, and return that, or the error that came instead."""
+        job.started = monotonic()
+
+        def check(*_: object) -> None:
+            self._beat = monotonic()
+            if job.abandoned.is_set():
+                raise AbandonedError
+
+        try:
+            check()
+            stream = vlm.stream_messages(job.messages, job.images, job.config, check)
+            with closing(stream) as pieces:  # type: ignore[type-var]
+                for piece in pieces:
+                    if piece.answer is not None:
+                        return piece
+                    job.deliver(piece)
+                    check()
+        except (EdgeVLMError, AbandonedError) as error:
+            return error
+        except Exception as error:
+            log_failure(error)
+            return FailedError()
+        raise AssertionError("an answer's last piece carries it")
+
+
+def warm_up(vlm: VLM) -> None:
+    """Answer once, so that the first caller does not pay for what OpenVINO puts off until then."""
+    grey = np.full((*(vlm.processor.family.view_size or (256, 256)), 3), 128, np.uint8)
+    vlm.generate(grey, "What is this?", GenerationConfig(max_new_tokens=1, detail="low"))
+
+
+def log_failure(error: BaseException) -> None:
+    """Log where an unexpected error came from, but not its text, which may quote what a caller sent."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s (its text is not logged)\n%s", type(error).__name__, where)

@@ -1,0 +1,140 @@
+"""From OpenAI's messages to edgevlm's: roles, texts, and pictures from where the server may take them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
+
+from edgevlm.families.base import Detail
+from edgevlm.inputs.chat_template import Message, check_variables
+from edgevlm.inputs.image import probe_image
+from edgevlm.server.errors import ApiError, blaming
+from edgevlm.server.schemas import ChatMessage, ImagePart, TextPart
+from edgevlm.server.settings import ServeConfig
+from edgevlm.strict_json import write_json
+
+_ROLES = {"developer": "system", "tool": "user"}
+"""Roles that small models' chat templates do not know, by what they come nearest to."""
+
+
+class Conversation:
+    """What a request says and shows, in edgevlm's terms. Raises `ApiError` and `ImageError`."""
+
+    def __init__(self, messages: Sequence[ChatMessage], config: ServeConfig) -> None:
+        self._config = config
+        self._room = config.max_prompt_chars
+        self.images: list[bytes] = []
+        self._details: set[Detail] = set()
+        self.messages: list[Message] = [self._message(*each) for each in enumerate(messages)]
+
+    @property
+    def detail(self) -> Detail:
+        """How closely all pictures are looked at."""
+        if len(self._details) > 1:
+            raise ApiError(400, "mixed_detail", "all pictures of a request must have the same detail", param="messages")
+        return next(iter(self._details), "auto")
+
+    def add_system(self, text: str) -> None:
+        """Tell the model `text` before everything else, after what the conversation's own beginning tells it."""
+        first = self.messages[0]
+        if first["role"] == "system":
+            self.messages[0] = {"role": "system", "content": [*first["content"], {"type": "text", "text": f"\n{text}"}]}
+        else:
+            self.messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
+
+    def variables(self, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+        """Return the chat template's variables, whose texts count like those of messages."""
+        if given:
+            self._text(write_json(given))
+            with blaming("chat_template_kwargs"):
+                check_variables(given)
+        return given or {}
+
+    def _message(self, number: int, message: ChatMessage) -> Message:
+        place = f"messages.{number}"
+        said = [self._part(f"{place}.content.{at}", part) for at, part in enumerate(message.content or ())]
+        said += [
+            self._text(call_text(each.function.name, each.function.arguments)) for each in message.tool_calls or ()
+        ]
+        if not said:
+            raise ApiError(400, "empty_message", f"{place}: a {message.role} message has no content", param=place)
+        return {"role": _ROLES.get(message.role, message.role), "content": said}
+
+    def _part(self, place: str, part: TextPart | ImagePart) -> dict[str, str]:
+        if isinstance(part, TextPart):
+            return self._text(part.text)
+        if len(self.images) == self._config.max_images:
+            limit = self._config.max_images
+            raise ApiError(413, "too_many_images", f"a request may have at most {limit} pictures", param="messages")
+        with blaming(f"{place}.image_url"):
+            data = read_picture(part.image_url.url, self._config)
+            probe_image(data, self._config.max_pixels)
+        self.images.append(data)
+        self._details.add(part.image_url.detail or "auto")
+        return {"type": "image"}
+
+    def _text(self, text: str) -> dict[str, str]:
+        self._room -= len(text)
+        if self._room < 0:
+            limit = self._config.max_prompt_chars
+            raise ApiError(413, "prompt_too_long", f"the texts have more than {limit:,} characters", param="messages")
+        return {"type": "text", "text": text}
+
+
+def call_text(name: str, arguments: str) -> str:
+    """Return a call as the model writes it."""
+    return f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
+
+
+def read_picture(url: str, config: ServeConfig) -> bytes:
+    """Return the bytes of the picture that `url` holds or names. Raises `ApiError`.
+
+    Nothing is ever fetched: another host's picture is for the caller to send along.
+    """
+    scheme = url[:32].partition(":")[0].lower() if ":" in url[:32] else ""
+    if scheme == "data":
+        return decode_data_url(url)
+    if scheme in ("http", "https", "ftp"):
+        message = "this server fetches no URL; send the picture itself as a data: URL"
+        raise ApiError(400, "remote_image_refused", message)
+    return _read_file(url, config)
+
+
+def decode_data_url(url: str) -> bytes:
+    """Return what a `data:` URL (RFC 2397) holds. Raises `ApiError`."""
+    head, comma, data = url.partition(",")
+    if not comma:
+        raise ApiError(400, "invalid_image", "a data: URL needs a comma before its data")
+    if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
+        return unquote_to_bytes(data)
+    try:
+        text = unquote(data) if "%" in data else data
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, "invalid_image", "the data: URL is not valid base64") from None
+
+
+def _read_file(name: str, config: ServeConfig) -> bytes:
+    """Return a file below the image folder; whether another exists is not told."""
+    if config.image_folder is None:
+        message = "must be a data: URL; this server reads no files (see --image-folder)"
+        raise ApiError(400, "file_refused", message)
+    path = url2pathname(urlsplit(name).path) if name.lower().startswith("file:") else name
+    refusal = ApiError(400, "file_refused", "names no picture under the image folder")
+    try:
+        folder = config.image_folder.resolve(strict=True)
+        file = (folder / Path(path)).resolve(strict=True)
+        if not file.is_relative_to(folder) or not file.is_file():
+            raise refusal
+        if file.stat().st_size > config.max_body_bytes:
+            limit = config.max_body_bytes
+            raise ApiError(413, "body_too_large", f"the picture's file is larger than {limit:,} bytes")
+        return file.read_bytes()
+    except (OSError, ValueError):
+        raise refusal from None

@@ -1,0 +1,1 @@
+"""The three ways to OpenVINO IR: native, through optimum-intel, and from ONNX files."""

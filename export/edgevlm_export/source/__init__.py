@@ -1,0 +1,1 @@
+"""Reading a checkpoint: its folder, its config.json and its safetensors files."""
