@@ -178,6 +178,6 @@ def test_a_model_of_the_user_s_goes_before_it(tmp_path: Path, monkeypatch: pytes
 
 
 def test_an_installation_without_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paths, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(model_store, "_BUNDLED", tmp_path)
     with pytest.raises(ModelNotFoundError, match="panel, the bundled model, is missing; name another with -m"):
         VLM()

@@ -27,7 +27,7 @@ from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import architecture, family_facts
 from edgevlm_export.families import internvl as exporter
-from edgevlm_export.routes import native
+from edgevlm_export.routes import native as native_route
 from edgevlm_export.samples import pixel_values
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
@@ -181,7 +181,7 @@ def test_compressed_exports_answer(precision: Any, published: Path, tmp_path: Pa
 
 def test_pieces_make_the_same_model(exported: Path, published: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """With a limit below one layer's weights, every block is a piece of its own."""
-    monkeypatch.setattr(native, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
     report = export(published, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1

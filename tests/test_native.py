@@ -21,7 +21,7 @@ from edgevlm.runtime.core import core, read_ir
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.graphs.rope import make_rope
 from edgevlm_export.output_folder import FILE_NAMES
-from edgevlm_export.routes import native
+from edgevlm_export.routes import native as native_route
 from edgevlm_export.samples import pixel_views
 from tests.conftest import F32, make_checkpoint, photograph
 
@@ -222,7 +222,7 @@ def bins(folder: Path) -> dict[str, str]:
 
 def test_pieces_make_the_same_model(exported: Path, idefics3: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """With a limit below one layer's weights, every block is a piece of its own."""
-    monkeypatch.setattr(native, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
     report = export(idefics3, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1
