@@ -15,7 +15,7 @@ from unittest.mock import patch
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, Constraint, GenerationConfig
 from edgevlm.decoding.sampling import greedy
-from edgevlm.decoding.structured import Guide
+from edgevlm.decoding.structured import GrammarMatcher
 
 PROMPT = "Tell a short story about a lighthouse keeper and a storm."
 READING = Constraint.json_schema(
@@ -39,18 +39,18 @@ def measure(model: Path, repeat: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     vlm = VLM(model)
     started = perf_counter()
-    vlm.vocabulary.encode("x")
+    vlm.grammar_tokenizer.encode("x")
     found["vocabulary, s, once"].append(perf_counter() - started)
     free = GenerationConfig(max_new_tokens=100, draft_tokens=0)
     for number in range(repeat + 1):
         started = perf_counter()
-        vlm.vocabulary.guide(READING, greedy)
+        vlm.grammar_tokenizer.matcher(READING, greedy)
         compiled = perf_counter() - started
         plain = vlm.generate(None, PROMPT, free)
         anything = vlm.generate(None, PROMPT, replace(free, constraint=Constraint.regex("(?s:.*)")))
         form = replace(free, constraint=READING)
         together = vlm.generate(None, PROMPT, form)
-        with patch.object(Guide, "forced", property(lambda _: [])):
+        with patch.object(GrammarMatcher, "fast_forward", property(lambda _: [])):
             singly = vlm.generate(None, PROMPT, form)
         one_of = vlm.generate(None, PROMPT, replace(free, constraint=Constraint.choices(CHOICES)))
         scores = vlm.score(None, PROMPT, CHOICES)
@@ -62,7 +62,7 @@ def measure(model: Path, repeat: int) -> dict[str, list[float]]:
             )
             found["same tokens"].append(float(together.token_ids == singly.token_ids))
             found["tokens of it"].append(together.generated_tokens)
-            found["tokens of it forced"].append(together.forced_tokens)
+            found["tokens of it forced"].append(together.fast_forward_tokens)
             found["three choices, known prompt, score / generate"].append(
                 scores.timings.total_s / one_of.timings.total_s
             )

@@ -32,12 +32,13 @@ from edgevlm.manifest import LANGUAGE, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import read_ir
-from edgevlm.runtime.loader import PartLoader
+from edgevlm.runtime.loader import ModelLoader
 from edgevlm.vlm import VLM
-from edgevlm_export.calibration import language_samples, load_pairs
+from edgevlm_export.calibration import load_pairs
 from edgevlm_export.compress import compress
 from edgevlm_export.options import Int4Recipe
 from edgevlm_export.output_folder import FILE_NAMES, save_ir, seal
+from edgevlm_export.samples import language_samples
 from edgevlm_export.verify import kl
 
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
@@ -100,7 +101,7 @@ def decode_speed(vlm: VLM, context: int = 900, tokens: int = 48) -> float:
     session.prefill(session.embed(np.arange(context) % 1000 + 100))
     started = perf_counter()
     for token in range(tokens):
-        session.step(100 + token)
+        session.step([100 + token])
     return tokens / (perf_counter() - started)
 
 
@@ -132,7 +133,7 @@ def compare(kept: str) -> None:
     wanted = [reference.language_model.session().prefill(each, count) for _, each, count in cases]
     del reference
     samples = language_samples(
-        Processor(arguments.export, manifest), PartLoader(arguments.export, manifest, FAST, "CPU"), load_pairs()
+        Processor(arguments.export, manifest), ModelLoader(arguments.export, manifest, FAST, "CPU"), load_pairs()
     )
     for name, recipe in RECIPES.items():
         if arguments.only and recipe is not None and name not in arguments.only:
@@ -146,11 +147,11 @@ def compare(kept: str) -> None:
             model = compress(model, "int4" if recipe else "int8", recipe or Int4Recipe(), data)
             save_ir(model, folder / FILE_NAMES[LANGUAGE], "int4")
             seconds = perf_counter() - started
-            precisions = {part: each.precision for part, each in manifest.parts.items()}
+            precisions = {part: each.precision for part, each in manifest.submodels.items()}
             sealed = seal(folder, replace(manifest, verification=None), precisions | {LANGUAGE: "int4"})  # type: ignore[arg-type]
             del model
             row = {"recipe": name, "options": asdict(recipe) if recipe else None, "compress_s": round(seconds, 1)}
-            row["size_mb"] = round(sealed.parts[LANGUAGE].size_bytes / 1e6, 1)
+            row["size_mb"] = round(sealed.submodels[LANGUAGE].size_bytes / 1e6, 1)
             row |= judge(VLM(folder, F32), cases, wanted)
             fast = VLM(folder, FAST)
             if recipe is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
-from edgevlm.bench.measure import QUESTION, sample_picture, touch
+from edgevlm.bench.measure import QUESTION, perturb, sample_picture
 from edgevlm.families.base import RGB
 from edgevlm.inputs.image import load_image
 from edgevlm.runtime.config import KV_CACHES, KVCache
@@ -40,7 +40,7 @@ def reuse(model: Path, picture: Path, repeat: int, kv_cache: KVCache) -> dict[st
     vlm = VLM(model, RuntimeConfig(kv_cache=kv_cache))
     vlm.generate(image, QUESTION, config)
     for number in range(1, repeat + 1):
-        shown = touch(image, number)
+        shown = perturb(image, number)
         new = vlm.generate(shown, QUESTION, config)
         cases = [("new picture", new), ("next question", vlm.generate(shown, "How many people are there?", config))]
         for row, col in product(range(ROWS), range(COLS)):

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.results import write_result
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.bench.measure import QUESTION, ask, sample_picture, touch
+from edgevlm.bench.measure import QUESTION, ask, perturb, sample_picture
 from edgevlm.inputs.image import load_image
 from edgevlm.manifest import LANGUAGE, VISION
 from edgevlm.runtime.core import core, import_openvino, read_ir
@@ -78,15 +78,15 @@ def matmul_operations(model: Any) -> int:
 
 def measure(folder: Path, threads: int) -> dict[str, Any]:
     """Return the machine's limits, what the model needs and reaches, and the shares."""
-    from edgevlm.runtime.vision_encoder import specialise_vision
+    from edgevlm.runtime.vision_encoder import make_static
 
     vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
-    family, parts = vlm.processor.family, vlm.manifest.parts
-    vision = specialise_vision(read_ir(folder / parts[VISION].file), family.constants, family.view_size)
+    family, parts = vlm.processor.family, vlm.manifest.submodels
+    vision = make_static(read_ir(folder / parts[VISION].file), family.constants, family.view_size)
     options = GenerationConfig(max_new_tokens=33, detail="low")
     with tempfile.TemporaryDirectory() as scratch:
         image = load_image(sample_picture(Path(scratch)))
-    answers = [ask(vlm, touch(image, number), QUESTION, options).timings for number in range(6)][1:]
+    answers = [ask(vlm, perturb(image, number), QUESTION, options).timings for number in range(6)][1:]
     tile_s, token_s = median(each.vision_s for each in answers), median(each.tpot_s or 0.0 for each in answers)
     operations, weights = matmul_operations(vision), parts[LANGUAGE].size_bytes
     quantized = parts[VISION].precision == "w8a8"

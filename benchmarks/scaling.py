@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.results import write_result
 from edgevlm import VLM, GenerationConfig
-from edgevlm.bench.measure import Sweep, bench, sample_picture, touch
+from edgevlm.bench.measure import Sweep, bench, perturb, sample_picture
 from edgevlm.families.base import RGB
 from edgevlm.inputs.image import load_image
 
@@ -29,7 +29,7 @@ def questions(model: Path, image: RGB, repetitions: int) -> list[dict[str, Any]]
     rows = []
     for number in range(repetitions):
         for count in QUESTIONS:
-            picture = touch(image, 10 * number + count)
+            picture = perturb(image, 10 * number + count)
             started = perf_counter()
             for index in range(count):
                 vlm.generate(picture, f"Question {index}: what is shown here?", options)

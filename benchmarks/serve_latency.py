@@ -24,7 +24,7 @@ from PIL import Image
 from benchmarks.results import write_result
 from benchmarks.serve_soak import server
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.bench.measure import QUESTION, sample_picture, touch
+from edgevlm.bench.measure import QUESTION, perturb, sample_picture
 from edgevlm.inputs.image import load_image
 
 TOKENS = 16
@@ -64,7 +64,7 @@ def measure(model: Path, rounds: int) -> dict[str, list[float]]:
     with server(model) as (url, _):
         for number in range(rounds + 1):
             for place, way in enumerate(("api", "http") if number % 2 else ("http", "api")):
-                Image.fromarray(touch(base, 2 * number + place)).save(buffer := BytesIO(), "JPEG", quality=90)
+                Image.fromarray(perturb(base, 2 * number + place)).save(buffer := BytesIO(), "JPEG", quality=90)
                 for case, question in (("new picture", QUESTION), ("next question", "How many are there?")):
                     if way == "api":
                         first, total = by_api(vlm, buffer.getvalue(), question)

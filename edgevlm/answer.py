@@ -49,7 +49,7 @@ class Answer:
     drafted_tokens: int
     accepted_tokens: int
     """Drafted tokens that came true."""
-    forced_tokens: int
+    fast_forward_tokens: int
     """Tokens that the constraint left no choice of, which cost no step of their own."""
     satisfied: bool | None
     """Whether the answer has the form that the constraint asks for; None without a constraint."""
@@ -72,7 +72,7 @@ class Answer:
             "cached_tiles": self.cached_tiles,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
-            "forced_tokens": self.forced_tokens,
+            "fast_forward_tokens": self.fast_forward_tokens,
             "satisfied": self.satisfied,
             "timings": {name: round(value, 6) if value is not None else None for name, value in timings.items()}
             | {"peak_memory_bytes": self.peak_memory_bytes},

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from edgevlm.answer import Answer, Piece
 from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.stream import Progress, whole
+from edgevlm.decoding.stream import Progress, collect
 from edgevlm.families.base import RGB
 from edgevlm.inputs.chat_template import Message, text_message, user_message
 from edgevlm.inputs.image import ImageInput, Images, as_list, load_image
@@ -69,7 +69,7 @@ class Chat:
 
         Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
         """
-        return whole(self.stream(question, images))
+        return collect(self.stream(question, images))
 
     def stream(self, question: str, images: Images = None, on_progress: Progress | None = None) -> Iterator[Piece]:
         """Yield the answer piece by piece; one that is broken off is part of the conversation as far as it came.

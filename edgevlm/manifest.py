@@ -16,16 +16,18 @@ from edgevlm.families.base import DecoderTraits
 from edgevlm.model_store import MANIFEST
 from edgevlm.strict_json import write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_RENAMED = {"family_facts": "family_config", "parts": "submodels"}
+"""Fields of schema version 1, which differs from 2 in nothing else."""
 VISION, TEXT_EMBEDDINGS, LANGUAGE = "vision_embeddings", "text_embeddings", "language"
-PART_NAMES = (VISION, TEXT_EMBEDDINGS, LANGUAGE)
-_HASHED_AT_LOAD = 16 * 2**20
+SUBMODELS = (VISION, TEXT_EMBEDDINGS, LANGUAGE)
+_HASH_AT_LOAD_BYTES = 16 * 2**20
 """Files up to this many bytes are hashed at every load; larger ones by `check_files(full=True)`."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One IR file pair of the export."""
+class Submodel:
+    """One IR of the export: its .xml file, the .bin beside it, and how its weights are stored."""
 
     file: str
     precision: str
@@ -47,8 +49,8 @@ class Manifest:
     source: str
     revision: str | None
     family: str
-    family_facts: Mapping[str, Any]
-    parts: Mapping[str, Part]
+    family_config: Mapping[str, Any]
+    submodels: Mapping[str, Submodel]
     files: Mapping[str, File]
     hidden_size: int
     vocab_size: int
@@ -100,17 +102,19 @@ def load_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise DamagedModelError(f"{path} cannot be read ({error}); export the model again") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if version == 1:
+        data = {_RENAMED.get(name, name): value for name, value in data.items()} | {"schema_version": SCHEMA_VERSION}
+    elif version != SCHEMA_VERSION:
         raise DamagedModelError(
-            f"{path} has schema version {version}, this edgevlm reads {SCHEMA_VERSION}; export the model again"
+            f"{path} has schema version {version}, this edgevlm reads 1 and {SCHEMA_VERSION}; export the model again"
         )
     try:
         manifest = msgspec.convert(data, Manifest)
     except msgspec.ValidationError as error:
         raise DamagedModelError(f"{path} is damaged ({error}); export the model again") from None
-    missing = [name for name in PART_NAMES if name not in manifest.parts]
+    missing = [name for name in SUBMODELS if name not in manifest.submodels]
     if missing:
-        raise DamagedModelError(f"{path} names no {missing[0]} part; export the model again")
+        raise DamagedModelError(f"{path} names no {missing[0]} submodel; export the model again")
     return manifest
 
 
@@ -136,7 +140,7 @@ def check_files(folder: Path, manifest: Manifest, *, full: bool = False) -> None
                 f"{path} has {size:,} bytes instead of {expected.size_bytes:,}: truncated or replaced; export again"
             )
         try:
-            same = (size > _HASHED_AT_LOAD and not full) or hash_file(path) == expected.sha256
+            same = (size > _HASH_AT_LOAD_BYTES and not full) or hash_file(path) == expected.sha256
         except OSError as error:
             raise DamagedModelError(f"{path} cannot be read: {error.strerror or error}") from None
         if not same:

@@ -16,15 +16,15 @@ from edgevlm.answer import Answer, Piece
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.scoring import Scores, log_likelihoods
-from edgevlm.decoding.stream import Progress, stream_answer, whole
-from edgevlm.decoding.structured import Vocabulary, check_choices
+from edgevlm.decoding.stream import Progress, collect, stream_answer
+from edgevlm.decoding.structured import GrammarTokenizer, check_choices
 from edgevlm.errors import ContextLengthError, DeviceError
 from edgevlm.families.base import IMAGE_EMBEDS, Visual
 from edgevlm.inputs.chat_template import Message, user_message
 from edgevlm.inputs.image import ImageInput, Images, as_list, load_image
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
-from edgevlm.inputs.vision_cache import EmbeddingCache, EncodedImage, content_key
+from edgevlm.inputs.vision_cache import EncodedImage, VisionCache, content_key
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
@@ -32,9 +32,9 @@ from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import first_line, resolve_device
 from edgevlm.runtime.kv_pool import SessionPool
 from edgevlm.runtime.kv_session import Session
-from edgevlm.runtime.loader import PartLoader
+from edgevlm.runtime.loader import ModelLoader
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class VLM:
@@ -48,13 +48,15 @@ class VLM:
     def __init__(self, model: str | os.PathLike[str] | None = None, config: RuntimeConfig | None = None) -> None:
         started = perf_counter()
         if model is None:
-            _LOG.warning(DEFAULT_NOTICE)
+            logger.warning(DEFAULT_NOTICE)
         self.folder = find_model(model)
         self.config = config or RuntimeConfig()
         self.manifest = load_manifest(self.folder)
         check_files(self.folder, self.manifest)
         self.processor = Processor(self.folder, self.manifest)
-        self.vocabulary = Vocabulary(self.processor.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids)
+        self.grammar_tokenizer = GrammarTokenizer(
+            self.processor.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids
+        )
         self.device = resolve_device(self.config.device)
         try:
             self._load()
@@ -66,7 +68,7 @@ class VLM:
         self.load_s = perf_counter() - started
 
     def _load(self) -> None:
-        loader = PartLoader(self.folder, self.manifest, self.config, self.device)
+        loader = ModelLoader(self.folder, self.manifest, self.config, self.device)
         with ThreadPoolExecutor(1) as pool:  # reading and compiling a part keeps one core busy
             vision = pool.submit(loader.vision, self.processor.family)
             self.language_model = loader.language_model()
@@ -75,7 +77,7 @@ class VLM:
             except RuntimeError as error:  # what a device has compiled it may still not run
                 raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
             self.vision = vision.result()
-        self._vision_cache = EmbeddingCache(self.config.image_cache_bytes, self.config.tile_tolerance)
+        self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.tile_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
 
     @property
@@ -96,7 +98,7 @@ class VLM:
         `options` are fields of `GenerationConfig`, such as `max_new_tokens=16`, and win over `config`. Errors as in
         `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
         """
-        return whole(self.stream(images, question, config, on_progress, **options))
+        return collect(self.stream(images, question, config, on_progress, **options))
 
     def stream(
         self,
@@ -133,8 +135,8 @@ class VLM:
                 prompt,
                 config,
                 tokenizer=self.processor.tokenizer,
-                vocabulary=self.vocabulary,
-                lead=self.processor.template.answer_lead(config.chat_template_kwargs) if config.constraint else "",
+                grammar_tokenizer=self.grammar_tokenizer,
+                lead=self.processor.template.response_prefix(config.chat_template_kwargs) if config.constraint else "",
                 eos_token_ids=self.manifest.eos_token_ids,
                 context_length=self.context_length,
                 watch=watch,
@@ -160,8 +162,8 @@ class VLM:
         watch = Stopwatch()
         pictures = as_list(images)
         prompt = self.prepare([user_message(question, len(pictures))], pictures, config, watch, on_progress)
-        lead = self.processor.template.answer_lead(config.chat_template_kwargs)
-        answers = [self.vocabulary.encode(lead + choice) for choice in choices]
+        lead = self.processor.template.response_prefix(config.chat_template_kwargs)
+        answers = [self.grammar_tokenizer.encode(lead + choice) for choice in choices]
         self._check_length(len(prompt) + max(map(len, answers)))
         with self.session(prompt) as session:
             found = log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
@@ -177,7 +179,7 @@ class VLM:
 
     def session(self, prompt: Prompt) -> AbstractContextManager[Session]:
         """Lend the session that holds most of the prompt's beginning in its KV cache."""
-        return self._sessions.take(prompt.keys)
+        return self._sessions.take(prompt.prefix_keys)
 
     def chat(self, config: GenerationConfig | None = None, system: str | None = None, **options: Any) -> Chat:
         """Return a new conversation; `options` as in `generate`. The model is told `system` before the first turn."""
@@ -216,7 +218,7 @@ class VLM:
         return Prompt(
             merge(self.language_model.embed(ids), ids, family.image_token_id, image_embeds),
             ids=ids.tolist(),
-            keys=prefix_keys(ids, family.image_token_id, rows, config.cache_salt),
+            prefix_keys=prefix_keys(ids, family.image_token_id, rows, config.cache_salt),
             inputs=inputs,
             images=image_places(ids, family.image_token_id, [len(each[IMAGE_EMBEDS]) for each in features]),
             image_tokens=len(image_embeds),

@@ -63,9 +63,9 @@ def serving(vlm: VLM, **options: Any) -> Iterator[Server]:
         assert not thread.is_alive()
 
 
-def wait_until(condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+def wait_until(condition: Callable[[], object], give_up_after_s: float = PATIENCE_S) -> None:
     """Wait for what must come soon."""
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + give_up_after_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig, OptionError, OutputError
-from edgevlm.decoding.output_format import Form
+from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.jobs.batch import Batch, run_batch
 from edgevlm.jobs.spec import Defaults, read_jobs
-from edgevlm.jobs.work_queue import CHUNK, Ledger, Row
+from edgevlm.jobs.work_queue import CHUNK, Row, WorkQueue
 from tests.conftest import F32, photograph
 from tests.test_cli import COMMAND, POSIX, cli
 
@@ -73,7 +73,9 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
         {"image": "2.png"},
     ]
     jobs = write(folder / "jobs.jsonl", rows)
-    batch = Batch(jobs, folder / "out.jsonl", str(exported), F32, Defaults("The default question?", Form(), SHORT))
+    batch = Batch(
+        jobs, folder / "out.jsonl", str(exported), F32, Defaults("The default question?", OutputFormat(), SHORT)
+    )
     progress: list[tuple[int, int]] = []
     tally = run_batch(batch, on_progress=lambda *each: progress.append(each))
     assert tally.to_dict() == {"jobs": 8, "answered": 8, "failed": 0, "known": 0}
@@ -287,7 +289,7 @@ def test_a_write_that_the_system_refuses_loses_nothing(exported: Path, folder: P
     )
     arguments = ["batch", "jobs.jsonl", "-o", "out.jsonl", "-m", str(exported), *OPTIONS]
     done = subprocess.run(
-        [sys.executable, "-c", limited, *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-c", limited, *arguments], cwd=folder, capture_output=True, encoding="utf-8", check=False
     )
     assert done.returncode == 1
     assert done.stderr == (
@@ -315,7 +317,7 @@ def test_a_full_disk_loses_nothing(exported: Path, folder: Path) -> None:
     """
     done = subprocess.run(
         ["/usr/bin/env", "unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
-        cwd=folder, capture_output=True, text=True, check=False,
+        cwd=folder, capture_output=True, encoding="utf-8", check=False,
     )  # fmt: skip
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("no file system may be mounted here")
@@ -324,9 +326,9 @@ def test_a_full_disk_loses_nothing(exported: Path, folder: Path) -> None:
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == list(range(30))
 
 
-def ledger_of(folder: Path, count: int, salt: str = "") -> Ledger:
+def ledger_of(folder: Path, count: int, salt: str = "") -> WorkQueue:
     write(folder / "jobs.jsonl", questions(count))
-    return Ledger(folder / "out.jsonl", read_jobs(folder / "jobs.jsonl", salt))
+    return WorkQueue(folder / "out.jsonl", read_jobs(folder / "jobs.jsonl", salt))
 
 
 def answer(job: Any) -> Row:
@@ -337,7 +339,7 @@ DYING = """
 import os, random, sys, time
 from pathlib import Path
 from edgevlm.jobs.spec import read_jobs
-from edgevlm.jobs.work_queue import Ledger
+from edgevlm.jobs.work_queue import WorkQueue
 
 chance = random.Random(int(sys.argv[1]))
 
@@ -347,7 +349,7 @@ def answer(job):
         os._exit(9)
     return {"line": job.line, "job": job.key}
 
-Ledger(Path("out.jsonl"), read_jobs(Path("jobs.jsonl"), "")).work(answer)
+WorkQueue(Path("out.jsonl"), read_jobs(Path("jobs.jsonl"), "")).work(answer)
 """
 
 
@@ -414,20 +416,20 @@ def test_answers_to_other_jobs_are_left_alone(tmp_path: Path) -> None:
 
 def test_the_same_row_twice_is_answered_twice(tmp_path: Path) -> None:
     write(tmp_path / "jobs.jsonl", [{"question": "?"}] * 20)
-    ledger = Ledger(tmp_path / "out.jsonl", read_jobs(tmp_path / "jobs.jsonl", ""))
+    ledger = WorkQueue(tmp_path / "out.jsonl", read_jobs(tmp_path / "jobs.jsonl", ""))
     ledger.work(answer)
     assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, 21))
 
 
 def test_another_model_or_other_options_make_another_key(exported: Path, exported_int4: Path) -> None:
-    salts = {
-        Defaults().salt(str(exported)),
-        Defaults().salt(str(exported_int4)),
-        Defaults(question="What?").salt(str(exported)),
-        Defaults(config=SHORT).salt(str(exported)),
-        Defaults(form=Form.of(regex="a")).salt(str(exported)),
+    digests = {
+        Defaults().config_digest(str(exported)),
+        Defaults().config_digest(str(exported_int4)),
+        Defaults(question="What?").config_digest(str(exported)),
+        Defaults(config=SHORT).config_digest(str(exported)),
+        Defaults(output_format=OutputFormat.of(regex="a")).config_digest(str(exported)),
     }
-    assert len(salts) == 5
+    assert len(digests) == 5
 
 
 def test_what_concerns_all_rows_is_one_error(exported: Path, folder: Path) -> None:

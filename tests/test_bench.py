@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from edgevlm import VLM, BenchmarkError, GenerationConfig, OptionError
-from edgevlm.bench.measure import Figure, Sweep, ask, bench, fill, measure, sample_picture, touch
+from edgevlm.bench.measure import Figure, Sweep, ask, bench, measure, pad_prompt, perturb, sample_picture
 from edgevlm.bench.report import check_target
 from edgevlm.cli.main import main
 from edgevlm.families.base import ImageBudget
@@ -48,17 +48,17 @@ def test_an_answer_has_just_as_many_tokens_as_asked_for(vlm: VLM) -> None:
 
 def test_a_cache_hit_is_not_called_a_first_token(exported: Path) -> None:
     known, image = VLM(exported, F32), photograph("china.jpg")
-    known.generate(touch(image, 0), "What?", OPTIONS)
+    known.generate(perturb(image, 0), "What?", OPTIONS)
     with pytest.raises(BenchmarkError, match="reused what was known"):
         measure(known, known, image, OPTIONS, "What?", QUICK)
 
 
 def test_a_touched_picture_has_no_tile_in_common_with_any_other(vlm: VLM) -> None:
     image = photograph("china.jpg")
-    tiles = [vlm.processor.preprocess([touch(image, number)], OPTIONS.image_budget)[0].views for number in range(5)]
+    tiles = [vlm.processor.preprocess([perturb(image, number)], OPTIONS.image_budget)[0].views for number in range(5)]
     seen = {view.pixels.tobytes() for picture in tiles for view in picture}
     assert len(seen) == sum(map(len, tiles))
-    assert np.abs(touch(image, 4).astype(int) - image).max() == 4
+    assert np.abs(perturb(image, 4).astype(int) - image).max() == 4
 
 
 def test_the_drawn_picture_is_large_and_each_tile_its_own(vlm: VLM, tmp_path: Path) -> None:
@@ -71,10 +71,10 @@ def test_the_drawn_picture_is_large_and_each_tile_its_own(vlm: VLM, tmp_path: Pa
 
 def test_a_prompt_is_filled_up_or_refused(vlm: VLM) -> None:
     image = photograph("china.jpg")
-    question = fill(vlm, image, OPTIONS, 300)
+    question = pad_prompt(vlm, image, OPTIONS, 300)
     assert 300 <= ask(vlm, image, question, OPTIONS).prompt.__len__() < 330
     with pytest.raises(BenchmarkError, match="a prompt of 600 tokens leaves no room in a context of 512"):
-        fill(vlm, image, OPTIONS, 600)
+        pad_prompt(vlm, image, OPTIONS, 600)
 
 
 def test_a_figure_is_median_p90_and_range() -> None:

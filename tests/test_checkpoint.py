@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import SourceError
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.families import family_facts
+from edgevlm_export.families import family_config
 from edgevlm_export.families.base import _TEXT_DEFAULTS
 from edgevlm_export.source.checkpoint import open_checkpoint
 from tests.conftest import F32, make_checkpoint, photograph
@@ -150,14 +150,14 @@ def test_an_index_may_not_lead_out_of_the_checkpoint(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("image_seq_len", [{"image_seq_len": 4}, {}])
 def test_an_image_processor_within_processor_config(image_seq_len: dict[str, int], checkpoint: Path) -> None:
-    wanted, _ = family_facts(open_checkpoint(checkpoint))
+    wanted, _ = family_config(open_checkpoint(checkpoint))
     settings = json.loads((checkpoint / "preprocessor_config.json").read_text(encoding="utf-8"))
     nested = {"image_processor": settings, "processor_class": "Idefics3Processor", **image_seq_len}
     (checkpoint / "processor_config.json").write_text(json.dumps(nested), encoding="utf-8")
     edit(checkpoint / "preprocessor_config.json", lambda file: file.update(size={"longest_edge": 64}))
-    assert family_facts(open_checkpoint(checkpoint))[0] == wanted  # the nested one goes first
+    assert family_config(open_checkpoint(checkpoint))[0] == wanted  # the nested one goes first
     (checkpoint / "preprocessor_config.json").unlink()
-    assert family_facts(open_checkpoint(checkpoint))[0] == wanted
+    assert family_config(open_checkpoint(checkpoint))[0] == wanted
 
 
 def preprocessor(**changes: Any) -> Callable[[Path], object]:

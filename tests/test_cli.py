@@ -20,7 +20,7 @@ from tests.damage import copy_export, edit_manifest, flip, truncate
 COMMAND = [sys.executable, "-m", "edgevlm"]
 QUESTION = "What is in this picture?"
 JSON_KEYS = {"answer", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "tiles", "timings"}
-JSON_KEYS |= {"cached_tokens", "cached_tiles", "drafted_tokens", "accepted_tokens", "forced_tokens", "satisfied"}
+JSON_KEYS |= {"cached_tokens", "cached_tiles", "drafted_tokens", "accepted_tokens", "fast_forward_tokens", "satisfied"}
 TIMING_KEYS = {
     "load_s",
     "preprocess_s",

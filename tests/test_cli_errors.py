@@ -206,10 +206,10 @@ def test_no_such_device(exported: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "line"),
     [
-        (lambda data: data.update(schema_version=99), "has schema version 99, this edgevlm reads 1"),
-        (lambda data: data.pop("schema_version"), "has schema version None, this edgevlm reads 1"),
-        (lambda data: data["parts"].pop("language"), "names no language part"),
-        (lambda data: data.pop("parts"), "is damaged (Object missing required field `parts`)"),
+        (lambda data: data.update(schema_version=99), "has schema version 99, this edgevlm reads 1 and 2"),
+        (lambda data: data.pop("schema_version"), "has schema version None, this edgevlm reads 1 and 2"),
+        (lambda data: data["submodels"].pop("language"), "names no language submodel"),
+        (lambda data: data.pop("submodels"), "is damaged (Object missing required field `submodels`)"),
         (lambda data: data.update(files=[]), "is damaged (Expected `object`, got `array` - at `$.files`)"),
         (
             lambda data: data.update(context_length="512"),
@@ -221,8 +221,8 @@ def test_no_such_device(exported: Path) -> None:
         ),
         (lambda data: data.update(chat_template=5), "is damaged (Expected `str`, got `int` - at `$.chat_template`)"),
         (
-            lambda data: data["parts"]["language"].update(file=None),
-            "is damaged (Expected `str`, got `null` - at `$.parts[...].file`)",
+            lambda data: data["submodels"]["language"].update(file=None),
+            "is damaged (Expected `str`, got `null` - at `$.submodels[...].file`)",
         ),
         (
             lambda data: data["files"]["tokenizer.json"].update(size_bytes="21 kB"),
@@ -257,7 +257,7 @@ def test_a_manifest_that_is_no_json(folder: Path, data: bytes, why: str) -> None
 
 def test_a_manifest_that_is_no_object(folder: Path) -> None:
     (folder / "edgevlm.json").write_text("[]", encoding="utf-8")
-    line = f"{folder / 'edgevlm.json'} has schema version None, this edgevlm reads 1; export the model again"
+    line = f"{folder / 'edgevlm.json'} has schema version None, this edgevlm reads 1 and 2; export the model again"
     assert error("run", QUESTION, "-m", folder) == line
 
 
@@ -268,7 +268,7 @@ def test_an_unknown_family_is_told_with_the_known_ones(folder: Path) -> None:
 
 
 def test_incomplete_facts_about_the_family(folder: Path) -> None:
-    edit_manifest(folder, lambda data: data["family_facts"].pop("image_seq_len"))
+    edit_manifest(folder, lambda data: data["family_config"].pop("image_seq_len"))
     line = "the manifest's facts about family 'idefics3' are incomplete: KeyError('image_seq_len')"
     assert error("run", QUESTION, "-m", folder) == line
 
@@ -394,7 +394,9 @@ def test_an_answer_that_a_full_disk_does_not_take() -> None:
     """No module foresees it: the command line itself tells what the system said."""
     for command in (["models"], ["doctor", "--json"], ["run", "What?", "-m", "panel", "--max-new-tokens", "1"]):
         with Path("/dev/full").open("w") as full:
-            done = subprocess.run([*COMMAND, *command], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+            done = subprocess.run(
+                [*COMMAND, *command], stdout=full, stderr=subprocess.PIPE, encoding="utf-8", check=False
+            )
         assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
 
 
@@ -478,7 +480,7 @@ def test_what_may_not_be_read_is_named(case: str, private: Path) -> None:
     (place / "jobs.jsonl").write_text('{"question": "What?"}', encoding="utf-8")
     command = [*held_to_permissions(), *COMMAND, *arguments]
     home = os.environ | ({"EDGEVLM_HOME": "private/home"} if case == "models" else {})
-    done = subprocess.run(command, cwd=place, env=home, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=place, env=home, capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"Error: {line}\n")
 
 
@@ -487,7 +489,7 @@ def test_a_home_that_may_not_be_used_costs_no_answer(private: Path) -> None:
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [*held_to_permissions(), *COMMAND, *arguments]
-        return subprocess.run(command, cwd=place, env=home, capture_output=True, text=True, check=True)
+        return subprocess.run(command, cwd=place, env=home, capture_output=True, encoding="utf-8", check=True)
 
     facts = json.loads(run("doctor", "--json").stdout)
     for name, folder in (("models folder", "models"), ("cache folder", "cache")):
@@ -500,7 +502,7 @@ def test_a_model_of_somebody_else_s_is_listed(exported: Path, own_home: Path) ->
     folder.chmod(0)
     try:
         command = [*held_to_permissions(), *COMMAND, "models", "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
     finally:
         folder.chmod(0o700)
     states = {each["name"]: each["state"] for each in json.loads(done.stdout)}
@@ -511,9 +513,9 @@ def test_a_model_of_somebody_else_s_is_listed(exported: Path, own_home: Path) ->
 def test_the_real_command_prints_one_line(folder: Path) -> None:
     shutil.rmtree(folder)
     run = [*COMMAND, "run", QUESTION, "-m", str(folder)]
-    done = subprocess.run(run, capture_output=True, text=True, encoding="utf-8", check=False)
+    done = subprocess.run(run, capture_output=True, encoding="utf-8", encoding="utf-8", check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [f"Error: {error('run', QUESTION, '-m', folder)}"]
-    usage = subprocess.run([*COMMAND, "run"], capture_output=True, text=True, encoding="utf-8", check=False)
+    usage = subprocess.run([*COMMAND, "run"], capture_output=True, encoding="utf-8", encoding="utf-8", check=False)
     assert (usage.returncode, usage.stdout) == (2, "")
     assert "Traceback" not in usage.stderr

@@ -84,17 +84,17 @@ def test_forced_tokens_cost_no_step_of_their_own(vlm: VLM, monkeypatch: pytest.M
     answer = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices([text])))
     assert answer.text == text
     assert steps == []  # all of it was read with the prompt
-    assert answer.forced_tokens == answer.generated_tokens > 5
+    assert answer.fast_forward_tokens == answer.generated_tokens > 5
     answer = vlm.generate(None, QUESTION, GenerationConfig(constraint=FORMS["schema"], draft_tokens=0))
-    assert 0 < answer.forced_tokens < answer.generated_tokens
-    assert len(steps) <= answer.generated_tokens - answer.forced_tokens
+    assert 0 < answer.fast_forward_tokens < answer.generated_tokens
+    assert len(steps) <= answer.generated_tokens - answer.fast_forward_tokens
 
 
 def test_every_token_is_the_likeliest_of_those_that_the_form_allows(vlm: VLM) -> None:
     """Forcing and masking in steps of several tokens chooses what a step by step search chooses."""
     texts = ["a red circle", "a blue square", "a blue circle"]
     answer = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(texts)))
-    spelled = vlm.vocabulary.token_bytes
+    spelled = vlm.grammar_tokenizer.token_bytes
     rests, choices = [f" {text}".encode() for text in texts], 0
     for number, token in enumerate(answer.token_ids):
         if not all(rest.startswith(spelled(token)) for rest in rests):
@@ -113,7 +113,7 @@ def next_logits(vlm: VLM, chosen: list[int]) -> np.ndarray:
 
 
 def test_an_answer_begins_as_the_template_writes_answers(vlm: VLM) -> None:
-    assert vlm.processor.template.answer_lead() == " "
+    assert vlm.processor.template.response_prefix() == " "
     constrained = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(["yes"])))
     assert vlm.processor.tokenizer.decode(list(constrained.token_ids)) == " yes"
     assert constrained.text == "yes"
@@ -131,7 +131,7 @@ def test_an_answer_begins_as_the_template_writes_answers(vlm: VLM) -> None:
     ],
 )  # fmt: skip
 def test_the_lead_comes_from_the_template(template: str, lead: str) -> None:
-    assert ChatTemplate(template, {}).answer_lead() == lead
+    assert ChatTemplate(template, {}).response_prefix() == lead
 
 
 @pytest.mark.parametrize("budget", [1, 2, 5, 9, 14])

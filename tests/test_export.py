@@ -31,9 +31,9 @@ from tests.conftest import F32, photograph
 def test_the_manifest_tells_what_was_exported(exported: Path, idefics3: Path) -> None:
     manifest = load_manifest(exported)
     data = json.loads((exported / "edgevlm.json").read_text(encoding="utf-8"))
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert (manifest.source, manifest.revision, manifest.family) == ("tiny-idefics3", None, "idefics3")
-    assert {name: part.precision for name, part in manifest.parts.items()} == {
+    assert {name: part.precision for name, part in manifest.submodels.items()} == {
         VISION: "fp32",
         TEXT_EMBEDDINGS: "fp32",
         LANGUAGE: "fp32",
@@ -155,9 +155,9 @@ def test_fp16_and_int8_stay_near_the_reference(idefics3: Path, tmp_path: Path, p
 
 def test_w8a8_computes_the_vision_part_in_integers(idefics3: Path, exported: Path, tmp_path: Path) -> None:
     report = export(idefics3, tmp_path / "out", ExportOptions("int8", vision_precision="w8a8"))
-    model = read_ir(tmp_path / "out" / report.manifest.parts[VISION].file)
+    model = read_ir(tmp_path / "out" / report.manifest.submodels[VISION].file)
     assert sum(node.get_type_name() == "FakeQuantize" for node in model.get_ops()) > 10
-    assert report.manifest.parts[VISION].precision == "w8a8"
+    assert report.manifest.submodels[VISION].precision == "w8a8"
     assert report.verification is not None
     assert report.verification.parts[VISION].cosine > 0.98
     assert VLM(tmp_path / "out").generate(photograph("china.jpg"), "What?").tiles == 13
@@ -176,11 +176,11 @@ def test_a_calibration_set_without_pictures_leaves_the_vision_part_the_shipped_o
 ) -> None:
     (tmp_path / "text.jsonl").write_text('{"question": "What is red?"}\n', encoding="utf-8")
     report = export(idefics3, tmp_path / "out", ExportOptions("int8", calibration=tmp_path / "text.jsonl"))
-    assert report.manifest.parts[VISION].precision == "w8a8"
+    assert report.manifest.submodels[VISION].precision == "w8a8"
     again = export(idefics3, tmp_path / "shipped", ExportOptions("int8"))
     assert again.verification is not None
     assert again.verification.parts[VISION].cosine > 0.98
-    name = again.manifest.parts[VISION].file.replace(".xml", ".bin")
+    name = again.manifest.submodels[VISION].file.replace(".xml", ".bin")
     assert hash_file(report.folder / name) == hash_file(again.folder / name)
 
 
@@ -191,7 +191,7 @@ def test_pictures_without_questions_are_for_the_vision_part(idefics3: Path, chin
     assert [pair.question for pair in with_questions(pairs)] == ["What is red?"]
     assert set(verification_pairs(pairs)) == {"text"}
     report = export(idefics3, tmp_path / "out", ExportOptions("int4", calibration=tmp_path / "set.jsonl"))
-    assert report.manifest.parts[VISION].precision == "w8a8"
+    assert report.manifest.submodels[VISION].precision == "w8a8"
 
 
 @pytest.mark.parametrize("options", [{"precision": "w8a8"}, {"lm_precision": "w8a8"}])

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from edgevlm import ExportError, SourceError
 from edgevlm.families import FAMILIES
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.atomic_folder import draft_folder
+from edgevlm_export.atomic_folder import atomic_folder
 from edgevlm_export.calibration import load_pairs
 from tests.conftest import heed_interrupts
 
@@ -403,7 +403,7 @@ def start_export(checkpoint: Path, target: Path, via: str = "native", **options:
     )
     command = [sys.executable, "-c", code, str(checkpoint), str(target), via]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True, **options
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -425,7 +425,7 @@ def test_a_killed_export_leaves_the_old_folder(kill: int, via: str, idefics3: Pa
     assert tree(target) == before
     leftovers = [path for path in tmp_path.iterdir() if path.name != "out"]
     assert len(leftovers) == (1 if kill == signal.SIGKILL else 0)
-    with draft_folder(target, idefics3, force=True) as draft:  # the next export clears them away
+    with atomic_folder(target, idefics3, force=True) as draft:  # the next export clears them away
         assert [path.name for path in tmp_path.iterdir() if path not in (target, draft)] == []
 
 

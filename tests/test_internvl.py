@@ -25,7 +25,7 @@ from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.inputs.chat_template import text_message, user_message
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.families import architecture, family_config
 from edgevlm_export.families import internvl as exporter
 from edgevlm_export.routes import native as native_route
 from edgevlm_export.samples import pixel_values
@@ -313,7 +313,7 @@ def test_tensors_and_their_shapes_are_those_of_transformers(name: str, held: boo
         model = AutoModelForImageTextToText.from_config(config)
     wanted = {each if held else published_name(each): tuple(w.shape) for each, w in model.state_dict().items()}
     checkpoint = Checkpoint(folder, folder.name, None, read_json(folder / "config.json"))
-    facts, preprocessor = family_facts(checkpoint)
+    facts, preprocessor = family_config(checkpoint)
     found = architecture(checkpoint, facts, wanted)
     assert dict(found.shapes) == wanted
     assert overlooked([*found.sections, preprocessor]) == {}

@@ -24,9 +24,9 @@ from edgevlm.errors import SourceError
 from edgevlm.families import make_family
 from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.inputs.prompt import feature_keys
-from edgevlm.vlm import EncodedImage
+from edgevlm.inputs.vision_cache import EncodedImage
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.families import architecture, family_config
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import noise
@@ -202,7 +202,7 @@ def test_tensors_and_their_shapes_are_those_of_transformers_5(
     wanted = {rename(name): tuple(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop(rename("lm_head.weight"))
-    facts, preprocessor = family_facts(checkpoint)
+    facts, preprocessor = family_config(checkpoint)
     found = architecture(checkpoint, facts, wanted)
     unused = {each for each in found.unused if each in wanted}
     assert dict(found.shapes) == {name: shape for name, shape in wanted.items() if name not in unused}
@@ -223,7 +223,7 @@ def test_a_picture_has_as_many_tokens_as_the_reference_counts(size: tuple[int, i
     )
     counting._get_unpadded_features = partial(LlavaOnevisionProcessor._get_unpadded_features, counting)
     wanted = LlavaOnevisionProcessor._get_number_of_features(counting, *size, 384, 384)
-    family = make_family("llava_onevision", family_facts(published(ONEVISION, tmp_path))[0])
+    family = make_family("llava_onevision", family_config(published(ONEVISION, tmp_path))[0])
     visual = family.preprocess(noise(*size), "high", None)
     assert family.image_text(visual.layout) == "<image>" * wanted
 
@@ -243,7 +243,7 @@ def test_a_key_that_speaks_of_the_arithmetic_and_is_not_read_is_refused(
     name: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     checkpoint = published(name, tmp_path, **changes)
-    facts, preprocessor = family_facts(checkpoint)
+    facts, preprocessor = family_config(checkpoint)
     sections = architecture(checkpoint, facts, ("lm_head.weight",)).sections
     with pytest.raises(SourceError, match=r"^(pre)?(processor_)?config\.json: edgevlm does not know"):
         overlooked([*sections, preprocessor])
@@ -325,11 +325,11 @@ def test_what_does_not_fit_together_or_is_not_built_is_refused(case: str, tmp_pa
     name, changes, line = REFUSED[case]
     checkpoint = published(name, tmp_path, **changes)
     with pytest.raises(SourceError, match=re.escape(line)):
-        architecture(checkpoint, family_facts(checkpoint)[0], ("lm_head.weight",))
+        architecture(checkpoint, family_config(checkpoint)[0], ("lm_head.weight",))
 
 
 def test_sizes_may_be_numbers_alone(tmp_path: Path) -> None:
-    facts, _ = family_facts(published(LLAVA, tmp_path, preprocessor_config={"size": 336, "crop_size": 336}))
+    facts, _ = family_config(published(LLAVA, tmp_path, preprocessor_config={"size": 336, "crop_size": 336}))
     assert (facts["preprocessing"]["side"], facts["preprocessing"]["shortest_edge"]) == (336, 336)
 
 

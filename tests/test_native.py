@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from edgevlm import VLM, GenerationConfig
 from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.inputs.chat_template import user_message
-from edgevlm.manifest import LANGUAGE, PART_NAMES, VISION, hash_file, load_manifest
+from edgevlm.manifest import LANGUAGE, SUBMODELS, VISION, hash_file, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.runtime.core import core, read_ir
 from edgevlm_export import ExportOptions, export
@@ -57,7 +57,7 @@ def test_the_manifest_records_the_route(routes: tuple[Path, Path]) -> None:
 
 @pytest.mark.optimum
 def test_both_routes_make_the_same_interface(routes: tuple[Path, Path]) -> None:
-    for part in PART_NAMES:
+    for part in SUBMODELS:
         native, optimum = (model(folder, part) for folder in routes)
         described = [
             (

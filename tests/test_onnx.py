@@ -113,7 +113,7 @@ def test_compression(precision: str, onnx_checkpoint: Path, tmp_path: Path) -> N
     report = export(onnx_checkpoint, tmp_path / "out", ExportOptions(precision, via="onnx"))  # type: ignore[arg-type]
     assert report.verification is not None
     assert report.verification.parts[LANGUAGE].cosine > {"int8": 0.999, "int4": 0.9}[precision]
-    assert [report.manifest.parts[part].precision for part in (VISION, TEXT_EMBEDDINGS, LANGUAGE)] == [
+    assert [report.manifest.submodels[part].precision for part in (VISION, TEXT_EMBEDDINGS, LANGUAGE)] == [
         "w8a8",
         "int8",
         precision,

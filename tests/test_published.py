@@ -22,7 +22,7 @@ from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.families import architecture, family_facts
+from edgevlm_export.families import architecture, family_config
 from edgevlm_export.samples import pixel_values
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
@@ -135,7 +135,7 @@ def test_tensors_and_their_shapes_are_those_of_transformers_5(published: Publish
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if config.tie_word_embeddings:
         wanted.pop("lm_head.weight")
-    facts, processor = family_facts(on_disk(folder))
+    facts, processor = family_config(on_disk(folder))
     found = architecture(on_disk(folder), facts, wanted)
     assert dict(found.shapes) == wanted
     assert overlooked([*found.sections, processor]) == {}
@@ -152,7 +152,7 @@ def test_tensors_and_their_shapes_are_those_of_transformers_5(published: Publish
 
 def test_a_config_that_states_no_heads_has_those_of_its_class(tmp_path: Path) -> None:
     folder = write_files(IDEFICS3_8B, tmp_path / "checkpoint", layers=None)
-    facts, _ = family_facts(on_disk(folder))
+    facts, _ = family_config(on_disk(folder))
     decoder = architecture(on_disk(folder), facts, ("lm_head.weight",)).decoder
     assert (decoder.hidden_size, decoder.num_attention_heads, decoder.num_hidden_layers) == (4096, 32, 32)
 
@@ -188,7 +188,7 @@ def test_a_key_that_speaks_of_the_arithmetic_and_is_not_read_is_refused(
     section: str, key: str, value: Any, tmp_path: Path
 ) -> None:
     checkpoint = edited(SMOLVLM_256M, tmp_path, section, **{key: value})
-    facts, _ = family_facts(checkpoint)
+    facts, _ = family_config(checkpoint)
     sections = architecture(checkpoint, facts, ("lm_head.weight",)).sections
     name = f"{section}.{key}" if section else key
     line = f"config.json: edgevlm does not know {name} ({value!r}), which may change what the model computes;"
@@ -211,7 +211,7 @@ def test_a_key_that_says_nothing_passes_and_any_other_is_told(
     changes: dict[str, Any], told: dict[str, Any], tmp_path: Path
 ) -> None:
     checkpoint = edited(SMOLVLM_256M, tmp_path, "text_config", **changes)
-    facts, _ = family_facts(checkpoint)
+    facts, _ = family_config(checkpoint)
     assert overlooked(architecture(checkpoint, facts, ("lm_head.weight",)).sections) == told
 
 

@@ -15,7 +15,7 @@ from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConf
 from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, PromptLookup
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, View, Visual
 from edgevlm.families.imaging import normalised
-from edgevlm.inputs.vision_cache import EmbeddingCache, content_key
+from edgevlm.inputs.vision_cache import VisionCache, content_key
 from edgevlm.runtime.kv_session import common_length
 from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
@@ -138,7 +138,7 @@ def tiles(*levels: int) -> Visual:
 
 
 def test_slow_change_is_noticed_within_the_tolerance() -> None:
-    cache, calls = EmbeddingCache(2**20, tolerance=2.0), []
+    cache, calls = VisionCache(2**20, tolerance=2.0), []
     for level in range(100, 110):
         cache.encode(bytes([level]), tiles(level), encoder(calls))
     assert len(calls) == 4  # at 100, 103, 106, 109: each time against what was encoded, not against the last picture
@@ -146,7 +146,7 @@ def test_slow_change_is_noticed_within_the_tolerance() -> None:
 
 def test_the_cache_holds_no_more_than_its_bytes() -> None:
     one = 4 * 8 * 4
-    cache, calls = EmbeddingCache(3 * one), []
+    cache, calls = VisionCache(3 * one), []
     for level in (1, 2, 3, 1, 4):  # 2 is now the one longest unused
         cache.encode(bytes([level]), tiles(level), encoder(calls))
     assert len(calls) == 4
@@ -154,14 +154,14 @@ def test_the_cache_holds_no_more_than_its_bytes() -> None:
     assert cache.picture(bytes([2])) is None
     cache.encode(b"2", tiles(2), encoder(calls))
     assert len(calls) == 5
-    nothing = EmbeddingCache(0)
+    nothing = VisionCache(0)
     assert nothing.encode(b"7", tiles(7, 8), encoder(calls)).encoded == 2
     assert nothing.picture(b"7") is None
 
 
 def test_a_picture_of_equal_tiles_is_encoded_once() -> None:
     calls: list[int] = []
-    found = EmbeddingCache(2**20).encode(b"x", tiles(5, 5, 6, 5), encoder(calls))
+    found = VisionCache(2**20).encode(b"x", tiles(5, 5, 6, 5), encoder(calls))
     assert (len(found), found.encoded, len(calls)) == (4, 2, 2)
     assert [float(view.outputs[IMAGE_EMBEDS][0, 0]) for view in found.views] == [5, 5, 6, 5]
     with pytest.raises(ValueError, match="read-only"):
@@ -196,7 +196,7 @@ def test_a_session_that_went_back_is_as_one_that_never_went_there(vlm: VLM) -> N
     there.step(range(60, 100))
     there.rewind(30)
     straight.step([*range(50, 70), *range(60, 70)])
-    assert there.keys == straight.keys
+    assert there.prefix_keys == straight.prefix_keys
     np.testing.assert_allclose(there.step([77, 78]), straight.step([77, 78]), atol=1e-4)
 
 
@@ -210,7 +210,7 @@ def test_stale_entries_are_cut_out_when_there_are_many(exported: Path, monkeypat
         session.rewind(20)
         session.step(range(100, 110))
     assert session._mask.shape[1] == 60
-    assert session.rewind_to_common([*range(50, 70), 100, 101, 102, 5]) == 23
+    assert session.reuse_prefix([*range(50, 70), 100, 101, 102, 5]) == 23
     assert session._mask.shape[1] == 23
     straight.step([*range(50, 70), 100, 101, 102])
     np.testing.assert_allclose(session.step([5, 6]), straight.step([5, 6]), atol=1e-4)
@@ -220,8 +220,8 @@ def test_much_that_is_new_is_read_from_the_beginning(vlm: VLM) -> None:
     session = vlm.language_model.session()
     before = [number % 50 + 50 for number in range(600)]
     session.step(before)
-    assert session.rewind_to_common([*before[:560], *range(10, 50)]) == 560
-    assert session.rewind_to_common([*before[:100], 7, *before[:499]]) == 0
+    assert session.reuse_prefix([*before[:560], *range(10, 50)]) == 560
+    assert session.reuse_prefix([*before[:100], 7, *before[:499]]) == 0
 
 
 def test_sessions_at_rest_are_few_and_the_best_is_taken(vlm: VLM) -> None:
@@ -235,17 +235,17 @@ def test_sessions_at_rest_are_few_and_the_best_is_taken(vlm: VLM) -> None:
         assert again is first
     with pool.take([7, 7]) as third:
         assert third in (first, second)
-    assert len(pool._resting) == 2
+    assert len(pool._idle) == 2
 
 
 def test_an_error_costs_the_session_but_a_reader_who_leaves_does_not(vlm: VLM, picture: np.ndarray) -> None:
     with pytest.raises(ZeroDivisionError), vlm._sessions.take([1]):
         raise ZeroDivisionError
-    assert vlm._sessions._resting == []
+    assert vlm._sessions._idle == []
     pieces = vlm.stream(picture, QUESTION, GenerationConfig(max_new_tokens=60))
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert len(vlm._sessions._resting) == 1
+    assert len(vlm._sessions._idle) == 1
     assert vlm.generate(picture, QUESTION, SHORT).cached_tokens > 0
 
 

@@ -113,18 +113,18 @@ def taken(schema: Mapping[str, Any], text: str) -> bool:
 
 def written(vlm: VLM, constraint: Constraint, seed: int, most: int = 120) -> str | None:
     """Return what a model of no mind writes under a constraint, with a liking for ends; None if it does not end."""
-    random, vocabulary = np.random.default_rng(seed), vlm.vocabulary
-    guide = vocabulary.guide(constraint, make_sampler(1.0, 1.0, 0, seed))
+    random, vocabulary = np.random.default_rng(seed), vlm.grammar_tokenizer
+    guide = vocabulary.matcher(constraint, make_sampler(1.0, 1.0, 0, seed))
     size = vlm.processor.tokenizer.size
     ends = [*vlm.manifest.eos_token_ids, *(vlm.processor.tokenizer.encode(each)[-1] for each in '"}]')]
     data = b""
     for _ in range(most):
         logits = random.normal(0, 2, size).astype(np.float32)
         logits[ends] += 6
-        token = guide.choose(logits)
+        token = guide.select(logits)
         if token not in vlm.manifest.eos_token_ids:
             data += vocabulary.token_bytes(token)
-            if not guide.complete:
+            if not guide.finished:
                 continue
         return data.decode()
     return None

@@ -35,7 +35,7 @@ def test_the_scores_are_those_of_separate_passes(vlm: VLM) -> None:
     weights = [math.exp(by_hand(vlm, choice)) for choice in CHOICES]
     assert list(scores.probabilities.values()) == pytest.approx([each / sum(weights) for each in weights], abs=1e-3)
     assert math.isclose(sum(scores.probabilities.values()), 1.0)
-    assert math.isclose(scores.mass, sum(weights), rel_tol=1e-2)
+    assert math.isclose(scores.total_probability, sum(weights), rel_tol=1e-2)
     assert scores.best == CHOICES[int(np.argmax(weights))]
 
 
@@ -60,7 +60,7 @@ def test_the_prompt_is_read_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> N
         Session, "prefill", lambda self, embeds, *rest: read.append(embeds.shape[1]) or prefill(self, embeds, *rest)
     )
     scores = vlm.score(None, "How many parts are there, and where?", CHOICES)
-    lengths = [len(vlm.vocabulary.encode(choice)) for choice in CHOICES]
+    lengths = [len(vlm.grammar_tokenizer.encode(choice)) for choice in CHOICES]
     assert read[0] == scores.prompt_tokens - scores.cached_tokens
     assert sum(read[1:]) < sum(lengths)  # what two choices begin with in common is read once too
 

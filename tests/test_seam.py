@@ -145,11 +145,11 @@ def test_what_stands_elsewhere_is_not_reused(folder: Path, monkeypatch: pytest.M
     vlm = load(folder, monkeypatch, {})
     prompt = prepare(vlm, QUESTION, [photograph("china.jpg")])
     session = vlm.language_model.session()
-    session.prefill(prompt.inputs_embeds, 1, prompt.keys, prompt.inputs)
+    session.prefill(prompt.inputs_embeds, 1, prompt.prefix_keys, prompt.inputs)
     moved = prompt.inputs.positions.copy()
     moved[2, 40:] += 1
-    assert session.rewind_to_common(prompt.keys, replace(prompt.inputs, positions=moved), prompt.images) == 40
-    assert session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images) == 40
+    assert session.reuse_prefix(prompt.prefix_keys, replace(prompt.inputs, positions=moved), prompt.images) == 40
+    assert session.reuse_prefix(prompt.prefix_keys, prompt.inputs, prompt.images) == 40
 
 
 def test_a_picture_is_reused_whole_or_not_at_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +160,8 @@ def test_a_picture_is_reused_whole_or_not_at_all(folder: Path, monkeypatch: pyte
     changed[:, 64:] //= 2
     first, second = (prepare(vlm, QUESTION, [china, each]) for each in (pair, changed))
     session = vlm.language_model.session()
-    session.prefill(first.inputs_embeds, 1, first.keys, first.inputs)
-    assert session.rewind_to_common(second.keys, second.inputs, second.images) == second.images[1].start
+    session.prefill(first.inputs_embeds, 1, first.prefix_keys, first.inputs)
+    assert session.reuse_prefix(second.prefix_keys, second.inputs, second.images) == second.images[1].start
     assert second.images[0].stop <= second.images[1].start
 
 
@@ -178,8 +178,8 @@ def test_a_state_that_cannot_be_cut_goes_on_or_begins_anew(folder: Path, monkeyp
     longer = prepare(vlm, QUESTION, [china])
     session.reset()
     positions, extras = longer.inputs.positions[:, :-3], {"deep_embeds": longer.inputs.extras["deep_embeds"][:-3]}
-    session.prefill(longer.inputs_embeds[:, :-3], 1, longer.keys[:-3], LanguageInputs(positions, extras))
-    assert session.rewind_to_common(longer.keys, longer.inputs, longer.images) == len(longer) - 3
+    session.prefill(longer.inputs_embeds[:, :-3], 1, longer.prefix_keys[:-3], LanguageInputs(positions, extras))
+    assert session.reuse_prefix(longer.prefix_keys, longer.inputs, longer.images) == len(longer) - 3
 
 
 def test_choices_and_forms_of_a_state_that_cannot_be_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

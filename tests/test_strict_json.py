@@ -14,10 +14,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgevlm import VLM, Constraint, ExportError, GenerationConfig, OptionError, OutputError
-from edgevlm.decoding.output_format import Form
+from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.errors import VerificationError
 from edgevlm.jobs.jsonl import append_rows, read_rows
-from edgevlm.jobs.sinks import SqliteStore
+from edgevlm.jobs.sinks import SqliteSink
 from edgevlm.jobs.spec import ask
 from edgevlm.strict_json import read_json, write_json
 from edgevlm_export import ExportOptions, export
@@ -61,9 +61,9 @@ def test_what_is_written_is_read_again(value: object) -> None:
     assert write_json(5e-324 / 2) == "0.0"
 
 
-def form_of(text: str) -> Form:
+def form_of(text: str) -> OutputFormat:
     """Return a form of JSON that leaves the model no choice."""
-    return Form(replace(Constraint.lark(f"start: {json.dumps(text)}"), is_json=True))
+    return OutputFormat(replace(Constraint.lark(f"start: {json.dumps(text)}"), is_json=True))
 
 
 def test_a_row_holds_the_value_of_an_answer_or_says_why_not(vlm: VLM) -> None:
@@ -92,7 +92,7 @@ def test_rows_in_a_file_are_json(tmp_path: Path) -> None:
 
 def test_rows_in_a_database_are_json(tmp_path: Path) -> None:
     row = {"time": "t", "path": "p", "size": 1, "mtime_ns": 1, "job": "j", "question": "q", "value": math.inf}
-    with SqliteStore(tmp_path / "a.db") as store, pytest.raises(ValueError, match="not JSON compliant"):
+    with SqliteSink(tmp_path / "a.db") as store, pytest.raises(ValueError, match="not JSON compliant"):
         store.add(row)
 
 

@@ -340,11 +340,11 @@ def test_pictures_for_a_gpu_come_in_shared_memory(tokenizer: object, tmp_path: P
 
 def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp_path: Path) -> None:
     from edgevlm.families.idefics3 import Idefics3
-    from edgevlm_export.families import family_facts
+    from edgevlm_export.families import family_config
     from edgevlm_export.source.checkpoint import open_checkpoint
 
     save_checkpoint(make_model(make_config(tokenizer, 64, 1, 1), seed=1), tokenizer, tmp_path / "panel")
-    family = Idefics3(family_facts(open_checkpoint(tmp_path / "panel"))[0])
+    family = Idefics3(family_config(open_checkpoint(tmp_path / "panel"))[0])
     for index in range(6):
         image = Drawer(tokenizer, seed=11).scene(index).image
         tiles = family.preprocess(np.asarray(image), "auto", None)

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, OptionError, OutputError
-from edgevlm.jobs.sinks import JsonlStore, SqliteStore
+from edgevlm.jobs.sinks import JsonlSink, SqliteSink
 from edgevlm.jobs.spec import Defaults
 from edgevlm.jobs.watch import Watch
 from tests.conftest import heed_interrupts, photograph
@@ -196,7 +196,7 @@ def test_a_write_that_the_system_refuses_loses_nothing(
     arguments = ["watch", str(folder), "--question", QUESTION, "-m", str(exported), *OPTIONS, "--settle", "0.2"]
     done = subprocess.run(
         [sys.executable, "-c", limited, *arguments, *store_options(store)],
-        capture_output=True, text=True, check=False, timeout=120,
+        capture_output=True, encoding="utf-8", check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     last = done.stderr.splitlines()[-1]
@@ -306,9 +306,9 @@ def test_wrong_use_is_one_line(exported: Path, folder: Path, monkeypatch: pytest
 
 def test_two_do_not_write_one_file(folder: Path) -> None:
     path = folder / "out.jsonl"
-    with JsonlStore(path), pytest.raises(OutputError, match="another process is writing"), JsonlStore(path):
+    with JsonlSink(path), pytest.raises(OutputError, match="another process is writing"), JsonlSink(path):
         pass
-    with JsonlStore(path):
+    with JsonlSink(path):
         pass
     assert [each.name for each in folder.iterdir()] == ["out.jsonl"]
 
@@ -318,7 +318,7 @@ def test_a_database_of_somebody_else_s_is_left_alone(folder: Path) -> None:
     database = sqlite3.connect(path)
     database.execute("CREATE TABLE answers (mine TEXT)")
     database.commit()
-    with pytest.raises(OutputError, match="cannot use the database"), SqliteStore(path):
+    with pytest.raises(OutputError, match="cannot use the database"), SqliteSink(path):
         pass
     assert database.execute("SELECT * FROM answers").fetchall() == []
     database.close()

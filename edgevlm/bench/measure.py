@@ -26,7 +26,7 @@ from PIL import Image
 from edgevlm import __version__
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.prompt_lookup import PromptLookup
-from edgevlm.decoding.sampling import Chooser, greedy
+from edgevlm.decoding.sampling import TokenSelector, greedy
 from edgevlm.decoding.stream import stream_tokens
 from edgevlm.errors import BenchmarkError, OptionError
 from edgevlm.families import Detail
@@ -123,7 +123,7 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
     announce("loading")
     load = measure_load(model, picture)
     vlm = VLM(model)
-    precisions = {name: part.precision for name, part in vlm.manifest.parts.items()}
+    precisions = {name: part.precision for name, part in vlm.manifest.submodels.items()}
     report = Report(model.name, precisions, describe_machine(), load)
     del vlm
     for device, threads, precision in product(sweep.devices, sweep.threads, sweep.inference_precisions):
@@ -133,16 +133,16 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
         for detail, tiles, length in product(sweep.details, sweep.max_tiles, sweep.prompt_tokens):
             options = GenerationConfig(max_new_tokens=sweep.new_tokens, detail=detail, max_tiles=tiles)
             announce(f"{cold.device}, {threads or 'all'} threads, {precision}, detail {detail}, tiles {tiles or 'any'}")
-            report.points.append(measure(cold, warm, image, options, fill(cold, image, options, length), sweep))
+            report.points.append(measure(cold, warm, image, options, pad_prompt(cold, image, options, length), sweep))
     return report
 
 
 def measure(cold: VLM, warm: VLM, image: RGB, options: GenerationConfig, question: str, sweep: Sweep) -> Point:
     """Return the figures of one point; `cold` keeps nothing, `warm` keeps embeddings and KV cache."""
-    first: list[Once] = []
-    again: list[Once] = []
+    first: list[Sample] = []
+    again: list[Sample] = []
     for repetition in range(sweep.warm_ups + sweep.repetitions):
-        picture = touch(image, repetition)
+        picture = perturb(image, repetition)
         one = ask(cold, picture, question, options)
         if one.cached_tokens or one.cached_tiles:
             raise BenchmarkError("a cold figure reused what was known before; please report this")
@@ -169,7 +169,7 @@ def measure(cold: VLM, warm: VLM, image: RGB, options: GenerationConfig, questio
 
 
 @dataclass(frozen=True)
-class Once:
+class Sample:
     """One answer of a fixed number of tokens."""
 
     prompt: Prompt
@@ -194,16 +194,16 @@ class Once:
         return found
 
 
-def ask(vlm: VLM, image: ImageInput, question: str, options: GenerationConfig) -> Once:
+def ask(vlm: VLM, image: ImageInput, question: str, options: GenerationConfig) -> Sample:
     """Answer with exactly `max_new_tokens` tokens, whatever the model would rather end with, and without drafts."""
     watch = Stopwatch()
     prompt = vlm.prepare([user_message(question, 1)], [image], options, watch)
     with vlm.session(prompt) as session:
         drafter = PromptLookup(prompt.ids, 0)
-        tokens = stream_tokens(session, prompt, Chooser(greedy), options.max_new_tokens, watch, drafter)
+        tokens = stream_tokens(session, prompt, TokenSelector(greedy), options.max_new_tokens, watch, drafter)
         ids = tuple(token for token, _ in tokens)
     cached = watch.counts.get("cached_tokens", 0)
-    return Once(prompt, watch.timings(vlm.load_s, len(ids)), ids, cached, prompt.cached_tiles)
+    return Sample(prompt, watch.timings(vlm.load_s, len(ids)), ids, cached, prompt.cached_tiles)
 
 
 def sample_picture(folder: Path) -> Path:
@@ -215,12 +215,12 @@ def sample_picture(folder: Path) -> Path:
     return path
 
 
-def touch(image: RGB, repetition: int) -> RGB:
+def perturb(image: RGB, repetition: int) -> RGB:
     """Return the picture with a level added everywhere, so that none of its tiles has been seen before."""
     return np.where(image < 128, image + np.uint8(repetition % 100), image - np.uint8(repetition % 100))
 
 
-def fill(vlm: VLM, image: RGB, options: GenerationConfig, length: int | None) -> str:
+def pad_prompt(vlm: VLM, image: RGB, options: GenerationConfig, length: int | None) -> str:
     """Return a question that makes the prompt at least `length` tokens long."""
     count = partial(vlm.count_tokens, images=[image], config=options)
     if length is None:

@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from edgevlm.cli.options import (
-    answer_form,
+    chosen_format,
     chosen_model,
-    form_options,
     generation_config,
     generation_options,
     model_options,
+    output_options,
     runtime_config,
 )
 from edgevlm.strict_json import write_json
@@ -28,7 +28,7 @@ from edgevlm.strict_json import write_json
 @click.option("--ray", metavar="ADDRESS", help="Run the workers on a Ray cluster; local starts one on this machine.")
 @model_options
 @generation_options
-@form_options
+@output_options
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
 def batch(
     jobs: Path, output: Path, question: str | None, workers: int, ray: str | None, as_json: bool, **options: Any
@@ -52,15 +52,15 @@ def batch(
     from edgevlm.jobs.batch import Batch, run_batch
     from edgevlm.jobs.spec import Defaults
 
-    defaults = Defaults(question, answer_form(options), generation_config(options))
+    defaults = Defaults(question, chosen_format(options), generation_config(options))
     what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:
-        carry_out = None
+        executor = None
         if ray:
             from edgevlm.jobs.ray import work_on_ray
 
-            carry_out = partial(work_on_ray, ray)
-        tally = run_batch(what, bar.row, bar.progress, carry_out)
+            executor = partial(work_on_ray, ray)
+        tally = run_batch(what, bar.row, bar.progress, executor)
     if as_json:
         click.echo(write_json(tally.to_dict()))
     else:

@@ -50,10 +50,10 @@ def _describe(folder: Path, full_check: bool) -> dict[str, Any]:
         known |= {
             "source": manifest.source,
             "family": manifest.family,
-            "precision": ", ".join(f"{name} {part.precision}" for name, part in manifest.parts.items()),
+            "precision": ", ".join(f"{name} {part.precision}" for name, part in manifest.submodels.items()),
             "size_bytes": manifest.size_bytes,
         }
-        make_family(manifest.family, manifest.family_facts)
+        make_family(manifest.family, manifest.family_config)
         check_files(folder, manifest, full=full_check)
     except ModelError as error:
         return known | {"state": f"damaged: {error}"}

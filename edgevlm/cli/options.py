@@ -11,11 +11,11 @@ import click
 
 if TYPE_CHECKING:
     from edgevlm.decoding.config import GenerationConfig
-    from edgevlm.decoding.output_format import Form
+    from edgevlm.decoding.output_format import OutputFormat
     from edgevlm.runtime.config import RuntimeConfig
 
 
-STAYS = {"default_map": {"kv_cache": "paged"}}
+LONG_RUNNING_DEFAULTS = {"default_map": {"kv_cache": "paged"}}
 """Click's settings for a command whose process stays: what `model_options` leave to it."""
 
 
@@ -91,7 +91,7 @@ def generation_options(command: Any) -> Any:
     return command
 
 
-def form_options(command: Any) -> Any:
+def output_options(command: Any) -> Any:
     """Add the options that say what form an answer has; one of them at most may be given."""
     for option in (
         click.option("--regex", help="Answer with text that this regular expression matches from end to end."),
@@ -104,15 +104,15 @@ def form_options(command: Any) -> Any:
     return command
 
 
-def answer_form(options: dict[str, Any]) -> Form:
-    """Return the form that `form_options` ask for."""
-    from edgevlm.decoding.output_format import Form
+def chosen_format(options: dict[str, Any]) -> OutputFormat:
+    """Return the form that `output_options` ask for."""
+    from edgevlm.decoding.output_format import OutputFormat
 
     given = [name for name in ("schema", "choices", "regex") if options[name] is not None]
     if len(given) > 1:
         raise click.UsageError(f"--{given[0]} and --{given[1]} exclude each other")
     choices = next(csv.reader([options["choices"]], skipinitialspace=True), []) if given == ["choices"] else None
-    return Form.of(schema=options["schema"], choices=choices, regex=options["regex"])
+    return OutputFormat.of(schema=options["schema"], choices=choices, regex=options["regex"])
 
 
 def runtime_config(options: dict[str, Any]) -> RuntimeConfig:

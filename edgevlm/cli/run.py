@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgevlm.cli.options import (
-    answer_form,
+    chosen_format,
     chosen_model,
-    form_options,
     generation_config,
     generation_options,
     model_options,
+    output_options,
     runtime_config,
 )
 from edgevlm.errors import ImageError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
 @model_options
 @generation_options
-@form_options
+@output_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
 @click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer.")
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
@@ -48,13 +48,13 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     edgevlm run door.jpg "Is the door open?" --choices yes,no
     """
     *images, question = arguments
-    generation, runtime, form = generation_config(options), runtime_config(options), answer_form(options)
+    generation, runtime, output_format = generation_config(options), runtime_config(options), chosen_format(options)
     _check_question(question)
     asked = [_image(name) for name in images], question
-    if form.choices:
-        _rate(*asked, form.choices, options["model"], generation, runtime, as_json)
+    if output_format.choices:
+        _rate(*asked, output_format.choices, options["model"], generation, runtime, as_json)
     else:
-        generation = replace(generation, constraint=form.constraint)
+        generation = replace(generation, constraint=output_format.constraint)
         _answer(*asked, options["model"], generation, runtime, as_json, stats)
 
 

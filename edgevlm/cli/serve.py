@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from edgevlm.cli.options import STAYS, model_options, runtime_config
+from edgevlm.cli.options import LONG_RUNNING_DEFAULTS, model_options, runtime_config
 from edgevlm.errors import OptionError, ServerError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def bounds(command: Any) -> Any:
     return command
 
 
-@click.command(context_settings=STAYS)
+@click.command(context_settings=LONG_RUNNING_DEFAULTS)
 @click.argument("model_argument", metavar="[MODEL]", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")

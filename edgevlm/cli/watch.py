@@ -12,19 +12,19 @@ from typing import Any
 import click
 
 from edgevlm.cli.options import (
-    STAYS,
-    answer_form,
+    LONG_RUNNING_DEFAULTS,
+    chosen_format,
     chosen_model,
-    form_options,
     generation_config,
     generation_options,
     model_options,
+    output_options,
     runtime_config,
 )
 from edgevlm.strict_json import write_json
 
 
-@click.command(context_settings=STAYS)
+@click.command(context_settings=LONG_RUNNING_DEFAULTS)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--question", required=True, help="Asked about each picture.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON Lines file of answers.")
@@ -38,7 +38,7 @@ from edgevlm.strict_json import write_json
 )
 @model_options
 @generation_options
-@form_options
+@output_options
 @click.option("--json", "as_json", is_flag=True, help="Also print each row as a line of JSON.")
 def watch(
     folder: Path,
@@ -63,15 +63,15 @@ def watch(
     edgevlm watch ./gauges --question "Read the gauge." --schema reading.json -o readings.jsonl
     """
     from edgevlm.cli.output import Progress, print_row
-    from edgevlm.jobs.sinks import JsonlStore, SqliteStore
+    from edgevlm.jobs.sinks import JsonlSink, SqliteSink
     from edgevlm.jobs.spec import Defaults
     from edgevlm.jobs.watch import Watch, Watcher
 
     if (output is None) == (sqlite is None):
         raise click.UsageError("name one place for the answers: -o FILE or --sqlite DB")
-    form, generation, runtime = answer_form(options), generation_config(options), runtime_config(options)
+    form, generation, runtime = chosen_format(options), generation_config(options), runtime_config(options)
     what = Watch(folder, Defaults(question, form, generation), recursive, settle, patience)
-    with SqliteStore(sqlite) if sqlite else JsonlStore(output) as store:  # type: ignore[arg-type]
+    with SqliteSink(sqlite) if sqlite else JsonlSink(output) as sink:  # type: ignore[arg-type]
         stop = _until_told()
         chosen = chosen_model(options["model"])
         with Progress() as progress:
@@ -81,7 +81,7 @@ def watch(
             vlm = VLM(chosen, runtime)
         show = _print_json if as_json else print_row if sys.stdout.isatty() else _say_nothing
         click.echo(f"watching {folder}", err=True)
-        Watcher(what, vlm, store, show, partial(click.echo, err=True)).run(stop)
+        Watcher(what, vlm, sink, show, partial(click.echo, err=True)).run(stop)
 
 
 def _print_json(row: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from edgevlm.errors import OptionError
 
 
 @dataclass(frozen=True)
-class Form:
+class OutputFormat:
     """A constraint on what is generated, or choices to be rated, or neither."""
 
     constraint: Constraint | None = None
@@ -25,7 +25,7 @@ class Form:
         schema: Mapping[str, Any] | str | os.PathLike[str] | None = None,
         choices: Sequence[str] | None = None,
         regex: str | None = None,
-    ) -> Form:
+    ) -> OutputFormat:
         """Return the form that the one thing given asks for; a schema is a mapping or a file. Raises `OptionError`."""
         if sum(each is not None for each in (schema, choices, regex)) > 1:
             raise OptionError("schema, choices and regex exclude each other")

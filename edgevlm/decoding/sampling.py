@@ -33,27 +33,27 @@ def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, s
     random = np.random.default_rng(seed)
 
     def sample(logits: Logits) -> int:
-        probabilities = _top_p(_softmax(_top_k(_heat(logits, temperature), top_k)), top_p)
+        probabilities = _top_p(_softmax(_top_k(_apply_temperature(logits, temperature), top_k)), top_p)
         return int(random.choice(len(probabilities), p=probabilities))
 
     return sample
 
 
-class Chooser:
+class TokenSelector:
     """Chooses one answer's tokens, one after the other; this one as the sampler says."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
-        self.forced_tokens = 0
+        self.fast_forward_tokens = 0
         """Tokens chosen without a look at the logits."""
 
     @property
-    def forced(self) -> list[int]:
+    def fast_forward(self) -> list[int]:
         """The tokens that come next whatever the logits are."""
         return []
 
     @property
-    def complete(self) -> bool:
+    def finished(self) -> bool:
         """Nothing may come any more."""
         return False
 
@@ -62,11 +62,11 @@ class Chooser:
         """Whether what was chosen is a whole answer; None when any answer is."""
         return None
 
-    def choose(self, logits: Logits) -> int:
+    def select(self, logits: Logits) -> int:
         """Return the next token id, from the logits `(V,)` after all tokens before it."""
         return self._sampler(logits)
 
-    def possible(self, draft: Sequence[int]) -> list[int]:
+    def filter_draft(self, draft: Sequence[int]) -> list[int]:
         """Return the beginning of a draft that could be chosen."""
         return list(draft)
 
@@ -90,7 +90,7 @@ def greedy(logits: Logits) -> int:
     return int(np.argmax(logits))
 
 
-def _heat(logits: Logits, temperature: float) -> npt.NDArray[Any]:
+def _apply_temperature(logits: Logits, temperature: float) -> npt.NDArray[Any]:
     """Return the logits below their maximum, over the temperature: zero stays zero however cold it is."""
     with np.errstate(over="ignore"):
         return np.asarray((logits.astype(np.float64) - logits.max()) / temperature)

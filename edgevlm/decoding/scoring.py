@@ -50,7 +50,7 @@ class Scores:
         return max(self.log_likelihoods, key=lambda choice: self.log_likelihoods[choice])
 
     @property
-    def mass(self) -> float:
+    def total_probability(self) -> float:
         """How likely the model was to answer with any of the choices at all; near 0, it had something else to say."""
         return float(np.exp(list(self.log_likelihoods.values())).sum())
 
@@ -59,7 +59,7 @@ class Scores:
         return {
             "answer": self.best,
             "probabilities": {choice: round(p, 6) for choice, p in self.probabilities.items()},
-            "mass": round(self.mass, 6),
+            "total_probability": round(self.total_probability, 6),
             "prompt_tokens": self.prompt_tokens,
             "image_tokens": self.image_tokens,
             "tiles": self.tiles,
@@ -81,7 +81,7 @@ def log_likelihoods(
     `DeviceError` where the logits overflow.
     """
     with watch.stage("prefill"):
-        start = session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images)
+        start = session.reuse_prefix(prompt.prefix_keys, prompt.inputs, prompt.images)
         rows = _read(session, prompt, start)
     watch.count("cached_tokens", start)
     found: dict[tuple[int, ...], float] = {}
@@ -103,7 +103,7 @@ def log_likelihoods(
 def _read(session: Session, prompt: Prompt, start: int) -> npt.NDArray[np.float64]:
     """Read the prompt after its first `start` tokens; return the log-probabilities `(1, V)` of what follows."""
     embeds, inputs = prompt.inputs_embeds[:, start:], prompt.inputs.after(start)
-    return _log_probabilities(session.prefill(embeds, 1, prompt.keys[start:], inputs))
+    return _log_probabilities(session.prefill(embeds, 1, prompt.prefix_keys[start:], inputs))
 
 
 def _log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:

@@ -11,9 +11,9 @@ import numpy as np
 from edgevlm.answer import Answer, FinishReason, Piece, TokenLogprob
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.prompt_lookup import PromptLookup
-from edgevlm.decoding.sampling import Chooser, Logits, make_sampler, token_logprob
+from edgevlm.decoding.sampling import Logits, TokenSelector, make_sampler, token_logprob
 from edgevlm.decoding.stop_text import StopText
-from edgevlm.decoding.structured import Vocabulary
+from edgevlm.decoding.structured import GrammarTokenizer
 from edgevlm.errors import IncompleteAnswerError
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.tokenizer import Tokenizer
@@ -25,32 +25,33 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 def stream_tokens(
-    session: Session, prompt: Prompt, chooser: Chooser, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
+    session: Session, prompt: Prompt, selector: TokenSelector, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
 ) -> Iterator[tuple[int, Logits]]:
-    """Yield up to `max_tokens` token ids after the prompt, each with the logits `(V,)` that stood in its place.
+    """Yield up to `max_tokens` token ids after the prompt, each with the logits `(V,)` it was selected from.
 
-    The caller stops when it has seen the end. Every token is the chooser's, after all tokens before it: a draft that it
-    does not choose is taken back. What it is forced to choose goes to the model as a draft that always comes true.
+    The caller stops at the end token. One step feeds the last token together with the tokens expected after it: those
+    the grammar fast-forwards, which always come true, or a prompt-lookup draft, of which the first token that the
+    selector does not select, and all after it, are taken back from the KV cache.
     """
-    ahead, drafted = chooser.forced[: max_tokens - 1], 0
+    ahead, drafted = selector.fast_forward[: max_tokens - 1], 0
     with watch.stage("prefill"):
-        start = session.rewind_to_common(prompt.keys, prompt.inputs, prompt.images)
+        start = session.reuse_prefix(prompt.prefix_keys, prompt.inputs, prompt.images)
         inputs_embeds = prompt.inputs_embeds[:, start:]
         if ahead:
             inputs_embeds = np.concatenate([inputs_embeds, session.embed(ahead)], axis=1)
-        keys = [*prompt.keys[start:], *ahead]
+        keys = [*prompt.prefix_keys[start:], *ahead]
         logits = session.prefill(inputs_embeds, 1 + len(ahead), keys, prompt.inputs.after(start))
     watch.count("cached_tokens", start)
     left = max_tokens
     while True:
         accepted = 0
         for row, expected in zip(logits, [*ahead, None], strict=True):
-            token = chooser.choose(row)
+            token = selector.select(row)
             watch.first_token = watch.first_token or perf_counter()
             drafter.add(token)
             left -= 1
             yield token, row
-            if not left or chooser.complete:
+            if not left or selector.finished:
                 return
             if token != expected:
                 break
@@ -59,8 +60,8 @@ def stream_tokens(
         if drafted:
             session.rewind(session.length - drafted + accepted)
             drafter.learn(drafted, accepted)
-        forced = chooser.forced[: left - 1]
-        draft = [] if forced else chooser.possible(drafter.draft(left - 1))
+        forced = selector.fast_forward[: left - 1]
+        draft = [] if forced else selector.filter_draft(drafter.draft(left - 1))
         ahead, drafted = forced or draft, len(draft)
         watch.count("drafted_tokens", drafted)
         logits = session.step([token, *ahead])
@@ -72,7 +73,7 @@ def stream_answer(
     config: GenerationConfig,
     *,
     tokenizer: Tokenizer,
-    vocabulary: Vocabulary,
+    grammar_tokenizer: GrammarTokenizer,
     lead: str,
     eos_token_ids: Sequence[int],
     context_length: int,
@@ -89,7 +90,9 @@ def stream_answer(
     budget = min(config.max_new_tokens, room)
     sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
     guided = config.constraint is not None
-    chooser = vocabulary.guide(config.constraint, sampler, lead) if config.constraint else Chooser(sampler)
+    selector = (
+        grammar_tokenizer.matcher(config.constraint, sampler, lead) if config.constraint else TokenSelector(sampler)
+    )
     detokenizer = tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
     text = StopText(config.stop, lead if guided else "")
     drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0)
@@ -97,7 +100,7 @@ def stream_answer(
     logprobs: list[TokenLogprob] = []
     told = 0
     reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
-    for token, logits in stream_tokens(session, prompt, chooser, budget, watch, drafter):
+    for token, logits in stream_tokens(session, prompt, selector, budget, watch, drafter):
         ids.append(token)
         if on_progress:
             on_progress("decode", len(ids), budget)
@@ -105,14 +108,14 @@ def stream_answer(
             reason = "stop"
             break
         if config.top_logprobs is not None:
-            logprobs.append(token_logprob(token, logits, config.top_logprobs, vocabulary.token_bytes))
+            logprobs.append(token_logprob(token, logits, config.top_logprobs, grammar_tokenizer.token_bytes))
         if piece := text.add(detokenizer.add(token)):
             yield Piece(piece, logprobs=tuple(logprobs[told:]))
             told = len(logprobs)
         if text.stopped:
             break
     rest = text.finish(detokenizer.finish())
-    if text.stopped or chooser.complete:
+    if text.stopped or selector.finished:
         reason = "stop"
     answer = Answer(
         text=text.shown,
@@ -126,8 +129,8 @@ def stream_answer(
         cached_tiles=prompt.cached_tiles,
         drafted_tokens=watch.counts.get("drafted_tokens", 0),
         accepted_tokens=watch.counts.get("accepted_tokens", 0),
-        forced_tokens=chooser.forced_tokens,
-        satisfied=chooser.satisfied and not text.stopped,
+        fast_forward_tokens=selector.fast_forward_tokens,
+        satisfied=selector.satisfied and not text.stopped,
         logprobs=tuple(logprobs),
         timings=watch.timings(load_s, len(ids)),
         peak_memory_bytes=peak_memory(),
@@ -135,7 +138,7 @@ def stream_answer(
     yield Piece(rest, answer, tuple(logprobs[told:]))
 
 
-def whole(pieces: Iterable[Piece]) -> Answer:
+def collect(pieces: Iterable[Piece]) -> Answer:
     """Return the answer that the last piece carries. Raises `IncompleteAnswerError`."""
     *_, last = pieces
     assert last.answer is not None

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.decoding.json_schema import JSON_STYLE, enforceable, goes_on
-from edgevlm.decoding.sampling import Chooser, Logits, Sampler
+from edgevlm.decoding.sampling import Logits, Sampler, TokenSelector
 from edgevlm.errors import OptionError, one_line
 from edgevlm.strict_json import read_json, write_json
 
@@ -131,7 +131,7 @@ def _first_lines(message: str) -> str:
     return " ".join(line for line in lines if not re.fullmatch(r"\d* ?\|.*|\^*", line))[:300]
 
 
-class Vocabulary:
+class GrammarTokenizer:
     """The model's tokens as bytes: what a guide chooses from. Made on first use, in about a third of a second."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]) -> None:
@@ -165,17 +165,17 @@ class Vocabulary:
             raise OptionError(f"a choice may not contain {self.token_bytes(special[0]).decode()}, a special token")
         return ids
 
-    def guide(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> Guide:
+    def matcher(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> GrammarMatcher:
         """Return a guide for one answer, which is preceded by `lead`. Raises `OptionError`."""
         from llguidance import LLMatcher, LLParserLimits
 
         # As set by llguidance, they end an answer at an object of five hundred optional properties.
         limits = LLParserLimits(max_items_in_row=100_000, step_max_items=1_000_000)
         matcher = LLMatcher(self._get(), constraint.after(lead), log_level=0, limits=limits)
-        return Guide(matcher, sampler, self._eos)
+        return GrammarMatcher(matcher, sampler, self._eos)
 
 
-class Guide(Chooser):
+class GrammarMatcher(TokenSelector):
     """Chooses an answer's tokens among those that the constraint allows.
 
     Where the constraint leaves one text only, its tokens are `forced`: they are chosen without a look at the logits, so
@@ -186,34 +186,34 @@ class Guide(Chooser):
         super().__init__(sampler)
         self._matcher = matcher
         self._eos = frozenset(eos_token_ids)
-        self._forced: deque[int] = deque()
+        self._pending: deque[int] = deque()
         self._look_ahead()
         if not self._matcher.is_stopped():
             self._bits()  # a form that nothing fits is refused before the answer begins
 
     @property
-    def forced(self) -> list[int]:
-        return list(self._forced)
+    def fast_forward(self) -> list[int]:
+        return list(self._pending)
 
     @property
-    def complete(self) -> bool:
-        return not self._forced and self._matcher.is_stopped()
+    def finished(self) -> bool:
+        return not self._pending and self._matcher.is_stopped()
 
     @property
     def satisfied(self) -> bool:
-        return not self._forced and self._matcher.is_accepting()
+        return not self._pending and self._matcher.is_accepting()
 
-    def choose(self, logits: Logits) -> int:
-        if self._forced:
-            self.forced_tokens += 1
-            return self._forced.popleft()
-        token = super().choose(np.where(self._allowed(len(logits)), logits, np.float32(-np.inf)))
+    def select(self, logits: Logits) -> int:
+        if self._pending:
+            self.fast_forward_tokens += 1
+            return self._pending.popleft()
+        token = super().select(np.where(self._allowed(len(logits)), logits, np.float32(-np.inf)))
         if token not in self._eos:
             self._matcher.consume_token(token)
             self._look_ahead()
         return token
 
-    def possible(self, draft: Sequence[int]) -> list[int]:
+    def filter_draft(self, draft: Sequence[int]) -> list[int]:
         return list(draft[: self._matcher.validate_tokens(list(draft))])
 
     def _allowed(self, size: int) -> npt.NDArray[np.bool_]:
@@ -230,7 +230,7 @@ class Guide(Chooser):
     def _look_ahead(self) -> None:
         forced = self._matcher.compute_ff_tokens()
         self._matcher.consume_tokens(forced)
-        self._forced.extend(forced)
+        self._pending.extend(forced)
         self._check()
 
     def _check(self) -> None:

@@ -89,7 +89,7 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may divide by zero or add a number to a text
             raise PromptError(f"the model's chat template refuses the conversation: {one_line(error)}") from None
 
-    def answer_lead(self, variables: Mapping[str, Any] | None = None) -> str:
+    def response_prefix(self, variables: Mapping[str, Any] | None = None) -> str:
         """Return the whitespace that the template puts between the opened turn and its text.
 
         A model answers the way its template writes answers down: many begin theirs with a space.

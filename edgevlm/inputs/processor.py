@@ -22,7 +22,7 @@ class Processor:
     """Family, tokenizer and chat template of one exported folder."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.family = make_family(manifest.family, manifest.family_facts)
+        self.family = make_family(manifest.family, manifest.family_config)
         self.tokenizer = Tokenizer(folder, manifest.text_tokens)
         source = _read_text(folder / manifest.chat_template)
         self.template = ChatTemplate(source, manifest.special_tokens)

@@ -19,7 +19,7 @@ class Prompt:
 
     inputs_embeds: npt.NDArray[np.float32]  # (1, n, hidden)
     ids: Sequence[int]
-    keys: Sequence[Hashable]
+    prefix_keys: Sequence[Hashable]
     """What stands at each place: a token id, or a view's key and a row of its features."""
     inputs: LanguageInputs
     images: Sequence[range]

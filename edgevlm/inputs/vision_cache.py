@@ -54,7 +54,7 @@ def content_key(pixels: Pixels, *facts: Hashable) -> bytes:
     return digest.digest()
 
 
-class EmbeddingCache:
+class VisionCache:
     """The encoder's outputs by content, the least recently used dropped beyond `limit_bytes`; shared by all threads.
 
     A view is known again when its pixels are equal; with `tolerance`, also when they differ from those last encoded

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from edgevlm.errors import EdgeVLMError, OptionError, OutputError
 from edgevlm.jobs.jsonl import Row
-from edgevlm.jobs.spec import Asker, Defaults, Job, read_jobs
-from edgevlm.jobs.work_queue import Ledger, ignore
+from edgevlm.jobs.spec import Defaults, Job, RowRunner, read_jobs
+from edgevlm.jobs.work_queue import WorkQueue, noop
 from edgevlm.runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -53,17 +53,17 @@ class Batch:
 
     def read(self) -> list[Job]:
         """Return the jobs. Raises `OptionError` and `ModelNotFoundError`."""
-        return read_jobs(self.jobs, self.defaults.salt(self.model))
+        return read_jobs(self.jobs, self.defaults.config_digest(self.model))
 
-    def asker(self) -> Asker:
+    def runner(self) -> RowRunner:
         """Load the model. Raises `ModelError` and `DeviceError`."""
         from edgevlm.vlm import VLM
 
-        return Asker(VLM(self.model, self.runtime), self.defaults, self.jobs.parent)
+        return RowRunner(VLM(self.model, self.runtime), self.defaults, self.jobs.parent)
 
 
 @dataclass
-class Tally:
+class BatchSummary:
     """What a batch came to."""
 
     jobs: int
@@ -78,17 +78,17 @@ class Tally:
 
 def run_batch(
     batch: Batch,
-    on_row: Callable[[Row], object] = ignore,
-    on_progress: OnProgress = ignore,
-    carry_out: Callable[[Batch, Ledger, Callable[[], object]], None] | None = None,
-) -> Tally:
+    on_row: Callable[[Row], object] = noop,
+    on_progress: OnProgress = noop,
+    executor: Callable[[Batch, WorkQueue, Callable[[], object]], None] | None = None,
+) -> BatchSummary:
     """Answer all jobs that the output does not answer yet; `on_row` is given each row that comes to the output.
 
     Safe to kill, to run again, and to run several times at once, on machines that share the folder. Raises
     `OptionError`, `OutputError`, `ModelError` and `DeviceError`; what is wrong with a single job is in its row.
     """
     jobs = batch.read()
-    tally = Tally(len(jobs))
+    tally = BatchSummary(len(jobs))
     told = False
 
     def note(row: Row) -> None:
@@ -96,22 +96,22 @@ def run_batch(
         if told:
             on_row(row)
 
-    ledger = Ledger(batch.output, jobs, note)
-    ledger.refresh()
-    told, tally.known = True, ledger.answered()
-    if not ledger.complete:
+    queue = WorkQueue(batch.output, jobs, note)
+    queue.refresh()
+    told, tally.known = True, queue.answered()
+    if not queue.complete:
         on_progress(tally.known, len(jobs))
-        do = carry_out or (_work_here if batch.workers == 1 else _work_in_processes)
-        do(batch, ledger, lambda: on_progress(ledger.answered(), len(jobs)))
-        ledger.clean()
+        do = executor or (_work_here if batch.workers == 1 else _work_in_processes)
+        do(batch, queue, lambda: on_progress(queue.answered(), len(jobs)))
+        queue.clean()
     return tally
 
 
-def _work_here(batch: Batch, ledger: Ledger, on_change: Callable[[], object]) -> None:
-    ledger.work(batch.asker(), on_change)
+def _work_here(batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
+    queue.work(batch.runner(), on_change)
 
 
-def _work_in_processes(batch: Batch, ledger: Ledger, on_change: Callable[[], object]) -> None:
+def _work_in_processes(batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
     """Start workers and wait until all is answered, even if some of them die, but not all."""
     context = multiprocessing.get_context("spawn")
     errors: SimpleQueue[str] = context.SimpleQueue()
@@ -123,7 +123,7 @@ def _work_in_processes(batch: Batch, ledger: Ledger, on_change: Callable[[], obj
     for worker in workers:
         worker.start()
     try:
-        wait_for(ledger, on_change, errors, lambda: any(worker.is_alive() for worker in workers))
+        wait_for(queue, on_change, errors, lambda: any(worker.is_alive() for worker in workers))
     finally:
         for worker in workers:
             worker.terminate()
@@ -131,14 +131,14 @@ def _work_in_processes(batch: Batch, ledger: Ledger, on_change: Callable[[], obj
 
 
 def wait_for(
-    ledger: Ledger, on_change: Callable[[], object], errors: Errors, anybody_there: Callable[[], bool]
+    queue: WorkQueue, on_change: Callable[[], object], errors: Errors, anybody_there: Callable[[], bool]
 ) -> None:
     """Wait until others have answered all jobs. Raises `OutputError` for what they report, or if none is left."""
     while True:
         there = anybody_there()  # before the look at what there is: the last may finish and go in between
-        ledger.refresh()
+        queue.refresh()
         on_change()
-        if ledger.complete:
+        if queue.complete:
             break
         if not errors.empty():
             raise OutputError(errors.get())
@@ -151,7 +151,7 @@ def _worker(batch: Batch, errors: SimpleQueue[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends its workers
     try:
         jobs = batch.read()
-        Ledger(batch.output, jobs).work(batch.asker(), partial(_end_with, multiprocessing.parent_process()))
+        WorkQueue(batch.output, jobs).work(batch.runner(), partial(_end_with, multiprocessing.parent_process()))
     except EdgeVLMError as error:
         errors.put(str(error))
 

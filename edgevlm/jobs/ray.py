@@ -19,7 +19,7 @@ from edgevlm.errors import EdgeVLMError, OptionError, one_line
 from edgevlm.jobs.batch import Batch, wait_for
 from edgevlm.jobs.jsonl import Row
 from edgevlm.jobs.spec import Job
-from edgevlm.jobs.work_queue import Ledger
+from edgevlm.jobs.work_queue import WorkQueue
 from edgevlm.model_store import find_model
 
 
@@ -27,14 +27,14 @@ class RayWorker:
     """A model in a process of the cluster's; Ray starts another when it dies, and asks that one again."""
 
     def __init__(self, batch: Batch) -> None:
-        self._ask = batch.asker()
+        self._ask = batch.runner()
 
     def ask(self, job: Job) -> Row:
         """Return the answer's row."""
         return self._ask(job)
 
 
-def work_on_ray(address: str, batch: Batch, ledger: Ledger, on_change: Callable[[], object]) -> None:
+def work_on_ray(address: str, batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
     """Answer a batch's jobs with `batch.workers` models on the cluster at `address`; `local` starts one here.
 
     The machines need edgevlm, and the model and the pictures at the same paths as here. Raises `OptionError` where
@@ -43,10 +43,10 @@ def work_on_ray(address: str, batch: Batch, ledger: Ledger, on_change: Callable[
     if find_spec("ray") is None:
         raise OptionError("a Ray cluster needs ray; install it with: pip install 'edgevlm[ray]'")
     with redirect_stdout(sys.stderr):  # where Ray tells of workers that died
-        _work(_connect(address), batch, ledger, on_change)
+        _work(_connect(address), batch, queue, on_change)
 
 
-def _work(ray: Any, batch: Batch, ledger: Ledger, on_change: Callable[[], object]) -> None:
+def _work(ray: Any, batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
     try:
         threads = batch.runtime.threads or max(1, int(ray.cluster_resources().get("CPU", 1)) // batch.workers)
         there = replace(
@@ -63,7 +63,7 @@ def _work(ray: Any, batch: Batch, ledger: Ledger, on_change: Callable[[], object
         ]
         for driver in drivers:
             driver.start()
-        wait_for(ledger, on_change, errors, lambda: any(driver.is_alive() for driver in drivers))
+        wait_for(queue, on_change, errors, lambda: any(driver.is_alive() for driver in drivers))
         for driver in drivers:
             driver.join(timeout=10)
     finally:
@@ -77,7 +77,7 @@ def _connect(address: str) -> Any:
 
     try:
         if address not in {"local", "auto"}:
-            _knock(address)
+            _check_reachable(address)
         ray.init(
             address,
             include_dashboard=False if address == "local" else None,
@@ -89,7 +89,7 @@ def _connect(address: str) -> Any:
     return ray
 
 
-def _knock(address: str) -> None:
+def _check_reachable(address: str) -> None:
     """Raise `OSError` or `ValueError` if nobody answers there: Ray itself would try for minutes."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     if not parts.hostname or not parts.port:
@@ -100,7 +100,7 @@ def _knock(address: str) -> None:
 def _drive(ray: Any, worker: Any, batch: Batch, errors: SimpleQueue[str]) -> None:
     """Let one worker answer what no other is at."""
     try:
-        Ledger(batch.output, batch.read()).work(lambda job: dict(ray.get(worker.ask.remote(job))))
+        WorkQueue(batch.output, batch.read()).work(lambda job: dict(ray.get(worker.ask.remote(job))))
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None)
         errors.put(f"a worker on the Ray cluster cannot go on: {one_line(cause or error)[:300]}")

@@ -35,7 +35,7 @@ _INSERT = f"INSERT OR IGNORE INTO answers ({', '.join(_COLUMNS)}) VALUES ({', '.
 _FIND = "SELECT 1 FROM answers WHERE job = ? AND path = ?"
 
 
-class Store(Protocol):
+class AnswerSink(Protocol):
     """Rows by picture and job; `OutputError` where they cannot be kept."""
 
     @property
@@ -43,16 +43,16 @@ class Store(Protocol):
         """The file; others that go with it have names that begin with its name."""
         ...
 
-    def __enter__(self) -> Store: ...
+    def __enter__(self) -> AnswerSink: ...
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def has_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
+    def seen_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
         """Tell whether a file has been answered, and has not been written since."""
         ...
 
-    def has_picture(self, job: str, path: str, sha256: str) -> bool:
+    def seen_content(self, job: str, path: str, sha256: str) -> bool:
         """Tell whether these very bytes have been answered under that name."""
         ...
 
@@ -61,7 +61,7 @@ class Store(Protocol):
         ...
 
 
-class JsonlStore:
+class JsonlSink:
     """A JSON Lines file, written by one process at a time."""
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class JsonlStore:
         self._files: set[tuple[str, str, int, int]] = set()
         self._pictures: set[tuple[str, str, str]] = set()
 
-    def __enter__(self) -> JsonlStore:
+    def __enter__(self) -> JsonlSink:
         with writing(self.path):
             try:
                 self._lock.acquire(timeout=0)
@@ -89,10 +89,10 @@ class JsonlStore:
         with suppress(OSError):
             Path(self._lock.lock_file).unlink(missing_ok=True)
 
-    def has_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
+    def seen_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
         return (job, path, size, mtime_ns) in self._files
 
-    def has_picture(self, job: str, path: str, sha256: str) -> bool:
+    def seen_content(self, job: str, path: str, sha256: str) -> bool:
         return (job, path, sha256) in self._pictures
 
     def add(self, row: Row) -> None:
@@ -108,14 +108,14 @@ class JsonlStore:
             raise OutputError(f"{self.path} holds other rows; choose another file, or delete it") from None
 
 
-class SqliteStore:
+class SqliteSink:
     """A table `answers` in an SQLite database, which others may read meanwhile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._database: sqlite3.Connection | None = None
 
-    def __enter__(self) -> SqliteStore:
+    def __enter__(self) -> SqliteSink:
         columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
         with self._cursor() as database:
             # Write-ahead logging lets others read while this process writes; FULL puts each row onto the disk.
@@ -133,10 +133,10 @@ class SqliteStore:
         if self._database:
             self._database.close()
 
-    def has_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
+    def seen_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
         return self._finds(f"{_FIND} AND size = ? AND mtime_ns = ?", job, path, size, mtime_ns)
 
-    def has_picture(self, job: str, path: str, sha256: str) -> bool:
+    def seen_content(self, job: str, path: str, sha256: str) -> bool:
         return self._finds(f"{_FIND} AND sha256 = ?", job, path, sha256)
 
     def add(self, row: Row) -> None:

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.output_format import Form
-from edgevlm.decoding.stream import whole
+from edgevlm.decoding.output_format import OutputFormat
+from edgevlm.decoding.stream import collect
 from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
 from edgevlm.inputs.image import read_image
 from edgevlm.manifest import hash_file
@@ -60,10 +60,10 @@ class Defaults:
     """What holds for rows that do not say otherwise."""
 
     question: str | None = None
-    form: Form = field(default_factory=Form)
+    output_format: OutputFormat = field(default_factory=OutputFormat)
     config: GenerationConfig = field(default_factory=GenerationConfig)
 
-    def salt(self, model: str | None) -> str:
+    def config_digest(self, model: str | None) -> str:
         """Return what all rows' keys share: the model's manifest, by its SHA-256, and these defaults.
 
         Raises `ModelError`.
@@ -78,7 +78,7 @@ class Defaults:
         return json.dumps([known, asdict(self)], sort_keys=True, default=str)
 
 
-def read_jobs(path: Path, salt: str) -> list[Job]:
+def read_jobs(path: Path, config_digest: str) -> list[Job]:
     """Return the rows of a JSON Lines file, whatever is in them. Raises `OptionError` if it cannot be read."""
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -87,15 +87,15 @@ def read_jobs(path: Path, salt: str) -> list[Job]:
     except OSError as error:
         raise OptionError(f"cannot read the jobs file {path}: {error.strerror or error}") from None
     rows = ((number, line.strip()) for number, line in enumerate(lines, 1))
-    return [Job(number, line, job_key(salt, line)) for number, line in rows if line]
+    return [Job(number, line, job_key(config_digest, line)) for number, line in rows if line]
 
 
-def job_key(salt: str, data: bytes) -> str:
+def job_key(config_digest: str, data: bytes) -> str:
     """Return the name of a job."""
-    return hashlib.sha256(salt.encode() + b"\0" + data).hexdigest()[:16]
+    return hashlib.sha256(config_digest.encode() + b"\0" + data).hexdigest()[:16]
 
 
-class Asker:
+class RowRunner:
     """Answers jobs with one model; a row that cannot be answered says why under `error`."""
 
     def __init__(self, vlm: VLM, defaults: Defaults, folder: Path) -> None:
@@ -118,27 +118,29 @@ class Asker:
         own = task.given("schema", "choices", "regex")
         if isinstance(task.schema, str):
             own["schema"] = self._folder / task.schema
-        form = Form.of(**own) if own else self._defaults.form
+        output_format = OutputFormat.of(**own) if own else self._defaults.output_format
         config = self._defaults.config.override(task.given("max_new_tokens"))
         names = [] if task.image is UNSET else [task.image] if isinstance(task.image, str) else task.image
         images = [read_image(self._folder / name) for name in names]
-        return ask(self._vlm, images, question, config, form)
+        return ask(self._vlm, images, question, config, output_format)
 
 
-def ask(vlm: VLM, images: list[bytes], question: str, config: GenerationConfig, form: Form) -> dict[str, Any]:
+def ask(
+    vlm: VLM, images: list[bytes], question: str, config: GenerationConfig, output_format: OutputFormat
+) -> dict[str, Any]:
     """Return what a model makes of pictures, given as the bytes of their files, as fields of a row.
 
     Raises `ImageError`, `PromptError`, `OptionError` and `IncompleteAnswerError`.
     """
     started = perf_counter()
     row: dict[str, Any] = {"sha256": [hashlib.sha256(data).hexdigest() for data in images], "question": question}
-    if form.choices:
-        scores = vlm.score(images, question, form.choices, config)
+    if output_format.choices:
+        scores = vlm.score(images, question, output_format.choices, config)
         row |= {"answer": scores.best, "probabilities": {key: round(p, 6) for key, p in scores.probabilities.items()}}
     else:
-        answer = whole(vlm.stream(images, question, replace(config, constraint=form.constraint)))
+        answer = collect(vlm.stream(images, question, replace(config, constraint=output_format.constraint)))
         row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
-        if form.constraint and form.constraint.is_json:
+        if output_format.constraint and output_format.constraint.is_json:
             row["value"] = _value(answer.text)
     return row | {"seconds": round(perf_counter() - started, 3)}
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 from edgevlm.errors import ImageError, OptionError
 from edgevlm.inputs.image import image_suffixes, load_image, printable, read_image
 from edgevlm.jobs.jsonl import Row
-from edgevlm.jobs.sinks import Store
+from edgevlm.jobs.sinks import AnswerSink
 from edgevlm.jobs.spec import ROW_ERRORS, Defaults, ask, job_key
-from edgevlm.jobs.work_queue import ignore
+from edgevlm.jobs.work_queue import noop
 
 if TYPE_CHECKING:
     from edgevlm.vlm import VLM
@@ -37,16 +37,16 @@ class Watch:
     folder: Path
     defaults: Defaults
     recursive: bool = False
-    settle_s: float = 1.0
+    stable_for_s: float = 1.0
     """A file must have stayed as it is for so long before it is read."""
-    patience_s: float = 30.0
+    give_up_after_s: float = 30.0
     """A file that cannot be read as a picture is taken for a broken one when it has stayed so for so long."""
 
     def __post_init__(self) -> None:
         _check_folder(self.folder, f"no such folder: {self.folder}")
         if not self.defaults.question:
             raise OptionError("watching needs a question")
-        if not 0 < self.settle_s <= self.patience_s:
+        if not 0 < self.stable_for_s <= self.give_up_after_s:
             raise OptionError("the time to settle must be above 0 and not above the patience")
         if find_spec("watchfiles") is None:
             raise OptionError("watching needs watchfiles; install it with: pip install 'edgevlm[watch]'")
@@ -63,7 +63,7 @@ class _Waiting:
 
 
 class Watcher:
-    """Answers a folder's pictures into a store, those first that were there before.
+    """Answers a folder's pictures into a sink, those first that were there before.
 
     A picture is known by its name, its bytes and what is asked: one that is written anew is answered anew, one that was
     answered before a restart is not. `on_row` is given each row, `on_passed` a line for the first file of each kind
@@ -74,24 +74,24 @@ class Watcher:
         self,
         watch: Watch,
         vlm: VLM,
-        store: Store,
-        on_row: Callable[[Row], object] = ignore,
-        on_passed: Callable[[str], object] = ignore,
+        sink: AnswerSink,
+        on_row: Callable[[Row], object] = noop,
+        on_passed: Callable[[str], object] = noop,
     ) -> None:
-        self._watch, self._vlm, self._store, self._on_row, self._on_passed = watch, vlm, store, on_row, on_passed
+        self._watch, self._vlm, self._sink, self._on_row, self._on_passed = watch, vlm, sink, on_row, on_passed
         self._question = watch.defaults.question or ""
-        self._job = job_key(watch.defaults.salt(str(vlm.folder)), self._question.encode())
+        self._job = job_key(watch.defaults.config_digest(str(vlm.folder)), self._question.encode())
         self._folder = watch.folder.resolve()
         self._waiting: dict[Path, _Waiting] = {}
         self._done: dict[Path, tuple[int, int]] = {}
-        self._own = store.path.resolve()
+        self._own = sink.path.resolve()
         self._passed: set[str] = set()
 
     def run(self, stop: Event) -> None:
         """Watch until `stop` is set; an answer that is being made is made. Raises `OptionError`, `OutputError`."""
         from watchfiles import watch
 
-        step = max(10, int(1000 * self._watch.settle_s / 4))
+        step = max(10, int(1000 * self._watch.stable_for_s / 4))
         scanned = None
         for changes in watch(
             self._folder,
@@ -104,15 +104,15 @@ class Watcher:
             recursive=self._watch.recursive,
         ):
             for _, name in changes:
-                self._notice(Path(name))
+                self._on_event(Path(name))
             if scanned is None or monotonic() - scanned > _SCAN_S:  # first when the watch is already on
                 for path in self._scan():
-                    self._notice(path)
+                    self._on_event(path)
                 scanned = monotonic()
             for path in list(self._waiting):
                 if stop.is_set():
                     return
-                self._consider(path)
+                self._process_if_stable(path)
 
     def _scan(self) -> Iterator[Path]:
         """Yield the folder's files, the oldest first."""
@@ -126,7 +126,7 @@ class Watcher:
                 found.append((stat.st_mtime_ns, path))
         yield from (path for _, path in sorted(found))
 
-    def _notice(self, path: Path) -> None:
+    def _on_event(self, path: Path) -> None:
         """Let a file wait, or wait anew if it has been written since, unless it has been answered."""
         if not _is_picture(path):
             self._pass_over(path)
@@ -139,8 +139,8 @@ class Watcher:
         waiting, facts = self._waiting.get(path), (stat.st_size, stat.st_mtime_ns)
         if facts == self._done.get(path) or (waiting and facts == (waiting.size, waiting.mtime_ns)):
             return
-        if self._store.has_file(self._job, self._name(path), *facts):
-            self._settle(path, *facts)
+        if self._sink.seen_file(self._job, self._name(path), *facts):
+            self._mark_done(path, *facts)
         else:
             self._waiting[path] = _Waiting(*facts)
 
@@ -155,24 +155,24 @@ class Watcher:
         self._on_passed(f"passed over: {printable(self._name(path))}, {why}; further {others} are not told")
 
     def _is_nobodys(self, path: Path) -> bool:
-        """Tell whether a file is hidden, temporary, or the store's own."""
+        """Tell whether a file is hidden, temporary, or the sink's own."""
         own = path.parent == self._own.parent and path.name.startswith(self._own.name)
         hidden = any(part.startswith((".", "~")) for part in path.relative_to(self._folder).parts)
         return own or hidden or path.name.lower().endswith(_TEMPORARY)
 
-    def _settle(self, path: Path, size: int, mtime_ns: int) -> None:
+    def _mark_done(self, path: Path, size: int, mtime_ns: int) -> None:
         """Take note that there is nothing to do about a file as it is."""
         self._done[path] = size, mtime_ns
         self._waiting.pop(path, None)
 
-    def _consider(self, path: Path) -> None:
+    def _process_if_stable(self, path: Path) -> None:
         """Answer a file that has been left alone for long enough and is a picture, or will not become one."""
-        self._notice(path)
+        self._on_event(path)
         waiting = self._waiting.get(path)
         if waiting is None:
             return
         age = monotonic() - waiting.since
-        if age < (self._watch.patience_s if waiting.broken else self._watch.settle_s):
+        if age < (self._watch.give_up_after_s if waiting.broken else self._watch.stable_for_s):
             return
         try:
             data = read_image(path)
@@ -187,12 +187,12 @@ class Watcher:
 
     def _answer(self, path: Path, waiting: _Waiting, data: bytes) -> None:
         sha256 = hashlib.sha256(data).hexdigest()
-        if self._store.has_picture(self._job, self._name(path), sha256):
-            self._settle(path, waiting.size, waiting.mtime_ns)
+        if self._sink.seen_content(self._job, self._name(path), sha256):
+            self._mark_done(path, waiting.size, waiting.mtime_ns)
             return
         defaults = self._watch.defaults
         try:
-            row = ask(self._vlm, [data], self._question, defaults.config, defaults.form)
+            row = ask(self._vlm, [data], self._question, defaults.config, defaults.output_format)
         except ROW_ERRORS as error:
             row = {"question": self._question, "error": str(error)}
         self._add(path, waiting, row | {"sha256": sha256})
@@ -206,8 +206,8 @@ class Watcher:
             "mtime_ns": waiting.mtime_ns,
             "job": self._job,
         }
-        self._store.add(head | row)
-        self._settle(path, waiting.size, waiting.mtime_ns)
+        self._sink.add(head | row)
+        self._mark_done(path, waiting.size, waiting.mtime_ns)
         self._on_row(head | row)
 
     def _name(self, path: Path) -> str:

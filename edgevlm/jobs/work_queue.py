@@ -24,17 +24,17 @@ CHUNK = 8
 _PAUSE_S = 0.5
 
 
-def ignore(*_: object) -> None:
+def noop(*_: object) -> None:
     """Be told, and do nothing."""
 
 
-class Ledger:
+class WorkQueue:
     """The output file, and the folder beside it where answers wait for those before them.
 
     Raises `OutputError` where the output cannot be written or answers other jobs.
     """
 
-    def __init__(self, output: Path, jobs: Sequence[Job], on_row: Callable[[Row], object] = ignore) -> None:
+    def __init__(self, output: Path, jobs: Sequence[Job], on_row: Callable[[Row], object] = noop) -> None:
         self._output, self._jobs, self._on_row = output, jobs, on_row
         self._parts = beside(output, ".parts")
         self._published = self._offset = 0
@@ -63,7 +63,7 @@ class Ledger:
             self._offset += size
             self._on_row(row)
 
-    def work(self, answer: Callable[[Job], Row], on_rows: Callable[[], object] = ignore) -> None:
+    def work(self, answer: Callable[[Job], Row], on_rows: Callable[[], object] = noop) -> None:
         """Answer jobs until all are answered, taking over from processes that die.
 
         `on_rows` is called after each answer, and now and then while others are at what is left.
@@ -74,21 +74,21 @@ class Ledger:
                     with self._lock(f"{number:06}") as mine:
                         if mine:
                             self._answer(number, answer, on_rows)
-            self.publish()
+            self.flush()
             on_rows()
             if self.complete:
                 break
             sleep(_PAUSE_S)
         self.clean()
 
-    def publish(self) -> None:
+    def flush(self) -> None:
         """Move what is next in order to the output, unless another process is doing so."""
         with writing(self._output), self._lock("output") as mine:
             if not mine:
                 return
             self.refresh()
             first = self._published // CHUNK
-            ready = self._ready()
+            ready = self._next_in_order()
             if ready:
                 append_rows(self._output, ready)
                 self.refresh()
@@ -97,7 +97,7 @@ class Ledger:
                     with suppress(OSError):  # Windows keeps a file that somebody holds; it goes at the end
                         path.unlink()
 
-    def _ready(self) -> list[Row]:
+    def _next_in_order(self) -> list[Row]:
         """Return the answers that follow the output's last."""
         ready: list[Row] = []
         number = self._published // CHUNK
@@ -121,7 +121,7 @@ class Ledger:
                 row = answer(job)
                 with writing(self._part(number)):
                     append_rows(self._part(number), [row])
-                self.publish()
+                self.flush()
                 on_rows()
 
     def _chunk(self, number: int) -> Sequence[Job]:

@@ -14,7 +14,7 @@ KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
 KVCache = Literal["paged", "stateful"]
 KV_CACHES = ("paged", "stateful")
 
-KERNELS_KEPT = 256
+CPU_KERNEL_CACHE = 256
 """Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met
 costs about 8 ms more. With OpenVINO's own 5,000 a process that meets prompts of many lengths grows for thousands of
 requests; on SmolVLM-256M's shape 16 suffice to keep the next token as fast."""
@@ -66,7 +66,7 @@ class RuntimeConfig:
         """Return OpenVINO's properties for a part without a KV cache."""
         properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if device.startswith("CPU"):
-            properties["CPU_RUNTIME_CACHE_CAPACITY"] = KERNELS_KEPT
+            properties["CPU_RUNTIME_CACHE_CAPACITY"] = CPU_KERNEL_CACHE
             properties["ENABLE_CPU_PINNING"] = False  # else every process with one thread takes the same core
             if self.threads is not None:
                 properties["INFERENCE_NUM_THREADS"] = self.threads

@@ -18,13 +18,13 @@ import numpy.typing as npt
 from edgevlm.families.base import LanguageInputs
 from edgevlm.runtime.core import first_line, import_openvino
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP, keep_last_logits
-from edgevlm.runtime.kv_session import DecoderFacts, Requests, Session
+from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
 
 if TYPE_CHECKING:
     import openvino as ov
 
 logger = logging.getLogger(__name__)
-_CONTROLS = {
+_PAGED_INPUTS = {
     "inputs_embeds",
     "position_ids",
     "past_lens",
@@ -34,7 +34,7 @@ _CONTROLS = {
     "max_context_len",
 }
 """The inputs of a graph with paged attention, besides its caches."""
-_SPARE = 8
+_MIN_GROWTH_BLOCKS = 8
 """Blocks by which a cache grows at least."""
 
 
@@ -52,7 +52,7 @@ def with_paged_attention(model: ov.Model) -> ov.Model | None:
         logger.info("no paged attention: %s", first_line(error))
         return None
     inputs = {each.any_name for each in model.inputs}
-    if {name for name in inputs if not _is_cache(name)} != _CONTROLS or not any(map(_is_cache, inputs)):
+    if {name for name in inputs if not _is_cache(name)} != _PAGED_INPUTS or not any(map(_is_cache, inputs)):
         logger.info("no paged attention: the graph's inputs are %s", ", ".join(sorted(inputs)))
         return None
     embeds = model.input("inputs_embeds").get_node()
@@ -65,7 +65,7 @@ def _is_cache(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Pages:
+class KVBlockLayout:
     """What the caches of one compiled LM are made of."""
 
     blocks: dict[str, tuple[ov.Type, list[int]]]
@@ -74,7 +74,7 @@ class Pages:
     """Tokens in a block."""
 
     @classmethod
-    def of(cls, compiled: ov.CompiledModel) -> Pages | None:
+    def of(cls, compiled: ov.CompiledModel) -> KVBlockLayout | None:
         """Return the layout, or None for an LM whose cache is OpenVINO's state."""
         shapes = {each.any_name: each for each in compiled.inputs if _is_cache(each.any_name)}
         if not shapes:
@@ -89,9 +89,9 @@ class Pages:
 class PagedSession(Session):
     """A sequence whose cache lies in blocks of its own; going back costs nothing."""
 
-    past_factor = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
+    cached_attention_slowdown = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
 
-    def __init__(self, requests: Requests, decoder: DecoderFacts, pages: Pages) -> None:
+    def __init__(self, requests: Requests, decoder: DecoderInfo, pages: KVBlockLayout) -> None:
         super().__init__(requests, decoder)
         self._pages = pages
         self._buffers = {
@@ -108,7 +108,7 @@ class PagedSession(Session):
         if blocks <= before:
             return
         openvino = import_openvino()
-        held = max(blocks + _SPARE, before * 3 // 2)
+        held = max(blocks + _MIN_GROWTH_BLOCKS, before * 3 // 2)
         for name, (kind, shape) in self._pages.blocks.items():
             old = self._buffers[name]
             new = self._buffers[name] = np.zeros((held, old.shape[1]), np.uint8)

@@ -17,7 +17,7 @@ class SessionPool:
 
     def __init__(self, make: Callable[[], Session], limit: int) -> None:
         self._make, self._limit = make, limit
-        self._resting: list[Session] = []
+        self._idle: list[Session] = []
         self._lock = Lock()
 
     @contextmanager
@@ -27,20 +27,20 @@ class SessionPool:
         try:
             yield session
         except GeneratorExit:  # whoever read the answer went away: the session is as sound as it was
-            self._rest(session)
+            self._release(session)
             raise
-        self._rest(session)
+        self._release(session)
 
     def _choose(self, keys: Sequence[Hashable]) -> Session:
         with self._lock:
-            best = max(self._resting, key=lambda each: common_length(each.keys, keys), default=None)
+            best = max(self._idle, key=lambda each: common_length(each.prefix_keys, keys), default=None)
             # What little all prompts share is not worth the rest of another conversation, while there is room.
-            if best and (len(self._resting) >= self._limit or 2 * common_length(best.keys, keys) >= best.length):
-                self._resting.remove(best)
+            if best and (len(self._idle) >= self._limit or 2 * common_length(best.prefix_keys, keys) >= best.length):
+                self._idle.remove(best)
                 return best
         return self._make()
 
-    def _rest(self, session: Session) -> None:
+    def _release(self, session: Session) -> None:
         with self._lock:
-            self._resting.append(session)
-            del self._resting[: max(0, len(self._resting) - self._limit)]
+            self._idle.append(session)
+            del self._idle[: max(0, len(self._idle) - self._limit)]

@@ -34,7 +34,7 @@ class Requests(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecoderFacts:
+class DecoderInfo:
     """What sessions know of the decoder that they run."""
 
     hidden_size: int
@@ -46,15 +46,15 @@ class DecoderFacts:
 class Session(ABC):
     """One sequence being decoded, with its own KV cache; sessions of one model may run in several threads."""
 
-    past_factor: ClassVar[float]
+    cached_attention_slowdown: ClassVar[float]
     """Several tokens' attention to a key that the cache holds already takes this much longer than to one of their own
     (measured with SmolVLM-256M's shape)."""
 
-    def __init__(self, requests: Requests, decoder: DecoderFacts) -> None:
+    def __init__(self, requests: Requests, decoder: DecoderInfo) -> None:
         self._request, self._embeddings = requests.decoder, requests.embeddings
         self._decoder = decoder
         self._key_cost = _KEY_COST / max(decoder.hidden_size, _NARROWEST)
-        self.keys: list[Hashable] = []
+        self.prefix_keys: list[Hashable] = []
         """What each live entry of the cache holds: a token id, or a name for a row of a picture's features."""
         self._positions = np.zeros((decoder.traits.position_axes, 0), np.int64)
         """Where each live entry stands, on every axis."""
@@ -69,14 +69,14 @@ class Session(ABC):
     ) -> npt.NDArray[np.float32]:
         """Feed `(1, n, hidden)` and what belongs to it; return the logits `(logits_to_keep, V)`."""
 
-    def _entries(self, common: int) -> int:
+    def _cached_entries(self, common: int) -> int:
         """Return how many of the cache's entries are read by what goes on after the first `common` positions."""
         return common
 
     @property
     def length(self) -> int:
         """Live entries of the KV cache."""
-        return len(self.keys)
+        return len(self.prefix_keys)
 
     @property
     def rewindable(self) -> bool:
@@ -86,7 +86,7 @@ class Session(ABC):
     def reset(self) -> None:
         """Forget everything."""
         self._forget(0)
-        self.keys = []
+        self.prefix_keys = []
         self._positions = self._positions[:, :0]
 
     def rewind(self, length: int) -> None:
@@ -96,10 +96,10 @@ class Session(ABC):
         elif length < self.length:
             assert self.rewindable, "a state that cannot be cut can only be begun anew"
             self._forget(length)
-            del self.keys[length:]
+            del self.prefix_keys[length:]
             self._positions = self._positions[:, :length]
 
-    def rewind_to_common(
+    def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
     ) -> int:
         """Rewind to where the sequence parts from `keys`, leaving at least the last of them to feed; return there.
@@ -108,7 +108,7 @@ class Session(ABC):
         where the keys stand: what stands elsewhere is not the same. `images` are the places of each picture's features,
         for decoders that reuse a picture whole or not at all.
         """
-        common = min(common_length(self.keys, keys), len(keys) - 1)
+        common = min(common_length(self.prefix_keys, keys), len(keys) - 1)
         if inputs:
             same = (self._positions[:, :common] == inputs.positions[:, :common]).all(axis=0)
             common = int(np.argmin(same)) if not same.all() else common
@@ -116,12 +116,14 @@ class Session(ABC):
             common = next((each.start for each in images if each.start < common < each.stop), common)
         if not self.rewindable and common < self.length:
             common = 0
-        self.rewind(common if self._going_on_pays(common, len(keys)) else 0)
+        self.rewind(common if self._reuse_is_faster(common, len(keys)) else 0)
         return self.length
 
-    def _going_on_pays(self, common: int, length: int) -> bool:
+    def _reuse_is_faster(self, common: int, length: int) -> bool:
         rest = length - common
-        going_on = rest * (1 + self.past_factor * self._key_cost * (self._entries(common) + rest / 2))
+        going_on = rest * (
+            1 + self.cached_attention_slowdown * self._key_cost * (self._cached_entries(common) + rest / 2)
+        )
         return going_on < length * (1 + self._key_cost * length / 2)
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -143,7 +145,7 @@ class Session(ABC):
         count = inputs_embeds.shape[1]
         whole = self._completed(inputs, count)
         logits = self._read(inputs_embeds, whole, logits_to_keep)
-        self.keys += [object() for _ in range(count)] if keys is None else keys
+        self.prefix_keys += [object() for _ in range(count)] if keys is None else keys
         self._positions = np.concatenate([self._positions, whole.positions], axis=1)
         return logits
 

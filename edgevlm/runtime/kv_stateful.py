@@ -10,7 +10,7 @@ import numpy.typing as npt
 from edgevlm.families.base import LanguageInputs
 from edgevlm.runtime.core import import_openvino
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
-from edgevlm.runtime.kv_session import DecoderFacts, Requests, Session
+from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
 
 _MOST_STALE = 512
 """Masked entries of a KV cache beyond which they are cut out, which copies the cache once."""
@@ -23,9 +23,9 @@ class StatefulSession(Session):
     changes nothing, until there are `_MOST_STALE` of them and they are cut out for good.
     """
 
-    past_factor = 13  # 874 tokens at once take 0.63 s, in pieces of 128 1.27 s
+    cached_attention_slowdown = 13  # 874 tokens at once take 0.63 s, in pieces of 128 1.27 s
 
-    def __init__(self, requests: Requests, decoder: DecoderFacts) -> None:
+    def __init__(self, requests: Requests, decoder: DecoderInfo) -> None:
         super().__init__(requests, decoder)
         self._beam = np.zeros(1, np.int32)
         self._mask = np.zeros((1, 0), np.int64)  # one for each entry of the KV cache, 0 where it is stale
@@ -38,14 +38,14 @@ class StatefulSession(Session):
             self._request.reset_state()
             self._mask = np.zeros((1, 0), np.int64)
 
-    def _entries(self, common: int) -> int:
+    def _cached_entries(self, common: int) -> int:
         return common + min(self._mask.shape[1] - common, _MOST_STALE)
 
-    def rewind_to_common(
+    def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
     ) -> int:
         """Rewind as every session does, and cut out what is stale if it is much."""
-        length = super().rewind_to_common(keys, inputs, images)
+        length = super().reuse_prefix(keys, inputs, images)
         if self._mask.shape[1] - length > _MOST_STALE:
             self._cut_stale()
         return length

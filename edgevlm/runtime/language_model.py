@@ -9,8 +9,8 @@ import numpy.typing as npt
 
 from edgevlm.families.base import DecoderTraits
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
-from edgevlm.runtime.kv_paged import PagedSession, Pages
-from edgevlm.runtime.kv_session import DecoderFacts, Requests, Session, embed
+from edgevlm.runtime.kv_paged import KVBlockLayout, PagedSession
+from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session, embed
 from edgevlm.runtime.kv_stateful import StatefulSession
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class LanguageModel:
     def __init__(self, compiled: ov.CompiledModel, embeddings: TextEmbeddings, traits: DecoderTraits) -> None:
         self._compiled = compiled
         self._embeddings = embeddings
-        self._pages = Pages.of(compiled)
+        self._pages = KVBlockLayout.of(compiled)
         hidden_size = compiled.input("inputs_embeds").get_partial_shape()[-1].get_length()
-        self._facts = DecoderFacts(hidden_size, traits, _extras(compiled) if self._pages is None else {})
+        self._facts = DecoderInfo(hidden_size, traits, _extras(compiled) if self._pages is None else {})
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""

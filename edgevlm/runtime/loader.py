@@ -17,7 +17,7 @@ from edgevlm.runtime.core import read_ir
 from edgevlm.runtime.graph_passes import keep_last_logits
 from edgevlm.runtime.kv_paged import with_paged_attention
 from edgevlm.runtime.language_model import LanguageModel, TextEmbeddings
-from edgevlm.runtime.vision_encoder import VisionEncoder, specialise_vision
+from edgevlm.runtime.vision_encoder import VisionEncoder, make_static
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class PartLoader:
+class ModelLoader:
     """Reads, specialises and compiles the parts of one folder for one device."""
 
     folder: Path
@@ -36,7 +36,7 @@ class PartLoader:
 
     def vision(self, family: Family) -> VisionEncoder:
         """Return the vision part, fixed to the family's views where they are all of one size."""
-        model = specialise_vision(self._read(VISION), family.constants, family.view_size)
+        model = make_static(self._read(VISION), family.constants, family.view_size)
         return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)))
 
     def text_embeddings(self) -> TextEmbeddings:
@@ -69,7 +69,7 @@ class PartLoader:
             return None
 
     def _read(self, part: str) -> ov.Model:
-        return read_ir(self.folder / self.manifest.parts[part].file)
+        return read_ir(self.folder / self.manifest.submodels[part].file)
 
     def _compile(self, part: str, model: ov.Model, properties: dict[str, Any]) -> ov.CompiledModel:
         entry = cache_dir() / "compiled" / f"{self.manifest.fingerprint}-{part}" if self.config.cache else None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 
-def specialise_vision(model: ov.Model, constants: Arrays, view_size: tuple[int, int] | None) -> ov.Model:
+def make_static(model: ov.Model, constants: Arrays, view_size: tuple[int, int] | None) -> ov.Model:
     """Make inputs that never change constants, and shapes static where all views are of one `(height, width)`."""
     opset = import_openvino().opset13
     for parameter in model.get_parameters():

@@ -152,7 +152,7 @@ class Worker:
         self._queue = FairQueue(max_queue)
         self._thread = Thread(target=self._run, name="edgevlm-worker", daemon=True)
         self._current: Job | None = None
-        self._beat = monotonic()
+        self._last_progress = monotonic()
         self.started_at = int(time())
         self.vlm: VLM | None = None
         self.failure: BaseException | None = None
@@ -185,7 +185,7 @@ class Worker:
         """Return for how many seconds the answer being made has not moved; infinite when the thread has died."""
         if not self._thread.is_alive():
             return float("inf")
-        return monotonic() - self._beat if self._current else 0.0
+        return monotonic() - self._last_progress if self._current else 0.0
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises `QueueFullError` and `StoppingError`."""
@@ -238,7 +238,7 @@ class Worker:
         job.started = monotonic()
 
         def check(*_: object) -> None:
-            self._beat = monotonic()
+            self._last_progress = monotonic()
             if job.abandoned.is_set():
                 raise AbandonedError
 

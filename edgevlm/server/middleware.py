@@ -61,14 +61,14 @@ class Guard:
 
         try:
             async with asyncio.timeout(self._limit_s):
-                await self._pass_on(scope, receive, send_on)
+                await self._forward(scope, receive, send_on)
         except Exception as error:
             if not status:  # else it is too late to say so, or has been said
                 await error_response(to_api_error(error), send_on)
         finally:
             self._count(getattr(scope.get("route"), "path", "other"), status)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         check_host(headers, self._config)
         check_origin(headers, scope, self._config.allowed_origins)

@@ -21,7 +21,7 @@ _LEFTOVER = re.compile(r"\.(?:partial|replaced)-(\d{1,9})$")
 
 
 @contextmanager
-def draft_folder(target: Path, source: Path, *, force: bool) -> Iterator[Path]:
+def atomic_folder(target: Path, source: Path, *, force: bool) -> Iterator[Path]:
     """Yield a hidden folder beside `target` that becomes `target` by one rename when the block ends well.
 
     On any error or interrupt it is deleted and `target` stays what it was. What a killed export left behind is
@@ -32,19 +32,19 @@ def draft_folder(target: Path, source: Path, *, force: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(target)
-        draft = target.with_name(_PARTIAL.format(name=target.name, pid=os.getpid()))
-        draft.mkdir()
+        staging = target.with_name(_PARTIAL.format(name=target.name, pid=os.getpid()))
+        staging.mkdir()
     except OSError as error:
         raise ExportError(f"cannot write to {target}: {error.strerror or error}") from None
     try:
-        yield draft
-        _sync(draft)
+        yield staging
+        _sync(staging)
         check_target(target, source, force=force)  # it may have come, or been filled, in the meantime
-        _swap(draft, target)
+        _swap(staging, target)
     except OSError as error:
         raise ExportError(f"writing the export failed: {error.strerror or error}; {target} is as it was") from error
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_target(target: Path, source: Path, *, force: bool) -> None:
@@ -85,14 +85,14 @@ def _is_within(path: Path, folder: Path) -> bool:
     return False
 
 
-def _swap(draft: Path, target: Path) -> None:
+def _swap(staging: Path, target: Path) -> None:
     if not target.exists():
-        draft.rename(target)
+        staging.rename(target)
         return
     replaced = target.with_name(_REPLACED.format(name=target.name, pid=os.getpid()))
     target.rename(replaced)
     try:
-        draft.rename(target)
+        staging.rename(target)
     except OSError:
         replaced.rename(target)
         raise

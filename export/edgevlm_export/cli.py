@@ -131,7 +131,7 @@ def print_report(report: ExportReport) -> None:
     console = Console()
     verified = report.verification
     table = Table("part", "precision", "size", "max abs error", "cosine")
-    for name, part in report.manifest.parts.items():
+    for name, part in report.manifest.submodels.items():
         figures = verified.parts.get(name) if verified else None
         errors = (f"{figures.max_abs_error:.2g}", f"{figures.cosine:.6f}") if figures else ("-", "-")
         table.add_row(name, part.precision, megabytes(part.size_bytes), *errors)

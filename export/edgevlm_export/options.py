@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from edgevlm.errors import OptionError
-from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION
+from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4", "w8a8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
@@ -77,7 +77,7 @@ class ExportOptions:
     @property
     def dtype(self) -> str:
         """The element type to convert in: what the parts will have, or the checkpoint's own if all are compressed."""
-        plain = [precision for part in PART_NAMES if (precision := self.part_precision(part)) in UNCOMPRESSED]
+        plain = [precision for part in SUBMODELS if (precision := self.part_precision(part)) in UNCOMPRESSED]
         return min(plain, key=UNCOMPRESSED.index, default="auto")
 
     def part_precision(self, part: str) -> Precision:

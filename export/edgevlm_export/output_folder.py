@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.errors import SourceError
 from edgevlm.families import make_family
-from edgevlm.manifest import PART_NAMES, File, Manifest, Part, hash_file
+from edgevlm.manifest import SUBMODELS, File, Manifest, Submodel, hash_file
 from edgevlm.model_store import MANIFEST
 from edgevlm.runtime.core import import_openvino
 from edgevlm_export.families.base import text_section
@@ -20,7 +20,7 @@ from edgevlm_export.verify import Arrays
 if TYPE_CHECKING:
     import openvino as ov
 
-FILE_NAMES = {part: f"openvino_{part}_model.xml" for part in PART_NAMES}
+FILE_NAMES = {part: f"openvino_{part}_model.xml" for part in SUBMODELS}
 _CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -54,8 +54,8 @@ def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], t
         source=checkpoint.source,
         revision=checkpoint.revision,
         family=checkpoint.model_type,
-        family_facts=facts,
-        parts={part: Part(name, "", 0) for part, name in FILE_NAMES.items()},
+        family_config=facts,
+        submodels={part: Submodel(name, "", 0) for part, name in FILE_NAMES.items()},
         files={},
         hidden_size=text.size("hidden_size"),
         vocab_size=text.size("vocab_size"),
@@ -76,15 +76,15 @@ def save_ir(model: ov.Model, path: Path, precision: Precision) -> None:
         raise OSError(f"OpenVINO could not write {path.name}; the disk may be full") from error
 
 
-def seal(draft: Path, manifest: Manifest, precisions: Mapping[str, Precision]) -> Manifest:
+def seal(staging: Path, manifest: Manifest, precisions: Mapping[str, Precision]) -> Manifest:
     """Write and return the manifest with what the finished files weigh and hash to."""
-    paths = [path for path in sorted(draft.iterdir()) if path.is_file() and path.name != MANIFEST]
+    paths = [path for path in sorted(staging.iterdir()) if path.is_file() and path.name != MANIFEST]
     files = {path.name: File(hash_file(path), path.stat().st_size) for path in paths}
     parts = {}
     for part, precision in precisions.items():
         name = FILE_NAMES[part]
         weights = Path(name).with_suffix(".bin").name
-        parts[part] = Part(name, precision, files[name].size_bytes + files[weights].size_bytes)
-    manifest = replace(manifest, parts=parts, files=files)
-    manifest.save(draft)
+        parts[part] = Submodel(name, precision, files[name].size_bytes + files[weights].size_bytes)
+    manifest = replace(manifest, submodels=parts, files=files)
+    manifest.save(staging)
     return manifest

@@ -17,16 +17,16 @@ from edgevlm.manifest import Manifest
 from edgevlm.model_store import models_dir
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.vlm import VLM
-from edgevlm_export.atomic_folder import check_target, draft_folder
+from edgevlm_export.atomic_folder import atomic_folder, check_target
 from edgevlm_export.calibration import load_pairs
 from edgevlm_export.clock import OnStage, StageClock
-from edgevlm_export.families import architecture, exporter, family_facts
+from edgevlm_export.families import architecture, exporter, family_config
 from edgevlm_export.memory import PeakMemory
 from edgevlm_export.options import ExportOptions, Route
 from edgevlm_export.output_folder import Written, seal, start_folder
 from edgevlm_export.routes import native, onnx, optimum
 from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
-from edgevlm_export.source.config_reader import UncoveredError, overlooked, overlooked_in_decoding
+from edgevlm_export.source.config_reader import UnsupportedError, overlooked, overlooked_in_decoding
 from edgevlm_export.source.safetensors_reader import Weights
 from edgevlm_export.verify import Verification, check, scales, verify
 
@@ -50,7 +50,7 @@ class ExportReport:
         """Return what `edgevlm export --json` prints."""
         return {
             "folder": str(self.folder),
-            "parts": {name: asdict(part) for name, part in self.manifest.parts.items()},
+            "parts": {name: asdict(part) for name, part in self.manifest.submodels.items()},
             "size_bytes": self.manifest.size_bytes,
             "overlooked": self.manifest.overlooked,
             "verification": self.verification.to_dict() if self.verification else None,
@@ -79,30 +79,30 @@ def export(
         checkpoint = open_checkpoint(source, options.revision, options.via)
         target = output or models_dir() / default_name(checkpoint, options)
         check_target(target, checkpoint.folder, force=options.force)
-        facts, processor = family_facts(checkpoint)
+        facts, processor = family_config(checkpoint)
         template = checkpoint.chat_template(options.chat_template)
         unread = overlooked([processor], options.ignore_config_keys)
         unread |= overlooked_in_decoding(checkpoint.read("generation_config.json"))
         route = choose_route(checkpoint, facts, options)
         unread |= route.overlooked
         pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
-        with draft_folder(target, checkpoint.folder, force=options.force) as draft:
-            work = draft / "work"
+        with atomic_folder(target, checkpoint.folder, force=options.force) as staging:
+            work = staging / "work"
             work.mkdir()
             manifest = start_folder(work, checkpoint, facts, template)
             manifest = replace(manifest, decoder_traits=route.traits, overlooked=unread)
-            written = route.write_parts(manifest, pairs, options, draft, work, clock)
+            written = route.write_parts(manifest, pairs, options, staging, work, clock)
             chosen = _as_json(options, route.name)
             manifest = replace(manifest, tool_versions=written.tool_versions, export_options=chosen)
-            manifest = seal(draft, manifest, written.precisions)
+            manifest = seal(staging, manifest, written.precisions)
             verification = None
             if options.verify:
                 clock.begin("verify")
-                verification = verify_folder(draft, written)
+                verification = verify_folder(staging, written)
                 manifest = replace(manifest, verification=verification.to_dict())
             clock.begin("write")
             shutil.rmtree(work)
-            manifest.save(draft)
+            manifest.save(staging)
     return ExportReport(target, manifest, verification, clock.end(), clock.stages, memory.bytes)
 
 
@@ -141,7 +141,7 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
             weights.expect(found.shapes, found.unused)
             write_parts = partial(native.write_parts, found, weights)
             return ChosenRoute("native", write_parts, found.traits, unread)
-        except UncoveredError as error:
+        except UnsupportedError as error:
             if family.encode_in_torch is None:
                 raise SourceError(f"{error}, and no other route covers {kind}") from None
             if options.via == "native":
@@ -161,9 +161,9 @@ def _need(libraries: Sequence[str], route: str, extra: str) -> None:
         )
 
 
-def verify_folder(draft: Path, written: Written) -> Verification:
+def verify_folder(staging: Path, written: Written) -> Verification:
     """Load the finished folder as the runtime would and compare it with the reference. Raises `VerificationError`."""
-    figures = verify(VLM(draft, _REFERENCE_CONFIG), written.cases, written.reference)
+    figures = verify(VLM(staging, _REFERENCE_CONFIG), written.cases, written.reference)
     figures = replace(figures, reference=written.reference_name)
     check(figures, scales(written.reference))
     return figures

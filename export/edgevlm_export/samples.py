@@ -11,7 +11,7 @@ from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Array, Arrays, Fam
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import join, merge
-from edgevlm.runtime.loader import PartLoader
+from edgevlm.runtime.loader import ModelLoader
 from edgevlm_export.calibration import VISION_PIXELS, VISION_TILES, VISION_WIDTH, Pair, load_pairs, with_questions
 
 
@@ -87,7 +87,7 @@ def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int
     return [encoder_inputs(processor.family, view) for view in views[:: -(-len(views) // limit)]]
 
 
-def language_samples(processor: Processor, loader: PartLoader, pairs: Sequence[Pair]) -> list[dict[str, Array]]:
+def language_samples(processor: Processor, loader: ModelLoader, pairs: Sequence[Pair]) -> list[dict[str, Array]]:
     """Return the language model's inputs for every pair, prompt and answer in one sequence."""
     vision, embeddings = loader.vision(processor.family), loader.text_embeddings()
     samples = [make_sample(processor, pair) for pair in with_questions(pairs)]

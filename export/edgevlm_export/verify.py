@@ -70,7 +70,9 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
         table.append((reference[f"{name}.text_embeds"], vlm.language_model.session().embed(ids)[0]))
     pairs = {VISION: embeds, TEXT_EMBEDDINGS: table, LANGUAGE: logits}
     parts = {
-        part: PartFigures(vlm.manifest.parts[part].precision, *_compare(each)) for part, each in pairs.items() if each
+        part: PartFigures(vlm.manifest.submodels[part].precision, *_compare(each))
+        for part, each in pairs.items()
+        if each
     }
     agreement = np.concatenate([want.argmax(-1) == got.argmax(-1) for want, got in logits])
     divergence = np.concatenate([kl(want, got) for want, got in logits])

@@ -9,9 +9,17 @@ from edgevlm.errors import SourceError
 from edgevlm_export.families import idefics3, internvl, llava, llava_onevision
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section, UncoveredError
+from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
-__all__ = ["FAMILIES", "Architecture", "FamilyExporter", "UncoveredError", "architecture", "exporter", "family_facts"]
+__all__ = [
+    "FAMILIES",
+    "Architecture",
+    "FamilyExporter",
+    "UnsupportedError",
+    "architecture",
+    "exporter",
+    "family_config",
+]
 
 FAMILIES: dict[str, FamilyExporter] = {
     "idefics3": idefics3.EXPORTER,
@@ -30,18 +38,18 @@ def exporter(checkpoint: Checkpoint) -> FamilyExporter:
     return FAMILIES[checkpoint.model_type]
 
 
-def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
+def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]:
     """Return what the runtime must know about the checkpoint's family, and the image processor's settings as read.
 
     Raises `SourceError`.
     """
-    return exporter(checkpoint).family_facts(checkpoint)
+    return exporter(checkpoint).family_config(checkpoint)
 
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:
     """Return the model as graphs of the tensors called so.
 
-    Raises `SourceError`, and `UncoveredError` where there are none.
+    Raises `SourceError`, and `UnsupportedError` where there are none.
     """
     if checkpoint.config.get("quantization_config") is not None:
         raise SourceError("the checkpoint is quantized already; take the original one")

@@ -14,7 +14,7 @@ from edgevlm_export.graphs.layers import ACTIVATIONS, Constants
 from edgevlm_export.graphs.rope import Rope, make_rope
 from edgevlm_export.graphs.stages import Graph
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section, UncoveredError
+from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Architecture:
     unused: tuple[str, ...]
     """Tensors that may be there and are not read."""
     vision_graph: Callable[[Constants], Graph]
-    sections: tuple[Section, ...]
+    sections: tuple[ConfigReader, ...]
     """What of config.json the model was read from."""
     traits: DecoderTraits = field(default_factory=DecoderTraits)
     """What reuse of the decoder's cache has to respect."""
@@ -47,7 +47,7 @@ class Architecture:
 class FamilyExporter:
     """What a family tells the exporter."""
 
-    family_facts: Callable[[Checkpoint], tuple[dict[str, Any], Section]]
+    family_config: Callable[[Checkpoint], tuple[dict[str, Any], ConfigReader]]
     """Returns what the runtime's family reads, and the image processor's settings as they were read."""
     architecture: Callable[[Checkpoint, Mapping[str, Any], Container[str]], Architecture]
     """Returns the model as graphs, for the native route, of the tensors called so."""
@@ -113,20 +113,20 @@ _ROPE_KEYS = frozenset(
 )
 
 
-def text_section(config: Section) -> Section:
+def text_section(config: ConfigReader) -> ConfigReader:
     """Return config.json's `text_config` with its class's defaults, none where the class is not known here."""
-    kind = Section(config.get("text_config"), "text_config").get("model_type", "llama")
+    kind = ConfigReader(config.get("text_config"), "text_config").get("model_type", "llama")
     return config.section("text_config", _TEXT_DEFAULTS.get(str(kind)))
 
 
-def read_decoder(text: Section, prefix: str, head: str, *, tied: bool) -> Decoder:
+def read_decoder(text: ConfigReader, prefix: str, head: str, *, tied: bool) -> Decoder:
     """Return the decoder of `text_config`; `tied` where the head is the embedding table.
 
-    Raises `SourceError`, and `UncoveredError` for what is not built here.
+    Raises `SourceError`, and `UnsupportedError` for what is not built here.
     """
     kind = str(text.get("model_type", "llama"))
     if kind not in _TEXT_DEFAULTS:
-        raise UncoveredError(f"the native route builds no {kind!r} decoder; it knows {', '.join(_TEXT_DEFAULTS)}")
+        raise UnsupportedError(f"the native route builds no {kind!r} decoder; it knows {', '.join(_TEXT_DEFAULTS)}")
     hidden = text.size("hidden_size")
     heads = text.size("num_attention_heads")
     head_dim = text.size("head_dim", hidden // heads)
@@ -157,7 +157,7 @@ def read_decoder(text: Section, prefix: str, head: str, *, tied: bool) -> Decode
     )
 
 
-def is_tied(config: Section, text: Section, tensors: Container[str], head: str = "lm_head") -> bool:
+def is_tied(config: ConfigReader, text: ConfigReader, tensors: Container[str], head: str = "lm_head") -> bool:
     """Tell whether the head is the embedding table: where the checkpoint has no other.
 
     transformers 4 looks for the flag in text_config and 5 beside it, and 5 overlooks it where both tensors are stored.
@@ -169,10 +169,10 @@ def is_tied(config: Section, text: Section, tensors: Container[str], head: str =
     return tied
 
 
-def read_vision_sizes(section: Section) -> dict[str, Any]:
+def read_vision_sizes(section: ConfigReader) -> dict[str, Any]:
     """Return what every vision transformer states alike, by the names of `VisionTransformer`'s fields.
 
-    Raises `SourceError`, and `UncoveredError` for an activation that is not built.
+    Raises `SourceError`, and `UnsupportedError` for an activation that is not built.
     """
     hidden = section.size("hidden_size")
     return {
@@ -186,24 +186,24 @@ def read_vision_sizes(section: Section) -> dict[str, Any]:
     }
 
 
-def read_activation(section: Section, key: str) -> str:
-    """Return the name of an activation function. Raises `UncoveredError`."""
+def read_activation(section: ConfigReader, key: str) -> str:
+    """Return the name of an activation function. Raises `UnsupportedError`."""
     found = section.get(key)
     if found not in ACTIVATIONS:
-        raise UncoveredError(f"the native route does not build the activation {found!r} of {section.name_of(key)}")
+        raise UnsupportedError(f"the native route does not build the activation {found!r} of {section.name_of(key)}")
     return str(found)
 
 
-def _refuse_sliding_windows(text: Section, kind: str) -> None:
+def _refuse_sliding_windows(text: ConfigReader, kind: str) -> None:
     window, _ = text.get("sliding_window"), text.get("max_window_layers")  # the latter counts only where windows slide
     slides = kind == "mistral" or text.flag("use_sliding_window")
     if slides and window and window < text.size("max_position_embeddings"):
-        raise UncoveredError(f"the native route does not build attention over a sliding window of {window} tokens")
+        raise UnsupportedError(f"the native route does not build attention over a sliding window of {window} tokens")
     if other := set(text.get("layer_types", [])) - {"full_attention"}:
-        raise UncoveredError(f"the native route does not build layers of type {min(other)}")
+        raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
 
 
-def _read_rope(text: Section, head_dim: int) -> Rope:
+def _read_rope(text: ConfigReader, head_dim: int) -> Rope:
     """Return the rotation, stated as transformers 5 does it (`rope_parameters`) or as 4 (`rope_theta`, `rope_scaling`).
 
     What goes before what follows `RotaryEmbeddingConfigMixin` of transformers 5.24.
@@ -214,16 +214,16 @@ def _read_rope(text: Section, head_dim: int) -> Rope:
         raise SourceError(f"config.json: text_config.{name} is not a JSON object")
     parameters = {key: value for key, value in stated.items() if value is not None}
     if unknown := sorted(parameters.keys() - _ROPE_KEYS):
-        raise UncoveredError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
+        raise UnsupportedError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
     if (original := text.get("original_max_position_embeddings")) is not None:
         parameters["original_max_position_embeddings"] = original
     if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
-        raise UncoveredError("the native route does not build RoPE over a part of each head")
+        raise UnsupportedError("the native route does not build RoPE over a part of each head")
     theta = text.number("rope_theta")
     try:
         theta = float(parameters.get("rope_theta", theta))
         return make_rope(head_dim, theta, parameters, text.size("max_position_embeddings"))
     except NotImplementedError as error:
-        raise UncoveredError(f"the native route does not build RoPE of type {error}") from None
+        raise UnsupportedError(f"the native route does not build RoPE of type {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise SourceError(f"config.json: text_config.{name} is incomplete: {error}") from None

@@ -21,7 +21,7 @@ from edgevlm_export.graphs.connectors import pixel_shuffle
 from edgevlm_export.graphs.layers import Constants, linear
 from edgevlm_export.graphs.stages import Block, Flow, Graph
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section
+from edgevlm_export.source.config_reader import ConfigReader
 
 # What transformers' Idefics3ImageProcessor, Idefics3Config and Idefics3VisionConfig (and SmolVLM's, which are alike)
 # assume where the checkpoint is silent: models/idefics3/ of transformers 5.24.
@@ -62,7 +62,7 @@ _TOKEN_NAMES = {
 _PROJECTION = "model.connector.modality_projection.proj"
 
 
-def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
+def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]:
     """Return the facts that `edgevlm.families.idefics3` reads, and the image processor's settings as they were read.
 
     Raises `SourceError` where they do not fit together.
@@ -140,7 +140,7 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     return Architecture(decoder, shapes, ("lm_head.weight",), vision_graph, (config, text, seen))
 
 
-def _vision(section: Section) -> vision_transformer.VisionTransformer:
+def _vision(section: ConfigReader) -> vision_transformer.VisionTransformer:
     return vision_transformer.VisionTransformer(
         prefix="model.vision_model",
         image_size=section.size("image_size"),
@@ -164,4 +164,4 @@ def encode_in_torch(model: Any, pixel_values: Any, constants: Mapping[str, Any])
     return image_embeds, {"image_hidden_states": image_embeds}
 
 
-EXPORTER = FamilyExporter(family_facts, architecture, encode_in_torch)
+EXPORTER = FamilyExporter(family_config, architecture, encode_in_torch)

@@ -23,7 +23,7 @@ from edgevlm_export.graphs.connectors import pixel_shuffle
 from edgevlm_export.graphs.layers import Constants, activation, layer_norm, linear
 from edgevlm_export.graphs.stages import Block, Flow, Graph
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section, UncoveredError
+from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
 # What transformers' GotOcr2ImageProcessor, InternVLConfig and InternVLVisionConfig assume where the checkpoint is
 # silent: models/got_ocr2/ and models/internvl/ of transformers 5.24.
@@ -88,7 +88,7 @@ _PROJECTOR_EPS = 1e-5
 """Of torch's LayerNorm, which no config changes."""
 
 
-def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
+def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]:
     """Return the facts that `edgevlm.families.internvl` reads, and the image processor's settings as they were read.
 
     Raises `SourceError` where they do not fit together.
@@ -143,7 +143,7 @@ def _image_seq_len(checkpoint: Checkpoint, tile: int) -> int:
     return computed
 
 
-def _square(section: Section, key: str) -> int:
+def _square(section: ConfigReader, key: str) -> int:
     """Return the one side of a size that is stated as one number or as two. Raises `SourceError`."""
     found = section.get(key)
     sides = found if isinstance(found, list) else [found]
@@ -152,7 +152,7 @@ def _square(section: Section, key: str) -> int:
     return int(sides[0])
 
 
-def _factor(config: Section) -> int:
+def _factor(config: ConfigReader) -> int:
     """Return how many patches a side make one image token. Raises `SourceError`."""
     ratio = config.number("downsample_ratio")
     factor = int(1 / ratio)
@@ -162,13 +162,13 @@ def _factor(config: Section) -> int:
 
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:
-    """Return the model's graphs. Raises `SourceError`, and `UncoveredError` for what is not built here."""
+    """Return the model's graphs. Raises `SourceError`, and `UnsupportedError` for what is not built here."""
     config = checkpoint.section("", _DEFAULTS, harmless=_HARMLESS)
     text, seen = text_section(config), config.section("vision_config", _VISION_DEFAULTS, harmless=_VISION_HARMLESS)
     if (layer := config.get("vision_feature_layer")) != -1:
-        raise UncoveredError(f"the native route builds no vision_feature_layer {layer!r}")
+        raise UnsupportedError(f"the native route builds no vision_feature_layer {layer!r}")
     if (strategy := config.get("vision_feature_select_strategy")) != "default":
-        raise UncoveredError(f"the native route builds no vision_feature_select_strategy {strategy!r}")
+        raise UnsupportedError(f"the native route builds no vision_feature_select_strategy {strategy!r}")
     config.get("image_token_id")
     names = _Names(tensors)
     decoder = read_decoder(text, names.decoder, names.head, tied=is_tied(config, text, tensors, names.head))
@@ -207,10 +207,10 @@ class _Names:
         )
 
 
-def _vision(section: Section, prefix: str) -> internvit.InternViT:
+def _vision(section: ConfigReader, prefix: str) -> internvit.InternViT:
     norm = section.get("norm_type")
     if norm not in ("layer_norm", "rms_norm"):
-        raise UncoveredError(f"the native route does not build the norm {norm!r} of {section.name_of('norm_type')}")
+        raise UnsupportedError(f"the native route does not build the norm {norm!r} of {section.name_of('norm_type')}")
     return internvit.InternViT(
         prefix=prefix,
         image_size=_square(section, "image_size"),
@@ -225,4 +225,4 @@ def _vision(section: Section, prefix: str) -> internvit.InternViT:
     )
 
 
-EXPORTER = FamilyExporter(family_facts, architecture)
+EXPORTER = FamilyExporter(family_config, architecture)

@@ -30,7 +30,7 @@ from edgevlm_export.graphs.layers import Constants, activation, linear, repeated
 from edgevlm_export.graphs.stages import Block, Flow, Graph
 from edgevlm_export.graphs.tower import Tower
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section, UncoveredError
+from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
 # What transformers' classes assume where the checkpoint is silent: models/llava/, models/clip/ and models/siglip/ of
 # transformers 5.24.
@@ -85,7 +85,7 @@ _TOWER_HARMLESS = ("initializer_factor", "projection_dim", "vision_use_head", "v
 """How training began, and what comes after the last layer, or in the text half of CLIP."""
 
 
-def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
+def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]:
     """Return the facts that `edgevlm.families.llava` reads, and the image processor's settings as they were read.
 
     Raises `SourceError` where they do not fit together.
@@ -117,7 +117,7 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
     return facts, preprocessor
 
 
-def image_token(checkpoint: Checkpoint, config: Section) -> dict[str, Any]:
+def image_token(checkpoint: Checkpoint, config: ConfigReader) -> dict[str, Any]:
     """Return what the image token is called, by the tokenizer or else by the processor, and its id."""
     stated = checkpoint.read("processor_config.json").get("image_token", "<image>")
     key = "image_token_id" if "image_token_id" in config else "image_token_index"
@@ -127,7 +127,7 @@ def image_token(checkpoint: Checkpoint, config: Section) -> dict[str, Any]:
     }
 
 
-def _view(preprocessor: Section, *, pads: bool) -> tuple[int, int | None]:
+def _view(preprocessor: ConfigReader, *, pads: bool) -> tuple[int, int | None]:
     """Return a view's side, and the shorter side that a picture is resized to before it is cropped to that."""
     size, crop = _sides(preprocessor, "size"), _sides(preprocessor, "crop_size")
     shortest_edge = size.get("shortest_edge")
@@ -141,7 +141,7 @@ def _view(preprocessor: Section, *, pads: bool) -> tuple[int, int | None]:
     return side, shortest_edge
 
 
-def _sides(preprocessor: Section, name: str) -> dict[str, int]:
+def _sides(preprocessor: ConfigReader, name: str) -> dict[str, int]:
     """Return what `size` or `crop_size` states; a number alone is the shorter side of one, both sides of the other."""
     stated = preprocessor.get(name)
     if isinstance(stated, int):
@@ -150,7 +150,7 @@ def _sides(preprocessor: Section, name: str) -> dict[str, int]:
     return {key: section.size(key) for key in ("shortest_edge", "height", "width") if key in section}
 
 
-def _image_seq_len(checkpoint: Checkpoint, config: Section, tower: Tower) -> int:
+def _image_seq_len(checkpoint: Checkpoint, config: ConfigReader, tower: Tower) -> int:
     """Return the image tokens of a picture: what the tower gives, without the class token."""
     dropped = int(_drops_first(config))
     stated = checkpoint.read("processor_config.json")
@@ -166,7 +166,7 @@ def _image_seq_len(checkpoint: Checkpoint, config: Section, tower: Tower) -> int
     return tower.positions - dropped
 
 
-def _drops_first(config: Section) -> bool:
+def _drops_first(config: ConfigReader) -> bool:
     strategy = config.get("vision_feature_select_strategy")
     if strategy not in ("default", "full"):
         raise SourceError(f"config.json: vision_feature_select_strategy must be default or full, not {strategy!r}")
@@ -174,11 +174,11 @@ def _drops_first(config: Section) -> bool:
 
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:  # noqa: ARG001
-    """Return the model's graphs. Raises `SourceError`, and `UncoveredError` for what is not built here."""
+    """Return the model's graphs. Raises `SourceError`, and `UnsupportedError` for what is not built here."""
     return make_architecture(checkpoint.section("", DEFAULTS, harmless=HARMLESS), tensors)
 
 
-def make_architecture(config: Section, tensors: Container[str], *, has_newline: bool = False) -> Architecture:
+def make_architecture(config: ConfigReader, tensors: Container[str], *, has_newline: bool = False) -> Architecture:
     """Return the graphs of tower, projector and decoder.
 
     `has_newline`: the checkpoint has an `image_newline`, and the vision part gives it as the last row of each view, so
@@ -251,23 +251,23 @@ class Names:
         )
 
 
-def read_tower(config: Section, prefix: str = "") -> Tower:
-    """Return the vision tower of `vision_config`. Raises `SourceError`, and `UncoveredError` for what is not built."""
+def read_tower(config: ConfigReader, prefix: str = "") -> Tower:
+    """Return the vision tower of `vision_config`. Raises `SourceError` and `UnsupportedError`."""
     return _tower(_tower_section(config), config, prefix)
 
 
-def _tower_section(config: Section) -> Section:
+def _tower_section(config: ConfigReader) -> ConfigReader:
     kind = config.section("vision_config").get("model_type", "clip_vision_model")
     if kind not in _TOWERS:
-        raise UncoveredError(f"the native route builds no {kind!r} vision tower; it knows {', '.join(_TOWERS)}")
+        raise UnsupportedError(f"the native route builds no {kind!r} vision tower; it knows {', '.join(_TOWERS)}")
     return config.section("vision_config", _TOWERS[kind], harmless=_TOWER_HARMLESS)
 
 
-def _tower(section: Section, config: Section, prefix: str) -> Tower:
+def _tower(section: ConfigReader, config: ConfigReader, prefix: str) -> Tower:
     count = section.size("num_hidden_layers")
     layer = config.get("vision_feature_layer")
     if isinstance(layer, bool) or not isinstance(layer, int) or not -count - 1 <= layer <= count:
-        raise UncoveredError(f"the native route builds no vision_feature_layer {layer!r} of {count} layers")
+        raise UnsupportedError(f"the native route builds no vision_feature_layer {layer!r} of {count} layers")
     return Tower(
         prefix=prefix,
         image_size=section.size("image_size"),
@@ -278,4 +278,4 @@ def _tower(section: Section, config: Section, prefix: str) -> Tower:
     )
 
 
-EXPORTER = FamilyExporter(family_facts, architecture)
+EXPORTER = FamilyExporter(family_config, architecture)

@@ -11,7 +11,7 @@ from edgevlm_export.families import llava
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section, UncoveredError
+from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
 # What transformers' LlavaOnevisionConfig and LlavaOnevisionImageProcessor assume where the checkpoint is silent:
 # models/llava_onevision/ of transformers 5.24.
@@ -40,7 +40,7 @@ _PREPROCESSOR_HARMLESS = (*llava.PROCESSOR_HARMLESS, "do_pad")
 """`do_pad` adds empty tiles to pictures of fewer ones in a batch, which are not looked at; here each stands alone."""
 
 
-def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
+def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]:
     """Return the facts that `edgevlm.families.llava_onevision` reads, and the image processor's settings as read.
 
     Raises `SourceError` where they do not fit together.
@@ -70,7 +70,7 @@ def family_facts(checkpoint: Checkpoint) -> tuple[dict[str, Any], Section]:
     return facts, preprocessor
 
 
-def _tile(preprocessor: Section) -> int:
+def _tile(preprocessor: ConfigReader) -> int:
     size = preprocessor.section("size")
     tile = size.size("height")
     if size.size("width") != tile or preprocessor.flag("do_center_crop") or preprocessor.get("crop_size"):
@@ -88,23 +88,23 @@ def _check_grids(grids: Any, tile: int, file: str) -> None:
 
 
 def _most_tiles(aspect_ratio: str) -> int:
-    """Return as many tiles' patches as the model reads of a picture. Raises `UncoveredError`."""
+    """Return as many tiles' patches as the model reads of a picture. Raises `UnsupportedError`."""
     found = re.fullmatch(r"anyres_max_([1-9]\d*)", aspect_ratio)
     if not found:
-        raise UncoveredError(f"the native route builds no vision_aspect_ratio {aspect_ratio!r}")
+        raise UnsupportedError(f"the native route builds no vision_aspect_ratio {aspect_ratio!r}")
     return int(found[1])
 
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:  # noqa: ARG001
-    """Return the model's graphs. Raises `SourceError`, and `UncoveredError` for what is not built here."""
+    """Return the model's graphs. Raises `SourceError`, and `UnsupportedError` for what is not built here."""
     config = checkpoint.section("", _DEFAULTS, harmless=_HARMLESS)
     if "model_type" not in config.section("text_config"):
         raise SourceError("config.json states no text_config.model_type")
     for key in ("image_grid_pinpoints", "vision_aspect_ratio"):  # the runtime's, which has them as facts
         config.get(key)
     if config.get("vision_feature_select_strategy") != "full":
-        raise UncoveredError("the native route builds no vision_feature_select_strategy but full")
+        raise UnsupportedError("the native route builds no vision_feature_select_strategy but full")
     return llava.make_architecture(config, tensors, has_newline=True)
 
 
-EXPORTER = FamilyExporter(family_facts, architecture, covers_onnx=False)
+EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False)

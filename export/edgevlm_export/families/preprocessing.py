@@ -8,19 +8,19 @@ from PIL import Image
 
 from edgevlm.errors import SourceError
 from edgevlm_export.source.checkpoint import Checkpoint
-from edgevlm_export.source.config_reader import Section
+from edgevlm_export.source.config_reader import ConfigReader
 
 _ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 
 
-def check_always_done(preprocessor: Section) -> None:
+def check_always_done(preprocessor: ConfigReader) -> None:
     """Raise `SourceError` where a step that edgevlm never leaves out is switched off."""
     for name in _ALWAYS_DONE:
         if not preprocessor.flag(name):
             raise SourceError(f"{preprocessor.file} sets {name} to false, which edgevlm does not support")
 
 
-def read_arithmetic(preprocessor: Section) -> dict[str, Any]:
+def read_arithmetic(preprocessor: ConfigReader) -> dict[str, Any]:
     """Return the filter that pictures are resized with, and what their values are scaled by. Raises `SourceError`."""
     return {
         "resample": _resample(preprocessor),
@@ -40,14 +40,14 @@ def read_image_token_id(checkpoint: Checkpoint, default: int | None = None, name
     return found
 
 
-def _resample(preprocessor: Section) -> int:
+def _resample(preprocessor: ConfigReader) -> int:
     found = preprocessor.get("resample")
     if found not in list(Image.Resampling):
         raise SourceError(f"{preprocessor.file}: resample must be one of Pillow's filters, 0 to 5, not {found!r}")
     return int(found)
 
 
-def _channels(preprocessor: Section, name: str) -> float | list[float]:
+def _channels(preprocessor: ConfigReader, name: str) -> float | list[float]:
     """Return a number for each channel, or one for all."""
     found = preprocessor.get(name)
     numbers = found if isinstance(found, list) and len(found) == 3 else [found]

@@ -114,7 +114,7 @@ def language_graph(decoder: Decoder, constants: Constants) -> Graph:
         "position_ids": ("i64", (-1, -1)),
         "inputs_embeds": ("f32", (-1, -1, hidden)),
     }
-    return Graph(inputs, [start, *layers, head], "logits", "logits", partial(keep_cache, decoder=decoder))
+    return Graph(inputs, [start, *layers, head], "logits", "logits", partial(make_stateful, decoder=decoder))
 
 
 def text_embeddings_graph(decoder: Decoder, constants: Constants) -> Graph:
@@ -182,7 +182,7 @@ def cache_name(index: int, kind: str) -> str:
     return f"past_key_values.{index}.{kind}present.{index}.{kind}"
 
 
-def keep_cache(model: ov.Model, decoder: Decoder) -> ov.Model:
+def make_stateful(model: ov.Model, decoder: Decoder) -> ov.Model:
     """Return the model with every layer attending to earlier calls' keys and values too.
 
     `beam_idx` picks the sequences to go on with.

@@ -22,7 +22,7 @@ import edgevlm
 from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES
 from edgevlm.inputs.processor import Processor
-from edgevlm.manifest import LANGUAGE, PART_NAMES, TEXT_EMBEDDINGS, VISION, Manifest
+from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION, Manifest
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import core, read_ir
 from edgevlm_export.calibration import Pair, verification_pairs, with_questions
@@ -52,11 +52,11 @@ def write_parts(
     manifest: Manifest,
     pairs: Sequence[Pair],
     options: ExportOptions,
-    draft: Path,
+    staging: Path,
     work: Path,
     clock: StageClock,
 ) -> Written:
-    """Write the compressed parts into `draft`. Raises `ExportError`."""
+    """Write the compressed parts into `staging`. Raises `ExportError`."""
     Thread(target=import_nncf, daemon=True).start()  # takes a second or more
     processor = Processor(work, manifest)
     chosen = verification_pairs(pairs) if options.verify else {}
@@ -65,7 +65,7 @@ def write_parts(
     samples = {pair: make_sample(processor, pair) for pair in [*chosen.values(), *learned]}
     table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
     embeds = {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
-    writer = PartWriter(architecture, weights, options, draft, work, clock)
+    writer = PartWriter(architecture, weights, options, staging, work, clock)
 
     feeds = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
     data = vision_samples(processor, pairs, manifest.hidden_size) if options.part_precision(VISION) == "w8a8" else []
@@ -82,14 +82,14 @@ def write_parts(
     logits = writer.write(LANGUAGE, [inputs[pair] for pair in chosen.values()], data, kept)
 
     for path in work.iterdir():
-        shutil.copyfile(path, draft / path.name)
+        shutil.copyfile(path, staging / path.name)
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
     for (name, pair), scores in zip(chosen.items(), logits, strict=True):
         case, expected = as_case(samples[pair], embeds[pair], encoded[pair], scores)
         cases |= {f"{name}.{key}": array for key, array in case.items()}
         reference |= {f"{name}.{key}": array for key, array in expected.items()}
-    precisions = {part: options.part_precision(part) for part in PART_NAMES}
+    precisions = {part: options.part_precision(part) for part in SUBMODELS}
     versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf")}}
     return Written(precisions, versions, "openvino, float32, uncompressed", cases, reference)
 
@@ -130,13 +130,13 @@ class PartWriter:
         architecture: Architecture,
         weights: Weights,
         options: ExportOptions,
-        draft: Path,
+        staging: Path,
         work: Path,
         clock: StageClock,
     ) -> None:
         self._graphs = architecture.graphs()
         self._weights, self._options = weights, options
-        self._draft, self._work, self._clock = draft, work, clock
+        self._draft, self._work, self._clock = staging, work, clock
 
     def write(
         self, part: str, feeds: Sequence[Arrays], data: Sequence[Arrays], kept: Sequence[int] | None = None

@@ -90,11 +90,11 @@ def write_parts(
     manifest: Manifest,
     pairs: Sequence[Pair],
     options: ExportOptions,
-    draft: Path,
+    staging: Path,
     work: Path,
     clock: StageClock,
 ) -> Written:
-    """Convert, fuse and compress the parts into `draft`. Raises `ExportError`."""
+    """Convert, fuse and compress the parts into `staging`. Raises `ExportError`."""
     processor = Processor(work, manifest)
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
@@ -104,14 +104,14 @@ def write_parts(
     clock.begin("convert")
     parts = {**parts, LANGUAGE: with_past(parts[LANGUAGE], work / "branch")}
     makers: dict[str, Callable[[ov.Model], ov.Model]] = {
-        VISION: lambda model: onnx_graph.vision(model, manifest.family_facts["image_seq_len"], manifest.hidden_size),
+        VISION: lambda model: onnx_graph.vision(model, manifest.family_config["image_seq_len"], manifest.hidden_size),
         TEXT_EMBEDDINGS: onnx_graph.text_embeddings,
         LANGUAGE: onnx_graph.language,
     }
     for part, path in parts.items():
         save_ir(convert(path, makers[part]), work / FILE_NAMES[part], "fp32")
-    precisions = compress_parts(draft, manifest, pairs, work, options, clock)
-    copy_small_files(work, draft)
+    precisions = compress_parts(staging, manifest, pairs, work, options, clock)
+    copy_small_files(work, staging)
     versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf", *LIBRARIES)}}
     return Written(precisions, versions, "onnxruntime", cases, reference)
 
@@ -122,11 +122,11 @@ def convert(path: Path, make: Callable[[ov.Model], ov.Model]) -> ov.Model:
         model = make(core().read_model(path))
     except RuntimeError as error:
         raise SourceError(f"OpenVINO cannot convert {path.name}: {first_line(error)}") from None
-    turn_weights(model)
+    transpose_matmul_weights(model)
     return model
 
 
-def turn_weights(model: ov.Model) -> None:
+def transpose_matmul_weights(model: ov.Model) -> None:
     """Keep weights as `(out, in)`, as torch has them: NNCF's scale estimation goes wrong on `(in, out)`."""
     opset = import_openvino().opset13
     for node in model.get_ops():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from edgevlm_export.graphs.stages import Output
 
-_LOG = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -120,7 +120,7 @@ def fuse_attention(model: ov.Model) -> int:
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "Softmax"]
     fused = sum(_fuse(node) for node in found)
     if fused < len(found):
-        _LOG.warning(
+        logger.warning(
             "%d of %d attentions of %s are of a form that is not known here; they stay several operations, and slower",
             len(found) - fused,
             len(found),

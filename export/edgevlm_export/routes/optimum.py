@@ -16,10 +16,10 @@ import numpy as np
 import edgevlm
 from edgevlm.errors import ExportError, SourceError
 from edgevlm.inputs.processor import Processor
-from edgevlm.manifest import LANGUAGE, PART_NAMES, VISION, Manifest
+from edgevlm.manifest import LANGUAGE, SUBMODELS, VISION, Manifest
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import read_ir
-from edgevlm.runtime.loader import PartLoader
+from edgevlm.runtime.loader import ModelLoader
 from edgevlm_export.calibration import Pair, verification_pairs
 from edgevlm_export.clock import StageClock
 from edgevlm_export.compress import compress, import_nncf
@@ -39,14 +39,14 @@ def write_parts(
     manifest: Manifest,
     pairs: Sequence[Pair],
     options: ExportOptions,
-    draft: Path,
+    staging: Path,
     work: Path,
     clock: StageClock,
 ) -> Written:
-    """Convert, fuse and compress the parts into `draft`. Raises `ExportError`."""
+    """Convert, fuse and compress the parts into `staging`. Raises `ExportError`."""
     versions = convert(checkpoint, manifest, pairs, options, work, clock)
-    precisions = compress_parts(draft, manifest, pairs, work, options, clock)
-    copy_small_files(work, draft)
+    precisions = compress_parts(staging, manifest, pairs, work, options, clock)
+    copy_small_files(work, staging)
     cases, reference = (load_arrays(work / name) if options.verify else {} for name in (CASES, REFERENCE))
     cases = {key: array for key, array in cases.items() if not key.startswith("family.")}
     return Written(precisions, versions, "transformers", cases, reference)
@@ -118,17 +118,17 @@ def _why_it_ended(returncode: int, log: Path) -> str:
 
 
 def compress_parts(
-    draft: Path, manifest: Manifest, pairs: Sequence[Pair], work: Path, options: ExportOptions, clock: StageClock
+    staging: Path, manifest: Manifest, pairs: Sequence[Pair], work: Path, options: ExportOptions, clock: StageClock
 ) -> dict[str, Precision]:
-    """Fuse, compress and save each part from `work` into `draft`; return the precision of each."""
-    precisions = {part: options.part_precision(part) for part in PART_NAMES}
+    """Fuse, compress and save each part from `work` into `staging`; return the precision of each."""
+    precisions = {part: options.part_precision(part) for part in SUBMODELS}
     samples = calibration_samples(work, manifest, pairs, precisions, options, clock)
     for part, precision in precisions.items():
         clock.begin(f"compress {part}")
         model = read_ir(work / FILE_NAMES[part])
         fuse_sibling_matmuls(model)
         model = compress(model, precision, options.int4, samples.get(part))
-        save_ir(model, draft / FILE_NAMES[part], precision)
+        save_ir(model, staging / FILE_NAMES[part], precision)
     return precisions
 
 
@@ -149,16 +149,16 @@ def calibration_samples(
     clock.begin("calibrate")
     processor = Processor(work, manifest)
     if for_language:
-        loader = PartLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
+        loader = ModelLoader(work, manifest, RuntimeConfig(device="CPU", cache=False), "CPU")
         samples[LANGUAGE] = language_samples(processor, loader, pairs)
     if for_vision:
         samples[VISION] = vision_samples(processor, pairs, manifest.hidden_size)
     return samples
 
 
-def copy_small_files(work: Path, draft: Path) -> None:
+def copy_small_files(work: Path, staging: Path) -> None:
     """Copy everything that is neither IR nor the conversion's own."""
     ours = {JOB, CASES, REFERENCE, RESULT, "convert.log", "openvino_config.json"}
     for path in work.iterdir():
         if path.is_file() and path.name not in ours and path.suffix not in {".xml", ".bin"}:
-            shutil.copyfile(path, draft / path.name)
+            shutil.copyfile(path, staging / path.name)

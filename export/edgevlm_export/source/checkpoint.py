@@ -15,7 +15,7 @@ from edgevlm.errors import SourceError
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.model_store import is_barred, is_there
 from edgevlm_export.options import Route
-from edgevlm_export.source.config_reader import Section
+from edgevlm_export.source.config_reader import ConfigReader
 
 _PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -51,20 +51,22 @@ class Checkpoint:
         path = self.folder / name
         return _read_json(path) if path.is_file() else {}
 
-    def section(self, name: str, defaults: Mapping[str, Any] | None = None, harmless: Collection[str] = ()) -> Section:
+    def section(
+        self, name: str, defaults: Mapping[str, Any] | None = None, harmless: Collection[str] = ()
+    ) -> ConfigReader:
         """Return an object of config.json, the whole where `name` is empty. Raises `SourceError`."""
-        whole = Section(self.config, "", None if name else defaults, harmless=() if name else harmless)
+        whole = ConfigReader(self.config, "", None if name else defaults, harmless=() if name else harmless)
         return whole.section(name, defaults, harmless=harmless) if name else whole
 
-    def image_processor(self, defaults: Mapping[str, Any], harmless: Collection[str]) -> Section:
+    def image_processor(self, defaults: Mapping[str, Any], harmless: Collection[str]) -> ConfigReader:
         """Return the image processor's settings: transformers 5 keeps them in processor_config.json, 4 in a file of
         their own. Raises `SourceError`."""
         nested = self.read(_PROCESSOR).get("image_processor")
         if nested is not None:
-            return Section(nested, "image_processor", defaults, file=_PROCESSOR, harmless=harmless)
+            return ConfigReader(nested, "image_processor", defaults, file=_PROCESSOR, harmless=harmless)
         if not (self.folder / _PREPROCESSOR).is_file():
             raise SourceError(f"{self.folder} has no {_PREPROCESSOR}, and no image_processor in {_PROCESSOR}")
-        return Section(self.read(_PREPROCESSOR), "", defaults, file=_PREPROCESSOR, harmless=harmless)
+        return ConfigReader(self.read(_PREPROCESSOR), "", defaults, file=_PREPROCESSOR, harmless=harmless)
 
     def chat_template(self, name: str = "default") -> str:
         """Return the Jinja source of the template called so, from the first place that has one. Raises `SourceError`.

@@ -112,7 +112,7 @@ _HARMLESS = frozenset(
 """Keys of published configurations that change nothing of what is exported."""
 
 
-class Section:
+class ConfigReader:
     """One object of a JSON file, read with the defaults that transformers has for it."""
 
     def __init__(
@@ -186,9 +186,9 @@ class Section:
             raise SourceError(f"{self.file} contradicts itself: {self._prefix}{key} {heads} does not divide {channels}")
         return heads
 
-    def section(self, key: str, defaults: Mapping[str, Any] | None = None, **options: Any) -> Section:
+    def section(self, key: str, defaults: Mapping[str, Any] | None = None, **options: Any) -> ConfigReader:
         """Return an object within this one. Raises `SourceError`."""
-        return Section(self.get(key), f"{self._prefix}{key}", defaults, file=self.file, **options)
+        return ConfigReader(self.get(key), f"{self._prefix}{key}", defaults, file=self.file, **options)
 
     def note(self, key: str, text: str) -> None:
         """Have it told what became of a value."""
@@ -205,11 +205,11 @@ class Section:
         return SourceError(f"{self.file}: {self._prefix}{key} {what}, not {value!r}")
 
 
-class UncoveredError(SourceError):
+class UnsupportedError(SourceError):
     """The checkpoint asks for something that the native route does not build; optimum-intel may."""
 
 
-def overlooked(sections: Iterable[Section], ignored: Collection[str] = ()) -> dict[str, Any]:
+def overlooked(sections: Iterable[ConfigReader], ignored: Collection[str] = ()) -> dict[str, Any]:
     """Return by file and name what is stated, is not read, and speaks of nothing that is computed.
 
     Raises `SourceError` for what does, unless it is null or false, or among the `ignored`, by key or full name.
