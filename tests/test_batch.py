@@ -326,7 +326,7 @@ def test_a_full_disk_loses_nothing(exported: Path, folder: Path) -> None:
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == list(range(30))
 
 
-def ledger_of(folder: Path, count: int, salt: str = "") -> WorkQueue:
+def queue_of(folder: Path, count: int, salt: str = "") -> WorkQueue:
     write(folder / "jobs.jsonl", questions(count))
     return WorkQueue(folder / "out.jsonl", read_jobs(folder / "jobs.jsonl", salt))
 
@@ -373,7 +373,7 @@ def test_processes_that_keep_dying_write_each_row_once(tmp_path: Path) -> None:
 def test_more_jobs_may_be_added_later(tmp_path: Path) -> None:
     asked: list[int] = []
     for count in (3, 3, CHUNK, 2 * CHUNK + 1):
-        ledger = ledger_of(tmp_path, count)
+        ledger = queue_of(tmp_path, count)
         ledger.refresh()
         ledger.work(lambda job: asked.append(job.line) or answer(job))
         assert [row["line"] for row in read(tmp_path / "out.jsonl")] == list(range(1, count + 1))
@@ -382,7 +382,7 @@ def test_more_jobs_may_be_added_later(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left", [b'{"line": 99, "job"', b"\0" * 40, b"\0" * 40 + b"\n", b'{"answer": 1'])
 def test_what_a_crash_left_of_a_row_is_cut_off(tmp_path: Path, left: bytes) -> None:
-    ledger = ledger_of(tmp_path, CHUNK)
+    ledger = queue_of(tmp_path, CHUNK)
 
     def crash(job: Any) -> Row:
         if job.line == 4:
@@ -394,7 +394,7 @@ def test_what_a_crash_left_of_a_row_is_cut_off(tmp_path: Path, left: bytes) -> N
     for path in (tmp_path / "out.jsonl", *(tmp_path / "out.jsonl.parts").glob("*.jsonl")):
         assert lines(path) == 3
         path.write_bytes(path.read_bytes() + left)
-    again = ledger_of(tmp_path, CHUNK)
+    again = queue_of(tmp_path, CHUNK)
     again.refresh()
     assert again.answered() == 3
     again.work(answer)
@@ -402,15 +402,15 @@ def test_what_a_crash_left_of_a_row_is_cut_off(tmp_path: Path, left: bytes) -> N
 
 
 def test_answers_to_other_jobs_are_left_alone(tmp_path: Path) -> None:
-    ledger_of(tmp_path, 5).work(answer)
+    queue_of(tmp_path, 5).work(answer)
     before = (tmp_path / "out.jsonl").read_bytes()
-    for other in (ledger_of(tmp_path, 5, salt="another model"), ledger_of(tmp_path, 4)):
+    for other in (queue_of(tmp_path, 5, salt="another model"), queue_of(tmp_path, 4)):
         with pytest.raises(OutputError, match="answers other jobs"):
             other.work(answer)
     assert (tmp_path / "out.jsonl").read_bytes() == before
     (tmp_path / "out.jsonl").write_text("my diary\nof today\n", encoding="utf-8")
     with pytest.raises(OutputError, match="holds something other than answers"):
-        ledger_of(tmp_path, 5).work(answer)
+        queue_of(tmp_path, 5).work(answer)
     assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == "my diary\nof today\n"
 
 
