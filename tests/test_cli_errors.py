@@ -513,9 +513,9 @@ def test_a_model_of_somebody_else_s_is_listed(exported: Path, own_home: Path) ->
 def test_the_real_command_prints_one_line(folder: Path) -> None:
     shutil.rmtree(folder)
     run = [*COMMAND, "run", QUESTION, "-m", str(folder)]
-    done = subprocess.run(run, capture_output=True, encoding="utf-8", encoding="utf-8", check=False)
+    done = subprocess.run(run, capture_output=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [f"Error: {error('run', QUESTION, '-m', folder)}"]
-    usage = subprocess.run([*COMMAND, "run"], capture_output=True, encoding="utf-8", encoding="utf-8", check=False)
+    usage = subprocess.run([*COMMAND, "run"], capture_output=True, encoding="utf-8", check=False)
     assert (usage.returncode, usage.stdout) == (2, "")
     assert "Traceback" not in usage.stderr
