@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.make_checkpoint import photograph
 from benchmarks.prompts import PICTURE, TEXT
 from edgevlm.decoding.config import GenerationConfig
+from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import LANGUAGE, load_manifest
@@ -71,9 +72,10 @@ def sequences(vlm: VLM, tokens: int) -> Iterator[tuple[str, np.ndarray, int]]:
     cases = [("text", question, []) for question in TEXT]
     cases += [("picture", question, [picture]) for picture in pictures for question in PICTURE]
     for kind, question, images in cases:
-        config = GenerationConfig(max_new_tokens=tokens, detail="low")
-        prompt = vlm.prepare([user_message(question, len(images))], images, config, Stopwatch())
-        answer = vlm.generate(images, question, config)
+        config = GenerationConfig(max_new_tokens=tokens)
+        budget = ImageBudget("low")
+        prompt = vlm.prepare([user_message(question, len(images))], images, config, Stopwatch(), budget)
+        answer = vlm.generate(images, question, config, budget)
         embeds = (
             vlm.language_model.embed(answer.token_ids[:-1])
             if len(answer.token_ids) > 1

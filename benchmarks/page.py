@@ -124,7 +124,7 @@ def scaling(result: Result) -> str:
         for point in result[sweep]:
             figures = point["figures"]
             lines.append(
-                f"| {sweep} | {point['tiles']} | {point['prompt_tokens']} | {point['threads'] or 'all'}"
+                f"| {sweep} | {point['views']} | {point['prompt_tokens']} | {point['threads'] or 'all'}"
                 f" | {figures['ttft_s']['median']:.2f} | {figures['prefill_tokens_per_s']['median']:,.0f}"
                 f" | {figures['tokens_per_s']['median']:.1f} |"
             )
@@ -137,7 +137,7 @@ def scaling(result: Result) -> str:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     first, second = figure.subplots(1, 2)
     tiles, context = result["tiles"], result["context"]
-    first.plot([p["tiles"] for p in tiles], [p["figures"]["ttft_s"]["median"] for p in tiles], "o-")
+    first.plot([p["views"] for p in tiles], [p["figures"]["ttft_s"]["median"] for p in tiles], "o-")
     first.set(xlabel="tiles", ylabel="seconds to the first token", ylim=(0, None))
     lengths = [p["prompt_tokens"] for p in context]
     second.plot(lengths, [p["figures"]["tokens_per_s"]["median"] for p in context], "o-", color="C2")

@@ -130,13 +130,14 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
     """edgevlm, every picture as if never seen before."""
 
     def answers(job: Job) -> Answers:
-        from edgevlm import VLM, GenerationConfig, RuntimeConfig
+        from edgevlm import VLM, RuntimeConfig
         from edgevlm.bench.measure import ask
+        from edgevlm.families.base import ImageBudget
 
         vlm = VLM(job.model, RuntimeConfig(threads=job.threads, image_cache_bytes=0, kept_sessions=0))
-        options = GenerationConfig(max_new_tokens=job.tokens, detail=detail)  # type: ignore[arg-type]
+        budget = ImageBudget(detail)  # type: ignore[arg-type]
         while True:
-            once = ask(vlm, job.picture, job.question, options)
+            once = ask(vlm, job.picture, job.question, budget, job.tokens)
             timings = once.timings
             text = vlm.processor.tokenizer.decode(once.token_ids)
             yield Measured(

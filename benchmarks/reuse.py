@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.results import tell_spreads
 from edgevlm import VLM, Answer, GenerationConfig, RuntimeConfig
 from edgevlm.bench.measure import QUESTION, perturb, sample_picture
-from edgevlm.families.base import RGB
+from edgevlm.families.base import RGB, ImageBudget
 from edgevlm.inputs.image import load_image
 from edgevlm.runtime.config import KV_CACHES, KVCache
 
@@ -29,28 +29,32 @@ COPY = f"Repeat the following JSON exactly, without comment:\n{TO_REPEAT}"
 PROSE = "Tell a short story about a lighthouse keeper and a storm."
 
 
+HIGH = ImageBudget("high")
 ROWS, COLS = 3, 4
 """The tiles that a picture of 1600x1200 is split into."""
 
 
 def reuse(model: Path, picture: Path, repeat: int, kv_cache: KVCache) -> dict[str, list[float]]:
     """Return the time to the first token of a new picture, a next question and each tile changed, with ratios."""
-    image, config = load_image(picture), GenerationConfig(max_new_tokens=1, detail="high")
+    image, config = load_image(picture), GenerationConfig(max_new_tokens=1)
     found: dict[str, list[float]] = defaultdict(list)
     vlm = VLM(model, RuntimeConfig(kv_cache=kv_cache))
-    vlm.generate(image, QUESTION, config)
+    vlm.generate(image, QUESTION, config, HIGH)
     for number in range(1, repeat + 1):
         shown = perturb(image, number)
-        new = vlm.generate(shown, QUESTION, config)
-        cases = [("new picture", new), ("next question", vlm.generate(shown, "How many people are there?", config))]
+        new = vlm.generate(shown, QUESTION, config, HIGH)
+        cases = [
+            ("new picture", new),
+            ("next question", vlm.generate(shown, "How many people are there?", config, HIGH)),
+        ]
         for row, col in product(range(ROWS), range(COLS)):
-            vlm.generate(shown, QUESTION, config)
-            changed = vlm.generate(with_change(shown, row, col), QUESTION, config)
+            vlm.generate(shown, QUESTION, config, HIGH)
+            changed = vlm.generate(with_change(shown, row, col), QUESTION, config, HIGH)
             cases += [("one tile changed", changed), (f"one tile changed, row {row + 1} of {ROWS}", changed)]
         for name, answer in cases:
             found[f"{name}, TTFT s"].append(answer.timings.ttft_s)
             found[f"{name}, ratio"].append(answer.timings.ttft_s / new.timings.ttft_s)
-            found[f"{name}, tiles encoded"].append(answer.tiles - answer.cached_tiles)
+            found[f"{name}, tiles encoded"].append(answer.views - answer.cached_views)
     return found
 
 

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.results import write_result
-from edgevlm import VLM, GenerationConfig, RuntimeConfig
+from edgevlm import VLM, RuntimeConfig
 from edgevlm.bench.measure import QUESTION, ask, perturb, sample_picture
+from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import load_image
 from edgevlm.manifest import LANGUAGE, VISION
 from edgevlm.runtime.core import core, import_openvino, read_ir
@@ -83,10 +84,10 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
     vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
     family, parts = vlm.processor.family, vlm.manifest.submodels
     vision = make_static(read_ir(folder / parts[VISION].file), family.constants, family.view_size)
-    options = GenerationConfig(max_new_tokens=33, detail="low")
+    budget = ImageBudget("low")
     with tempfile.TemporaryDirectory() as scratch:
         image = load_image(sample_picture(Path(scratch)))
-    answers = [ask(vlm, perturb(image, number), QUESTION, options).timings for number in range(6)][1:]
+    answers = [ask(vlm, perturb(image, number), QUESTION, budget, 33).timings for number in range(6)][1:]
     tile_s, token_s = median(each.vision_s for each in answers), median(each.tpot_s or 0.0 for each in answers)
     operations, weights = matmul_operations(vision), parts[LANGUAGE].size_bytes
     quantized = parts[VISION].precision == "w8a8"

@@ -18,7 +18,7 @@ from edgevlm.bench.measure import Sweep, bench, perturb, sample_picture
 from edgevlm.families.base import RGB
 from edgevlm.inputs.image import load_image
 
-TILES = (1, 5, 13, 17)
+VIEWS = (1, 5, 13, 17)
 CONTEXTS = (100, 900, 2000, 6000)
 QUESTIONS = (1, 2, 4)
 
@@ -44,8 +44,10 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     threads = tuple(range(1, (os.cpu_count() or 1) + 1))
+    tokens = VLM(arguments.model).processor.family.tokens_per_view
+    limits = tuple(views * tokens for views in VIEWS)
     sweeps = {
-        "tiles": Sweep(details=("high",), max_tiles=TILES, new_tokens=8, repetitions=arguments.repetitions),
+        "tiles": Sweep(details=("high",), max_image_tokens=limits, new_tokens=8, repetitions=arguments.repetitions),
         "context": Sweep(details=("low",), prompt_tokens=CONTEXTS, new_tokens=16, repetitions=arguments.repetitions),
         "threads": Sweep(details=("low",), threads=threads, new_tokens=16, repetitions=arguments.repetitions),
     }
@@ -59,7 +61,7 @@ def main() -> None:
     for name in sweeps:
         for point in found[name]:
             figures = {key: round(each["median"], 4) for key, each in point["figures"].items()}
-            print(name, point["tiles"], "tiles", point["prompt_tokens"], "tokens", point["threads"], "threads", figures)
+            print(name, point["views"], "views", point["prompt_tokens"], "tokens", point["threads"], "threads", figures)
     print(*found["questions"], sep="\n")
     write_result(arguments.output, found)
 

@@ -1,9 +1,10 @@
-"""What an answer is: its text as it comes, and what it took."""
+"""What the generator yields: progress, pieces of text, and at the end the answer with what it took."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from edgevlm.metrics import Timings
 
@@ -40,12 +41,13 @@ class Answer:
     prompt_tokens: int
     image_tokens: int
     generated_tokens: int
-    tiles: int
+    views: int
+    """Calls of the vision encoder that the pictures take: tiles, global views, thumbnails."""
     token_ids: tuple[int, ...]
     cached_tokens: int
     """Prompt tokens that were in the KV cache already."""
-    cached_tiles: int
-    """Tiles that had been encoded before."""
+    cached_views: int
+    """Views that had been encoded before."""
     drafted_tokens: int
     accepted_tokens: int
     """Drafted tokens that came true."""
@@ -67,9 +69,9 @@ class Answer:
             "prompt_tokens": self.prompt_tokens,
             "image_tokens": self.image_tokens,
             "generated_tokens": self.generated_tokens,
-            "tiles": self.tiles,
+            "views": self.views,
             "cached_tokens": self.cached_tokens,
-            "cached_tiles": self.cached_tiles,
+            "cached_views": self.cached_views,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
             "fast_forward_tokens": self.fast_forward_tokens,
@@ -90,3 +92,27 @@ class Piece:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step of an answer that is not text yet."""
+
+    stage: Literal["vision", "decode"]
+    """`vision`: views encoded; `decode`: tokens generated, also those that complete no text."""
+    done: int
+    total: int
+
+
+Event: TypeAlias = Progress | Piece
+T = TypeVar("T")
+
+
+def result_of(steps: Generator[Any, None, T]) -> T:
+    """Run a generator to its end and return what it returns."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from edgevlm.answer import Answer, Piece
+from edgevlm.answer import Answer, Event, Piece
 from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.stream import Progress, collect
-from edgevlm.families.base import RGB
+from edgevlm.decoding.stream import collect
+from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import Message, text_message, user_message
-from edgevlm.inputs.image import ImageInput, Images, as_list, load_image
+from edgevlm.inputs.image import Images, Picture, as_list, load_picture
+from edgevlm.inputs.vision_cache import PreprocessedImage
 
 
 class Model(Protocol):
@@ -22,20 +24,27 @@ class Model(Protocol):
         """Tokens that a prompt and its answer may have."""
         ...
 
-    def stream_messages(
-        self,
-        messages: Sequence[Message],
-        images: Sequence[ImageInput],
-        config: GenerationConfig | None = None,
-        on_progress: Progress | None = None,
-    ) -> Iterator[Piece]:
-        """Yield the answer to a conversation."""
+    def preprocess(
+        self, images: Sequence[Picture], image_budget: ImageBudget | None, cache_salt: str
+    ) -> list[PreprocessedImage]:
+        """Resize and split the pictures of one prompt."""
         ...
 
     def count_tokens(
-        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None
+        self, messages: Sequence[Message], images: Sequence[PreprocessedImage], config: GenerationConfig
     ) -> int:
-        """Return the length of its prompt."""
+        """Return the length of a prompt."""
+        ...
+
+    def events(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[PreprocessedImage],
+        config: GenerationConfig,
+        image_budget: ImageBudget | None,
+        cache_salt: str,
+    ) -> Generator[Event, None, None]:
+        """Yield the progress and the pieces of the answer to a conversation."""
         ...
 
 
@@ -44,7 +53,7 @@ class Turn:
     """A question, the pictures that came with it, and the answer as far as it was given."""
 
     question: str
-    images: tuple[RGB, ...]
+    images: tuple[Picture, ...]
     answer: str
 
 
@@ -54,10 +63,17 @@ class Chat:
     When it outgrows the model's context, its oldest turns are forgotten, but never its pictures.
     """
 
-    def __init__(self, vlm: Model, config: GenerationConfig | None = None, system: str | None = None) -> None:
-        self._vlm = vlm
-        self._system = system
+    def __init__(
+        self,
+        vlm: Model,
+        config: GenerationConfig | None = None,
+        system: str | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> None:
+        self._vlm, self._system, self._salt = vlm, system, cache_salt
         self.config = config or GenerationConfig()
+        self.image_budget = image_budget or ImageBudget()
         self.turns: list[Turn] = []
 
     def reset(self) -> None:
@@ -71,35 +87,46 @@ class Chat:
         """
         return collect(self.stream(question, images))
 
-    def stream(self, question: str, images: Images = None, on_progress: Progress | None = None) -> Iterator[Piece]:
-        """Yield the answer piece by piece; one that is broken off is part of the conversation as far as it came.
+    def stream(self, question: str, images: Images = None) -> Generator[Piece, None, None]:
+        """Yield the answer piece by piece; errors as in `events`."""
+        with closing(self.events(question, images)) as events:
+            yield from (event for event in events if isinstance(event, Piece))
 
-        Raises `ImageError` and `PromptError`; the conversation is then as it was before.
+    def events(self, question: str, images: Images = None) -> Generator[Event, None, None]:
+        """Yield the progress and the pieces of the answer; a closed one is kept in the conversation as far as it came.
+
+        Raises `ImageError`, `PromptError` and `OptionError`; the conversation is then as it was before.
         """
-        new = Turn(question, tuple(load_image(image) for image in as_list(images)), "")
-        turns = self._fit([*self.turns, new])
-        answer = ""
+        turns = [*self.turns, Turn(question, tuple(load_picture(image) for image in as_list(images)), "")]
+        pictures = [picture for turn in turns for picture in turn.images]
+        preprocessed = self._vlm.preprocess(pictures, self.image_budget, self._salt)
+        turns = self._fit(turns, preprocessed)
+        messages, answer = self._messages(turns), ""
         try:
-            for piece in self._vlm.stream_messages(*self._messages(turns), self.config, on_progress):
-                answer += piece.text
-                yield piece
+            with closing(
+                self._vlm.events(messages, preprocessed, self.config, self.image_budget, self._salt)
+            ) as events:
+                for event in events:
+                    if isinstance(event, Piece):
+                        answer += event.text
+                    yield event
         finally:
             if answer:
                 self.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
 
-    def _fit(self, turns: list[Turn]) -> list[Turn]:
-        """Drop the oldest turns until the last one and its answer have room; pictures move to the next turn."""
+    def _fit(self, turns: list[Turn], images: Sequence[PreprocessedImage]) -> list[Turn]:
+        """Drop the oldest turns until the prompt and its answer fit the context; pictures move to the next turn."""
         limit = self._vlm.context_length
-        room = min(self.config.max_new_tokens, limit // 4)
-        while len(turns) > 1 and self._vlm.count_tokens(*self._messages(turns), self.config) + room > limit:
+        reserved = min(self.config.max_new_tokens, limit // 4)
+        while len(turns) > 1 and self._vlm.count_tokens(self._messages(turns), images, self.config) + reserved > limit:
             first, second, *rest = turns
             turns = [replace(second, images=first.images + second.images), *rest]
         return turns
 
-    def _messages(self, turns: list[Turn]) -> tuple[list[Message], list[RGB]]:
+    def _messages(self, turns: list[Turn]) -> list[Message]:
         messages: list[Message] = [] if self._system is None else [text_message("system", self._system)]
         for turn in turns:
             messages.append(user_message(turn.question, len(turn.images)))
             if turn.answer:
                 messages.append(text_message("assistant", turn.answer))
-        return messages, [image for turn in turns for image in turn.images]
+        return messages

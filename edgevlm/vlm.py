@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from edgevlm.answer import Answer, Piece
+from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
-from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.scoring import Scores, log_likelihoods
-from edgevlm.decoding.stream import Progress, collect, stream_answer
+from edgevlm.decoding.stream import TextModel, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
 from edgevlm.errors import ContextLengthError, DeviceError
-from edgevlm.families.base import IMAGE_EMBEDS, Visual
+from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
 from edgevlm.inputs.chat_template import Message, user_message
-from edgevlm.inputs.image import ImageInput, Images, as_list, load_image
+from edgevlm.inputs.image import ImageInput, Images, as_list, load_picture
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
-from edgevlm.inputs.vision_cache import EncodedImage, VisionCache, content_key
+from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
@@ -34,6 +34,7 @@ from edgevlm.runtime.kv_pool import SessionPool
 from edgevlm.runtime.kv_session import Session
 from edgevlm.runtime.loader import ModelLoader
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -77,7 +78,7 @@ class VLM:
             except RuntimeError as error:  # what a device has compiled it may still not run
                 raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
             self.vision = vision.result()
-        self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.tile_tolerance)
+        self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
 
     @property
@@ -90,59 +91,67 @@ class VLM:
         images: Images,
         question: str,
         config: GenerationConfig | None = None,
-        on_progress: Progress | None = None,
+        image_budget: ImageBudget | None = None,
+        *,
+        cache_salt: str = "",
         **options: Any,
     ) -> Answer:
         """Return the whole answer to `question` about `images`: one, several, or none.
 
-        `options` are fields of `GenerationConfig`, such as `max_new_tokens=16`, and win over `config`. Errors as in
-        `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
+        `options` are fields of `GenerationConfig` and `ImageBudget`, such as `max_new_tokens=16` and `detail="low"`,
+        and win over both. What was computed under one `cache_salt` is not used under another, so that neither the time
+        to the first token nor `cached_tokens` tells one caller what another has shown. Errors as in `stream`, and
+        `IncompleteAnswerError` for an answer cut short of its constraint.
         """
-        return collect(self.stream(images, question, config, on_progress, **options))
+        return collect(self.stream(images, question, config, image_budget, cache_salt=cache_salt, **options))
 
     def stream(
         self,
         images: Images,
         question: str,
         config: GenerationConfig | None = None,
-        on_progress: Progress | None = None,
+        image_budget: ImageBudget | None = None,
+        *,
+        cache_salt: str = "",
         **options: Any,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Yield the answer piece by piece, never splitting a character; the last piece carries the `Answer`.
 
-        `options` as in `generate`. An answer cut short of its constraint is not an error here: its `satisfied` is
-        False. Raises `ImageError`, `PromptError`, and `OptionError` for an unknown option and for a constraint that the
-        model's tokens cannot follow.
+        Arguments as in `generate`. An answer cut short of its constraint is not an error here: its `satisfied` is
+        False. Raises `ImageError`, `PromptError`, and `OptionError` for an unknown option, for a budget that no picture
+        fits, and for a constraint that the model's tokens cannot follow.
         """
-        config = (config or GenerationConfig()).override(options)
+        config, image_budget = override(config, image_budget, options)
         pictures = as_list(images)
-        yield from self.stream_messages([user_message(question, len(pictures))], pictures, config, on_progress)
+        messages = [user_message(question, len(pictures))]
+        with closing(self.events(messages, pictures, config, image_budget, cache_salt)) as events:
+            yield from (event for event in events if isinstance(event, Piece))
 
-    def stream_messages(
+    def events(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput],
+        images: Sequence[ImageInput | PreprocessedImage],
         config: GenerationConfig | None = None,
-        on_progress: Progress | None = None,
-    ) -> Iterator[Piece]:
-        """Yield the answer to a conversation whose image placeholders stand for `images`, in order; as `stream`."""
-        config = config or GenerationConfig()
-        watch = Stopwatch()
-        prompt = self.prepare(messages, images, config, watch, on_progress)
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Event, None, None]:
+        """Yield the progress and the pieces of the answer to a conversation; closing this ends the answer.
+
+        The image placeholders of `messages` stand for `images`, in order. There is a `Progress` for every view that is
+        encoded and every token that is generated. Errors as in `stream`.
+        """
+        config, watch = config or GenerationConfig(), Stopwatch()
+        prompt = yield from self._prepare(messages, images, config, watch, image_budget, cache_salt)
+        model = TextModel(
+            self.processor.tokenizer,
+            self.grammar_tokenizer,
+            self.manifest.eos_token_ids,
+            self.context_length,
+            self.load_s,
+        )
+        prefix = self.processor.template.response_prefix(config.chat_template_kwargs) if config.constraint else ""
         with self.session(prompt) as session:
-            yield from stream_answer(
-                session,
-                prompt,
-                config,
-                tokenizer=self.processor.tokenizer,
-                grammar_tokenizer=self.grammar_tokenizer,
-                lead=self.processor.template.response_prefix(config.chat_template_kwargs) if config.constraint else "",
-                eos_token_ids=self.manifest.eos_token_ids,
-                context_length=self.context_length,
-                watch=watch,
-                load_s=self.load_s,
-                on_progress=on_progress,
-            )
+            yield from stream_answer(session, prompt, config, model, watch, prefix)
 
     def score(
         self,
@@ -150,20 +159,36 @@ class VLM:
         question: str,
         choices: Sequence[str],
         config: GenerationConfig | None = None,
-        on_progress: Progress | None = None,
+        image_budget: ImageBudget | None = None,
+        *,
+        cache_salt: str = "",
+        **options: Any,
     ) -> Scores:
         """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
 
-        Of `config` only what concerns the pictures counts. Raises `ImageError`, `PromptError`, `OptionError` for
-        choices that are empty or alike, and `DeviceError` where the logits overflow.
+        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts. Raises `ImageError`,
+        `PromptError`, `OptionError` for choices that are empty or alike, and `DeviceError` where the logits overflow.
         """
+        config, image_budget = override(config, image_budget, options)
+        return result_of(self.score_events(images, question, choices, config, image_budget, cache_salt))
+
+    def score_events(
+        self,
+        images: Images,
+        question: str,
+        choices: Sequence[str],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Progress, None, Scores]:
+        """Yield the progress of `score`; return the scores."""
         check_choices(choices)
-        config = config or GenerationConfig()
-        watch = Stopwatch()
+        config, watch = config or GenerationConfig(), Stopwatch()
         pictures = as_list(images)
-        prompt = self.prepare([user_message(question, len(pictures))], pictures, config, watch, on_progress)
-        lead = self.processor.template.response_prefix(config.chat_template_kwargs)
-        answers = [self.grammar_tokenizer.encode(lead + choice) for choice in choices]
+        messages = [user_message(question, len(pictures))]
+        prompt = yield from self._prepare(messages, pictures, config, watch, image_budget, cache_salt)
+        prefix = self.processor.template.response_prefix(config.chat_template_kwargs)
+        answers = [self.grammar_tokenizer.encode(prefix + choice) for choice in choices]
         self._check_length(len(prompt) + max(map(len, answers)))
         with self.session(prompt) as session:
             found = log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
@@ -171,9 +196,9 @@ class VLM:
             dict(zip(choices, found, strict=True)),
             prompt_tokens=len(prompt),
             image_tokens=prompt.image_tokens,
-            tiles=prompt.tiles,
+            views=prompt.views,
             cached_tokens=watch.counts["cached_tokens"],
-            cached_tiles=prompt.cached_tiles,
+            cached_views=prompt.cached_views,
             timings=watch.timings(self.load_s, 0),
         )
 
@@ -181,88 +206,122 @@ class VLM:
         """Lend the session that holds most of the prompt's beginning in its KV cache."""
         return self._sessions.take(prompt.prefix_keys)
 
-    def chat(self, config: GenerationConfig | None = None, system: str | None = None, **options: Any) -> Chat:
+    def chat(
+        self,
+        config: GenerationConfig | None = None,
+        system: str | None = None,
+        image_budget: ImageBudget | None = None,
+        *,
+        cache_salt: str = "",
+        **options: Any,
+    ) -> Chat:
         """Return a new conversation; `options` as in `generate`. The model is told `system` before the first turn."""
-        return Chat(self, (config or GenerationConfig()).override(options), system)
+        config, image_budget = override(config, image_budget, options)
+        return Chat(self, config, system, image_budget, cache_salt)
+
+    def preprocess(
+        self,
+        images: Sequence[ImageInput | PreprocessedImage],
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> list[PreprocessedImage]:
+        """Decode, resize and split the pictures of one prompt; one that the vision cache knows is only decoded.
+
+        The result may stand for the pictures in `events` and `count_tokens`. Raises `ImageError` and `OptionError`.
+        """
+        family = self.processor.family
+        budget = family.budget_for(image_budget or ImageBudget(), len(images))
+        preprocessed = []
+        for image in images:
+            if not isinstance(image, PreprocessedImage):
+                picture = load_picture(image)
+                key = (picture.digest, budget, cache_salt)
+                found = self._vision_cache.picture(key) or family.preprocess(picture.pixels, budget)
+                image = PreprocessedImage(key, found)  # noqa: PLW2901
+            preprocessed.append(image)
+        return preprocessed
 
     def count_tokens(
-        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig | None = None
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
     ) -> int:
         """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
         config = config or GenerationConfig()
-        shown = [each for _, each in self._preprocess(images, config)]
-        return len(self.processor.prompt_ids(messages, shown, config.chat_template_kwargs))
+        preprocessed = self.preprocess(images, image_budget)
+        return len(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs))
 
     def prepare(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput],
+        images: Sequence[ImageInput | PreprocessedImage],
         config: GenerationConfig,
         watch: Stopwatch,
-        on_progress: Progress | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
     ) -> Prompt:
         """Turn a conversation and its pictures into the embeddings that the language model reads."""
+        return result_of(self._prepare(messages, images, config, watch, image_budget, cache_salt))
+
+    def _prepare(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | PreprocessedImage],
+        config: GenerationConfig,
+        watch: Stopwatch,
+        image_budget: ImageBudget | None,
+        cache_salt: str,
+    ) -> Generator[Progress, None, Prompt]:
         family = self.processor.family
         with watch.stage("preprocess"):
-            visuals = self._preprocess(images, config)
-            shown = [each for _, each in visuals]
-            ids = np.asarray(self.processor.prompt_ids(messages, shown, config.chat_template_kwargs), np.int64)
+            preprocessed = self.preprocess(images, image_budget, cache_salt)
+            ids = np.asarray(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs), np.int64)
         self.processor.check_known(ids)
         self._check_length(len(ids))
         with watch.stage("vision"):
-            pictures = self._encode(visuals, config.cache_salt, on_progress)
-        features = [family.assemble(each.layout, [view.outputs for view in each.views]) for each in pictures]
+            encoded = yield from self._encode(preprocessed, cache_salt)
+        features = [family.assemble(image.layout, [view.outputs for view in image.views]) for image in encoded]
         image_embeds = join([each[IMAGE_EMBEDS] for each in features], self.manifest.hidden_size)
-        inputs = family.language_inputs(ids, [each.layout for each in pictures], features)
-        rows = [key for pair in zip(pictures, features, strict=True) for key in feature_keys(*pair)]
+        rows = [key for pair in zip(encoded, features, strict=True) for key in feature_keys(*pair)]
         return Prompt(
             merge(self.language_model.embed(ids), ids, family.image_token_id, image_embeds),
             ids=ids.tolist(),
-            prefix_keys=prefix_keys(ids, family.image_token_id, rows, config.cache_salt),
-            inputs=inputs,
+            prefix_keys=prefix_keys(ids, family.image_token_id, rows, cache_salt),
+            inputs=family.language_inputs(ids, [image.layout for image in encoded], features),
             images=image_places(ids, family.image_token_id, [len(each[IMAGE_EMBEDS]) for each in features]),
             image_tokens=len(image_embeds),
-            tiles=sum(map(len, pictures)),
-            cached_tiles=sum(len(each) - each.encoded for each in pictures),
+            views=sum(map(len, encoded)),
+            cached_views=sum(len(image) - image.encoded for image in encoded),
         )
+
+    def _encode(
+        self, images: Sequence[PreprocessedImage], cache_salt: str
+    ) -> Generator[Progress, None, list[EncodedImage]]:
+        """Return the pictures encoded, calling the vision encoder only for views that are not cached."""
+        total = sum(len(image.image) for image in images if isinstance(image.image, Visual))
+        before, encoded = 0, []
+        for image in images:
+            steps = self._vision_cache.encode(image, self.vision.encode, cache_salt)
+            encoded.append((yield from as_progress(steps, before, total)))
+            before += len(image.image) if isinstance(image.image, Visual) else 0
+        return encoded
 
     def _check_length(self, length: int) -> None:
         limit = self.context_length
         if length >= limit:
             raise ContextLengthError(
                 f"the prompt has {length:,} tokens and the model's context holds {limit:,};"
-                " shorten the question, or use fewer pictures, max_tiles or a lower detail"
+                " shorten the question, or use fewer pictures, a lower detail or max_image_tokens"
             )
 
-    def _preprocess(
-        self, images: Sequence[ImageInput], config: GenerationConfig
-    ) -> list[tuple[bytes, Visual | EncodedImage]]:
-        """Return each picture's key and its views, or their encoding if it has been looked at before."""
-        family, found = self.processor.family, list[tuple[bytes, Visual | EncodedImage]]()
-        detail = family.detail_for(config.detail, len(images))
-        for image in images:
-            pixels = load_image(image)
-            key = content_key(pixels, detail, config.max_tiles, config.cache_salt)
-            known = self._vision_cache.picture(key)
-            found.append((key, known or family.preprocess(pixels, detail, config.max_tiles)))
-        return found
 
-    def _encode(
-        self, visuals: Sequence[tuple[bytes, Visual | EncodedImage]], salt: str, on_progress: Progress | None
-    ) -> list[EncodedImage]:
-        """Return the pictures encoded, calling the vision encoder only for views that are not cached."""
-        total, done = sum(len(each) for _, each in visuals if isinstance(each, Visual)), 0
-
-        def on_view() -> None:
-            nonlocal done
-            done += 1
-            if on_progress:
-                on_progress("vision", done, total)
-
-        if on_progress and total:
-            on_progress("vision", 0, total)
-        cache, encode = self._vision_cache, self.vision.encode
-        return [
-            cache.encode(key, each, encode, on_view, salt) if isinstance(each, Visual) else each
-            for key, each in visuals
-        ]
+def as_progress(steps: Generator[int, None, T], before: int, total: int) -> Generator[Progress, None, T]:
+    """Yield the counts that `steps` yields, after `before` others, as progress of the vision encoder."""
+    while True:
+        try:
+            yield Progress("vision", before + next(steps), total)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result

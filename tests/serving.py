@@ -7,8 +7,8 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,7 @@ from typing import Any
 from PIL import Image
 
 from edgevlm import VLM
-from edgevlm.answer import Piece
-from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.stream import Progress
-from edgevlm.inputs.chat_template import Message
-from edgevlm.inputs.image import ImageInput
+from edgevlm.answer import Event, Progress
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig
 from edgevlm.strict_json import read_json
@@ -162,16 +158,12 @@ class Braked:
         """Let this answer and all others go on."""
         self._go.set()
 
-    def stream_messages(
-        self, messages: Sequence[Message], images: Sequence[ImageInput], config: GenerationConfig, check: Progress
-    ) -> Iterator[Piece]:
+    def events(self, *request: Any) -> Generator[Event, None, None]:
         self.tokens.append(0)
-
-        def brake(stage: str, done: int, total: int) -> None:
-            if stage == "decode":
-                self.tokens[-1] = done
-                if done == self.stop_at:
-                    assert self._go.wait(PATIENCE_S)
-            check(stage, done, total)
-
-        return self._vlm.stream_messages(messages, images, config, brake)
+        with closing(self._vlm.events(*request)) as events:
+            for event in events:
+                if isinstance(event, Progress) and event.stage == "decode":
+                    self.tokens[-1] = event.done
+                    if event.done == self.stop_at:
+                        assert self._go.wait(PATIENCE_S)
+                yield event

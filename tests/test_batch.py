@@ -18,6 +18,7 @@ from PIL import Image
 
 from edgevlm import VLM, GenerationConfig, OptionError, OutputError
 from edgevlm.decoding.output_format import OutputFormat
+from edgevlm.families.base import ImageBudget
 from edgevlm.jobs.batch import Batch, run_batch
 from edgevlm.jobs.spec import Defaults, read_jobs
 from edgevlm.jobs.work_queue import CHUNK, Row, WorkQueue
@@ -25,7 +26,9 @@ from tests.conftest import F32, photograph
 from tests.test_cli import COMMAND, POSIX, cli
 
 QUESTION = "What is in this picture?"
-SHORT = GenerationConfig(max_new_tokens=8, detail="low")
+SHORT = GenerationConfig(max_new_tokens=8)
+LOW = ImageBudget("low")
+DEFAULTS = Defaults("The default question?", OutputFormat(), SHORT, LOW)
 OPTIONS = ["--device", "CPU", "--inference-precision", "f32", "--no-cache", "--max-new-tokens", "8", "--detail", "low"]
 
 
@@ -74,7 +77,11 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
     ]
     jobs = write(folder / "jobs.jsonl", rows)
     batch = Batch(
-        jobs, folder / "out.jsonl", str(exported), F32, Defaults("The default question?", OutputFormat(), SHORT)
+        jobs,
+        folder / "out.jsonl",
+        str(exported),
+        F32,
+        DEFAULTS,
     )
     progress: list[tuple[int, int]] = []
     tally = run_batch(batch, on_progress=lambda *each: progress.append(each))
@@ -82,16 +89,16 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
     found = read(folder / "out.jsonl")
     assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9]
     assert found[0]["id"] == "first"
-    assert found[0]["answer"] == vlm.generate(folder / "0.png", QUESTION, SHORT).text
-    assert found[1]["answer"] == vlm.generate([folder / "0.png", folder / "1.png"], "Compare.", SHORT).text
+    assert found[0]["answer"] == vlm.generate(folder / "0.png", QUESTION, SHORT, LOW).text
+    assert found[1]["answer"] == vlm.generate([folder / "0.png", folder / "1.png"], "Compare.", SHORT, LOW).text
     assert len(found[1]["sha256"]) == 2
     assert found[2]["finish_reason"] == "length"
     assert found[3]["value"] == found[4]["value"] in ("open", "shut")
     assert found[5]["probabilities"] == pytest.approx(
-        vlm.score(folder / "2.png", QUESTION, ["yes", "no"], SHORT).probabilities, abs=1e-3
+        vlm.score(folder / "2.png", QUESTION, ["yes", "no"], SHORT, LOW).probabilities, abs=1e-3
     )
     assert found[6]["answer"].isdigit()
-    assert found[7]["answer"] == vlm.generate(folder / "2.png", "The default question?", SHORT).text
+    assert found[7]["answer"] == vlm.generate(folder / "2.png", "The default question?", SHORT, LOW).text
     assert progress[0] == (0, 8)
     assert progress[-1] == (8, 8)
     assert sorted(path.name for path in folder.glob("out*")) == ["out.jsonl"]
@@ -180,8 +187,9 @@ def test_hundreds_of_mutated_pictures_cost_their_own_rows_only(exported: Path, t
             (tmp_path / f"{number}.{kind}").write_bytes(data)
             rows.append({"image": f"{number}.{kind}", "question": "?"})
     jobs = write(tmp_path / "jobs.jsonl", rows)
-    config = GenerationConfig(max_new_tokens=1, detail="low")
-    run_batch(Batch(jobs, tmp_path / "out.jsonl", str(exported), F32, Defaults(config=config)))
+    config = GenerationConfig(max_new_tokens=1)
+    budget = ImageBudget("low")
+    run_batch(Batch(jobs, tmp_path / "out.jsonl", str(exported), F32, Defaults(config=config, image_budget=budget)))
     found = read(tmp_path / "out.jsonl")
     assert [row["image"] for row in found] == [row["image"] for row in rows]
     failed = [row for row in found if "error" in row]
@@ -226,7 +234,13 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_twice(exported: Path
     found = read(folder / "out.jsonl")
     assert [row["id"] for row in found] == list(range(90))
     assert json.loads(stdout)["known"] >= before
-    batch = Batch(folder / "jobs.jsonl", folder / "whole.jsonl", str(exported), F32, Defaults(config=SHORT))
+    batch = Batch(
+        folder / "jobs.jsonl",
+        folder / "whole.jsonl",
+        str(exported),
+        F32,
+        Defaults(config=SHORT, image_budget=LOW),
+    )
     run_batch(batch)
     assert plain(found) == plain(read(folder / "whole.jsonl"))
     assert not (folder / "out.jsonl.parts").exists()
@@ -426,7 +440,7 @@ def test_another_model_or_other_options_make_another_key(exported: Path, exporte
         Defaults().config_digest(str(exported)),
         Defaults().config_digest(str(exported_int4)),
         Defaults(question="What?").config_digest(str(exported)),
-        Defaults(config=SHORT).config_digest(str(exported)),
+        Defaults(config=SHORT, image_budget=LOW).config_digest(str(exported)),
         Defaults(output_format=OutputFormat.of(regex="a")).config_digest(str(exported)),
     }
     assert len(digests) == 5

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from edgevlm import VLM, BenchmarkError, GenerationConfig, OptionError
+from edgevlm import VLM, BenchmarkError, OptionError
 from edgevlm.bench.measure import Figure, Sweep, ask, bench, measure, pad_prompt, perturb, sample_picture
 from edgevlm.bench.report import check_target
 from edgevlm.cli.main import main
@@ -18,7 +18,7 @@ from edgevlm.families.base import ImageBudget
 from tests.conftest import F32, photograph
 
 QUICK = Sweep(repetitions=2, new_tokens=4)
-OPTIONS = GenerationConfig(max_new_tokens=4)
+AUTO = ImageBudget()
 
 
 def test_every_combination_is_a_point(exported: Path, china: Path) -> None:
@@ -26,7 +26,7 @@ def test_every_combination_is_a_point(exported: Path, china: Path) -> None:
     told: list[str] = []
     report = bench(exported, photograph("china.jpg"), china, sweep, told.append)
     assert len(report.points) == 8
-    assert {(point.threads, point.detail, point.tiles) for point in report.points} == {
+    assert {(point.threads, point.detail, point.views) for point in report.points} == {
         (threads, detail, tiles) for threads in (1, 2) for detail, tiles in (("low", 1), ("auto", 13))
     }
     assert all(point.prompt_tokens >= 120 for point in report.points[1::2])
@@ -42,20 +42,20 @@ def test_every_combination_is_a_point(exported: Path, china: Path) -> None:
 
 def test_an_answer_has_just_as_many_tokens_as_asked_for(vlm: VLM) -> None:
     for tokens in (1, 3, 9):
-        once = ask(vlm, photograph("china.jpg"), "What?", GenerationConfig(max_new_tokens=tokens))
+        once = ask(vlm, photograph("china.jpg"), "What?", AUTO, tokens)
         assert once.timings.tpot_s is None if tokens == 1 else once.timings.tpot_s > 0
 
 
 def test_a_cache_hit_is_not_called_a_first_token(exported: Path) -> None:
     known, image = VLM(exported, F32), photograph("china.jpg")
-    known.generate(perturb(image, 0), "What?", OPTIONS)
+    known.generate(perturb(image, 0), "What?", max_new_tokens=4)
     with pytest.raises(BenchmarkError, match="reused what was known"):
-        measure(known, known, image, OPTIONS, "What?", QUICK)
+        measure(known, known, image, AUTO, "What?", QUICK)
 
 
 def test_a_touched_picture_has_no_tile_in_common_with_any_other(vlm: VLM) -> None:
     image = photograph("china.jpg")
-    tiles = [vlm.processor.preprocess([perturb(image, number)], OPTIONS.image_budget)[0].views for number in range(5)]
+    tiles = [vlm.processor.preprocess([perturb(image, number)], AUTO)[0].views for number in range(5)]
     seen = {view.pixels.tobytes() for picture in tiles for view in picture}
     assert len(seen) == sum(map(len, tiles))
     assert np.abs(perturb(image, 4).astype(int) - image).max() == 4
@@ -71,10 +71,10 @@ def test_the_drawn_picture_is_large_and_each_tile_its_own(vlm: VLM, tmp_path: Pa
 
 def test_a_prompt_is_filled_up_or_refused(vlm: VLM) -> None:
     image = photograph("china.jpg")
-    question = pad_prompt(vlm, image, OPTIONS, 300)
-    assert 300 <= ask(vlm, image, question, OPTIONS).prompt.__len__() < 330
+    question = pad_prompt(vlm, image, AUTO, 300, 4)
+    assert 300 <= len(ask(vlm, image, question, AUTO, 4).prompt) < 330
     with pytest.raises(BenchmarkError, match="a prompt of 600 tokens leaves no room in a context of 512"):
-        pad_prompt(vlm, image, OPTIONS, 600)
+        pad_prompt(vlm, image, AUTO, 600, 4)
 
 
 def test_a_figure_is_median_p90_and_range() -> None:
@@ -94,7 +94,7 @@ def test_the_command_prints_json_lines_and_writes_a_page(exported: Path, china: 
     head, *points = (json.loads(line) for line in printed.splitlines())
     assert head["model"] == exported.name
     assert head["machine"]["cores"] >= 1
-    assert [(point["detail"], point["tiles"]) for point in points] == [("low", 1), ("auto", 13)]
+    assert [(point["detail"], point["views"]) for point in points] == [("low", 1), ("auto", 13)]
     assert set(points[0]["figures"]["ttft_s"]) == {"median", "p90", "low", "high"}
     text = page.read_text(encoding="utf-8")
     assert "<svg" in text

@@ -19,8 +19,8 @@ from tests.damage import copy_export, edit_manifest, flip, truncate
 
 COMMAND = [sys.executable, "-m", "edgevlm"]
 QUESTION = "What is in this picture?"
-JSON_KEYS = {"answer", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "tiles", "timings"}
-JSON_KEYS |= {"cached_tokens", "cached_tiles", "drafted_tokens", "accepted_tokens", "fast_forward_tokens", "satisfied"}
+JSON_KEYS = {"answer", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "views", "timings"}
+JSON_KEYS |= {"cached_tokens", "cached_views", "drafted_tokens", "accepted_tokens", "fast_forward_tokens", "satisfied"}
 TIMING_KEYS = {
     "load_s",
     "preprocess_s",
@@ -73,7 +73,7 @@ def test_stats_go_to_stderr(exported: Path, china: Path) -> None:
     labels = [line.split("  ")[0] for line in with_stats.stderr.splitlines()[1:]]
     wanted = ["prompt", "known before", "answer", "drafts", "load", "preprocess", "vision", "prefill", "TTFT", "TPOT"]
     assert labels == [*wanted, "peak memory"]
-    assert "52 of them from 13 tiles" in with_stats.stderr
+    assert "52 of them image tokens of 13 views" in with_stats.stderr
     assert "8 tokens (length)" in with_stats.stderr
 
 
@@ -81,7 +81,7 @@ def test_json_is_one_object_with_these_keys(exported: Path, china: Path) -> None
     found = answered(china, QUESTION, "-m", exported, "--max-new-tokens", 12)
     assert set(found) == JSON_KEYS
     assert set(found["timings"]) == TIMING_KEYS
-    assert (found["tiles"], found["image_tokens"], found["generated_tokens"]) == (13, 52, 12)
+    assert (found["views"], found["image_tokens"], found["generated_tokens"]) == (13, 52, 12)
     assert found["finish_reason"] == "length"
     assert found["timings"]["peak_memory_bytes"] > 2**20
     assert all(found["timings"][name] > 0 for name in TIMING_KEYS)
@@ -94,14 +94,14 @@ def test_one_token_has_no_time_per_token(exported: Path) -> None:
 
 def test_a_question_without_a_picture(exported: Path) -> None:
     found = answered(QUESTION, "-m", exported, "--max-new-tokens", 8)
-    assert (found["tiles"], found["image_tokens"]) == (0, 0)
+    assert (found["views"], found["image_tokens"]) == (0, 0)
     assert found["answer"]
 
 
 def test_several_pictures(exported: Path, china: Path) -> None:
     one = answered(china, QUESTION, "-m", exported, "--max-new-tokens", 8)
     two = answered(china, china, QUESTION, "-m", exported, "--max-new-tokens", 8)
-    assert (two["tiles"], two["image_tokens"]) == (26, 104)
+    assert (two["views"], two["image_tokens"]) == (26, 104)
     assert two["answer"] != one["answer"]
 
 
@@ -110,10 +110,11 @@ def test_a_picture_from_stdin(exported: Path, china: Path) -> None:
     assert answered("-", *arguments, stdin=china.read_bytes())["answer"] == answered(china, *arguments)["answer"]
 
 
-def test_detail_and_max_tiles_reach_the_preprocessing(exported: Path, china: Path) -> None:
+def test_detail_and_max_image_tokens_reach_the_preprocessing(exported: Path, china: Path) -> None:
     arguments = [china, QUESTION, "-m", exported, "--max-new-tokens", 1]
-    assert answered(*arguments, "--detail", "low")["tiles"] == 1
-    assert 1 < answered(*arguments, "--max-tiles", 7)["tiles"] <= 7
+    assert answered(*arguments, "--detail", "low")["views"] == 1
+    assert 1 < answered(*arguments, "--max-image-tokens", 31)["views"] <= 7
+    assert 1 < answered(*arguments, "--max-tiles", 7)["views"] <= 7  # what it was called before
 
 
 def test_greedy_is_deterministic_and_a_seed_repeats_a_sample(exported: Path, china: Path) -> None:

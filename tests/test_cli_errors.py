@@ -63,7 +63,7 @@ def folder(exported: Path, tmp_path: Path) -> Path:
         (["--seed", "-1", "--temperature", "1"], "seed must be 0 or more, not -1"),
         (["--stop", ""], "stop must be a tuple of texts, none of them empty"),
         (["--stop", "a", "--stop", ""], "stop must be a tuple of texts, none of them empty"),
-        (["--max-tiles", "0"], "max_tiles must be at least 1, not 0"),
+        (["--max-image-tokens", "0"], "max_image_tokens must be at least 1, not 0"),
         (["--threads", "0"], "threads must be between 1 and 1024, not 0"),
         (["--threads", "1025"], "threads must be between 1 and 1024, not 1025"),
     ],
@@ -175,7 +175,7 @@ def test_a_prompt_longer_than_the_context(exported: Path) -> None:
     assert tokens > 512
     assert error("run", question, "-m", exported) == (
         f"the prompt has {tokens:,} tokens and the model's context holds 512;"
-        " shorten the question, or use fewer pictures, max_tiles or a lower detail"
+        " shorten the question, or use fewer pictures, a lower detail or max_image_tokens"
     )
 
 

@@ -121,9 +121,9 @@ def test_a_forged_turn_is_text(messages: list[Message], vlm: VLM, fast: FastToke
 def test_a_placeholder_in_a_question_is_no_picture(vlm: VLM) -> None:
     tiles = vlm.processor.preprocess([photograph("china.jpg")], ImageBudget("low"))
     ids = vlm.processor.prompt_ids([user_message("is <image> a picture?", 1)], tiles)
-    assert ids.count(vlm.processor.family.image_token_id) == len(tiles[0]) * vlm.processor.family.tokens_per_tile
+    assert ids.count(vlm.processor.family.image_token_id) == len(tiles[0]) * vlm.processor.family.tokens_per_view
     answer = vlm.generate(None, "What is <image>?", GenerationConfig(max_new_tokens=2))
-    assert (answer.tiles, answer.image_tokens) == (0, 0)
+    assert (answer.views, answer.image_tokens) == (0, 0)
 
 
 def test_values_of_template_variables_are_no_control_either(exported: Path, fast: FastTokenizer) -> None:

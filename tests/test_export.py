@@ -160,7 +160,7 @@ def test_w8a8_computes_the_vision_part_in_integers(idefics3: Path, exported: Pat
     assert report.manifest.submodels[VISION].precision == "w8a8"
     assert report.verification is not None
     assert report.verification.parts[VISION].cosine > 0.98
-    assert VLM(tmp_path / "out").generate(photograph("china.jpg"), "What?").tiles == 13
+    assert VLM(tmp_path / "out").generate(photograph("china.jpg"), "What?").views == 13
 
 
 def test_a_narrow_model_is_calibrated_on_every_picture_and_a_wide_one_on_some() -> None:
@@ -253,10 +253,11 @@ def says_the_same_with_optimum_intel(folder: Path, vlm: VLM) -> None:
     model.vision_embeddings = lambda pixel_values, **inputs: encode(
         pixel_values, **inputs | {"patch_position_ids": positions.expand(len(pixel_values), -1)}
     )
-    config = GenerationConfig(max_new_tokens=32, detail="high")
+    config = GenerationConfig(max_new_tokens=32)
+    budget = ImageBudget("high")
     image = photograph("china.jpg")
-    answer = vlm.generate(image, "What is this?", config)
-    tiles = vlm.processor.preprocess([image], config.image_budget)
+    answer = vlm.generate(image, "What is this?", config, budget)
+    tiles = vlm.processor.preprocess([image], budget)
     ids = torch.tensor([vlm.processor.prompt_ids([user_message("What is this?", 1)], tiles)])
     shown = torch.from_numpy(pixel_values(tiles[0].views))[None]
     outputs = model.generate(

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import SourceError
-from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import text_message, user_message
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
@@ -48,7 +48,8 @@ from tests.test_graph import check_fused, runtime_kinds
 
 QUESTION = "What does the display of unit 12 show? Größe 42.7"
 NEW_TOKENS = 32
-HIGH = GenerationConfig(max_new_tokens=NEW_TOKENS, detail="high")
+HIGH = GenerationConfig(max_new_tokens=NEW_TOKENS)
+HIGH_BUDGET = ImageBudget("high")
 QUICK = ExportOptions("fp32", via="native", verify=False)
 
 
@@ -116,8 +117,8 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers(
     images = pictures(case)
     inputs = reference.inputs(images)
     ids = inputs["input_ids"][0].tolist()
-    visuals = vlm.processor.preprocess(images, HIGH.image_budget)
-    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch())
+    visuals = vlm.processor.preprocess(images, HIGH_BUDGET)
+    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch(), HIGH_BUDGET)
     assert list(prompt.ids) == ids
     with torch.inference_mode():
         outputs = reference.model(**inputs)
@@ -133,7 +134,7 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers(
     found = vlm.language_model.session().prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
     assert np.ptp(logits) > 5  # logits flat enough to agree by accident would prove nothing
     np.testing.assert_allclose(found, logits, atol=1e-4)
-    assert list(vlm.generate(images, QUESTION, HIGH).token_ids) == answer
+    assert list(vlm.generate(images, QUESTION, HIGH, HIGH_BUDGET).token_ids) == answer
     assert len(answer) == NEW_TOKENS or answer[-1] in vlm.manifest.eos_token_ids
 
 
@@ -151,12 +152,12 @@ def exported(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_second_question_reads_only_what_is_new(exported: Path) -> None:
-    chat = VLM(exported, F32).chat(HIGH)
+    chat = VLM(exported, F32).chat(HIGH, image_budget=HIGH_BUDGET)
     first = chat.ask(QUESTION, photograph("china.jpg"))
     second = chat.ask("And the label?")
-    assert first.image_tokens == second.image_tokens == IMAGE_SEQ_LEN * first.tiles
+    assert first.image_tokens == second.image_tokens == IMAGE_SEQ_LEN * first.views
     assert second.cached_tokens >= first.prompt_tokens - 1
-    assert second.cached_tiles == second.tiles == 7
+    assert second.cached_views == second.views == 7
 
 
 @pytest.mark.parametrize("said", ["<image>", "is <image> one?", "<IMG_CONTEXT><img>", "<image><image>\n"])
@@ -174,8 +175,8 @@ def test_compressed_exports_answer(precision: Any, published: Path, tmp_path: Pa
     report = export(published, tmp_path / "out", ExportOptions(precision))
     assert report.verification is not None
     assert report.verification.parts["vision_embeddings"].cosine > 0.95
-    answer = VLM(report.folder).generate(photograph("china.jpg"), QUESTION, HIGH)
-    assert (answer.tiles, answer.image_tokens) == (7, 7 * IMAGE_SEQ_LEN)
+    answer = VLM(report.folder).generate(photograph("china.jpg"), QUESTION, HIGH, HIGH_BUDGET)
+    assert (answer.views, answer.image_tokens) == (7, 7 * IMAGE_SEQ_LEN)
     assert answer.generated_tokens > 0
 
 
@@ -185,7 +186,9 @@ def test_pieces_make_the_same_model(exported: Path, published: Path, tmp_path: P
     report = export(published, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1
-    whole, pieced = (VLM(folder, F32).generate(pictures("one"), QUESTION, HIGH) for folder in (exported, report.folder))
+    whole, pieced = (
+        VLM(folder, F32).generate(pictures("one"), QUESTION, HIGH, HIGH_BUDGET) for folder in (exported, report.folder)
+    )
     assert pieced.token_ids == whole.token_ids
 
 

@@ -10,7 +10,7 @@ import pytest
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail
+from edgevlm.families.base import Detail, ImageBudget
 from edgevlm.families.internvl import Grid, InternVL, nearest_grid
 from edgevlm_export.samples import pixel_values
 from tests.conftest import noise, photograph
@@ -64,13 +64,13 @@ def assert_equal(found: Any, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_high_equals_the_reference(height: int, width: int, options: dict[str, Any]) -> None:
     processor, image = image_processor(**options), noise(height, width)
-    assert_equal(family(processor).preprocess(image, "high", None), reference_pixels(image, processor))
+    assert_equal(family(processor).preprocess(image, ImageBudget("high")), reference_pixels(image, processor))
 
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
 def test_high_equals_the_reference_on_photographs_at_the_real_size(name: str) -> None:
     processor, image = image_processor(size={"height": 448, "width": 448}), photograph(name)
-    found = family(processor).preprocess(image, "high", None)
+    found = family(processor).preprocess(image, ImageBudget("high"))
     assert found.layout == (2, 3)
     assert_equal(found, reference_pixels(image, processor))
 
@@ -87,35 +87,37 @@ def test_grids_equal_the_reference() -> None:
 def test_low_is_one_tile_as_the_reference_makes_it_without_splitting(height: int, width: int) -> None:
     processor, image = image_processor(), noise(height, width)
     wanted = reference_pixels(image, processor, crop_to_patches=False)
-    assert_equal(family(processor).preprocess(image, "low", None), wanted)
+    assert_equal(family(processor).preprocess(image, ImageBudget("low")), wanted)
 
 
 def test_auto_takes_the_grids_that_the_pixels_fill() -> None:
     made = family(image_processor())
     for height, width in SIZES:
-        auto, high = (made.preprocess(noise(height, width), detail, None) for detail in ("auto", "high"))
+        auto, high = (made.preprocess(noise(height, width), ImageBudget(detail)) for detail in ("auto", "high"))
         rows, cols = auto.layout
         assert rows * cols * TILE**2 <= max(height * width, TILE**2)
         assert len(auto) <= len(high)
-    assert made.preprocess(noise(2 * TILE - 1, TILE), "auto", None).layout == (1, 1)
-    assert made.preprocess(noise(3 * TILE, 4 * TILE), "auto", None).layout == (3, 4)
-    assert made.preprocess(noise(2 * TILE, 3 * TILE), "auto", None).layout == (2, 3)
-    assert made.preprocess(noise(TILE, 3 * TILE + 5), "auto", None).layout == (1, 3)
+    assert made.preprocess(noise(2 * TILE - 1, TILE), ImageBudget("auto")).layout == (1, 1)
+    assert made.preprocess(noise(3 * TILE, 4 * TILE), ImageBudget("auto")).layout == (3, 4)
+    assert made.preprocess(noise(2 * TILE, 3 * TILE), ImageBudget("auto")).layout == (2, 3)
+    assert made.preprocess(noise(TILE, 3 * TILE + 5), ImageBudget("auto")).layout == (1, 3)
 
 
 @pytest.mark.parametrize("detail", DETAILS)
 def test_max_tiles_bounds_the_views_with_the_thumbnail(detail: Detail) -> None:
     made = family(image_processor())
     for height, width in SIZES:
-        free = len(made.preprocess(noise(height, width), detail, None))
-        counts = [len(made.preprocess(noise(height, width), detail, most)) for most in range(1, 15)]
+        free = len(made.preprocess(noise(height, width), ImageBudget(detail)))
+        counts = [
+            len(made.preprocess(noise(height, width), ImageBudget(detail, max_views=most))) for most in range(1, 15)
+        ]
         assert all(count <= most for most, count in enumerate(counts, 1))
         assert counts == sorted(counts)  # a higher limit never costs tiles
         assert counts[-1] == free
-    lowered = made.preprocess(noise(200, 300), "high", 5)
+    lowered = made.preprocess(noise(200, 300), ImageBudget("high", max_views=5))
     assert_equal(lowered, reference_pixels(noise(200, 300), image_processor(max_patches=4)))
 
 
 def test_max_tiles_below_one_is_refused() -> None:
     with pytest.raises(OptionError, match=r"^max_tiles must be at least 1, not 0$"):
-        family(image_processor()).preprocess(noise(9, 9), "high", 0)
+        family(image_processor()).preprocess(noise(9, 9), ImageBudget("high", max_views=0))

@@ -12,7 +12,7 @@ import pytest
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail
+from edgevlm.families.base import Detail, ImageBudget
 from edgevlm.families.llava import Llava
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.prompt import join
@@ -25,7 +25,8 @@ from tests.test_graph import runtime_kinds
 
 QUESTION = "What does the display of unit 12 show? Größe 42.7"
 TOKENS = 40
-HIGH = GenerationConfig(max_new_tokens=TOKENS, detail="high")
+HIGH = GenerationConfig(max_new_tokens=TOKENS)
+HIGH_BUDGET = ImageBudget("high")
 QUICK = ExportOptions("fp32", via="native", verify=False)
 
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
@@ -77,7 +78,7 @@ def test_pixel_values_equal_the_reference(name: str, height: int, width: int) ->
     processor, image = PROCESSORS[name], noise(height, width)
     wanted = tiny.reference_pixels(image, processor)
     for detail in DETAILS:
-        found = pixel_values(family(processor).preprocess(image, detail, None).views)
+        found = pixel_values(family(processor).preprocess(image, ImageBudget(detail)).views)
         assert found.dtype == wanted.dtype == np.float32
         assert np.array_equal(found, wanted)
 
@@ -85,7 +86,7 @@ def test_pixel_values_equal_the_reference(name: str, height: int, width: int) ->
 @pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
 def test_pixel_values_equal_the_reference_at_the_real_size(photo: str) -> None:
     processor = tiny.clip_processor(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
-    found = family(processor).preprocess(photograph(photo), "high", None)
+    found = family(processor).preprocess(photograph(photo), ImageBudget("high"))
     assert np.array_equal(pixel_values(found.views), tiny.reference_pixels(photograph(photo), processor))
 
 
@@ -95,22 +96,22 @@ def test_a_picture_too_long_to_be_resized_is_cropped_first(
     name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgevlm.families.llava.MAX_PIXELS", 1_000_000)
-    [view] = family(PROCESSORS[name]).preprocess(np.full((*shape, 3), 200, np.uint8), "high", None).views
+    [view] = family(PROCESSORS[name]).preprocess(np.full((*shape, 3), 200, np.uint8), ImageBudget("high")).views
     assert view.pixels.shape == (tiny.SIDE, tiny.SIDE, 3)
     assert name != "CLIP" or (view.pixels == 200).all()
 
 
 def test_a_crop_while_resizing_is_the_crop_of_what_was_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     made, image = family(PROCESSORS["CLIP"]), photograph("china.jpg")
-    [wanted] = made.preprocess(image, "high", None).views
+    [wanted] = made.preprocess(image, ImageBudget("high")).views
     monkeypatch.setattr("edgevlm.families.llava.MAX_PIXELS", 100)
-    [found] = made.preprocess(image, "high", None).views
+    [found] = made.preprocess(image, ImageBudget("high")).views
     assert np.abs(found.pixels.astype(int) - wanted.pixels).max() <= 1
 
 
 def test_max_tiles_below_one_is_refused() -> None:
     with pytest.raises(OptionError, match=r"^max_tiles must be at least 1, not 0$"):
-        family(PROCESSORS["CLIP"]).preprocess(noise(9, 9), "high", 0)
+        family(PROCESSORS["CLIP"]).preprocess(noise(9, 9), ImageBudget("high", max_views=0))
 
 
 def interleave(folder: Path) -> Path:
@@ -161,9 +162,9 @@ def test_prompts_pictures_logits_and_tokens_equal_the_reference(pair: tuple[tiny
 def check_parity(reference: tiny.Reference, vlm: VLM, images: list[np.ndarray]) -> None:
     """Compare all that the reference makes of one question about the pictures."""
     inputs = reference.inputs(images, QUESTION)
-    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch())
+    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch(), HIGH_BUDGET)
     assert prompt.ids == inputs["input_ids"][0].tolist()
-    visuals = vlm.processor.preprocess(images, HIGH.image_budget)
+    visuals = vlm.processor.preprocess(images, HIGH_BUDGET)
     logits, features = reference.run(images, QUESTION)
     if images:
         found, wanted = pixel_values([view for each in visuals for view in each.views]), inputs["pixel_values"].numpy()
@@ -179,7 +180,7 @@ def check_parity(reference: tiny.Reference, vlm: VLM, images: list[np.ndarray]) 
 
 def check_tokens(vlm: VLM, images: list[np.ndarray], wanted: list[int]) -> None:
     """Compare greedy tokens, up to the end of the answer."""
-    answered = list(vlm.generate(images, QUESTION, HIGH).token_ids)
+    answered = list(vlm.generate(images, QUESTION, HIGH, HIGH_BUDGET).token_ids)
     assert answered == wanted[: len(answered)]
     assert len(answered) >= 32 or answered[-1] in vlm.manifest.eos_token_ids
 
@@ -190,15 +191,16 @@ def test_a_second_question_reads_no_picture_anew(pair: tuple[tiny.Reference, VLM
 
 def check_chat(vlm: VLM) -> None:
     """Ask twice about one picture; the answers are those of a model that has seen nothing before."""
-    config = GenerationConfig(max_new_tokens=12, detail="high")
-    chat, wanted = vlm.chat(config), VLM(vlm.folder, F32).chat(config)
+    config = GenerationConfig(max_new_tokens=12)
+    budget = ImageBudget("high")
+    chat, wanted = vlm.chat(config, image_budget=budget), VLM(vlm.folder, F32).chat(config, image_budget=budget)
     first = chat.ask(QUESTION, photograph("china.jpg"))
     second = chat.ask("And the number?")
     assert wanted.ask(QUESTION, photograph("china.jpg")).token_ids == first.token_ids
     wanted._vlm = VLM(vlm.folder, F32)
     assert wanted.ask("And the number?").token_ids == second.token_ids
     assert second.cached_tokens >= first.prompt_tokens - 1
-    assert second.cached_tiles == second.tiles == first.tiles
+    assert second.cached_views == second.views == first.views
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,7 @@ def test_compressed_exports_answer(precision: Any, checkpoint: Path, tmp_path: P
     assert report.verification is not None
     assert report.verification.parts["vision_embeddings"].cosine > 0.99
     check_fused(VLM(report.folder, F32), layers=2)
-    assert VLM(report.folder, F32).generate(photograph("china.jpg"), QUESTION, HIGH).text
+    assert VLM(report.folder, F32).generate(photograph("china.jpg"), QUESTION, HIGH, HIGH_BUDGET).text
 
 
 def check_fused(vlm: VLM, layers: int) -> None:

@@ -15,7 +15,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import OptionError
-from edgevlm.families.base import IMAGE_EMBEDS, Detail
+from edgevlm.families.base import IMAGE_EMBEDS, Detail, ImageBudget
 from edgevlm.families.llava_onevision import Grid, LlavaOnevision, resized
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.samples import pixel_values
@@ -44,7 +44,8 @@ SIZES = [  # height, width
     (200, 70),
     (427, 641),
 ]
-SHORT = GenerationConfig(max_new_tokens=12, detail="high")
+SHORT = GenerationConfig(max_new_tokens=12)
+SHORT_BUDGET = ImageBudget("high")
 SIDE = TILE // tiny.PATCH
 
 
@@ -66,7 +67,7 @@ def family(processor: Any, patch: int = tiny.PATCH, most: int = 4) -> LlavaOnevi
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_high_equals_the_reference(height: int, width: int, options: dict[str, Any]) -> None:
     processor, image = tiny.image_processor(**options), noise(height, width)
-    found = pixel_values(family(processor).preprocess(image, "high", None).views)
+    found = pixel_values(family(processor).preprocess(image, ImageBudget("high")).views)
     [wanted] = tiny.reference_views([image], processor)
     assert found.dtype == wanted.dtype == np.float32
     assert np.array_equal(found, wanted)
@@ -77,7 +78,7 @@ def test_low_is_the_view_of_one_picture_among_several(height: int, width: int) -
     processor, image = tiny.image_processor(), noise(height, width)
     wanted, other = tiny.reference_views([image, image], processor)
     assert np.array_equal(wanted, other)
-    found = family(processor).preprocess(image, "low", None)
+    found = family(processor).preprocess(image, ImageBudget("low"))
     assert found.layout == Grid()
     assert np.array_equal(pixel_values(found.views), wanted)
 
@@ -86,7 +87,7 @@ def test_low_is_the_view_of_one_picture_among_several(height: int, width: int) -
 def test_high_equals_the_reference_at_the_real_size(name: str) -> None:
     grids = [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)]
     processor = tiny.image_processor(size={"height": 384, "width": 384}, image_grid_pinpoints=grids)
-    found = family(processor, 14, 9).preprocess(photograph(name), "high", None)
+    found = family(processor, 14, 9).preprocess(photograph(name), ImageBudget("high"))
     assert found.layout == (2, 2, 9, 0)
     assert np.array_equal(pixel_values(found.views), tiny.reference_views([photograph(name)], processor)[0])
 
@@ -107,7 +108,7 @@ def test_features_equal_the_reference(height: int, width: int, most: int) -> Non
     for detail in details:
         if detail == "low" and max(height, width) > 1000:
             continue
-        visual = made.preprocess(noise(height, width), detail, None)
+        visual = made.preprocess(noise(height, width), ImageBudget(detail))
         features = torch.randn(len(visual), SIDE**2, 24, generator=random)
         newline = torch.randn(24, generator=random)
         wanted = packed(features, (height, width), newline, most)
@@ -130,12 +131,12 @@ def test_interpolation_equals_torch(sizes: tuple[tuple[int, int], tuple[int, int
 def test_auto_takes_the_grids_that_the_pixels_fill() -> None:
     made = family(tiny.image_processor())
     for height, width in SIZES:
-        auto, high = (made.preprocess(noise(height, width), detail, None) for detail in ("auto", "high"))
+        auto, high = (made.preprocess(noise(height, width), ImageBudget(detail)) for detail in ("auto", "high"))
         assert isinstance(auto.layout, Grid)
         assert auto.layout.rows * auto.layout.cols * TILE**2 <= height * width
         assert len(auto) <= len(high)
     for size, grid in {(27, 28): (0, 0), (28, 28): (1, 1), (3 * TILE, 4 * TILE): (3, 4), (20, 90): (1, 2)}.items():
-        layout = made.preprocess(noise(*size), "auto", None).layout
+        layout = made.preprocess(noise(*size), ImageBudget("auto")).layout
         assert isinstance(layout, Grid)
         assert layout[:2] == grid
 
@@ -144,13 +145,15 @@ def test_auto_takes_the_grids_that_the_pixels_fill() -> None:
 def test_max_tiles_bounds_the_views_with_that_of_the_whole(detail: Detail) -> None:
     made = family(tiny.image_processor())
     for height, width in (size for size in SIZES if max(size) < 1000):
-        free = len(made.preprocess(noise(height, width), detail, None))
-        counts = [len(made.preprocess(noise(height, width), detail, most)) for most in range(1, 38)]
+        free = len(made.preprocess(noise(height, width), ImageBudget(detail)))
+        counts = [
+            len(made.preprocess(noise(height, width), ImageBudget(detail, max_views=most))) for most in range(1, 38)
+        ]
         assert all(count <= most for most, count in enumerate(counts, 1))
         assert counts[0] == 1
         assert counts[-1] == free
     with pytest.raises(OptionError, match=r"^max_tiles must be at least 1, not 0$"):
-        made.preprocess(noise(9, 9), detail, 0)
+        made.preprocess(noise(9, 9), ImageBudget(detail, max_views=0))
 
 
 MAKE = partial(llava.Reference, make_processor=tiny.reference_processor)
@@ -201,17 +204,17 @@ def test_a_second_question_reads_no_picture_anew(exported: VLM) -> None:
 
 def test_a_second_picture_turns_the_first_into_one_view(exported: VLM) -> None:
     """As the reference counts all pictures of a conversation together."""
-    chat = exported.chat(SHORT)
-    assert chat.ask("What?", photograph("china.jpg")).tiles > 1
-    assert chat.ask("And this?", photograph("flower.jpg")).tiles == 2
+    chat = exported.chat(SHORT, image_budget=SHORT_BUDGET)
+    assert chat.ask("What?", photograph("china.jpg")).views > 1
+    assert chat.ask("And this?", photograph("flower.jpg")).views == 2
 
 
 def test_pictures_that_differ_only_in_their_padding_are_kept_apart(exported: VLM) -> None:
     """Two pictures of one colour have views alike and layouts that are not."""
     wide, tall = np.full((28, 56, 3), 77, np.uint8), np.full((56, 28, 3), 77, np.uint8)
     for image in (wide, tall, wide):
-        fresh = VLM(exported.folder, F32).generate(image, "What?", SHORT)
-        assert exported.generate(image, "What?", SHORT).token_ids == fresh.token_ids
+        fresh = VLM(exported.folder, F32).generate(image, "What?", SHORT, SHORT_BUDGET)
+        assert exported.generate(image, "What?", SHORT, SHORT_BUDGET).token_ids == fresh.token_ids
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -221,4 +224,4 @@ def test_compressed_exports_answer(precision: Any, checkpoint: Path, tmp_path: P
     assert report.verification.parts["vision_embeddings"].cosine > 0.99
     vlm = VLM(report.folder, F32)
     check_fused(vlm, layers=2)
-    assert vlm.generate(photograph("china.jpg"), "What?", SHORT).text
+    assert vlm.generate(photograph("china.jpg"), "What?", SHORT, SHORT_BUDGET).text

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, LlavaOnevision
 
 from edgevlm.errors import SourceError
 from edgevlm.families import make_family
-from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.prompt import feature_keys
 from edgevlm.inputs.vision_cache import EncodedImage
 from edgevlm_export import ExportOptions, export
@@ -209,7 +209,7 @@ def test_tensors_and_their_shapes_are_those_of_transformers_5(
     assert all("post_layernorm" in each or "layers.23." in each for each in unused)
     assert overlooked([*found.sections, preprocessor]) == {}
     family = make_family(checkpoint.model_type, facts)
-    layout_of_one = family.preprocess(noise(9, 9), "low", None).layout
+    layout_of_one = family.preprocess(noise(9, 9), ImageBudget("low")).layout
     assert family.image_text(layout_of_one) == "<image>" * tokens
     assert family.image_token_id == config.image_token_id
 
@@ -224,7 +224,7 @@ def test_a_picture_has_as_many_tokens_as_the_reference_counts(size: tuple[int, i
     counting._get_unpadded_features = partial(LlavaOnevisionProcessor._get_unpadded_features, counting)
     wanted = LlavaOnevisionProcessor._get_number_of_features(counting, *size, 384, 384)
     family = make_family("llava_onevision", family_config(published(ONEVISION, tmp_path))[0])
-    visual = family.preprocess(noise(*size), "high", None)
+    visual = family.preprocess(noise(*size), ImageBudget("high"))
     assert family.image_text(visual.layout) == "<image>" * wanted
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, SUBMODELS, VISION, hash_file, load_manifest
 from edgevlm.metrics import Stopwatch
@@ -133,8 +133,9 @@ def test_image_embeds_equal_those_of_the_optimum_route(routes: tuple[Path, Path]
 
 @pytest.mark.optimum
 def test_the_same_greedy_text_over_64_tokens(routes: tuple[Path, Path]) -> None:
-    config = GenerationConfig(max_new_tokens=64, detail="high")
-    native, optimum = (VLM(folder, F32).generate(photograph("china.jpg"), "What?", config) for folder in routes)
+    config = GenerationConfig(max_new_tokens=64)
+    budget = ImageBudget("high")
+    native, optimum = (VLM(folder, F32).generate(photograph("china.jpg"), "What?", config, budget) for folder in routes)
     assert native.token_ids == optimum.token_ids
     assert native.text
 

@@ -12,7 +12,7 @@ import pytest
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import SourceError
-from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, load_manifest
 from edgevlm.metrics import Stopwatch
@@ -85,13 +85,14 @@ def test_the_parts_run_fused(from_onnx: Path) -> None:
 def test_the_same_greedy_text_as_onnxruntime_and_the_native_route(
     from_onnx: Path, onnx_checkpoint: Path, exported_smolvlm: Path
 ) -> None:
-    config = GenerationConfig(max_new_tokens=64, detail="high")
+    config = GenerationConfig(max_new_tokens=64)
+    budget = ImageBudget("high")
     vlm = VLM(from_onnx, F32)
     image = photograph("china.jpg")
-    answer = vlm.generate(image, "What?", config)
-    assert answer.token_ids == VLM(exported_smolvlm, F32).generate(image, "What?", config).token_ids
-    tiles = vlm.processor.preprocess([image], config.image_budget)
-    prompt = vlm.prepare([user_message("What?", 1)], [image], config, Stopwatch())
+    answer = vlm.generate(image, "What?", config, budget)
+    assert answer.token_ids == VLM(exported_smolvlm, F32).generate(image, "What?", config, budget).token_ids
+    tiles = vlm.processor.preprocess([image], budget)
+    prompt = vlm.prepare([user_message("What?", 1)], [image], config, Stopwatch(), budget)
     reference = Reference(open_checkpoint(onnx_checkpoint).onnx_files())
     tokens, _ = reference.greedy(prompt.inputs_embeds, len(answer.token_ids))
     assert list(tokens) == list(answer.token_ids)

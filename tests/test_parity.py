@@ -81,8 +81,9 @@ def test_logits_at_every_position_equal_the_reference(pair: tuple[Reference, VLM
     wanted = reference.logits(as_pil(pictures(case)), QUESTION)
     session = vlm.language_model.session()
     messages = [user_message(QUESTION, len(pictures(case)))]
-    config = GenerationConfig(detail="high")
-    prompt = vlm.prepare(messages, pictures(case), config, Stopwatch())
+    config = GenerationConfig()
+    budget = ImageBudget("high")
+    prompt = vlm.prepare(messages, pictures(case), config, Stopwatch(), budget)
     found = session.prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
     assert np.ptp(wanted) > 5  # logits flat enough to agree by accident would prove nothing
     np.testing.assert_allclose(found, wanted, atol=1e-3)
@@ -92,7 +93,7 @@ def test_logits_at_every_position_equal_the_reference(pair: tuple[Reference, VLM
 def test_greedy_tokens_equal_the_reference(pair: tuple[Reference, VLM], case: str) -> None:
     reference, vlm = pair
     wanted = reference.generate(as_pil(pictures(case)), QUESTION)
-    answer = vlm.generate(pictures(case), QUESTION, GenerationConfig(max_new_tokens=TOKENS, detail="high"))
+    answer = vlm.generate(pictures(case), QUESTION, GenerationConfig(max_new_tokens=TOKENS), ImageBudget("high"))
     assert len(wanted) >= 32
     assert list(answer.token_ids) == wanted
     assert answer.text == reference.tokenizer.decode(wanted, skip_special_tokens=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddi
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from edgevlm.errors import OptionError
-from edgevlm.families.base import RGB, Detail, Visual
+from edgevlm.families.base import RGB, Detail, ImageBudget, Visual
 from edgevlm.families.idefics3 import Grid, Idefics3
 from edgevlm_export.samples import pixel_values
 from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, noise, photograph
@@ -114,14 +113,14 @@ def assert_equal(found: Visual, wanted: Visual | Reference) -> None:
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_high_equals_the_reference(kind: str, height: int, width: int) -> None:
     processor, image = image_processor(kind), noise(height, width)
-    assert_equal(family(processor).preprocess(image, "high", None), reference(processor, image))
+    assert_equal(family(processor).preprocess(image, ImageBudget("high")), reference(processor, image))
 
 
 @pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
 def test_high_equals_the_reference_on_photographs(kind: str, name: str) -> None:
     processor, image = image_processor(kind), photograph(name)
-    found = family(processor).preprocess(image, "high", None)
+    found = family(processor).preprocess(image, ImageBudget("high"))
     assert found.layout == (3, 4)
     assert_equal(found, reference(processor, image))
 
@@ -131,7 +130,7 @@ def test_high_equals_the_reference_at_other_sizes(longest_edge: int) -> None:
     processor = sized(longest_edge, TILE)
     for height, width in [*np.random.default_rng(longest_edge).integers(1, 500, (12, 2)).tolist(), (1, 500), (900, 7)]:
         image = noise(height, width)
-        assert_equal(family(processor).preprocess(image, "high", None), reference(processor, image))
+        assert_equal(family(processor).preprocess(image, ImageBudget("high")), reference(processor, image))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_high_equals_the_reference_at_real_sizes(
     longest_edge: int, tile: int, height: int, width: int, grid: tuple[int, int]
 ) -> None:
     processor, image = sized(longest_edge, tile), noise(height, width)
-    found = family(processor).preprocess(image, "high", None)
+    found = family(processor).preprocess(image, ImageBudget("high"))
     assert (*found.layout, len(found)) == (*grid, grid[0] * grid[1] + 1)
     assert_equal(found, reference(processor, image))
 
@@ -157,7 +156,7 @@ def test_high_equals_the_reference_at_real_sizes(
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_low_equals_the_reference_without_splitting(height: int, width: int) -> None:
     processor, image = image_processor("idefics3"), noise(height, width)
-    found = family(processor).preprocess(image, "low", None)
+    found = family(processor).preprocess(image, ImageBudget("low"))
     assert (*found.layout, len(found)) == (0, 0, 1)
     assert_equal(found, reference(processor, image, do_image_splitting=False))
 
@@ -166,7 +165,7 @@ def test_low_equals_the_reference_without_splitting(height: int, width: int) -> 
 @pytest.mark.parametrize(("height", "width"), [(1, 500), (300, 200), (64, 64), (427, 641)])
 def test_a_checkpoint_that_does_not_split(detail: Detail, height: int, width: int) -> None:
     processor, image = image_processor("smolvlm", do_image_splitting=False), noise(height, width)
-    assert_equal(family(processor).preprocess(image, detail, None), reference(processor, image))
+    assert_equal(family(processor).preprocess(image, ImageBudget(detail)), reference(processor, image))
 
 
 @pytest.mark.parametrize("detail", DETAILS)
@@ -175,7 +174,7 @@ def test_a_longest_edge_of_one_tile_leaves_the_global_view(detail: Detail, max_t
     processor = sized(TILE, TILE)
     for height, width in [(427, 641), (900, 7), (TILE, TILE), (1, 1)]:
         image = noise(height, width)
-        found = family(processor).preprocess(image, detail, max_tiles)
+        found = family(processor).preprocess(image, ImageBudget(detail, max_views=max_tiles))
         assert (*found.layout, len(found)) == (0, 0, 1)
         assert_equal(found, reference(processor, image))
 
@@ -191,13 +190,13 @@ def test_a_longest_edge_of_one_tile_leaves_the_global_view(detail: Detail, max_t
 )
 def test_resampling_and_rescaling_are_the_checkpoints(options: dict[str, Any]) -> None:
     processor, image = image_processor("idefics3", **options), noise(150, 333)
-    assert_equal(family(processor).preprocess(image, "high", None), reference(processor, image))
+    assert_equal(family(processor).preprocess(image, ImageBudget("high")), reference(processor, image))
 
 
 def test_one_mean_and_one_std_for_all_channels() -> None:
     processor, image = sized(LONGEST_EDGE, TILE), noise(150, 333)
     processor.image_mean, processor.image_std = 0.45, 0.3
-    assert_equal(family(processor).preprocess(image, "high", None), reference(processor, image))
+    assert_equal(family(processor).preprocess(image, ImageBudget("high")), reference(processor, image))
 
 
 def random_sizes(seed: int, count: int) -> list[tuple[int, int]]:
@@ -212,7 +211,7 @@ def test_auto_never_enlarges_and_never_makes_more_tiles_than_high(longest_edge: 
     splits = 0
     for height, width in random_sizes(1, 200):
         image = np.zeros((height, width, 3), np.uint8)
-        auto, high = made.preprocess(image, "auto", None), made.preprocess(image, "high", None)
+        auto, high = made.preprocess(image, ImageBudget("auto")), made.preprocess(image, ImageBudget("high"))
         assert max(auto.layout) * TILE <= max(height, width), (height, width)
         assert all(a <= b for a, b in zip(auto.layout, high.layout, strict=True)) and len(auto) <= len(high), (
             height,
@@ -225,12 +224,12 @@ def test_auto_never_enlarges_and_never_makes_more_tiles_than_high(longest_edge: 
 def test_auto_is_high_for_a_picture_that_fills_the_grid_and_low_for_one_that_fills_no_two_tiles() -> None:
     made = family(image_processor("idefics3"))
     large, small = noise(200, LONGEST_EDGE), noise(2 * TILE - 1, 2 * TILE - 1)
-    assert_equal(made.preprocess(large, "auto", None), made.preprocess(large, "high", None))
-    assert_equal(made.preprocess(small, "auto", None), made.preprocess(small, "low", None))
+    assert_equal(made.preprocess(large, ImageBudget("auto")), made.preprocess(large, ImageBudget("high")))
+    assert_equal(made.preprocess(small, ImageBudget("auto")), made.preprocess(small, ImageBudget("low")))
 
 
 def test_auto_keeps_the_tiles_that_the_pixels_fill() -> None:
-    found = family(image_processor("idefics3")).preprocess(noise(TILE, 3 * TILE + 5), "auto", None)
+    found = family(image_processor("idefics3")).preprocess(noise(TILE, 3 * TILE + 5), ImageBudget("auto"))
     assert (*found.layout, len(found)) == (1, 3, 4)
 
 
@@ -240,7 +239,7 @@ def test_auto_keeps_the_tiles_that_the_pixels_fill() -> None:
 )
 def test_auto_gives_a_picture_the_grid_nearest_to_its_shape(height: int, grid: tuple[int, int]) -> None:
     """A picture of 3 x 2.25 tiles is shrunk to two rows by a ninth, where three rows would stretch it by a third."""
-    found = family(image_processor("idefics3")).preprocess(noise(height, 3 * TILE), "auto", None)
+    found = family(image_processor("idefics3")).preprocess(noise(height, 3 * TILE), ImageBudget("auto"))
     assert found.layout == grid
     assert {view.pixels.shape for view in found.views} == {(TILE, TILE, 3)}
 
@@ -251,10 +250,10 @@ def test_max_tiles_is_respected(detail: Detail, longest_edge: int, tile: int) ->
     made = family(sized(longest_edge, tile))
     for height, width in random_sizes(2, 40):
         image = np.zeros((height, width, 3), np.uint8)
-        free = made.preprocess(image, detail, None)
+        free = made.preprocess(image, ImageBudget(detail))
         counts = []
         for max_tiles in (1, 2, 3, 4, 5, 7, 10, 13, 17):
-            tiles = made.preprocess(image, detail, max_tiles)
+            tiles = made.preprocess(image, ImageBudget(detail, max_views=max_tiles))
             counts.append(len(tiles))
             assert len(tiles) <= max_tiles, (height, width, max_tiles)
             assert len(tiles) == math.prod(tiles.layout) + 1
@@ -264,31 +263,44 @@ def test_max_tiles_is_respected(detail: Detail, longest_edge: int, tile: int) ->
 
 def test_max_tiles_that_does_not_bind_changes_nothing() -> None:
     made, image = family(image_processor("idefics3")), noise(200, 300)
-    free = made.preprocess(image, "high", None)
+    free = made.preprocess(image, ImageBudget("high"))
     assert len(free) == 13
-    assert_equal(made.preprocess(image, "high", 13), free)
-    assert_equal(made.preprocess(image, "high", 100), free)
+    assert_equal(made.preprocess(image, ImageBudget("high", max_views=13)), free)
+    assert_equal(made.preprocess(image, ImageBudget("high", max_views=100)), free)
 
 
 @pytest.mark.parametrize(
     ("max_tiles", "grid"), [(12, (2, 3)), (7, (2, 3)), (6, (2, 2)), (5, (2, 2)), (4, (0, 0)), (1, (0, 0))]
 )
 def test_max_tiles_lowers_the_grid_by_whole_tiles_of_the_longer_side(max_tiles: int, grid: tuple[int, int]) -> None:
-    tiles = family(image_processor("idefics3")).preprocess(noise(200, 300), "high", max_tiles)
+    tiles = family(image_processor("idefics3")).preprocess(noise(200, 300), ImageBudget("high", max_views=max_tiles))
     assert tiles.layout == grid
 
 
 def test_a_lowered_grid_is_the_references_at_that_longest_edge() -> None:
     image = noise(200, 300)
-    lowered = family(image_processor("idefics3")).preprocess(image, "high", 7)
+    lowered = family(image_processor("idefics3")).preprocess(image, ImageBudget("high", max_views=7))
     assert_equal(lowered, reference(image_processor("idefics3"), image, size={"longest_edge": 3 * TILE}))
 
 
-@pytest.mark.parametrize("max_tiles", [0, -1])
-def test_max_tiles_below_one_is_refused(max_tiles: int) -> None:
-    wanted = f"max_tiles must be at least 1, not {max_tiles}"
-    with pytest.raises(OptionError, match=f"^{re.escape(wanted)}$"):
-        family(image_processor("idefics3")).preprocess(noise(10, 10), "high", max_tiles)
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("name", ["max_image_tokens", "max_views"])
+def test_a_budget_below_one_is_refused(name: str, number: int) -> None:
+    with pytest.raises(OptionError, match=f"^{name} must be at least 1, not {number}$"):
+        ImageBudget(**{name: number})
+
+
+def test_a_budget_of_image_tokens_is_one_of_whole_views() -> None:
+    made, image = family(image_processor("idefics3")), noise(200, 300)
+    for tokens in range(4, 60):
+        found = made.preprocess(image, ImageBudget("high", max_image_tokens=tokens))
+        assert made.image_text(found.layout).count("<image>") == 4 * len(found) <= tokens
+        assert_equal(found, made.preprocess(image, ImageBudget("high", max_views=tokens // 4)))
+    with pytest.raises(
+        OptionError,
+        match=r"^max_image_tokens is 3, but a picture takes this model 4 image tokens or more; allow at least 4$",
+    ):
+        made.preprocess(image, ImageBudget("low", max_image_tokens=3))
 
 
 @pytest.mark.parametrize("detail", DETAILS)
@@ -296,7 +308,7 @@ def test_the_picture_is_left_as_it_was(detail: Detail) -> None:
     image = noise(70, 200)
     image.flags.writeable = False
     before = image.copy()
-    family(image_processor("idefics3")).preprocess(image, detail, None)
+    family(image_processor("idefics3")).preprocess(image, ImageBudget(detail))
     assert np.array_equal(image, before)
 
 
@@ -312,7 +324,7 @@ def test_image_text_equals_the_reference(rows: int, cols: int) -> None:
         global_image_token="<global-img>",
     )
     assert made.image_text(Grid(rows, cols)) == wanted
-    assert wanted.count("<image>") == made.tokens_per_tile * (rows * cols + 1)
+    assert wanted.count("<image>") == made.tokens_per_view * (rows * cols + 1)
 
 
 @pytest.mark.parametrize(

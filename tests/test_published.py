@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import SourceError
-from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
 from edgevlm.metrics import Stopwatch
@@ -41,7 +41,8 @@ from tests.published import (
 
 QUESTION = "What does the display of unit 12 show? Größe 42.7"
 TOKENS = 32
-HIGH = GenerationConfig(max_new_tokens=TOKENS, detail="high")
+HIGH = GenerationConfig(max_new_tokens=TOKENS)
+HIGH_BUDGET = ImageBudget("high")
 CUT = (SMOLVLM_256M, SMOLVLM2_500M, GRANITE_DOCLING)
 """Those that two layers of still fit into memory several times over."""
 
@@ -99,8 +100,8 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers_5(
     image = photograph("china.jpg")[200:300]  # in five tiles
     inputs = reference.inputs([image], (vlm.folder / "chat_template.jinja").read_text(encoding="utf-8"))
     prompt_ids = inputs["input_ids"][0].tolist()
-    [tiles] = vlm.processor.preprocess([image], HIGH.image_budget)
-    prompt = vlm.prepare([user_message(QUESTION, 1)], [image], HIGH, Stopwatch())
+    [tiles] = vlm.processor.preprocess([image], HIGH_BUDGET)
+    prompt = vlm.prepare([user_message(QUESTION, 1)], [image], HIGH, Stopwatch(), HIGH_BUDGET)
     assert list(prompt.ids) == prompt_ids
     assert prompt.image_tokens == len(tiles) * published.image_seq_len
     assert np.array_equal(pixel_values(tiles.views), inputs["pixel_values"][0].numpy())
@@ -114,7 +115,7 @@ def test_prompt_pictures_embeddings_logits_and_tokens_equal_transformers_5(
     found = vlm.language_model.session().prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
     assert np.ptp(logits) > 5  # logits flat enough to agree by accident would prove nothing
     np.testing.assert_allclose(found, logits, atol=1e-4)
-    answer = vlm.generate(image, QUESTION, HIGH)
+    answer = vlm.generate(image, QUESTION, HIGH, HIGH_BUDGET)
     answered = list(answer.token_ids)
     assert answered == ids[0, len(prompt_ids) :].tolist()[: len(answered)]
     assert len(answered) == TOKENS or answered[-1] in vlm.manifest.eos_token_ids

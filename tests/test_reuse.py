@@ -12,10 +12,11 @@ import pytest
 
 import edgevlm.runtime.kv_stateful
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
+from edgevlm.answer import result_of
 from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, PromptLookup
-from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, View, Visual
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, ImageBudget, View, Visual
 from edgevlm.families.imaging import normalised
-from edgevlm.inputs.vision_cache import VisionCache, content_key
+from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache, content_key
 from edgevlm.runtime.kv_session import common_length
 from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
@@ -52,14 +53,14 @@ def changed(picture: np.ndarray) -> np.ndarray:
 
 def test_the_next_question_on_a_picture_reads_only_the_question(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
     first = vlm.generate(picture, QUESTION, SHORT)
-    assert (first.cached_tiles, first.cached_tokens) == (0, 0)
+    assert (first.cached_views, first.cached_tokens) == (0, 0)
     second = vlm.generate(picture, "How many parts are there?", SHORT)
-    assert second.cached_tiles == second.tiles == 13
+    assert second.cached_views == second.views == 13
     assert second.cached_tokens >= second.image_tokens
     assert second.prompt_tokens - second.cached_tokens < 60
     wanted = fresh.generate(picture, "How many parts are there?", SHORT)
     assert second.token_ids == wanted.token_ids
-    assert (wanted.cached_tiles, wanted.cached_tokens) == (0, 0)
+    assert (wanted.cached_views, wanted.cached_tokens) == (0, 0)
 
 
 def test_the_same_question_again_reads_one_token(vlm: VLM, picture: np.ndarray) -> None:
@@ -72,7 +73,7 @@ def test_the_same_question_again_reads_one_token(vlm: VLM, picture: np.ndarray) 
 def test_of_a_changed_picture_only_the_changed_tiles_are_encoded(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
     vlm.generate(picture, QUESTION, SHORT)
     answer = vlm.generate(changed(picture), QUESTION, SHORT)
-    assert answer.cached_tiles == 11  # all but the lower right one and the global view
+    assert answer.cached_views == 11  # all but the lower right one and the global view
     assert answer.cached_tokens >= 11 * 4
     assert answer.token_ids == fresh.generate(changed(picture), QUESTION, SHORT).token_ids
 
@@ -105,19 +106,19 @@ def test_threads_share_what_is_known_and_nothing_else(vlm: VLM, fresh: VLM, pict
 
 
 def test_noise_within_the_tolerance_is_not_looked_at_again(exported: Path, fresh: VLM, picture: np.ndarray) -> None:
-    vlm = VLM(exported, replace(F32, tile_tolerance=1.0))
+    vlm = VLM(exported, replace(F32, view_tolerance=1.0))
     first = vlm.generate(picture, QUESTION, SHORT)
     noise = np.random.default_rng(1).integers(-1, 2, picture.shape)
     noisy = (picture.astype(int) + noise).clip(0, 255).astype(np.uint8)
     again = vlm.generate(noisy, QUESTION, SHORT)
-    assert again.cached_tiles == 13
+    assert again.cached_views == 13
     assert again.token_ids == first.token_ids
     assert again.cached_tokens == again.prompt_tokens - 1
     other = vlm.generate(changed(noisy), QUESTION, SHORT)
-    assert other.cached_tiles == 11
+    assert other.cached_views == 11
     exact = VLM(exported, F32)
     exact.generate(picture, QUESTION, SHORT)
-    assert exact.generate(noisy, QUESTION, SHORT).cached_tiles == 0
+    assert exact.generate(noisy, QUESTION, SHORT).cached_views == 0
 
 
 def encoder(calls: list[int]):  # type: ignore[no-untyped-def]
@@ -127,6 +128,11 @@ def encoder(calls: list[int]):  # type: ignore[no-untyped-def]
             yield {IMAGE_EMBEDS: np.full((4, 8), view.inputs()[PIXEL_VALUES].mean(), np.float32)}
 
     return encode
+
+
+def encoded(cache: VisionCache, key: str, visual: Visual, calls: list[int]) -> EncodedImage:
+    """Return a picture encoded through the cache."""
+    return result_of(cache.encode(PreprocessedImage(key, visual), encoder(calls)))
 
 
 def tiles(*levels: int) -> Visual:
@@ -140,7 +146,7 @@ def tiles(*levels: int) -> Visual:
 def test_slow_change_is_noticed_within_the_tolerance() -> None:
     cache, calls = VisionCache(2**20, tolerance=2.0), []
     for level in range(100, 110):
-        cache.encode(bytes([level]), tiles(level), encoder(calls))
+        encoded(cache, str(level), tiles(level), calls)
     assert len(calls) == 4  # at 100, 103, 106, 109: each time against what was encoded, not against the last picture
 
 
@@ -148,20 +154,20 @@ def test_the_cache_holds_no_more_than_its_bytes() -> None:
     one = 4 * 8 * 4
     cache, calls = VisionCache(3 * one), []
     for level in (1, 2, 3, 1, 4):  # 2 is now the one longest unused
-        cache.encode(bytes([level]), tiles(level), encoder(calls))
+        encoded(cache, str(level), tiles(level), calls)
     assert len(calls) == 4
-    assert cache.picture(bytes([1])) is not None
-    assert cache.picture(bytes([2])) is None
-    cache.encode(b"2", tiles(2), encoder(calls))
+    assert cache.picture("1") is not None
+    assert cache.picture("2") is None
+    encoded(cache, "2", tiles(2), calls)
     assert len(calls) == 5
     nothing = VisionCache(0)
-    assert nothing.encode(b"7", tiles(7, 8), encoder(calls)).encoded == 2
-    assert nothing.picture(b"7") is None
+    assert encoded(nothing, "7", tiles(7, 8), calls).encoded == 2
+    assert nothing.picture("7") is None
 
 
 def test_a_picture_of_equal_tiles_is_encoded_once() -> None:
     calls: list[int] = []
-    found = VisionCache(2**20).encode(b"x", tiles(5, 5, 6, 5), encoder(calls))
+    found = encoded(VisionCache(2**20), "x", tiles(5, 5, 6, 5), calls)
     assert (len(found), found.encoded, len(calls)) == (4, 2, 2)
     assert [float(view.outputs[IMAGE_EMBEDS][0, 0]) for view in found.views] == [5, 5, 6, 5]
     with pytest.raises(ValueError, match="read-only"):
@@ -332,8 +338,9 @@ def test_a_chat_answers_as_a_fresh_run_of_the_whole_conversation(vlm: VLM, fresh
 def test_a_chat_that_outgrows_the_context_forgets_its_oldest_words_but_no_picture(
     vlm: VLM, picture: np.ndarray
 ) -> None:
-    config = GenerationConfig(max_new_tokens=60, detail="low")
-    chat = vlm.chat(config)
+    config = GenerationConfig(max_new_tokens=60)
+    budget = ImageBudget("low")
+    chat = vlm.chat(config, image_budget=budget)
     chat.ask(QUESTION, picture)
     for number in range(12):
         chat.ask(f"Question {number}: describe the display, the gauge and the label.")
@@ -362,7 +369,7 @@ def test_count_tokens_is_the_prompt_s_length(vlm: VLM, picture: np.ndarray) -> N
     assert vlm.count_tokens([user_message(QUESTION, 1)], [picture]) == vlm.generate(picture, QUESTION).prompt_tokens
 
 
-@pytest.mark.parametrize("name", ["image_cache_bytes", "tile_tolerance", "kept_sessions"])
+@pytest.mark.parametrize("name", ["image_cache_bytes", "view_tolerance", "kept_sessions"])
 def test_limits_are_checked(name: str) -> None:
     with pytest.raises(OptionError, match=f"{name} must be 0 or more, not -1"):
         RuntimeConfig(**{name: -1})  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ from edgevlm import (
     PromptError,
     RuntimeConfig,
 )
+from edgevlm.answer import Progress
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
 from edgevlm.runtime.core import core, import_openvino
@@ -42,7 +43,7 @@ SHORT = GenerationConfig(max_new_tokens=16)
 
 def facts(answer: Answer) -> tuple[Any, ...]:
     """Return what of an answer does not depend on the clock."""
-    return answer.text, answer.token_ids, answer.finish_reason, answer.prompt_tokens, answer.image_tokens, answer.tiles
+    return answer.text, answer.token_ids, answer.finish_reason, answer.prompt_tokens, answer.image_tokens, answer.views
 
 
 @pytest.mark.parametrize("stop", [(), ("he", "zzz")])
@@ -61,7 +62,7 @@ def test_an_answer_adds_up(vlm: VLM, china: Path) -> None:
     messages = [user_message(QUESTION, 2)]
     tiles = vlm.processor.preprocess([china, photograph("flower.jpg")], SHORT.image_budget)
     assert answer.prompt_tokens == len(vlm.processor.prompt_ids(messages, tiles))
-    assert (answer.tiles, answer.image_tokens) == (26, 26 * 4)
+    assert (answer.views, answer.image_tokens) == (26, 26 * 4)
     assert answer.generated_tokens == len(answer.token_ids) == 16
     timings = answer.timings
     assert timings.load_s == vlm.load_s
@@ -194,15 +195,42 @@ def test_a_seed_repeats_a_sampled_answer(vlm: VLM, china: Path) -> None:
 
 
 def test_progress_counts_the_tiles_that_are_not_known(exported: Path, china: Path) -> None:
-    steps: list[tuple[str, int, int]] = []
     vlm = VLM(exported, F32)
-    answer = vlm.generate([china, china], QUESTION, SHORT, lambda *step: steps.append(step))
-    tokens = [("decode", done, SHORT.max_new_tokens) for done in range(1, answer.generated_tokens + 1)]
-    assert steps == [("vision", done, 26) for done in range(27)] + tokens
-    for image in (china, None):
-        steps.clear()
-        vlm.generate(image, QUESTION, SHORT, lambda *step: steps.append(step))
-        assert {stage for stage, _, _ in steps} == {"decode"}
+
+    def steps(images: list[Path]) -> list[Progress]:
+        events = vlm.events([user_message(QUESTION, len(images))], images, SHORT)
+        return [event for event in events if isinstance(event, Progress)]
+
+    shown = steps([china, china])
+    vision = [step for step in shown if step.stage == "vision"]
+    # The second picture is the first: all of its views are known when its turn comes.
+    assert [step.done for step in vision] == [*range(14), 26]
+    assert {step.total for step in vision} == {26}
+    tokens = [step for step in shown if step.stage == "decode"]
+    assert tokens == [Progress("decode", done, SHORT.max_new_tokens) for done in range(1, len(tokens) + 1)]
+    assert shown == vision + tokens
+    for images in ([china], []):
+        assert {step.stage for step in steps(images)} == {"decode"}
+
+
+def test_closing_the_events_ends_the_answer_and_loses_nothing(exported: Path, china: Path) -> None:
+    """Also between two views: those that were encoded are known, and the next answer is as if nothing had been."""
+    vlm, messages = VLM(exported, F32), [user_message(QUESTION, 1)]
+    wanted = vlm.generate(china, QUESTION, SHORT).token_ids
+    vlm = VLM(exported, F32)
+    events = vlm.events(messages, [china], SHORT)
+    assert [next(events) for _ in range(5)][-1] == Progress("vision", 4, 13)
+    events.close()
+    answer = vlm.generate(china, QUESTION, SHORT)
+    assert (answer.cached_views, answer.cached_tokens) == (4, 0)
+    assert answer.token_ids == wanted
+    for event in (events := vlm.events(messages, [china], SHORT)):
+        if isinstance(event, Progress) and (event.stage, event.done) == ("decode", 3):
+            break
+    events.close()
+    again = vlm.generate(china, QUESTION, SHORT)
+    assert again.token_ids == wanted
+    assert again.cached_tokens == again.prompt_tokens - 1
 
 
 def test_a_smaller_kv_cache_moves_the_logits_a_little(exported: Path) -> None:
@@ -235,7 +263,7 @@ def test_a_session_that_is_reset_forgets(vlm: VLM) -> None:
 
 def test_int4_answers_too(exported_int4: Path, china: Path) -> None:
     answer = VLM(exported_int4, F32).generate(china, QUESTION, SHORT)
-    assert (answer.generated_tokens, answer.tiles) == (16, 13)
+    assert (answer.generated_tokens, answer.views) == (16, 13)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +274,7 @@ def test_int4_answers_too(exported_int4: Path, china: Path) -> None:
             lambda vlm: vlm.generate([photograph("china.jpg")] * 12, QUESTION),
             PromptError,
             "the prompt has 1,014 tokens and the model's context holds 512;"
-            " shorten the question, or use fewer pictures, max_tiles or a lower detail",
+            " shorten the question, or use fewer pictures, a lower detail or max_image_tokens",
         ),
     ],
 )
@@ -334,7 +362,8 @@ def test_no_such_device_or_model(exported: Path) -> None:
     ("options", "line"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
-        ({"max_tiles": 0}, "max_tiles must be at least 1, not 0"),
+        ({"max_tiles": 0}, "max_views must be at least 1, not 0"),
+        ({"max_image_tokens": 0}, "max_image_tokens must be at least 1, not 0"),
         ({"detail": "medium"}, "detail must be one of auto, low, high, not 'medium'"),
         ({"stop": ("a", "")}, "stop must be a tuple of texts, none of them empty"),
         ({"stop": "a"}, "stop must be a tuple of texts, none of them empty"),

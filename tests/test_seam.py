@@ -12,7 +12,7 @@ import pytest
 
 from edgevlm import VLM, Constraint, GenerationConfig
 from edgevlm.families import FAMILIES
-from edgevlm.families.base import IMAGE_EMBEDS, Array, Arrays, LanguageInputs
+from edgevlm.families.base import IMAGE_EMBEDS, Array, Arrays, ImageBudget, LanguageInputs
 from edgevlm.families.idefics3 import Idefics3
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.prompt import Prompt
@@ -216,5 +216,5 @@ def test_one_request_encodes_all_views_of_a_picture(vlm: VLM, monkeypatch: pytes
 
     monkeypatch.setattr(vlm.vision, "_compiled", Counting())
     noise = np.random.default_rng(8).integers(0, 256, (427, 640, 3), np.uint8)
-    assert vlm.generate(noise, QUESTION, GenerationConfig(1, detail="high")).tiles == 13
+    assert vlm.generate(noise, QUESTION, GenerationConfig(1), ImageBudget("high")).views == 13
     assert len(made) == 1

@@ -124,7 +124,7 @@ def test_every_role_takes_text_as_a_string_or_as_a_list(server: Server, vlm: VLM
         ("user", "What does it show?"),
     ]
     told = [user_message(text, 0) if role == "user" else text_message(role, text) for role, text in turns]
-    *_, last = vlm.stream_messages(told, [], GenerationConfig(max_new_tokens=8))
+    *_, last = vlm.events(told, [], GenerationConfig(max_new_tokens=8))
     as_strings = [{"role": role, "content": text} for role, text in turns]
     as_lists = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     as_developer = [{"role": "developer", "content": "Be brief."}, *as_strings[1:]]
@@ -155,14 +155,15 @@ def test_stop_texts(server: Server) -> None:
         assert choice["finish_reason"] == "stop"
 
 
-def test_detail_and_max_tiles(server: Server, china: Path) -> None:
+def test_detail_and_max_image_tokens(server: Server, china: Path) -> None:
     def image_tokens(detail: str, **fields: Any) -> int:
         usage = answered(server, messages=shown(data_url(china), detail=detail), max_tokens=1, **fields)["usage"]
         return usage["prompt_tokens_details"]["image_tokens"]
 
     assert image_tokens("low") == 4
     assert image_tokens("high") == 52
-    assert image_tokens("high", max_tiles=5) == 20
+    assert image_tokens("high", max_image_tokens=23) == 20
+    assert image_tokens("high", max_tiles=5) == 20  # what it was called before
 
 
 def test_logprobs(server: Server) -> None:
@@ -289,8 +290,8 @@ def test_metrics(server: Server, china: Path) -> None:
     assert grown["edgevlm_generated_tokens_total"] == 12
     cached = [each["prompt_tokens_details"]["cached_tokens"] for each in usage]
     assert grown["edgevlm_cached_tokens_total"] == sum(cached)
-    assert grown["edgevlm_tiles_total"] == 26
-    assert grown["edgevlm_cached_tiles_total"] >= 13
+    assert grown["edgevlm_views_total"] == 26
+    assert grown["edgevlm_cached_views_total"] >= 13
     for name in ("time_to_first_token", "time_per_output_token", "queue_wait"):
         assert grown[f"edgevlm_{name}_seconds_count"] == 2
     assert (after["edgevlm_queue_waiting"], after["edgevlm_queue_running"], after["edgevlm_ready"]) == (0, 0, 1)

@@ -481,7 +481,7 @@ def test_nothing_computed_for_one_key_is_seen_with_another(exported: Path) -> No
         def cached(key: str) -> tuple[int, int]:
             status, answer = ask(server, {"Authorization": f"Bearer {key}"}, messages=picture)
             assert status == 200
-            return answer["usage"]["prompt_tokens_details"]["cached_tokens"], answer["timings"]["cached_tiles"]
+            return answer["usage"]["prompt_tokens_details"]["cached_tokens"], answer["timings"]["cached_views"]
 
         assert cached(KEY) == (0, 0)
         assert min(cached(KEY)) > 0
@@ -614,10 +614,10 @@ def test_a_model_that_fails_in_one_answer_gives_the_next(vlm: VLM, caplog: pytes
     told = "what the caller sent"
 
     class Failing(Braked):
-        def stream_messages(self, messages: Any, *rest: Any) -> Any:
+        def events(self, messages: Any, *rest: Any) -> Any:
             if messages[0]["content"][0]["text"] == "fail":
                 raise ZeroDivisionError(told)
-            return self._vlm.stream_messages(messages, *rest)
+            return self._vlm.events(messages, *rest)
 
     with serving(Failing(vlm)) as server, caplog.at_level(logging.INFO):
         for stream in (False, True):

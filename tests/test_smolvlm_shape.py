@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.make_checkpoint import fetch_gguf, make_checkpoint, photograph
 from edgevlm import VLM, GenerationConfig
+from edgevlm.families.base import ImageBudget
 from edgevlm.manifest import load_manifest
 from edgevlm_export import ExportOptions, export
 
@@ -40,9 +41,10 @@ def test_int4_answers_text_questions_sensibly(int4: Path, question: str, word: s
 
 
 def test_a_large_photograph_takes_thirteen_tiles(int4: Path) -> None:
-    config = GenerationConfig(max_new_tokens=8, detail="high")
-    answer = VLM(int4).generate(photograph(1600, 1200), "Can you describe this image?", config)
-    assert (answer.tiles, answer.image_tokens) == (13, 13 * 64)
+    config = GenerationConfig(max_new_tokens=8)
+    budget = ImageBudget("high")
+    answer = VLM(int4).generate(photograph(1600, 1200), "Can you describe this image?", config, budget)
+    assert (answer.views, answer.image_tokens) == (13, 13 * 64)
     assert answer.generated_tokens >= 1
 
 

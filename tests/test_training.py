@@ -339,6 +339,7 @@ def test_pictures_for_a_gpu_come_in_shared_memory(tokenizer: object, tmp_path: P
 
 
 def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp_path: Path) -> None:
+    from edgevlm.families.base import ImageBudget
     from edgevlm.families.idefics3 import Idefics3
     from edgevlm_export.families import family_config
     from edgevlm_export.source.checkpoint import open_checkpoint
@@ -347,11 +348,11 @@ def test_the_runtime_sees_the_pixels_that_were_trained_on(tokenizer: object, tmp
     family = Idefics3(family_config(open_checkpoint(tmp_path / "panel"))[0])
     for index in range(6):
         image = Drawer(tokenizer, seed=11).scene(index).image
-        tiles = family.preprocess(np.asarray(image), "auto", None)
+        tiles = family.preprocess(np.asarray(image), ImageBudget("auto"))
         assert len(tiles) == 1
         trained = shrink(image).astype(np.float32) / 127.5 - 1
         np.testing.assert_allclose(tiles.views[0].inputs()["pixel_values"][0], trained.transpose(2, 0, 1), atol=1e-6)
-    assert family.tokens_per_tile == IMAGE_TOKENS
+    assert family.tokens_per_view == IMAGE_TOKENS
     assert family.view_size == (IMAGE_SIZE, IMAGE_SIZE)
 
 

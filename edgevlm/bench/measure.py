@@ -29,7 +29,7 @@ from edgevlm.decoding.prompt_lookup import PromptLookup
 from edgevlm.decoding.sampling import TokenSelector, greedy
 from edgevlm.decoding.stream import stream_tokens
 from edgevlm.errors import BenchmarkError, OptionError
-from edgevlm.families import Detail
+from edgevlm.families import Detail, ImageBudget
 from edgevlm.families.base import RGB
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.image import ImageInput
@@ -52,7 +52,7 @@ class Sweep:
     threads: tuple[int | None, ...] = (None,)
     inference_precisions: tuple[InferencePrecision, ...] = ("auto",)
     details: tuple[Detail, ...] = ("auto",)
-    max_tiles: tuple[int | None, ...] = (None,)
+    max_image_tokens: tuple[int | None, ...] = (None,)
     prompt_tokens: tuple[int | None, ...] = (None,)
     """Least length of the prompt, filled up with text; None leaves the question as it is."""
     new_tokens: int = 32
@@ -89,7 +89,8 @@ class Point:
     threads: int | None
     inference_precision: str
     detail: str
-    tiles: int
+    views: int
+    image_tokens: int
     prompt_tokens: int
     new_tokens: int
     repetitions: int
@@ -130,24 +131,25 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
         config = RuntimeConfig(device=device, threads=threads, inference_precision=precision)
         cold = VLM(model, replace(config, image_cache_bytes=0, kept_sessions=0))
         warm = VLM(model, config)
-        for detail, tiles, length in product(sweep.details, sweep.max_tiles, sweep.prompt_tokens):
-            options = GenerationConfig(max_new_tokens=sweep.new_tokens, detail=detail, max_tiles=tiles)
-            announce(f"{cold.device}, {threads or 'all'} threads, {precision}, detail {detail}, tiles {tiles or 'any'}")
-            report.points.append(measure(cold, warm, image, options, pad_prompt(cold, image, options, length), sweep))
+        for detail, limit, length in product(sweep.details, sweep.max_image_tokens, sweep.prompt_tokens):
+            budget = ImageBudget(detail, limit)
+            announce(f"{cold.device}, {threads or 'all'} threads, {precision}, {detail}, image tokens {limit or 'any'}")
+            question = pad_prompt(cold, image, budget, length, sweep.new_tokens)
+            report.points.append(measure(cold, warm, image, budget, question, sweep))
     return report
 
 
-def measure(cold: VLM, warm: VLM, image: RGB, options: GenerationConfig, question: str, sweep: Sweep) -> Point:
+def measure(cold: VLM, warm: VLM, image: RGB, budget: ImageBudget, question: str, sweep: Sweep) -> Point:
     """Return the figures of one point; `cold` keeps nothing, `warm` keeps embeddings and KV cache."""
     first: list[Sample] = []
     again: list[Sample] = []
     for repetition in range(sweep.warm_ups + sweep.repetitions):
         picture = perturb(image, repetition)
-        one = ask(cold, picture, question, options)
-        if one.cached_tokens or one.cached_tiles:
+        one = ask(cold, picture, question, budget, sweep.new_tokens)
+        if one.cached_tokens or one.cached_views:
             raise BenchmarkError("a cold figure reused what was known before; please report this")
-        ask(warm, picture, question, options)
-        two = ask(warm, picture, f"{question} Be brief.", options)
+        ask(warm, picture, question, budget, sweep.new_tokens)
+        two = ask(warm, picture, f"{question} Be brief.", budget, sweep.new_tokens)
         if repetition >= sweep.warm_ups:
             first.append(one)
             again.append(two)
@@ -158,10 +160,11 @@ def measure(cold: VLM, warm: VLM, image: RGB, options: GenerationConfig, questio
         cold.device,
         cold.config.threads,
         cold.config.inference_precision,
-        options.detail,
-        prompt.tiles,
+        budget.detail,
+        prompt.views,
+        prompt.image_tokens,
         len(prompt),
-        options.max_new_tokens,
+        sweep.new_tokens,
         sweep.repetitions,
         figures,
         peak_memory(),
@@ -176,7 +179,7 @@ class Sample:
     timings: Timings
     token_ids: tuple[int, ...]
     cached_tokens: int
-    cached_tiles: int
+    cached_views: int
 
     @property
     def figures(self) -> dict[str, float]:
@@ -184,7 +187,7 @@ class Sample:
         timings = self.timings
         found = {
             "preprocess_s": timings.preprocess_s,
-            "vision_s_per_tile": timings.vision_s / max(self.prompt.tiles, 1),
+            "vision_s_per_view": timings.vision_s / max(self.prompt.views, 1),
             "prefill_tokens_per_s": len(self.prompt) / timings.prefill_s,
             "ttft_s": timings.ttft_s,
             "total_s": timings.total_s,
@@ -194,16 +197,16 @@ class Sample:
         return found
 
 
-def ask(vlm: VLM, image: ImageInput, question: str, options: GenerationConfig) -> Sample:
-    """Answer with exactly `max_new_tokens` tokens, whatever the model would rather end with, and without drafts."""
+def ask(vlm: VLM, image: ImageInput, question: str, budget: ImageBudget, new_tokens: int) -> Sample:
+    """Answer with exactly `new_tokens` tokens, whatever the model would rather end with, and without drafts."""
     watch = Stopwatch()
-    prompt = vlm.prepare([user_message(question, 1)], [image], options, watch)
+    prompt = vlm.prepare([user_message(question, 1)], [image], GenerationConfig(), watch, budget)
     with vlm.session(prompt) as session:
         drafter = PromptLookup(prompt.ids, 0)
-        tokens = stream_tokens(session, prompt, TokenSelector(greedy), options.max_new_tokens, watch, drafter)
+        tokens = stream_tokens(session, prompt, TokenSelector(greedy), new_tokens, watch, drafter)
         ids = tuple(token for token, _ in tokens)
     cached = watch.counts.get("cached_tokens", 0)
-    return Sample(prompt, watch.timings(vlm.load_s, len(ids)), ids, cached, prompt.cached_tiles)
+    return Sample(prompt, watch.timings(vlm.load_s, len(ids)), ids, cached, prompt.cached_views)
 
 
 def sample_picture(folder: Path) -> Path:
@@ -216,16 +219,16 @@ def sample_picture(folder: Path) -> Path:
 
 
 def perturb(image: RGB, repetition: int) -> RGB:
-    """Return the picture with a level added everywhere, so that none of its tiles has been seen before."""
+    """Return the picture with a level added everywhere, so that none of its views has been encoded before."""
     return np.where(image < 128, image + np.uint8(repetition % 100), image - np.uint8(repetition % 100))
 
 
-def pad_prompt(vlm: VLM, image: RGB, options: GenerationConfig, length: int | None) -> str:
+def pad_prompt(vlm: VLM, image: RGB, budget: ImageBudget, length: int | None, new_tokens: int) -> str:
     """Return a question that makes the prompt at least `length` tokens long."""
-    count = partial(vlm.count_tokens, images=[image], config=options)
+    count = partial(vlm.count_tokens, images=vlm.preprocess([image], budget))
     if length is None:
         return QUESTION
-    if length >= vlm.manifest.context_length - options.max_new_tokens:
+    if length >= vlm.manifest.context_length - new_tokens:
         raise BenchmarkError(
             f"a prompt of {length} tokens leaves no room in a context of {vlm.manifest.context_length}"
         )

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLUMNS: dict[str, Callable[[Point], str]] = {
-    "tiles": lambda point: str(point.tiles),
+    "views": lambda point: str(point.views),
+    "image tokens": lambda point: str(point.image_tokens),
     "prompt tokens": lambda point: str(point.prompt_tokens),
     "preprocess ms": lambda point: _milliseconds(point, "preprocess_s"),
-    "vision ms a tile": lambda point: _milliseconds(point, "vision_s_per_tile"),
+    "vision ms a view": lambda point: _milliseconds(point, "vision_s_per_view"),
     "prefill tokens/s": lambda point: f"{point.figures['prefill_tokens_per_s'].median:,.0f}",
     "TTFT ms": lambda point: _milliseconds(point, "ttft_s"),
     "TTFT p90 ms": lambda point: f"{point.figures['ttft_s'].p90 * 1000:,.0f}",
@@ -83,11 +84,11 @@ def draw(report: Report) -> Figure:
     points, height = report.points, 1.2 + 0.5 * len(report.points)
     figure = _pyplot_figure(11, height)
     first, second = figure.subplots(1, 2, width_ratios=(3, 2))
-    names = [f"{name_point(point)}\n{point.tiles} tiles, {point.prompt_tokens} tokens" for point in points]
+    names = [f"{name_point(point)}\n{point.views} views, {point.prompt_tokens} tokens" for point in points]
     left = [0.0] * len(points)
     stages: dict[str, Callable[[Point], float]] = {
         "preprocess": lambda point: point.figures["preprocess_s"].median,
-        "vision": lambda point: point.figures["vision_s_per_tile"].median * point.tiles,
+        "vision": lambda point: point.figures["vision_s_per_view"].median * point.views,
         "prefill": lambda point: point.prompt_tokens / point.figures["prefill_tokens_per_s"].median,
     }
     for label, seconds in stages.items():

@@ -13,6 +13,7 @@ from edgevlm.cli.options import (
     chosen_model,
     generation_config,
     generation_options,
+    image_budget,
     model_options,
     output_options,
     runtime_config,
@@ -52,7 +53,7 @@ def batch(
     from edgevlm.jobs.batch import Batch, run_batch
     from edgevlm.jobs.spec import Defaults
 
-    defaults = Defaults(question, chosen_format(options), generation_config(options))
+    defaults = Defaults(question, chosen_format(options), generation_config(options), image_budget(options))
     what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:
         executor = None

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     default=["auto"],
     help="May be repeated.  [default: auto]",
 )
-@click.option("--max-tiles", multiple=True, type=int, help="May be repeated.")
+@click.option("--max-image-tokens", multiple=True, type=int, help="May be repeated.")
 @click.option("--prompt-tokens", multiple=True, type=int, help="Fill the prompt up to this length; may be repeated.")
 @click.option("--new-tokens", default=32, show_default=True, help="Tokens of each answer, exactly.")
 @click.option("-n", "--repetitions", default=5, show_default=True, help="Measured answers for each point.")
@@ -79,7 +79,7 @@ def _bench(model: str | None, image: Path | None, options: dict[str, Any]) -> Re
 
     names = ("devices", "inference_precisions", "details", "new_tokens", "repetitions")
     swept = {name: options[name] for name in names}
-    swept |= {name: options[name] or (None,) for name in ("threads", "max_tiles", "prompt_tokens")}
+    swept |= {name: options[name] or (None,) for name in ("threads", "max_image_tokens", "prompt_tokens")}
     sweep = Sweep(**swept)
     folder = find_model(chosen_model(model))
     with TemporaryDirectory(prefix="edgevlm-", ignore_cleanup_errors=True) as scratch, Progress() as progress:

@@ -6,7 +6,14 @@ from typing import Any
 
 import click
 
-from edgevlm.cli.options import chosen_model, generation_config, generation_options, model_options, runtime_config
+from edgevlm.cli.options import (
+    chosen_model,
+    generation_config,
+    generation_options,
+    image_budget,
+    model_options,
+    runtime_config,
+)
 
 
 @click.command()
@@ -25,15 +32,14 @@ def chat(images: tuple[str, ...], system: str | None, **options: Any) -> None:
     """
     from edgevlm.cli.output import Progress
     from edgevlm.cli.repl import talk
-    from edgevlm.inputs.image import probe_image
+    from edgevlm.inputs.image import probed_image
 
     generation, runtime = generation_config(options), runtime_config(options)
-    for image in images:
-        probe_image(image)
+    pictures = [probed_image(image) for image in images]
     chosen = chosen_model(options["model"])
     with Progress() as progress:
         progress.stage("loading the model")
         from edgevlm.vlm import VLM
 
         vlm = VLM(chosen, runtime)
-    talk(vlm.chat(generation, system), images)
+    talk(vlm.chat(generation, system, image_budget(options)), pictures)

@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.decoding.output_format import OutputFormat
+    from edgevlm.families.base import ImageBudget
     from edgevlm.runtime.config import RuntimeConfig
 
 
@@ -65,13 +66,14 @@ def chosen_model(name: str | None) -> str | Path:
 def generation_options(command: Any) -> Any:
     """Add the options that say how an answer is made."""
     for option in (
-        click.option("--max-tiles", type=int, help="At most this many tiles a picture, the global view included."),
+        click.option("--max-tiles", "max_views", type=int, hidden=True),
+        click.option("--max-image-tokens", type=int, help="At most this many image tokens for each picture."),
         click.option(
             "--detail",
             type=click.Choice(["auto", "low", "high"]),
             default="auto",
             show_default=True,
-            help="low: the global view only; auto: as many tiles as the pixels fill; high: as the checkpoint does.",
+            help="low: as few image tokens as may be; auto: as many as the pixels fill; high: as the checkpoint does.",
         ),
         click.option(
             "--template-var",
@@ -133,12 +135,19 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
     """Return what `generation_options` say."""
     from edgevlm.decoding.config import GenerationConfig
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "detail", "max_tiles")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     return GenerationConfig(
         **{name: options[name] for name in names},
         skip_special_tokens=not options["keep_special_tokens"],
         chat_template_kwargs=dict(_template_variable(each) for each in options["template_var"]),
     )
+
+
+def image_budget(options: dict[str, Any]) -> ImageBudget:
+    """Return what `generation_options` say of the pictures."""
+    from edgevlm.families.base import ImageBudget
+
+    return ImageBudget(options["detail"], options["max_image_tokens"], options["max_views"])
 
 
 def _template_variable(text: str) -> tuple[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,12 +13,14 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from edgevlm.answer import Answer, Event, Piece
+from edgevlm.answer import Progress as ProgressEvent
+
 if TYPE_CHECKING:
-    from edgevlm.answer import Answer
     from edgevlm.bench.measure import Report
     from edgevlm.decoding.scoring import Scores
 
-
+T = TypeVar("T")
 _POINTS_ABREAST = 5
 """Points of a benchmark that fit beside each other in a terminal of 80 columns."""
 
@@ -45,10 +47,25 @@ class Progress:
         if self._status:
             self._status.update(f"{name} …")
 
-    def step(self, stage: str, done: int, total: int) -> None:
-        """Show a counted stage; the last step of vision means that the prompt is being read."""
-        label = f"looking at the picture, tile {done + 1} of {total}" if done < total else "reading the question"
-        self.stage(label if stage == "vision" else f"{stage} {done}/{total}")
+    def show(self, event: Event) -> None:
+        """Show a step of an answer; its text takes the line away."""
+        if isinstance(event, Piece):
+            self.clear()
+        elif event.stage == "decode":
+            self.stage(f"generated {event.done} of {event.total} tokens")
+        elif event.done < event.total:
+            self.stage(f"encoding view {event.done + 1} of {event.total}")
+        else:
+            self.stage("reading the prompt")
+
+    def follow(self, steps: Generator[ProgressEvent, None, T]) -> T:
+        """Show the steps of a generator; return what it returns."""
+        while True:
+            try:
+                self.show(next(steps))
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
 
     def clear(self) -> None:
         """Take the line away."""
@@ -108,8 +125,8 @@ def print_stats(answer: Answer) -> None:
     timings = answer.timings
     speed = f"{timings.tokens_per_s:.1f} tokens/s" if timings.tokens_per_s else "-"
     rows = {
-        "prompt": f"{answer.prompt_tokens} tokens, {answer.image_tokens} of them from {answer.tiles} tiles",
-        "known before": f"{answer.cached_tokens} tokens, {answer.cached_tiles} tiles",
+        "prompt": f"{answer.prompt_tokens} tokens, {answer.image_tokens} of them image tokens of {answer.views} views",
+        "cached": f"{answer.cached_tokens} tokens, {answer.cached_views} views",
         "answer": f"{answer.generated_tokens} tokens ({answer.finish_reason})",
         "drafts": f"{answer.accepted_tokens} of {answer.drafted_tokens} tokens came true",
         "load": f"{timings.load_s:.2f} s",

@@ -10,10 +10,11 @@ from importlib import import_module
 
 import click
 
+from edgevlm.answer import Piece
 from edgevlm.chat import Chat
 from edgevlm.cli.output import Progress, print_cut, print_stats
 from edgevlm.errors import EdgeVLMError
-from edgevlm.inputs.image import probe_image
+from edgevlm.inputs.image import probed_image
 
 HELP = """\
 /image FILE...  show pictures; they go with the next question
@@ -26,7 +27,7 @@ HELP = """\
 class Repl:
     """The state of one talk: the conversation, pictures that wait for a question, whether figures are wanted."""
 
-    def __init__(self, chat: Chat, images: Sequence[str]) -> None:
+    def __init__(self, chat: Chat, images: Sequence[bytes]) -> None:
         self._chat = chat
         self._images = list(images)
         self._stats = False
@@ -57,11 +58,12 @@ class Repl:
         answer = None
         with Progress() as progress:
             progress.stage("reading the question")
-            for piece in self._chat.stream(question, self._images, progress.step):
-                progress.clear()
-                self._images = []  # part of the conversation from here on, even if the answer is broken off
-                click.echo(piece.text, nl=False)
-                answer = piece.answer
+            for event in self._chat.events(question, self._images):
+                progress.show(event)
+                if isinstance(event, Piece):
+                    self._images = []  # part of the conversation from here on, even if the answer is broken off
+                    click.echo(event.text, nl=False)
+                    answer = event.answer
         click.echo()
         if answer:
             print_cut(answer)
@@ -71,9 +73,7 @@ class Repl:
     def _show(self, names: list[str]) -> None:
         if not names:
             click.echo("which file? /image FILE", err=True)
-        for name in names:
-            probe_image(name)
-        self._images += names
+        self._images += [probed_image(name) for name in names]
 
     def _reset(self, _: list[str]) -> None:
         self._chat.reset()
@@ -89,7 +89,7 @@ class Repl:
             click.echo(f"> {turn.question}{pictures}\n{turn.answer}")
 
 
-def talk(chat: Chat, images: Sequence[str]) -> None:
+def talk(chat: Chat, images: Sequence[bytes]) -> None:
     """Read lines until the end, each a question or a command; an error is one line, and the talk goes on."""
     repl = Repl(chat, images)
     person = sys.stdin.isatty()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from edgevlm.cli.options import (
     chosen_model,
     generation_config,
     generation_options,
+    image_budget,
     model_options,
     output_options,
     runtime_config,
@@ -23,8 +24,11 @@ from edgevlm.errors import ImageError
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
+    from edgevlm.cli.output import Progress
     from edgevlm.decoding.config import GenerationConfig
+    from edgevlm.families.base import ImageBudget
     from edgevlm.runtime.config import RuntimeConfig
+    from edgevlm.vlm import VLM
 
 
 @click.command()
@@ -48,14 +52,32 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     edgevlm run door.jpg "Is the door open?" --choices yes,no
     """
     *images, question = arguments
-    generation, runtime, output_format = generation_config(options), runtime_config(options), chosen_format(options)
+    output_format = chosen_format(options)
+    runtime = runtime_config(options)
     _check_question(question)
-    asked = [_image(name) for name in images], question
+    pictures = [_image(name) for name in images]  # a bad picture is told before the model is loaded
+    request = _Request(
+        question,
+        chosen_model(options["model"]),
+        runtime,
+        replace(generation_config(options), constraint=output_format.constraint),
+        image_budget(options),
+    )
     if output_format.choices:
-        _rate(*asked, output_format.choices, options["model"], generation, runtime, as_json)
+        _score(pictures, request, output_format.choices, as_json)
     else:
-        generation = replace(generation, constraint=output_format.constraint)
-        _answer(*asked, options["model"], generation, runtime, as_json, stats)
+        _answer(pictures, request, as_json, stats)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked of which model, but for the pictures."""
+
+    question: str
+    model: str | Path
+    runtime: RuntimeConfig
+    generation: GenerationConfig
+    image_budget: ImageBudget
 
 
 def _check_question(question: str) -> None:
@@ -70,68 +92,55 @@ def _check_question(question: str) -> None:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
 
 
-def _image(name: str) -> bytes | str:
+def _image(name: str) -> bytes:
+    from edgevlm.inputs.image import probe_image, probed_image
+
     if name != "-":
-        return name
+        return probed_image(name)
     data = sys.stdin.buffer.read() if sys.stdin else b""  # None: started with stdin closed
     if not data:
         raise ImageError("no image came on stdin, where an IMAGE of - is read from")
+    probe_image(data)
     return data
 
 
-def _rate(
-    images: list[bytes | str],
-    question: str,
-    choices: Sequence[str],
-    model: str | None,
-    generation: GenerationConfig,
-    runtime: RuntimeConfig,
-    as_json: bool,
-) -> None:
+def _load(request: _Request, progress: Progress) -> VLM:
+    progress.stage("loading the model")
+    from edgevlm.vlm import VLM
+
+    return VLM(request.model, request.runtime)
+
+
+def _score(images: list[bytes], request: _Request, choices: Sequence[str], as_json: bool) -> None:
     from edgevlm.cli.output import Progress, print_scores
-    from edgevlm.inputs.image import probe_image
 
-    for image in images:
-        probe_image(image)
-    chosen = chosen_model(model)
     with Progress() as progress:
-        progress.stage("loading the model")
-        from edgevlm.vlm import VLM
-
-        scores = VLM(chosen, runtime).score(images, question, choices, generation, progress.step)
+        vlm = _load(request, progress)
+        scores = progress.follow(
+            vlm.score_events(images, request.question, choices, request.generation, request.image_budget)
+        )
     if as_json:
         click.echo(write_json(scores.to_dict()))
     else:
         print_scores(scores)
 
 
-def _answer(
-    images: list[bytes | str],
-    question: str,
-    model: str | None,
-    generation: GenerationConfig,
-    runtime: RuntimeConfig,
-    as_json: bool,
-    stats: bool,
-) -> None:
+def _answer(images: list[bytes], request: _Request, as_json: bool, stats: bool) -> None:
+    from edgevlm.answer import Piece
     from edgevlm.cli.output import Progress, print_cut, print_stats
     from edgevlm.decoding.stream import check_satisfied
-    from edgevlm.inputs.image import probe_image
+    from edgevlm.inputs.chat_template import user_message
 
-    for image in images:  # a bad picture is told before the model is loaded
-        probe_image(image)
-    chosen = chosen_model(model)
     with Progress() as progress:
-        progress.stage("loading the model")
-        from edgevlm.vlm import VLM
-
-        vlm = VLM(chosen, runtime)
+        vlm = _load(request, progress)
         answer = None
-        for piece in vlm.stream(images, question, generation, progress.step):
-            progress.clear()
-            if not as_json:
-                click.echo(piece.text, nl=False)
-            answer = piece.answer
+        messages = [user_message(request.question, len(images))]
+        for event in vlm.events(messages, images, request.generation, request.image_budget):
+            progress.show(event)
+            if isinstance(event, Piece):
+                if not as_json:
+                    click.echo(event.text, nl=False)
+                answer = event.answer
     assert answer is not None
     if as_json:
         click.echo(write_json(answer.to_dict()))

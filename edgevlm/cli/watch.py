@@ -17,6 +17,7 @@ from edgevlm.cli.options import (
     chosen_model,
     generation_config,
     generation_options,
+    image_budget,
     model_options,
     output_options,
     runtime_config,
@@ -69,8 +70,9 @@ def watch(
 
     if (output is None) == (sqlite is None):
         raise click.UsageError("name one place for the answers: -o FILE or --sqlite DB")
-    form, generation, runtime = chosen_format(options), generation_config(options), runtime_config(options)
-    what = Watch(folder, Defaults(question, form, generation), recursive, settle, patience)
+    defaults = Defaults(question, chosen_format(options), generation_config(options), image_budget(options))
+    runtime = runtime_config(options)
+    what = Watch(folder, defaults, recursive, settle, patience)
     with SqliteSink(sqlite) if sqlite else JsonlSink(output) as sink:  # type: ignore[arg-type]
         stop = _until_told()
         chosen = chosen_model(options["model"])

@@ -1,4 +1,4 @@
-"""How an answer is made."""
+"""How an answer is generated."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from edgevlm.decoding.sampling import make_sampler
 from edgevlm.decoding.structured import Constraint
 from edgevlm.errors import OptionError
-from edgevlm.families.base import Detail, ImageBudget
+from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import check_variables
 
-DETAILS = ("auto", "low", "high")
+_OLD_NAMES = {"max_tiles": "max_views"}
+"""Options by names that they had before."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """How an answer is made; greedy by default."""
+    """How an answer is generated; greedy by default."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -27,11 +28,6 @@ class GenerationConfig:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
-    detail: Detail = "auto"
-    """`low`: the global view only; `auto`: as many tiles as the picture's pixels fill; `high`: as the checkpoint's own
-    processor does, which enlarges small pictures."""
-    max_tiles: int | None = None
-    """At most this many tiles for each picture, its global view included."""
     draft_tokens: int = 8
     """Most tokens drafted from earlier text for one step to check; 0 drafts none. In float32 the answer is the same;
     in BF16 a step of several tokens rounds differently from a step of one, and a near tie may fall the other way."""
@@ -44,17 +40,10 @@ class GenerationConfig:
     `<doctag>`; False shows all but the end token, and stop texts see them."""
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """The chat template's own variables, such as `enable_thinking`."""
-    cache_salt: str = ""
-    """What has been computed under one salt is not used under another: neither the time to the first token nor
-    `cached_tokens` then tells one caller what another has shown."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise OptionError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.detail not in DETAILS:
-            raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
-        if self.max_tiles is not None and self.max_tiles < 1:
-            raise OptionError(f"max_tiles must be at least 1, not {self.max_tiles}")
         if not 0 <= self.draft_tokens <= 64:
             raise OptionError(f"draft_tokens must be between 0 and 64, not {self.draft_tokens}")
         if not isinstance(self.constraint, Constraint | None):
@@ -68,16 +57,24 @@ class GenerationConfig:
         check_variables(self.chat_template_kwargs)
         make_sampler(self.temperature, self.top_p, self.top_k, self.seed)
 
-    @property
-    def image_budget(self) -> ImageBudget:
-        """What concerns the pictures."""
-        return ImageBudget(self.detail, self.max_tiles)
 
-    def override(self, options: Mapping[str, Any]) -> GenerationConfig:
-        """Return the configuration with some fields changed. Raises `OptionError`, also for one that there is not."""
-        known = [each.name for each in fields(self)]
-        if unknown := next((name for name in options if name not in known), None):
-            near = get_close_matches(unknown, known, 1)
-            say = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-            raise OptionError(f"there is no option {unknown!r}; {say}")
-        return replace(self, **options) if options else self
+def override(
+    config: GenerationConfig | None, budget: ImageBudget | None, options: Mapping[str, Any]
+) -> tuple[GenerationConfig, ImageBudget]:
+    """Return both with the fields that `options` name changed. Raises `OptionError`, also for an unknown name."""
+    config, budget = config or GenerationConfig(), budget or ImageBudget()
+    named = {_OLD_NAMES.get(name, name): value for name, value in options.items()}
+    of_config = {each.name for each in fields(config)}
+    of_budget = {each.name for each in fields(budget)}
+    for name in options:
+        if _OLD_NAMES.get(name, name) not in of_config | of_budget:
+            raise OptionError(f"there is no option {name!r}; {_nearest(name, sorted(of_config | of_budget))}")
+    return (
+        replace(config, **{name: value for name, value in named.items() if name in of_config}),
+        replace(budget, **{name: value for name, value in named.items() if name in of_budget}),
+    )
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

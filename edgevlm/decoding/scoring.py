@@ -33,9 +33,9 @@ class Scores:
     log_likelihoods: Mapping[str, float]
     prompt_tokens: int
     image_tokens: int
-    tiles: int
+    views: int
     cached_tokens: int
-    cached_tiles: int
+    cached_views: int
     timings: Timings
 
     @property
@@ -62,9 +62,9 @@ class Scores:
             "total_probability": round(self.total_probability, 6),
             "prompt_tokens": self.prompt_tokens,
             "image_tokens": self.image_tokens,
-            "tiles": self.tiles,
+            "views": self.views,
             "cached_tokens": self.cached_tokens,
-            "cached_tiles": self.cached_tiles,
+            "cached_views": self.cached_views,
             "timings": {name: round(getattr(self.timings, name), 6) for name in _TIMINGS},
         }
 

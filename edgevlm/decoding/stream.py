@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from time import perf_counter
-from typing import TypeAlias
 
 import numpy as np
 
-from edgevlm.answer import Answer, FinishReason, Piece, TokenLogprob
+from edgevlm.answer import Answer, Event, FinishReason, Piece, Progress, TokenLogprob
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.prompt_lookup import PromptLookup
 from edgevlm.decoding.sampling import Logits, TokenSelector, make_sampler, token_logprob
@@ -20,8 +20,16 @@ from edgevlm.inputs.tokenizer import Tokenizer
 from edgevlm.metrics import Stopwatch, peak_memory
 from edgevlm.runtime.kv_session import Session
 
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Called with a stage's name, the steps done and the steps in all."""
+
+@dataclass(frozen=True)
+class TextModel:
+    """What decoding needs to know of a model beside its sessions."""
+
+    tokenizer: Tokenizer
+    grammar_tokenizer: GrammarTokenizer
+    eos_token_ids: Sequence[int]
+    context_length: int
+    load_s: float
 
 
 def stream_tokens(
@@ -71,47 +79,39 @@ def stream_answer(
     session: Session,
     prompt: Prompt,
     config: GenerationConfig,
-    *,
-    tokenizer: Tokenizer,
-    grammar_tokenizer: GrammarTokenizer,
-    lead: str,
-    eos_token_ids: Sequence[int],
-    context_length: int,
+    model: TextModel,
     watch: Stopwatch,
-    load_s: float,
-    on_progress: Progress | None = None,
-) -> Iterator[Piece]:
-    """Yield the answer's pieces; the last one carries the `Answer`.
+    response_prefix: str = "",
+) -> Iterator[Event]:
+    """Yield `Progress` for every token and the answer's pieces; the last piece carries the `Answer`.
 
-    `lead` is what the model writes before an answer; one with a constraint begins after it. `on_progress` is told of
-    every token, also of one that completes no text; what it raises ends the answer.
+    `response_prefix` is what the model writes before an answer: one with a constraint begins after it.
     """
-    room = context_length - len(prompt)
-    budget = min(config.max_new_tokens, room)
+    context_left = model.context_length - len(prompt)
+    max_tokens = min(config.max_new_tokens, context_left)
     sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
-    guided = config.constraint is not None
-    selector = (
-        grammar_tokenizer.matcher(config.constraint, sampler, lead) if config.constraint else TokenSelector(sampler)
-    )
-    detokenizer = tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
-    text = StopText(config.stop, lead if guided else "")
+    token_bytes = model.grammar_tokenizer.token_bytes
+    selector, text = TokenSelector(sampler), StopText(config.stop)
+    if config.constraint:
+        selector = model.grammar_tokenizer.matcher(config.constraint, sampler, response_prefix)
+        text = StopText(config.stop, response_prefix)
+    detokenizer = model.tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
     drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0)
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
-    told = 0
-    reason: FinishReason = "length" if config.max_new_tokens <= room else "context"
-    for token, logits in stream_tokens(session, prompt, selector, budget, watch, drafter):
+    logprobs_sent = 0
+    reason: FinishReason = "length" if config.max_new_tokens <= context_left else "context"
+    for token, logits in stream_tokens(session, prompt, selector, max_tokens, watch, drafter):
         ids.append(token)
-        if on_progress:
-            on_progress("decode", len(ids), budget)
-        if token in eos_token_ids:
+        yield Progress("decode", len(ids), max_tokens)
+        if token in model.eos_token_ids:
             reason = "stop"
             break
         if config.top_logprobs is not None:
-            logprobs.append(token_logprob(token, logits, config.top_logprobs, grammar_tokenizer.token_bytes))
+            logprobs.append(token_logprob(token, logits, config.top_logprobs, token_bytes))
         if piece := text.add(detokenizer.add(token)):
-            yield Piece(piece, logprobs=tuple(logprobs[told:]))
-            told = len(logprobs)
+            yield Piece(piece, logprobs=tuple(logprobs[logprobs_sent:]))
+            logprobs_sent = len(logprobs)
         if text.stopped:
             break
     rest = text.finish(detokenizer.finish())
@@ -123,25 +123,25 @@ def stream_answer(
         prompt_tokens=len(prompt),
         image_tokens=prompt.image_tokens,
         generated_tokens=len(ids),
-        tiles=prompt.tiles,
+        views=prompt.views,
         token_ids=tuple(ids),
         cached_tokens=watch.counts.get("cached_tokens", 0),
-        cached_tiles=prompt.cached_tiles,
+        cached_views=prompt.cached_views,
         drafted_tokens=watch.counts.get("drafted_tokens", 0),
         accepted_tokens=watch.counts.get("accepted_tokens", 0),
         fast_forward_tokens=selector.fast_forward_tokens,
         satisfied=selector.satisfied and not text.stopped,
         logprobs=tuple(logprobs),
-        timings=watch.timings(load_s, len(ids)),
+        timings=watch.timings(model.load_s, len(ids)),
         peak_memory_bytes=peak_memory(),
     )
-    yield Piece(rest, answer, tuple(logprobs[told:]))
+    yield Piece(rest, answer, tuple(logprobs[logprobs_sent:]))
 
 
-def collect(pieces: Iterable[Piece]) -> Answer:
+def collect(events: Iterable[Event]) -> Answer:
     """Return the answer that the last piece carries. Raises `IncompleteAnswerError`."""
-    *_, last = pieces
-    assert last.answer is not None
+    *_, last = events
+    assert isinstance(last, Piece) and last.answer
     check_satisfied(last.answer)
     return last.answer
 

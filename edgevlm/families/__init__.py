@@ -7,9 +7,19 @@ from typing import Any
 
 from edgevlm.errors import DamagedModelError
 from edgevlm.families import idefics3, internvl, llava, llava_onevision
-from edgevlm.families.base import DecoderTraits, Detail, Family, LanguageInputs, View, Visual
+from edgevlm.families.base import DecoderTraits, Detail, Family, ImageBudget, LanguageInputs, View, Visual
 
-__all__ = ["FAMILIES", "DecoderTraits", "Detail", "Family", "LanguageInputs", "View", "Visual", "make_family"]
+__all__ = [
+    "FAMILIES",
+    "DecoderTraits",
+    "Detail",
+    "Family",
+    "ImageBudget",
+    "LanguageInputs",
+    "View",
+    "Visual",
+    "make_family",
+]
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "idefics3": idefics3.Idefics3,

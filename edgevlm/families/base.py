@@ -14,6 +14,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.errors import OptionError
+
 RGB: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
@@ -23,12 +25,36 @@ MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 
 
+DETAILS = ("auto", "low", "high")
+
+
 @dataclass(frozen=True)
 class ImageBudget:
-    """How closely to look at each picture of a prompt."""
+    """How closely each picture of a prompt is looked at; it means the same for every family."""
 
     detail: Detail = "auto"
-    max_tiles: int | None = None
+    """`low`: as few image tokens as the family can do with; `auto`: as many as the picture has the pixels for; `high`:
+    what the checkpoint's own processor does, which may enlarge the picture."""
+    max_image_tokens: int | None = None
+    """At most this many image tokens for each picture."""
+    max_views: int | None = None
+    """At most this many calls of the vision encoder for each picture."""
+
+    def __post_init__(self) -> None:
+        if self.detail not in DETAILS:
+            raise OptionError(f"detail must be one of {', '.join(DETAILS)}, not {self.detail!r}")
+        for name in ("max_image_tokens", "max_views"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{name} must be at least 1, not {value}")
+
+    def check(self, least: int) -> None:
+        """Raise `OptionError` if a picture cannot be had for so few image tokens as `max_image_tokens`."""
+        if self.max_image_tokens is not None and self.max_image_tokens < least:
+            raise OptionError(
+                f"max_image_tokens is {self.max_image_tokens}, but a picture takes this model {least} image tokens or"
+                f" more; allow at least {least}"
+            )
 
 
 @dataclass(frozen=True)
@@ -97,18 +123,31 @@ class Family:
     """What older templates write instead: the first that one holds counts, where it does not hold `placeholder`."""
     image_token_id: int
     """Its places in the prompt take the features."""
+    tokens_per_view: int
+    """Image tokens of a view, for a family whose views have as many each."""
     view_size: tuple[int, int] | None = None
     """Height and width of every view, for which the encoder is compiled; None where they differ."""
     constants: Arrays = MappingProxyType({})
     """Inputs of the encoder that are the same for every view."""
 
-    def detail_for(self, detail: Detail, pictures: int) -> Detail:  # noqa: ARG002
-        """Return how closely to look at each of so many pictures of one prompt where `detail` is asked for."""
-        return detail
+    def budget_for(self, budget: ImageBudget, images: int) -> ImageBudget:  # noqa: ARG002
+        """Return the budget of each picture of a prompt that has `images` of them."""
+        return budget
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
-        """Return the views of `image`; `max_tiles` bounds their number."""
+    def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
+        """Return the views of `image` `(H, W, 3)`. Raises `OptionError` for a budget that allows not even one."""
         raise NotImplementedError
+
+    def max_views(self, budget: ImageBudget) -> int | None:
+        """Return how many views a picture may have, for a family whose views have `tokens_per_view` each.
+
+        None is no bound. Raises `OptionError` for a budget of less than one view.
+        """
+        if budget.max_image_tokens is None:
+            return budget.max_views
+        budget.check(self.tokens_per_view)
+        views = budget.max_image_tokens // self.tokens_per_view
+        return views if budget.max_views is None else min(views, budget.max_views)
 
     def image_text(self, layout: Hashable) -> str:
         """Return the text that takes the place of one placeholder in the rendered prompt, image tokens written out."""

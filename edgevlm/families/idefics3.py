@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from edgevlm.errors import OptionError
-from edgevlm.families.base import RGB, Arrays, Detail, Family, Visual
+from edgevlm.families.base import RGB, Arrays, Detail, Family, ImageBudget, Visual
 from edgevlm.families.imaging import normalisation, pixel_view
 
 MAX_SIDE = 4096
@@ -49,20 +48,19 @@ class Idefics3(Family):
         self.image_token_id = int(facts["image_token_id"])
         self.fake_token = str(facts["fake_image_token"])
         self.global_token = str(facts["global_image_token"])
-        self.tokens_per_tile = int(facts["image_seq_len"])
+        self.tokens_per_view = int(facts["image_seq_len"])
         self.constants = self._constants()
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
+    def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the tiles of a picture `(H, W, 3)`, and the global view after them.
 
         `high` is what the checkpoint's own processor does, which enlarges a small picture to the full grid; `auto`
         never enlarges the longer side, and gives a picture that does not fill the full grid the one nearest to its
-        shape; `low` is the global view only. `max_tiles` lowers the grid until it fits.
+        shape; `low` is the global view only. A budget of tokens lowers the grid until it fits.
         """
-        if max_tiles is not None and max_tiles < 1:
-            raise OptionError(f"max_tiles must be at least 1, not {max_tiles}")
         height, width = image.shape[:2]
-        longest_edge = self._longest_edge(height, width, detail, max_tiles)
+        detail = budget.detail
+        longest_edge = self._longest_edge(height, width, detail, self.max_views(budget))
         whole = Image.fromarray(image)
         if longest_edge is None:
             # The reference resizes twice here too, first to the longest edge and then to the square.
@@ -85,7 +83,7 @@ class Idefics3(Family):
         """Return the image block of the prompt: each tile named by row and column, the global view last."""
         assert isinstance(layout, tuple)
         grid = Grid(*layout)
-        image_tokens = self.image_token * self.tokens_per_tile
+        image_tokens = self.image_token * self.tokens_per_view
         lines = [
             "".join(f"{self.fake_token}<row_{r + 1}_col_{c + 1}>{image_tokens}" for c in range(grid.cols)) + "\n"
             for r in range(grid.rows)
@@ -109,18 +107,18 @@ class Idefics3(Family):
         positions = (places[:, None] * self.position_grid + places[None, :]).reshape(1, -1)
         return {"patch_attention_mask": np.ones((1, patches, patches), np.bool_), "patch_position_ids": positions}
 
-    def _longest_edge(self, height: int, width: int, detail: Detail, max_tiles: int | None) -> int | None:
+    def _longest_edge(self, height: int, width: int, detail: Detail, max_views: int | None) -> int | None:
         """Return the longer side to resize to before splitting, or None for the global view only."""
-        if not self.split or detail == "low" or max_tiles == 1:
+        if not self.split or detail == "low" or max_views == 1:
             return None
         longest_edge = self.longest_edge
         if detail == "auto":
             longest_edge = min(longest_edge, max(height, width) // self.tile * self.tile)
-        while max_tiles is not None and longest_edge > self.tile:
-            if self._tile_count(height, width, longest_edge, detail) <= max_tiles:
+        while max_views is not None and longest_edge > self.tile:
+            if self._tile_count(height, width, longest_edge, detail) <= max_views:
                 break
             longest_edge -= self.tile
-        lowered = detail == "auto" or max_tiles is not None
+        lowered = detail == "auto" or max_views is not None
         return None if lowered and longest_edge <= self.tile else longest_edge
 
     def _tile_count(self, height: int, width: int, longest_edge: int, detail: Detail) -> int:

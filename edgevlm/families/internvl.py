@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from edgevlm.errors import OptionError
-from edgevlm.families.base import RGB, Detail, Family, Visual
+from edgevlm.families.base import RGB, Detail, Family, ImageBudget, Visual
 from edgevlm.families.imaging import normalisation, pixel_view
 
 
@@ -47,19 +46,17 @@ class InternVL(Family):
         self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
         self.start_token, self.end_token = str(facts["start_image_token"]), str(facts["end_image_token"])
-        self.tokens_per_tile = int(facts["image_seq_len"])
+        self.tokens_per_view = int(facts["image_seq_len"])
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
+    def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the tiles of a picture `(H, W, 3)`, and the thumbnail after them.
 
         `high` is what the checkpoint's own processor does, which enlarges a small picture to as many tiles as fit its
-        shape; `auto` takes of the grids those that the picture has the pixels for; `low` is one tile. `max_tiles`
-        bounds the views, thumbnail included.
+        shape; `auto` takes of the grids those that the picture has the pixels for; `low` is one tile. A budget of
+        tokens counts the thumbnail, too.
         """
-        if max_tiles is not None and max_tiles < 1:
-            raise OptionError(f"max_tiles must be at least 1, not {max_tiles}")
         height, width = image.shape[:2]
-        most = self._most(height * width, detail, max_tiles)
+        most = self._most(height * width, budget.detail, self.max_views(budget))
         rows, cols = grid = nearest_grid(height, width, self.tile, min(self.min_patches, most), most)
         whole, side = Image.fromarray(image), self.tile
         gridded = whole.resize((cols * side, rows * side), self.resample)
@@ -73,18 +70,18 @@ class InternVL(Family):
     def image_text(self, layout: Hashable) -> str:
         """Return the image block of the prompt: the image tokens of all views, between two that hold them."""
         assert isinstance(layout, tuple)
-        return self.start_token + self.image_token * (self.tokens_per_tile * Grid(*layout).views) + self.end_token
+        return self.start_token + self.image_token * (self.tokens_per_view * Grid(*layout).views) + self.end_token
 
     def block_text(self) -> str:
         """Return all that an image block may be made of."""
         return self.image_text(Grid(1, 1))
 
-    def _most(self, pixels: int, detail: Detail, max_tiles: int | None) -> int:
+    def _most(self, pixels: int, detail: Detail, max_views: int | None) -> int:
         """Return how many tiles a picture may have at most, the thumbnail not counted."""
         most = 1 if detail == "low" else self.max_patches
         if detail == "auto":
             most = min(most, max(1, pixels // self.tile**2))
-        return most if max_tiles is None else min(most, max(1, max_tiles - 1))
+        return most if max_views is None else min(most, max(1, max_views - 1))
 
 
 def nearest_grid(height: int, width: int, tile: int, least: int, most: int) -> Grid:

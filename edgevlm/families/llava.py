@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgevlm.errors import OptionError
-from edgevlm.families.base import MAX_PIXELS, RGB, Detail, Family, Visual
+from edgevlm.families.base import MAX_PIXELS, RGB, Family, ImageBudget, Visual
 from edgevlm.families.imaging import normalisation, pixel_view
 
 WHOLE = "whole"
@@ -36,18 +35,18 @@ class Llava(Family):
         self.lookup = normalisation(preprocessing)
         self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
-        self.image_tokens = int(facts["image_seq_len"])
+        self.tokens_per_view = int(facts["image_seq_len"])
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:  # noqa: ARG002
+    def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the one view of a picture `(H, W, 3)`: all of it, or the square in its middle."""
-        check_max_tiles(max_tiles)
+        budget.check(self.tokens_per_view)
         whole = padded_to_square(image, self.background) if self.pad else Image.fromarray(image)
         view = self._crop(whole) if self.shortest_edge else whole.resize((self.side, self.side), self.resample)
         return Visual([pixel_view(np.asarray(view), self.lookup)], WHOLE)
 
     def image_text(self, layout: Hashable) -> str:  # noqa: ARG002
         """Return the picture's image tokens."""
-        return self.image_token * self.image_tokens
+        return self.image_token * self.tokens_per_view
 
     def block_text(self) -> str:
         """Return all that an image block may be made of."""
@@ -68,12 +67,6 @@ class Llava(Family):
             box = (left * across, top * down, (left + side) * across, (top + side) * down)
             return whole.resize((side, side), self.resample, box)
         return whole.resize((width, height), self.resample).crop((left, top, left + side, top + side))
-
-
-def check_max_tiles(max_tiles: int | None) -> None:
-    """Raise `OptionError` for a bound that leaves no view."""
-    if max_tiles is not None and max_tiles < 1:
-        raise OptionError(f"max_tiles must be at least 1, not {max_tiles}")
 
 
 def background(preprocessing: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from edgevlm.families.base import IMAGE_EMBEDS, RGB, Array, Arrays, Detail, Family, Visual
+from edgevlm.families.base import IMAGE_EMBEDS, RGB, Array, Arrays, Family, ImageBudget, Visual
 from edgevlm.families.imaging import normalisation, pixel_view
-from edgevlm.families.llava import background, check_max_tiles, padded_to_square
+from edgevlm.families.llava import background, padded_to_square
 
 
 class Grid(NamedTuple):
@@ -50,38 +51,36 @@ class LlavaOnevision(Family):
         self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
 
-    def detail_for(self, detail: Detail, pictures: int) -> Detail:
-        """Return `low` for several pictures: each is one view, as in training and in the reference."""
-        return "low" if pictures > 1 else detail
+    def budget_for(self, budget: ImageBudget, images: int) -> ImageBudget:
+        """Return a budget of one view for each of several pictures, as in training and in the reference."""
+        return replace(budget, detail="low") if images > 1 else budget
 
-    def preprocess(self, image: RGB, detail: Detail, max_tiles: int | None) -> Visual:
+    def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the view of the whole picture `(H, W, 3)`, and the tiles after it.
 
         `high` is what the checkpoint's own processor does with a picture alone, `low` what it does with one of several:
         one view, padded to a square. `auto` takes of the grids those that the picture has the pixels for, and one view
-        where it has not enough for a tile. `max_tiles` bounds the views, that of the whole included.
+        where it has not enough for a tile. A budget of tokens leaves those grids that become no more of them.
         """
-        check_max_tiles(max_tiles)
+        budget.check(self._tokens(Grid()))
         height, width = image.shape[:2]
-        target = self._target(height, width, self._most(height * width, detail, max_tiles))
+        target = self._target(height, width, budget)
         if target is None:
             square = padded_to_square(image, self.background)
             return Visual([pixel_view(self._resized(square, self.tile, self.tile), self.lookup)], Grid())
         whole = Image.fromarray(image)
         canvas = self._canvas(whole, *target)
-        rows, cols = target[0] // self.tile, target[1] // self.tile
+        grid = self._grid(height, width, *target)
+        rows, cols = grid.rows, grid.cols
         places = [(row * self.tile, col * self.tile) for row in range(rows) for col in range(cols)]
         tiles = [canvas[top : top + self.tile, left : left + self.tile] for top, left in places]
         views = [self._resized(whole, self.tile, self.tile), *tiles]
-        grid = Grid(rows, cols, *self._padding(height, width, rows, cols))
         return Visual([pixel_view(np.ascontiguousarray(view), self.lookup) for view in views], grid)
 
     def image_text(self, layout: Hashable) -> str:
         """Return the picture's image tokens, as many as `assemble` makes features."""
         assert isinstance(layout, tuple)
-        grid = Grid(*layout)
-        rows, cols = self._lines(grid)
-        return self.image_token * (self.side**2 + (rows * (cols + 1) if grid.rows else 1))
+        return self.image_token * self._tokens(Grid(*layout))
 
     def block_text(self) -> str:
         """Return all that an image block may be made of."""
@@ -107,21 +106,22 @@ class LlavaOnevision(Family):
         lines[:, cols] = whole[-1]
         return {IMAGE_EMBEDS: np.concatenate([whole[:-1], lines.reshape(-1, width)])}
 
-    def _most(self, pixels: int, detail: Detail, max_tiles: int | None) -> int:
+    def _most(self, pixels: int, budget: ImageBudget) -> int:
         """Return how many tiles a picture may have at most, the view of the whole not counted."""
-        most = 0 if detail == "low" else max(height * width for height, width in self.grids) // self.tile**2
-        if detail == "auto":
+        most = 0 if budget.detail == "low" else max(height * width for height, width in self.grids) // self.tile**2
+        if budget.detail == "auto":
             most = min(most, pixels // self.tile**2)
-        return most if max_tiles is None else min(most, max_tiles - 1)
+        return most if budget.max_views is None else min(most, budget.max_views - 1)
 
-    def _target(self, height: int, width: int, most: int) -> tuple[int, int] | None:
+    def _target(self, height: int, width: int, budget: ImageBudget) -> tuple[int, int] | None:
         """Return the size of the grid that shows most of the picture, of those alike the one with the least padding.
 
-        None where no grid has so few tiles.
+        None where no grid is within the budget.
         """
         best, shown, wasted = None, 0, math.inf
+        most, limit = self._most(height * width, budget), budget.max_image_tokens or math.inf
         for target in self.grids:
-            if target[0] * target[1] > most * self.tile**2:
+            if target[0] * target[1] > most * self.tile**2 or self._tokens(self._grid(height, width, *target)) > limit:
                 continue
             scale = min(target[1] / width, target[0] / height)
             effective = min(int(width * scale) * int(height * scale), width * height)
@@ -144,6 +144,16 @@ class LlavaOnevision(Family):
 
     def _resized(self, image: Image.Image, height: int, width: int) -> RGB:
         return np.asarray(image.resize((width, height), self.resample))
+
+    def _tokens(self, grid: Grid) -> int:
+        """Return how many image tokens a picture laid out like this has."""
+        rows, cols = self._lines(grid)
+        return self.side**2 + (rows * (cols + 1) if grid.rows else 1)
+
+    def _grid(self, height: int, width: int, grid_height: int, grid_width: int) -> Grid:
+        """Return how a picture lies in a grid of so many pixels."""
+        rows, cols = grid_height // self.tile, grid_width // self.tile
+        return Grid(rows, cols, *self._padding(height, width, rows, cols))
 
     def _padding(self, height: int, width: int, rows: int, cols: int) -> tuple[int, int]:
         """Return how many rows of patches above, and columns left, show nothing of a picture; `unpad_image`."""

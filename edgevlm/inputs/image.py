@@ -11,7 +11,9 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -24,7 +26,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from edgevlm.errors import ImageError, ImageTooLargeError, one_line
 from edgevlm.families.base import MAX_PIXELS, RGB
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any]"
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | Picture"
 Images: TypeAlias = "ImageInput | Sequence[ImageInput] | None"
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
@@ -52,12 +54,38 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A decoded picture; what is asked about it again neither decodes nor hashes it again."""
+
+    pixels: RGB
+
+    @cached_property
+    def digest(self) -> bytes:
+        """A 16-byte hash of its pixels and their shape."""
+        return content_digest(self.pixels)
+
+
+def content_digest(pixels: RGB) -> bytes:
+    """Return a 16-byte hash of an array's content and shape."""
+    digest = blake2b(repr(pixels.shape).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+def load_picture(source: ImageInput) -> Picture:
+    """Return `source` decoded, as `load_image` does. Raises `ImageError`."""
+    return source if isinstance(source, Picture) else Picture(load_image(source))
+
+
 def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     """Return `source` as a uint8 array `(H, W, 3)`, upright, transparency laid over white.
 
-    `source` is a path, the bytes of an image file, a PIL image, or a uint8 array `(H, W, 3)`. Of an animation the
-    first frame is taken. Raises `ImageError`.
+    `source` is a path, the bytes of an image file, a PIL image, a uint8 array `(H, W, 3)`, or a `Picture`. Of an
+    animation the first frame is taken. Raises `ImageError`.
     """
+    if isinstance(source, Picture):
+        return source.pixels
     if isinstance(source, np.ndarray):
         return _check_array(source, max_pixels)
     if isinstance(source, Image.Image):
@@ -70,14 +98,17 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     return _decode(read_image(source), printable(os.fspath(source)), max_pixels)
 
 
-def probe_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> None:
-    """Raise the `ImageError` that the file's first bytes already call for; nothing is decoded."""
-    data, name = source, "the image"
-    if not isinstance(data, bytes):
-        name = printable(os.fspath(data))
-        data = read_image(data)
+def probe_image(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "the image") -> None:
+    """Raise the `ImageError` that an image file's header already calls for; no pixel is decoded."""
     with _quiet(), _open(data, name, max_pixels) as image:
         _check_size(*image.size, name, max_pixels)
+
+
+def probed_image(source: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image file whose header is sound. Raises `ImageError`."""
+    data = read_image(source)
+    probe_image(data, name=printable(os.fspath(source)))
+    return data
 
 
 def read_image(source: str | os.PathLike[str]) -> bytes:
@@ -189,6 +220,6 @@ def as_list(images: Images) -> list[ImageInput]:
     """Return one picture, several or none as a list."""
     if images is None:
         return []
-    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray):
+    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray | Picture):
         return [images]
     return list(images)

@@ -33,8 +33,8 @@ class Processor:
 
     def preprocess(self, images: Sequence[ImageInput], budget: ImageBudget) -> list[Visual]:
         """Return the views of each picture of one prompt. Raises `ImageError`."""
-        detail = self.family.detail_for(budget.detail, len(images))
-        return [self.family.preprocess(load_image(image), detail, budget.max_tiles) for image in images]
+        budget = self.family.budget_for(budget, len(images))
+        return [self.family.preprocess(load_image(image), budget) for image in images]
 
     def prompt_ids(
         self, messages: Sequence[Message], pictures: Sequence[LaidOut], variables: Mapping[str, Any] | None = None

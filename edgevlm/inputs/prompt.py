@@ -25,8 +25,8 @@ class Prompt:
     images: Sequence[range]
     """The places of each picture's features."""
     image_tokens: int
-    tiles: int
-    cached_tiles: int
+    views: int
+    cached_views: int
 
     def __len__(self) -> int:
         return len(self.ids)

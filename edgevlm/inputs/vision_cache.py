@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from threading import Lock
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from edgevlm.families.base import Arrays, View, Visual
+from edgevlm.families.base import RGB, Arrays, View, Visual
+from edgevlm.inputs.image import content_digest
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 _PLACES, _PICTURES = 64, 256
 """Views kept for comparison within a tolerance, and pictures whose views are remembered by name."""
 
@@ -23,7 +21,7 @@ _PLACES, _PICTURES = 64, 256
 class EncodedView:
     """What the vision encoder makes of one view."""
 
-    key: bytes
+    key: Hashable
     """Names the view's content: equal keys, equal outputs."""
     outputs: Arrays
     """`(tokens, ...)` by name, read-only."""
@@ -47,11 +45,18 @@ class EncodedImage:
         return len(self.views)
 
 
-def content_key(pixels: Pixels, *facts: Hashable) -> bytes:
-    """Return a 16-byte name for an array's content, its shape and `facts` about its use."""
-    digest = blake2b(repr((pixels.shape, *facts)).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels).data)
-    return digest.digest()
+@dataclass(frozen=True)
+class PreprocessedImage:
+    """A picture that has been through preprocessing, or one that is known by its key and needs none."""
+
+    key: Hashable
+    """Names its content, and how closely it is looked at for whom."""
+    image: Visual | EncodedImage
+
+    @property
+    def layout(self) -> Hashable:
+        """How its views make it up, in the family's own terms."""
+        return self.image.layout
 
 
 class VisionCache:
@@ -64,13 +69,13 @@ class VisionCache:
 
     def __init__(self, limit_bytes: int, tolerance: float = 0.0) -> None:
         self._limit, self._tolerance = limit_bytes, tolerance
-        self._views: OrderedDict[bytes, EncodedView] = OrderedDict()
-        self._pictures: OrderedDict[bytes, tuple[Hashable, tuple[bytes, ...]]] = OrderedDict()
-        self._places: OrderedDict[Hashable, tuple[Pixels, bytes]] = OrderedDict()
+        self._views: OrderedDict[Hashable, EncodedView] = OrderedDict()
+        self._pictures: OrderedDict[Hashable, tuple[Hashable, tuple[Hashable, ...]]] = OrderedDict()
+        self._places: OrderedDict[Hashable, tuple[RGB, Hashable]] = OrderedDict()
         self._bytes = 0
         self._lock = Lock()
 
-    def picture(self, key: bytes) -> EncodedImage | None:
+    def picture(self, key: Hashable) -> EncodedImage | None:
         """Return a whole picture, if all of its views are still known."""
         with self._lock:
             layout, keys = self._pictures.get(key, (None, ()))
@@ -82,38 +87,39 @@ class VisionCache:
             return EncodedImage(layout, [self._views[each] for each in keys], 0)
 
     def encode(
-        self,
-        key: bytes,
-        visual: Visual,
-        encode: Callable[[Iterable[View]], Iterator[Arrays]],
-        on_view: Callable[[], None] | None = None,
-        salt: str = "",
-    ) -> EncodedImage:
-        """Return the picture called `key`, calling `encode` once for those of its views not known under this salt."""
-        keys = [content_key(view.pixels, salt) for view in visual.views]
+        self, image: PreprocessedImage, encode: Callable[[Iterable[View]], Iterator[Arrays]], salt: str = ""
+    ) -> Generator[int, None, EncodedImage]:
+        """Yield how many of the picture's views are encoded so far; return the picture encoded.
+
+        `encode` is called once, for those of the views that are not known under this salt; a view that occurs twice is
+        encoded once.
+        """
+        if isinstance(image.image, EncodedImage):
+            return image.image
+        visual = image.image
+        keys = [(salt, content_digest(view.pixels)) for view in visual.views]
         places = [(salt, visual.layout, index) for index in range(len(visual))]
         pixels = [view.pixels for view in visual.views]
         found = [self._find(*each) for each in zip(keys, pixels, places, strict=True)]
         views = {key: view for key, view in zip(keys, found, strict=True) if view}
         first = {key: index for index, key in reversed(list(enumerate(keys))) if key not in views}
-        missing = sorted(first.values())  # a view that occurs twice is encoded once
-        if on_view:
-            for _ in range(len(visual) - len(missing)):
-                on_view()
+        missing = sorted(first.values())
+        done = len(visual) - len(missing)
+        yield done
         for index, outputs in zip(missing, encode(visual.views[index] for index in missing), strict=True):
             for array in outputs.values():
                 array.flags.writeable = False
             views[keys[index]] = EncodedView(keys[index], outputs)
             self._add(views[keys[index]], pixels[index], places[index])
-            if on_view:
-                on_view()
-        encoded = [views[each] for each in keys]
+            done += 1
+            yield done
+        encoded = [views[key] for key in keys]
         with self._lock:
-            self._pictures[key] = (visual.layout, tuple(view.key for view in encoded))
+            self._pictures[image.key] = (visual.layout, tuple(view.key for view in encoded))
             _drop_oldest(self._pictures, _PICTURES)
         return EncodedImage(visual.layout, encoded, len(missing))
 
-    def _find(self, key: bytes, pixels: Pixels, place: Hashable) -> EncodedView | None:
+    def _find(self, key: Hashable, pixels: RGB, place: Hashable) -> EncodedView | None:
         with self._lock:
             if key not in self._views and self._tolerance > 0:
                 before, key = self._places.get(place, (None, key))
@@ -124,7 +130,7 @@ class VisionCache:
             self._views.move_to_end(key)
             return self._views[key]
 
-    def _add(self, view: EncodedView, pixels: Pixels, place: Hashable) -> None:
+    def _add(self, view: EncodedView, pixels: RGB, place: Hashable) -> None:
         with self._lock:
             if view.key not in self._views:
                 self._bytes += view.nbytes
@@ -137,7 +143,7 @@ class VisionCache:
                 _drop_oldest(self._places, _PLACES)
 
 
-def _is_near(before: Pixels, now: Pixels, tolerance: float) -> bool:
+def _is_near(before: RGB, now: RGB, tolerance: float) -> bool:
     """Tell whether two views' mean absolute difference, in levels, is within the tolerance."""
     return before.shape == now.shape and float(np.abs(before.astype(np.int16) - now).mean()) <= tolerance
 

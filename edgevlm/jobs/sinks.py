@@ -103,7 +103,8 @@ class JsonlSink:
     def _note(self, row: Row) -> None:
         try:
             self._files.add((row["job"], row["path"], row["size"], row["mtime_ns"]))
-            self._pictures.add((row["job"], row["path"], row["sha256"]))
+            hashes = row["sha256"] if isinstance(row["sha256"], list) else [row["sha256"]]  # a text in older files
+            self._pictures.update((row["job"], row["path"], sha256) for sha256 in hashes)
         except KeyError:
             raise OutputError(f"{self.path} holds other rows; choose another file, or delete it") from None
 
@@ -142,6 +143,7 @@ class SqliteSink:
     def add(self, row: Row) -> None:
         values = [
             write_json(row[name]) if name in {"value", "probabilities"} and name in row
+            else next(iter(row[name]), None) if name == "sha256"
             else row.get(name)
             for name in _COLUMNS
         ]  # fmt: skip

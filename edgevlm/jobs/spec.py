@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
@@ -12,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.output_format import OutputFormat
-from edgevlm.decoding.stream import collect
 from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
-from edgevlm.inputs.image import read_image
+from edgevlm.families.base import ImageBudget
+from edgevlm.inputs.image import Picture, load_picture, read_image
 from edgevlm.manifest import hash_file
 from edgevlm.model_store import MANIFEST, find_model
 from edgevlm.strict_json import read_json
@@ -62,6 +63,7 @@ class Defaults:
     question: str | None = None
     output_format: OutputFormat = field(default_factory=OutputFormat)
     config: GenerationConfig = field(default_factory=GenerationConfig)
+    image_budget: ImageBudget = field(default_factory=ImageBudget)
 
     def config_digest(self, model: str | None) -> str:
         """Return what all rows' keys share: the model's manifest, by its SHA-256, and these defaults.
@@ -119,26 +121,50 @@ class RowRunner:
         if isinstance(task.schema, str):
             own["schema"] = self._folder / task.schema
         output_format = OutputFormat.of(**own) if own else self._defaults.output_format
-        config = self._defaults.config.override(task.given("max_new_tokens"))
+        config, budget = override(self._defaults.config, self._defaults.image_budget, task.given("max_new_tokens"))
         names = [] if task.image is UNSET else [task.image] if isinstance(task.image, str) else task.image
-        images = [read_image(self._folder / name) for name in names]
-        return ask(self._vlm, images, question, config, output_format)
+        images = [JobImage.of(read_image(self._folder / name)) for name in names]
+        return ask(self._vlm, images, question, config, budget, output_format)
+
+
+@dataclass(frozen=True)
+class JobImage:
+    """A picture of a job, read once: its file's SHA-256 goes into the row, its content to the model."""
+
+    sha256: str
+    image: bytes | Picture
+
+    @classmethod
+    def of(cls, data: bytes) -> JobImage:
+        """Return the picture of a file's bytes, not decoded yet."""
+        return cls(hashlib.sha256(data).hexdigest(), data)
+
+    def decoded(self) -> JobImage:
+        """Return the picture decoded. Raises `ImageError`."""
+        return replace(self, image=load_picture(self.image))
 
 
 def ask(
-    vlm: VLM, images: list[bytes], question: str, config: GenerationConfig, output_format: OutputFormat
+    vlm: VLM,
+    images: Sequence[JobImage],
+    question: str,
+    config: GenerationConfig,
+    image_budget: ImageBudget,
+    output_format: OutputFormat,
 ) -> dict[str, Any]:
-    """Return what a model makes of pictures, given as the bytes of their files, as fields of a row.
+    """Return what a model makes of pictures, as fields of a row.
 
     Raises `ImageError`, `PromptError`, `OptionError` and `IncompleteAnswerError`.
     """
     started = perf_counter()
-    row: dict[str, Any] = {"sha256": [hashlib.sha256(data).hexdigest() for data in images], "question": question}
+    row: dict[str, Any] = {"sha256": [image.sha256 for image in images], "question": question}
+    pictures = [image.image for image in images]
     if output_format.choices:
-        scores = vlm.score(images, question, output_format.choices, config)
+        scores = vlm.score(pictures, question, output_format.choices, config, image_budget)
         row |= {"answer": scores.best, "probabilities": {key: round(p, 6) for key, p in scores.probabilities.items()}}
     else:
-        answer = collect(vlm.stream(images, question, replace(config, constraint=output_format.constraint)))
+        config = replace(config, constraint=output_format.constraint)
+        answer = vlm.generate(pictures, question, config, image_budget)
         row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
         if output_format.constraint and output_format.constraint.is_json:
             row["value"] = _value(answer.text)

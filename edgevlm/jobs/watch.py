@@ -14,10 +14,10 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from edgevlm.errors import ImageError, OptionError
-from edgevlm.inputs.image import image_suffixes, load_image, printable, read_image
+from edgevlm.inputs.image import image_suffixes, printable, read_image
 from edgevlm.jobs.jsonl import Row
 from edgevlm.jobs.sinks import AnswerSink
-from edgevlm.jobs.spec import ROW_ERRORS, Defaults, ask, job_key
+from edgevlm.jobs.spec import ROW_ERRORS, Defaults, JobImage, ask, job_key
 from edgevlm.jobs.work_queue import noop
 
 if TYPE_CHECKING:
@@ -176,26 +176,27 @@ class Watcher:
             return
         try:
             data = read_image(path)
-            load_image(data)
+            image = JobImage.of(data).decoded()
         except ImageError as error:
             if waiting.broken:
-                self._add(path, waiting, {"sha256": _hash_of(path), "question": self._question, "error": str(error)})
+                self._add(path, waiting, {"sha256": _hashes_of(path), "question": self._question, "error": str(error)})
             waiting.broken = True
             return
         if len(data) == waiting.size:  # else it grew while it was read
-            self._answer(path, waiting, data)
+            self._answer(path, waiting, image)
 
-    def _answer(self, path: Path, waiting: _Waiting, data: bytes) -> None:
-        sha256 = hashlib.sha256(data).hexdigest()
-        if self._sink.seen_content(self._job, self._name(path), sha256):
+    def _answer(self, path: Path, waiting: _Waiting, image: JobImage) -> None:
+        if self._sink.seen_content(self._job, self._name(path), image.sha256):
             self._mark_done(path, waiting.size, waiting.mtime_ns)
             return
         defaults = self._watch.defaults
         try:
-            row = ask(self._vlm, [data], self._question, defaults.config, defaults.output_format)
+            row = ask(
+                self._vlm, [image], self._question, defaults.config, defaults.image_budget, defaults.output_format
+            )
         except ROW_ERRORS as error:
-            row = {"question": self._question, "error": str(error)}
-        self._add(path, waiting, row | {"sha256": sha256})
+            row = {"sha256": [image.sha256], "question": self._question, "error": str(error)}
+        self._add(path, waiting, row)
 
     def _add(self, path: Path, waiting: _Waiting, row: Row) -> None:
         head = {
@@ -237,8 +238,9 @@ def _stat(path: Path) -> os.stat_result | None:
         return None
 
 
-def _hash_of(path: Path) -> str | None:
+def _hashes_of(path: Path) -> list[str]:
+    """Return the SHA-256 of a file that is no picture, none where it cannot be read either."""
     try:
-        return hashlib.sha256(read_image(path)).hexdigest()
+        return [hashlib.sha256(read_image(path)).hexdigest()]
     except ImageError:
-        return None
+        return []

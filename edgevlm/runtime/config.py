@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, Literal
 
 from edgevlm.errors import OptionError
@@ -43,16 +43,21 @@ class RuntimeConfig:
     """The oldest compiled models are deleted beyond this."""
     image_cache_bytes: int = 64 * 2**20
     """Memory for the embeddings of pictures already looked at; 0 keeps none."""
-    tile_tolerance: float = 0.0
-    """Take a tile for the one last seen in its place when they differ by at most this on average (levels of 0 to 255):
-    for the sensor noise of a fixed camera. 0 asks for equal pixels."""
+    view_tolerance: float = 0.0
+    """Take a view for the one last encoded in its place when their pixels differ by at most this on average (levels of
+    0 to 255): for the sensor noise of a fixed camera. 0 asks for equal pixels."""
     kept_sessions: int = 2
     """Conversations whose KV cache is kept for a prompt that begins alike; 0 keeps none."""
 
-    def __post_init__(self) -> None:
+    tile_tolerance: InitVar[float | None] = None
+    """What `view_tolerance` was called before."""
+
+    def __post_init__(self, tile_tolerance: float | None) -> None:
+        if tile_tolerance is not None:
+            object.__setattr__(self, "view_tolerance", tile_tolerance)
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise OptionError(f"threads must be between 1 and 1024, not {self.threads}")
-        for name in ("image_cache_bytes", "tile_tolerance", "kept_sessions"):
+        for name in ("image_cache_bytes", "view_tolerance", "kept_sessions"):
             if not getattr(self, name) >= 0:
                 raise OptionError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.inference_precision not in PRECISIONS:

@@ -25,6 +25,7 @@ from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.structured import Constraint
+from edgevlm.families.base import ImageBudget
 from edgevlm.server.completion import Completion
 from edgevlm.server.engine import Job, Worker
 from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, to_api_error, to_json
@@ -137,7 +138,9 @@ class Plan:
 
     conversation: Conversation
     config: GenerationConfig
+    image_budget: ImageBudget
     tools: Tools | None
+    caller: str
 
 
 class _Server:
@@ -207,7 +210,7 @@ class _Server:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         conversation = plan.conversation
-        job = Job(conversation.messages, conversation.images, plan.config, plan.config.cache_salt, deliver)
+        job = Job(conversation.messages, conversation.images, plan.config, plan.image_budget, plan.caller, deliver)
         self._worker.submit(job)
         limit = self._config.time_limit_s
         too_late = ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
@@ -267,15 +270,14 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
             top_k=max(0, request.top_k or 0),
             seed=None if request.seed is None else request.seed % 2**64,
             stop=tuple(request.stop or ()),
-            detail=conversation.detail,
-            max_tiles=request.max_tiles,
             constraint=tools.constraint if tools else content,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             skip_special_tokens=request.skip_special_tokens is not False,
             chat_template_kwargs=conversation.variables(request.chat_template_kwargs),
-            cache_salt=caller,
         ),
+        ImageBudget(conversation.detail, request.max_image_tokens, request.max_tiles),
         tools,
+        caller,
     )
 
 

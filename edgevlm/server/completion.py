@@ -141,4 +141,4 @@ def timings(answer: Answer, waited_s: float) -> dict[str, Any]:
         "tokens_per_s": times.tokens_per_s,
     }
     rounded = {name: None if value is None else round(value, 6) for name, value in found.items()}
-    return {**rounded, "tiles": answer.tiles, "cached_tiles": answer.cached_tiles}
+    return {**rounded, "views": answer.views, "cached_views": answer.cached_views}

@@ -16,6 +16,7 @@ import numpy as np
 from edgevlm.answer import Piece
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.errors import EdgeVLMError
+from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import Message
 from edgevlm.inputs.image import ImageInput
 from edgevlm.vlm import VLM
@@ -37,7 +38,7 @@ class FailedError(Exception):
 
 
 class AbandonedError(Exception):
-    """Nobody waits for the answer any more; raised inside the model's progress callback to end it."""
+    """Nobody waits for the answer any more: it was ended before it was whole."""
 
 
 @dataclass(eq=False)
@@ -47,7 +48,9 @@ class Job:
     messages: Sequence[Message]
     images: Sequence[ImageInput]
     config: GenerationConfig
+    image_budget: ImageBudget
     caller: str
+    """Who asks: callers take turns, and share no cache."""
     deliver: Deliver
     """Called in the worker's thread with each piece, or with the error that ended the answer."""
     submitted: float = field(default_factory=monotonic)
@@ -235,22 +238,18 @@ class Worker:
 
     def _answer(self, vlm: VLM, job: Job) -> Piece | BaseException:
         """Deliver all pieces but the last, and return that, or the error that came instead."""
-        job.started = monotonic()
-
-        def check(*_: object) -> None:
-            self._last_progress = monotonic()
-            if job.abandoned.is_set():
-                raise AbandonedError
-
+        job.started = self._last_progress = monotonic()
         try:
-            check()
-            stream = vlm.stream_messages(job.messages, job.images, job.config, check)
-            with closing(stream) as pieces:  # type: ignore[type-var]
-                for piece in pieces:
-                    if piece.answer is not None:
-                        return piece
-                    job.deliver(piece)
-                    check()
+            stream = vlm.events(job.messages, job.images, job.config, job.image_budget, job.caller)
+            with closing(stream) as events:
+                for event in events:
+                    self._last_progress = monotonic()
+                    if job.abandoned.is_set():
+                        return AbandonedError()
+                    if isinstance(event, Piece):
+                        if event.answer is not None:
+                            return event
+                        job.deliver(event)
         except (EdgeVLMError, AbandonedError) as error:
             return error
         except Exception as error:
@@ -262,7 +261,7 @@ class Worker:
 def warm_up(vlm: VLM) -> None:
     """Answer once, so that the first caller does not pay for what OpenVINO puts off until then."""
     grey = np.full((*(vlm.processor.family.view_size or (256, 256)), 3), 128, np.uint8)
-    vlm.generate(grey, "What is this?", GenerationConfig(max_new_tokens=1, detail="low"))
+    vlm.generate(grey, "What is this?", max_new_tokens=1, detail="low")
 
 
 def log_failure(error: BaseException) -> None:

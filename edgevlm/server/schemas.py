@@ -242,8 +242,10 @@ class ChatRequest(Shape):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     n: int | None = Field(None, ge=1, le=1)
+    max_image_tokens: int | None = Field(None, ge=1, le=2**20)
+    """Not OpenAI's: at most this many image tokens for each picture."""
     max_tiles: int | None = Field(None, ge=1, le=1024)
-    """Not OpenAI's: at most this many tiles for each picture, its global view included."""
+    """Not OpenAI's, and from before `max_image_tokens`: at most this many views for each picture."""
     skip_special_tokens: bool | None = None
     """Not OpenAI's but vLLM's: False shows special tokens in the answer's text, the end token excepted."""
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_finite)] | None = None
