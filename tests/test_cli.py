@@ -71,7 +71,7 @@ def test_stats_go_to_stderr(exported: Path, china: Path) -> None:
     assert with_stats.exit_code == 0
     assert with_stats.stdout == plain.stdout
     labels = [line.split("  ")[0] for line in with_stats.stderr.splitlines()[1:]]
-    wanted = ["prompt", "known before", "answer", "drafts", "load", "preprocess", "vision", "prefill", "TTFT", "TPOT"]
+    wanted = ["prompt", "cached", "answer", "drafts", "load", "preprocess", "vision", "prefill", "TTFT", "TPOT"]
     assert labels == [*wanted, "peak memory"]
     assert "52 of them image tokens of 13 views" in with_stats.stderr
     assert "8 tokens (length)" in with_stats.stderr

@@ -16,7 +16,8 @@ from edgevlm.answer import result_of
 from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, PromptLookup
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, ImageBudget, View, Visual
 from edgevlm.families.imaging import normalised
-from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache, content_key
+from edgevlm.inputs.image import content_digest
+from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
 from edgevlm.runtime.kv_session import common_length
 from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
@@ -174,17 +175,11 @@ def test_a_picture_of_equal_tiles_is_encoded_once() -> None:
         found.views[0].outputs[IMAGE_EMBEDS][0, 0] = 1
 
 
-def test_a_key_names_content_shape_and_use() -> None:
+def test_a_digest_names_content_and_shape() -> None:
     pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    keys = [
-        content_key(pixels),
-        content_key(pixels[::-1]),
-        content_key(pixels.reshape(2, 8, 3)),
-        content_key(pixels, "low"),
-    ]
-    assert len(set(keys)) == 4
-    assert content_key(pixels.copy()) == keys[0]
-    assert content_key(np.asfortranarray(pixels)) == keys[0]
+    digests = [content_digest(pixels), content_digest(pixels[::-1]), content_digest(pixels.reshape(2, 8, 3))]
+    assert len(set(digests)) == 3
+    assert content_digest(pixels.copy()) == content_digest(np.asfortranarray(pixels)) == digests[0]
 
 
 @pytest.mark.parametrize(

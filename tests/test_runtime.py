@@ -31,6 +31,8 @@ from edgevlm import (
     RuntimeConfig,
 )
 from edgevlm.answer import Progress
+from edgevlm.decoding.config import override
+from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
 from edgevlm.runtime.core import core, import_openvino
@@ -60,7 +62,7 @@ def test_a_stream_s_pieces_are_the_answer(vlm: VLM, china: Path, stop: tuple[str
 def test_an_answer_adds_up(vlm: VLM, china: Path) -> None:
     answer = vlm.generate([china, photograph("flower.jpg")], QUESTION, SHORT)
     messages = [user_message(QUESTION, 2)]
-    tiles = vlm.processor.preprocess([china, photograph("flower.jpg")], SHORT.image_budget)
+    tiles = vlm.processor.preprocess([china, photograph("flower.jpg")], ImageBudget())
     assert answer.prompt_tokens == len(vlm.processor.prompt_ids(messages, tiles))
     assert (answer.views, answer.image_tokens) == (26, 26 * 4)
     assert answer.generated_tokens == len(answer.token_ids) == 16
@@ -141,10 +143,13 @@ def test_options_may_be_named_in_the_call_and_win_over_the_configuration(vlm: VL
     config = GenerationConfig(max_new_tokens=9, draft_tokens=0)
     assert vlm.generate(None, "Why?", max_new_tokens=3).generated_tokens == 3
     assert vlm.generate(None, "Why?", config, max_new_tokens=3).generated_tokens == 3
-    assert vlm.chat(config, max_new_tokens=2).config == replace(config, max_new_tokens=2)
+    chat = vlm.chat(config, max_new_tokens=2, detail="low")
+    assert (chat.config, chat.image_budget) == (replace(config, max_new_tokens=2), ImageBudget("low"))
     with pytest.raises(OptionError, match="there is no option 'max_tokens'; did you mean max_new_tokens"):
         vlm.generate(None, "Why?", max_tokens=3)
-    with pytest.raises(OptionError, match="there is no option 'beams'; there are max_new_tokens, temperature, "):
+    with pytest.raises(
+        OptionError, match="there is no option 'beams'; there are chat_template_kwargs, constraint, detail, "
+    ):
         next(vlm.stream(None, "Why?", beams=3))
     with pytest.raises(OptionError, match="max_new_tokens must be at least 1, not 0"):
         vlm.generate(None, "Why?", max_new_tokens=0)
@@ -373,7 +378,7 @@ def test_no_such_device_or_model(exported: Path) -> None:
 )
 def test_generation_options_out_of_range(options: dict[str, Any], line: str) -> None:
     with pytest.raises(OptionError) as caught:
-        GenerationConfig(**options)
+        override(None, None, options)
     assert str(caught.value) == line
 
 

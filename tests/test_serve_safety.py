@@ -25,6 +25,7 @@ from PIL import Image
 from edgevlm import VLM, OptionError
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.errors import ServerError
+from edgevlm.families.base import ImageBudget
 from edgevlm.server.engine import FairQueue, Job, QueueFullError
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig, read_keys
@@ -444,7 +445,7 @@ def test_two_hundred_requests_at_once_against_a_queue_of_sixteen(braked: Braked)
 
 def test_callers_take_turns() -> None:
     def job(caller: str) -> Job:
-        return Job([], [], GenerationConfig(), caller, print)
+        return Job([], [], GenerationConfig(), ImageBudget(), caller, print)
 
     queue = FairQueue(5)
     greedy, modest = [job("greedy") for _ in range(4)], [job("modest") for _ in range(2)]
