@@ -89,15 +89,15 @@ def test_a_recipe_out_of_range_is_refused(recipe: dict[str, Any]) -> None:
 
 def weight_types(folder: Path) -> set[str]:
     """Return the element types of the language part's large constants."""
-    model = read_ir(folder / load_manifest(folder).parts[LANGUAGE].file)
+    model = read_ir(folder / load_manifest(folder).submodels[LANGUAGE].file)
     constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
     return {node.get_element_type().get_type_name() for node in constants if np.prod(list(node.shape)) >= 4096}
 
 
 def test_int4_is_smaller_and_still_answers(exported: Path, exported_int4: Path) -> None:
     full, small = load_manifest(exported), load_manifest(exported_int4)
-    assert small.parts[LANGUAGE].precision == "int4"
-    assert small.parts[LANGUAGE].size_bytes < full.parts[LANGUAGE].size_bytes / 2
+    assert small.submodels[LANGUAGE].precision == "int4"
+    assert small.submodels[LANGUAGE].size_bytes < full.submodels[LANGUAGE].size_bytes / 2
     assert {"u4", "i4"} & weight_types(exported_int4)
     assert small.verification is not None
     assert 0 < small.verification["greedy_agreement"] <= 1
@@ -131,7 +131,7 @@ def test_every_recipe_exports(
 
 def head_type(folder: Path) -> str:
     """Return the element type that the LM head's weights are stored in."""
-    model = read_ir(folder / load_manifest(folder).parts[LANGUAGE].file)
+    model = read_ir(folder / load_manifest(folder).submodels[LANGUAGE].file)
     node = next(node for node in model.get_ops() if node.get_friendly_name() == "lm_head").input_value(1).get_node()
     while node.get_type_name() != "Constant":
         node = node.input_value(0).get_node()

@@ -18,7 +18,10 @@ from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.manifest import LANGUAGE
 from edgevlm.metrics import Stopwatch
+from edgevlm.runtime.config import KVCache
 from edgevlm.runtime.core import import_openvino, read_ir
+from edgevlm.runtime.kv_paged import PagedSession
+from edgevlm.runtime.kv_stateful import StatefulSession
 from edgevlm_export.output_folder import FILE_NAMES
 from tests.conftest import F32, photograph
 from tests.damage import copy_export, edit_manifest, reseal
@@ -114,12 +117,13 @@ def uncached(vlm: VLM, question: str, images: Sequence[Array], count: int) -> li
 TRAITS: list[dict[str, Any]] = [{}, {"atomic_images": True}, {"rewindable": False}]
 
 
-@pytest.mark.parametrize("traits", TRAITS, ids=str)
+@pytest.mark.parametrize(("traits", "kv_cache"), [*((traits, "stateful") for traits in TRAITS), ({}, "paged")], ids=str)
 def test_answers_are_those_of_sessions_that_read_all_anew(
-    traits: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+    traits: dict[str, Any], kv_cache: KVCache, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also after reuse of a prefix, of another picture's beginning, of a whole conversation, and with drafts."""
-    vlm = load(folder, monkeypatch, traits)
+    vlm = load(folder, monkeypatch, traits, kv_cache=kv_cache)
+    assert isinstance(vlm.language_model.session(), PagedSession if kv_cache == "paged" else StatefulSession)
     china = photograph("china.jpg")
     changed = china.copy()
     changed[300:] //= 2
@@ -196,13 +200,14 @@ def test_choices_and_forms_of_a_state_that_cannot_be_cut(folder: Path, monkeypat
     assert answers[0] == answers[1]
 
 
-def test_positions_on_several_axes_are_not_for_the_paged_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("traits", TRAITS[1:], ids=str)
+def test_a_state_that_is_not_causal_attentions_stays_out_of_the_paged_cache(
+    traits: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="edgevlm.runtime.loader"):
-        vlm = load(folder, monkeypatch, {}, kv_cache="paged")
-    assert "positions have several axes" in caplog.text
-    assert vlm.generate(None, QUESTION, SHORT).generated_tokens > 0
+        vlm = load(folder, monkeypatch, traits, kv_cache="paged")
+    assert "no paged attention: the decoder's state is not that of causal attention alone" in caplog.text
+    assert isinstance(vlm.language_model.session(), StatefulSession)
 
 
 def test_one_request_encodes_all_views_of_a_picture(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:

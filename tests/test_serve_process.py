@@ -69,7 +69,7 @@ def test_nobody_is_told_where_no_systemd_listens(monkeypatch: pytest.MonkeyPatch
 
 def test_one_flipped_byte_is_refused(exported: Path, tmp_path: Path) -> None:
     folder = copy_export(exported, tmp_path / "tiny")
-    weights = (folder / load_manifest(folder).parts[LANGUAGE].file).with_suffix(".bin")
+    weights = (folder / load_manifest(folder).submodels[LANGUAGE].file).with_suffix(".bin")
     flip(weights)
     result = cli("serve", folder, "--port", 0)
     assert result.exit_code == 1

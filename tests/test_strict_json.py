@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from edgevlm import VLM, Constraint, ExportError, GenerationConfig, OptionError, OutputError
 from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.errors import VerificationError
+from edgevlm.families.base import ImageBudget
 from edgevlm.jobs.jsonl import append_rows, read_rows
 from edgevlm.jobs.sinks import SqliteSink
 from edgevlm.jobs.spec import ask
@@ -68,11 +69,11 @@ def form_of(text: str) -> OutputFormat:
 
 def test_a_row_holds_the_value_of_an_answer_or_says_why_not(vlm: VLM) -> None:
     config = GenerationConfig(max_new_tokens=200)
-    assert ask(vlm, [], QUESTION, config, form_of("[1.50, 2E3]"))["value"] == [1.5, 2000]
+    assert ask(vlm, [], QUESTION, config, ImageBudget(), form_of("[1.50, 2E3]"))["value"] == [1.5, 2000]
     with pytest.raises(
         OptionError, match=r"the answer has the form, but 1e999 is a larger number .* narrow the schema"
     ):
-        ask(vlm, [], QUESTION, config, form_of('{"v": 1e999}'))
+        ask(vlm, [], QUESTION, config, ImageBudget(), form_of('{"v": 1e999}'))
 
 
 def test_a_schema_holds_finite_numbers() -> None:

@@ -14,7 +14,7 @@ from edgevlm.answer import Piece
 from edgevlm.chat import Chat
 from edgevlm.cli.output import Progress, print_cut, print_stats
 from edgevlm.errors import EdgeVLMError
-from edgevlm.inputs.image import probed_image
+from edgevlm.inputs.image import ImageFile, probed_image
 
 HELP = """\
 /image FILE...  show pictures; they go with the next question
@@ -27,7 +27,7 @@ HELP = """\
 class Repl:
     """The state of one talk: the conversation, pictures that wait for a question, whether figures are wanted."""
 
-    def __init__(self, chat: Chat, images: Sequence[bytes]) -> None:
+    def __init__(self, chat: Chat, images: Sequence[ImageFile]) -> None:
         self._chat = chat
         self._images = list(images)
         self._stats = False
@@ -89,7 +89,7 @@ class Repl:
             click.echo(f"> {turn.question}{pictures}\n{turn.answer}")
 
 
-def talk(chat: Chat, images: Sequence[bytes]) -> None:
+def talk(chat: Chat, images: Sequence[ImageFile]) -> None:
     """Read lines until the end, each a question or a command; an error is one line, and the talk goes on."""
     repl = Repl(chat, images)
     person = sys.stdin.isatty()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgevlm.cli.output import Progress
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.families.base import ImageBudget
+    from edgevlm.inputs.image import ImageFile
     from edgevlm.runtime.config import RuntimeConfig
     from edgevlm.vlm import VLM
 
@@ -52,17 +53,12 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     edgevlm run door.jpg "Is the door open?" --choices yes,no
     """
     *images, question = arguments
-    output_format = chosen_format(options)
+    output_format, generation = chosen_format(options), generation_config(options)
+    generation, budget = replace(generation, constraint=output_format.constraint), image_budget(options)
     runtime = runtime_config(options)
     _check_question(question)
     pictures = [_image(name) for name in images]  # a bad picture is told before the model is loaded
-    request = _Request(
-        question,
-        chosen_model(options["model"]),
-        runtime,
-        replace(generation_config(options), constraint=output_format.constraint),
-        image_budget(options),
-    )
+    request = _Request(question, chosen_model(options["model"]), runtime, generation, budget)
     if output_format.choices:
         _score(pictures, request, output_format.choices, as_json)
     else:
@@ -92,16 +88,17 @@ def _check_question(question: str) -> None:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
 
 
-def _image(name: str) -> bytes:
-    from edgevlm.inputs.image import probe_image, probed_image
+def _image(name: str) -> ImageFile:
+    from edgevlm.inputs.image import ImageFile, probe_image, probed_image
 
     if name != "-":
         return probed_image(name)
     data = sys.stdin.buffer.read() if sys.stdin else b""  # None: started with stdin closed
     if not data:
         raise ImageError("no image came on stdin, where an IMAGE of - is read from")
-    probe_image(data)
-    return data
+    file = ImageFile(data, "the image")
+    probe_image(file)
+    return file
 
 
 def _load(request: _Request, progress: Progress) -> VLM:
@@ -111,7 +108,7 @@ def _load(request: _Request, progress: Progress) -> VLM:
     return VLM(request.model, request.runtime)
 
 
-def _score(images: list[bytes], request: _Request, choices: Sequence[str], as_json: bool) -> None:
+def _score(images: list[ImageFile], request: _Request, choices: Sequence[str], as_json: bool) -> None:
     from edgevlm.cli.output import Progress, print_scores
 
     with Progress() as progress:
@@ -125,7 +122,7 @@ def _score(images: list[bytes], request: _Request, choices: Sequence[str], as_js
         print_scores(scores)
 
 
-def _answer(images: list[bytes], request: _Request, as_json: bool, stats: bool) -> None:
+def _answer(images: list[ImageFile], request: _Request, as_json: bool, stats: bool) -> None:
     from edgevlm.answer import Piece
     from edgevlm.cli.output import Progress, print_cut, print_stats
     from edgevlm.decoding.stream import check_satisfied

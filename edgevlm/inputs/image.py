@@ -26,7 +26,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from edgevlm.errors import ImageError, ImageTooLargeError, one_line
 from edgevlm.families.base import MAX_PIXELS, RGB
 
-ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | Picture"
+ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | ImageFile | Picture"
 Images: TypeAlias = "ImageInput | Sequence[ImageInput] | None"
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
@@ -52,6 +52,14 @@ _ONE_AT_A_TIME = Lock()
 def image_suffixes() -> frozenset[str]:
     """Return the suffixes, in lower case, that Pillow knows for the formats read here; 60 ms at the first call."""
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFile:
+    """The bytes of an image file, and the name that errors give it."""
+
+    data: bytes
+    name: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +89,13 @@ def load_picture(source: ImageInput) -> Picture:
 def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     """Return `source` as a uint8 array `(H, W, 3)`, upright, transparency laid over white.
 
-    `source` is a path, the bytes of an image file, a PIL image, a uint8 array `(H, W, 3)`, or a `Picture`. Of an
-    animation the first frame is taken. Raises `ImageError`.
+    `source` is a path, the bytes of an image file, a PIL image, a uint8 array `(H, W, 3)`, or what has been read or
+    decoded before. Of an animation the first frame is taken. Raises `ImageError`.
     """
     if isinstance(source, Picture):
         return source.pixels
+    if isinstance(source, ImageFile):
+        return _decode(source.data, source.name, max_pixels)
     if isinstance(source, np.ndarray):
         return _check_array(source, max_pixels)
     if isinstance(source, Image.Image):
@@ -98,17 +108,17 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     return _decode(read_image(source), printable(os.fspath(source)), max_pixels)
 
 
-def probe_image(data: bytes, max_pixels: int = MAX_PIXELS, name: str = "the image") -> None:
+def probe_image(file: ImageFile, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the `ImageError` that an image file's header already calls for; no pixel is decoded."""
-    with _quiet(), _open(data, name, max_pixels) as image:
-        _check_size(*image.size, name, max_pixels)
+    with _quiet(), _open(file.data, file.name, max_pixels) as image:
+        _check_size(*image.size, file.name, max_pixels)
 
 
-def probed_image(source: str | os.PathLike[str]) -> bytes:
-    """Return the bytes of an image file whose header is sound. Raises `ImageError`."""
-    data = read_image(source)
-    probe_image(data, name=printable(os.fspath(source)))
-    return data
+def probed_image(source: str | os.PathLike[str]) -> ImageFile:
+    """Return an image file, read, whose header is sound. Raises `ImageError`."""
+    file = ImageFile(read_image(source), printable(os.fspath(source)))
+    probe_image(file)
+    return file
 
 
 def read_image(source: str | os.PathLike[str]) -> bytes:
@@ -220,6 +230,6 @@ def as_list(images: Images) -> list[ImageInput]:
     """Return one picture, several or none as a list."""
     if images is None:
         return []
-    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray | Picture):
+    if isinstance(images, str | os.PathLike | bytes | Image.Image | np.ndarray | ImageFile | Picture):
         return [images]
     return list(images)

@@ -143,7 +143,7 @@ class SqliteSink:
     def add(self, row: Row) -> None:
         values = [
             write_json(row[name]) if name in {"value", "probabilities"} and name in row
-            else next(iter(row[name]), None) if name == "sha256"
+            else next(iter(row.get(name, ())), None) if name == "sha256"
             else row.get(name)
             for name in _COLUMNS
         ]  # fmt: skip

@@ -34,14 +34,18 @@ _PAGED_INPUTS = {
     "max_context_len",
 }
 """The inputs of a graph with paged attention, besides its caches."""
+_OWN_INPUTS = {*_PAGED_INPUTS, LOGITS_TO_KEEP}
+_STATEFUL_INPUTS = {"attention_mask", "beam_idx"}
+"""The inputs that are gone when the transformation applied to the whole graph."""
 _MIN_GROWTH_BLOCKS = 8
 """Blocks by which a cache grows at least."""
 
 
 def with_paged_attention(model: ov.Model) -> ov.Model | None:
-    """Turn a stateful LM's attention into paged attention, and add `logits_to_keep`; None if its graph is another's.
+    """Turn a stateful LM's attention into paged attention, and add `logits_to_keep`.
 
-    The model is of no use afterwards where the answer is None.
+    Afterwards the inputs of n tokens are `inputs_embeds` `(n, hidden)`, `position_ids` `(n)` or `(axes, n)`, and the
+    family's own as `(n, 1, ...)`. Returns None if the transformation does not apply; `model` is then left invalid.
     """
     from openvino._offline_transformations import paged_attention_transformation
 
@@ -52,12 +56,17 @@ def with_paged_attention(model: ov.Model) -> ov.Model | None:
         logger.info("no paged attention: %s", first_line(error))
         return None
     inputs = {each.any_name for each in model.inputs}
-    if {name for name in inputs if not _is_cache(name)} != _PAGED_INPUTS or not any(map(_is_cache, inputs)):
+    if not inputs >= _PAGED_INPUTS or inputs & _STATEFUL_INPUTS or not any(map(_is_cache, inputs)):
         logger.info("no paged attention: the graph's inputs are %s", ", ".join(sorted(inputs)))
         return None
     embeds = model.input("inputs_embeds").get_node()
-    embeds.set_partial_shape(import_openvino().PartialShape([-1, hidden]))  # of which the change forgets the second
+    embeds.set_partial_shape(import_openvino().PartialShape([-1, hidden]))  # the transformation drops the hidden size
     return keep_last_logits(model, axis=0)
+
+
+def family_inputs(compiled: ov.CompiledModel) -> list[ov.ConstOutput]:
+    """Return the inputs of a graph with paged attention that are the family's own."""
+    return [each for each in compiled.inputs if not _is_cache(each.any_name) and not each.get_names() & _OWN_INPUTS]
 
 
 def _is_cache(name: str) -> bool:
@@ -125,13 +134,14 @@ class PagedSession(Session):
         outputs = self._request.infer(
             {
                 "inputs_embeds": inputs_embeds[0],
-                "position_ids": inputs.positions[0],
+                "position_ids": inputs.positions[0] if len(inputs.positions) == 1 else inputs.positions,
                 "past_lens": np.array([self.length], np.int32),
                 "subsequence_begins": np.array([0, count], np.int32),
                 "block_indices": np.arange(blocks, dtype=np.int32),
                 "block_indices_begins": np.array([0, blocks], np.int32),
                 "max_context_len": np.array(total, np.int32),
                 LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
+                **{name: array[:, None] for name, array in inputs.extras.items()},
             },
             share_inputs=True,
         )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgevlm.families.base import DecoderTraits
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
-from edgevlm.runtime.kv_paged import KVBlockLayout, PagedSession
+from edgevlm.runtime.kv_paged import KVBlockLayout, PagedSession, family_inputs
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session, embed
 from edgevlm.runtime.kv_stateful import StatefulSession
 
@@ -43,7 +43,7 @@ class LanguageModel:
         self._embeddings = embeddings
         self._pages = KVBlockLayout.of(compiled)
         hidden_size = compiled.input("inputs_embeds").get_partial_shape()[-1].get_length()
-        self._facts = DecoderInfo(hidden_size, traits, _extras(compiled) if self._pages is None else {})
+        self._info = DecoderInfo(hidden_size, traits, _extras(compiled, paged=self._pages is not None))
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
@@ -57,14 +57,14 @@ class LanguageModel:
         """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
         requests = Requests(self._compiled.create_infer_request(), self._embeddings.request())
         if self._pages is None:
-            return StatefulSession(requests, self._facts)
-        return PagedSession(requests, self._facts, self._pages)
+            return StatefulSession(requests, self._info)
+        return PagedSession(requests, self._info, self._pages)
 
 
-def _extras(compiled: ov.CompiledModel) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
-    """Return type and shape, for each token, of the inputs that every decoder does not have: `(1, n, ...)`."""
-    inputs = {each.any_name: each for each in compiled.inputs if not each.get_names() & _INPUTS}
+def _extras(compiled: ov.CompiledModel, *, paged: bool) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:
+    """Return the element type and shape for one token of the inputs that not every decoder has."""
+    inputs = family_inputs(compiled) if paged else [each for each in compiled.inputs if not each.get_names() & _INPUTS]
     return {
-        name: (each.element_type.to_dtype(), tuple(size.get_length() for size in list(each.partial_shape)[2:]))
-        for name, each in inputs.items()
+        each.any_name: (each.element_type.to_dtype(), tuple(size.get_length() for size in list(each.partial_shape)[2:]))
+        for each in inputs
     }

@@ -58,8 +58,9 @@ class ModelLoader:
         """Return the LM with paged attention, or None where the device or the graph has none."""
         if self.config.kv_cache == "stateful" or not self.device.startswith("CPU"):
             return None
-        if self.manifest.decoder_traits.position_axes > 1:
-            logger.info("no paged attention: positions have several axes")
+        traits = self.manifest.decoder_traits
+        if traits.atomic_images or not traits.rewindable:
+            logger.info("no paged attention: the decoder's state is not that of causal attention alone")
             return None
         model = with_paged_attention(self._read(LANGUAGE))
         try:

@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 
 from edgevlm.families.base import Detail
 from edgevlm.inputs.chat_template import Message, check_variables
-from edgevlm.inputs.image import probe_image
+from edgevlm.inputs.image import ImageFile, probe_image
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatMessage, ImagePart, TextPart
 from edgevlm.server.settings import ServeConfig
@@ -74,7 +74,7 @@ class Conversation:
             raise ApiError(413, "too_many_images", f"a request may have at most {limit} pictures", param="messages")
         with blaming(f"{place}.image_url"):
             data = read_picture(part.image_url.url, self._config)
-            probe_image(data, self._config.max_pixels)
+            probe_image(ImageFile(data, "the image"), self._config.max_pixels)
         self.images.append(data)
         self._details.add(part.image_url.detail or "auto")
         return {"type": "image"}
