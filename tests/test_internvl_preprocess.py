@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from edgevlm.errors import OptionError
 from edgevlm.families.base import Detail, ImageBudget
 from edgevlm.families.internvl import Grid, InternVL, nearest_grid
 from edgevlm_export.samples import pixel_values
@@ -116,8 +115,3 @@ def test_max_tiles_bounds_the_views_with_the_thumbnail(detail: Detail) -> None:
         assert counts[-1] == free
     lowered = made.preprocess(noise(200, 300), ImageBudget("high", max_views=5))
     assert_equal(lowered, reference_pixels(noise(200, 300), image_processor(max_patches=4)))
-
-
-def test_max_tiles_below_one_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"^max_tiles must be at least 1, not 0$"):
-        family(image_processor()).preprocess(noise(9, 9), ImageBudget("high", max_views=0))

@@ -14,7 +14,6 @@ import torch
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
 from edgevlm import VLM, GenerationConfig
-from edgevlm.errors import OptionError
 from edgevlm.families.base import IMAGE_EMBEDS, Detail, ImageBudget
 from edgevlm.families.llava_onevision import Grid, LlavaOnevision, resized
 from edgevlm_export import ExportOptions, export
@@ -23,7 +22,7 @@ from tests.conftest import F32, noise, photograph
 from tests.families import llava
 from tests.families import llava_onevision as tiny
 from tests.families.llava_onevision import GRIDS, TILE
-from tests.test_llava import QUICK, check_chat, check_fused, check_parity, pictures
+from tests.test_llava import QUICK, check_chat, check_fused, check_parity, least_w8a8_cosine, pictures
 
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
 SIZES = [  # height, width
@@ -152,8 +151,6 @@ def test_max_tiles_bounds_the_views_with_that_of_the_whole(detail: Detail) -> No
         assert all(count <= most for most, count in enumerate(counts, 1))
         assert counts[0] == 1
         assert counts[-1] == free
-    with pytest.raises(OptionError, match=r"^max_tiles must be at least 1, not 0$"):
-        made.preprocess(noise(9, 9), ImageBudget(detail, max_views=0))
 
 
 MAKE = partial(llava.Reference, make_processor=tiny.reference_processor)
@@ -221,7 +218,7 @@ def test_pictures_that_differ_only_in_their_padding_are_kept_apart(exported: VLM
 def test_compressed_exports_answer(precision: Any, checkpoint: Path, tmp_path: Path) -> None:
     report = export(checkpoint, tmp_path / "out", ExportOptions(precision, via="native"))
     assert report.verification is not None
-    assert report.verification.parts["vision_embeddings"].cosine > 0.99
+    assert report.verification.parts["vision_embeddings"].cosine > least_w8a8_cosine()
     vlm = VLM(report.folder, F32)
-    check_fused(vlm, layers=2)
+    check_fused(vlm, layers=2, quantized=True)
     assert vlm.generate(photograph("china.jpg"), "What?", SHORT, SHORT_BUDGET).text
