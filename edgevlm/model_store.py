@@ -14,11 +14,7 @@ from edgevlm.errors import ModelError, ModelNotFoundError
 
 MANIFEST = "edgevlm.json"
 DEFAULT_MODEL = "panel"
-DEFAULT_NOTICE = (
-    "panel answers: the small bundled model, for lights, switches, gauges, shapes, counts, displays, labels and charts;"
-    " it learned from drawings alone. For other pictures: edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct, then"
-    " name it with -m."
-)
+DEFAULT_NOTICE = "using panel, the bundled model for drawings of instruments; name another with -m"
 _BUNDLED = Path(__file__).parent / "models"
 
 

@@ -18,7 +18,7 @@ from edgevlm import VLM, GenerationConfig
 from edgevlm.errors import SourceError
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import family_config
-from edgevlm_export.families.base import _TEXT_DEFAULTS
+from edgevlm_export.families.text_models import DEFAULTS
 from edgevlm_export.source.checkpoint import open_checkpoint
 from tests.conftest import F32, make_checkpoint, photograph
 
@@ -61,14 +61,14 @@ def reference_logits(folder: Path) -> np.ndarray:
         return reference(folder)(input_ids=torch.arange(60, 90)[None]).logits[0, -1].numpy()
 
 
-@pytest.mark.parametrize("kind", _TEXT_DEFAULTS)
+@pytest.mark.parametrize("kind", DEFAULTS)
 def test_what_a_config_is_silent_about_is_what_the_class_has(kind: str) -> None:
     config = AutoConfig.for_model(kind)
-    found = {name: getattr(config, name) for name in _TEXT_DEFAULTS[kind] if name != "rope_theta"}
+    found = {name: getattr(config, name) for name in DEFAULTS[kind] if name != "rope_theta"}
     found["rope_theta"] = config.rope_parameters["rope_theta"]
     if kind in ("qwen2", "qwen3"):
         found.pop("sliding_window", None)
-    assert found == _TEXT_DEFAULTS[kind]
+    assert found == DEFAULTS[kind]
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}

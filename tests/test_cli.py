@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -234,7 +235,7 @@ def test_doctor_keeps_long_paths_on_one_line(tmp_path: Path, monkeypatch: pytest
     assert any(line.endswith(str(home / "models")) for line in result.stdout.splitlines())
 
 
-@pytest.mark.parametrize("name", [None, *sorted(main.commands)])
+@pytest.mark.parametrize("name", [None, *main.list_commands(click.Context(main))])
 def test_help_shows_an_example(name: str | None) -> None:
     result = cli(*([name] if name else []), "--help")
     assert result.exit_code == 0

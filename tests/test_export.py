@@ -113,12 +113,12 @@ def test_int4_is_smaller_and_still_answers(exported: Path, exported_int4: Path) 
         Int4Recipe(gptq=True, group_size=32),
     ],
 )
-@pytest.mark.parametrize("piece_weights", [native_route.PIECE_WEIGHTS, 1000])
+@pytest.mark.parametrize("piece_weights", [native_route.PARTITION_WEIGHTS, 1000])
 def test_every_recipe_exports(
     idefics3: Path, tmp_path: Path, recipe: Int4Recipe, piece_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In one piece, and with every layer a piece of its own."""
-    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", piece_weights)
+    monkeypatch.setattr(native_route, "PARTITION_WEIGHTS", piece_weights)
     report = export(idefics3, tmp_path / "out", ExportOptions("int4", int4=recipe, via="native"))
     assert report.manifest.export_options["int4"]["group_size"] == recipe.group_size
     assert report.verification is not None

@@ -182,7 +182,7 @@ def test_compressed_exports_answer(precision: Any, published: Path, tmp_path: Pa
 
 def test_pieces_make_the_same_model(exported: Path, published: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """With a limit below one layer's weights, every block is a piece of its own."""
-    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(native_route, "PARTITION_WEIGHTS", 1000)
     report = export(published, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1
@@ -321,9 +321,9 @@ def test_tensors_and_their_shapes_are_those_of_transformers(name: str, held: boo
     assert dict(found.shapes) == wanted
     assert overlooked([*found.sections, preprocessor]) == {}
     assert (facts["image_seq_len"], facts["preprocessing"]["tile"], facts["image_token_id"]) == (256, 448, 151667)
-    rope = found.decoder.rope
+    rope = found.decoder.layers[0].mixer.rope
     assert rope.scale == 1
-    assert rope.frequencies[1] ** (-found.decoder.head_dim / 2) == pytest.approx(1000000.0, rel=1e-5)
+    assert rope.frequencies[1] ** (-found.decoder.layers[0].mixer.head_dim / 2) == pytest.approx(1000000.0, rel=1e-5)
 
 
 def published_name(name: str) -> str:

@@ -223,7 +223,7 @@ def bins(folder: Path) -> dict[str, str]:
 
 def test_pieces_make_the_same_model(exported: Path, idefics3: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """With a limit below one layer's weights, every block is a piece of its own."""
-    monkeypatch.setattr(native_route, "PIECE_WEIGHTS", 1000)
+    monkeypatch.setattr(native_route, "PARTITION_WEIGHTS", 1000)
     report = export(idefics3, tmp_path / "out", ExportOptions("fp32", via="native"))
     assert report.verification is not None
     assert report.verification.greedy_agreement == 1

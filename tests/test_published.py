@@ -142,11 +142,12 @@ def test_tensors_and_their_shapes_are_those_of_transformers_5(published: Publish
     assert overlooked([*found.sections, processor]) == {}
     text = config.text_config
     assert facts["image_seq_len"] == published.image_seq_len
-    assert found.decoder.num_attention_heads == text.num_attention_heads
-    assert found.decoder.num_key_value_heads == text.num_key_value_heads
-    assert found.decoder.head_dim == text.head_dim
-    assert found.decoder.rms_norm_eps == text.rms_norm_eps
-    assert found.decoder.rope.frequencies[1] ** (-text.head_dim / 2) == pytest.approx(
+    mixers, norms = ([getattr(layer, name) for layer in found.decoder.layers] for name in ("mixer", "input_norm"))
+    assert {mixer.num_heads for mixer in mixers} == {text.num_attention_heads}
+    assert {mixer.num_kv_heads for mixer in mixers} == {text.num_key_value_heads}
+    assert {mixer.head_dim for mixer in mixers} == {text.head_dim}
+    assert {norm.eps for norm in (*norms, found.decoder.norm)} == {text.rms_norm_eps}
+    assert found.decoder.layers[0].mixer.rope.frequencies[1] ** (-text.head_dim / 2) == pytest.approx(
         text.rope_parameters["rope_theta"], rel=1e-5
     )
 
@@ -155,7 +156,7 @@ def test_a_config_that_states_no_heads_has_those_of_its_class(tmp_path: Path) ->
     folder = write_files(IDEFICS3_8B, tmp_path / "checkpoint", layers=None)
     facts, _ = family_config(on_disk(folder))
     decoder = architecture(on_disk(folder), facts, ("lm_head.weight",)).decoder
-    assert (decoder.hidden_size, decoder.num_attention_heads, decoder.num_hidden_layers) == (4096, 32, 32)
+    assert (decoder.hidden_size, decoder.layers[0].mixer.num_heads, len(decoder.layers)) == (4096, 32, 32)
 
 
 def edited(published: Published, folder: Path, section: str, **changes: Any) -> Checkpoint:

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
     chosen_format,
     chosen_model,
@@ -21,7 +22,7 @@ from edgevlm.cli.options import (
 from edgevlm.strict_json import write_json
 
 
-@click.command()
+@click.command(cls=Command, short_help="Answer a JSON Lines file of questions, resumably.")
 @click.argument("jobs", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON Lines file of answers.")
 @click.option("--question", help="Asked where a row has no question of its own.")
@@ -30,7 +31,10 @@ from edgevlm.strict_json import write_json
 @model_options
 @generation_options
 @output_options
-@click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
+@group(
+    "Output",
+    click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object."),
+)
 def batch(
     jobs: Path, output: Path, question: str | None, workers: int, ray: str | None, as_json: bool, **options: Any
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgevlm.cli.help import Command
 from edgevlm.cli.options import chosen_model
 from edgevlm.strict_json import write_json
 
@@ -14,18 +15,20 @@ if TYPE_CHECKING:
     from edgevlm.bench.measure import Report
 
 
-@click.command()
+@click.command(cls=Command, short_help="Measure a model on this machine.")
 @click.argument("model", required=False)
 @click.option("--image", type=click.Path(path_type=Path), help="Picture to look at; default: a drawn one of 1600x1200.")
-@click.option("--device", "devices", multiple=True, default=["AUTO"], help="May be repeated.  [default: AUTO]")
-@click.option("--threads", multiple=True, type=int, help="CPU threads; may be repeated.")
+@click.option(
+    "--device", "devices", multiple=True, default=["AUTO"], help="Device; repeat to sweep several.  [default: AUTO]"
+)
+@click.option("--threads", multiple=True, type=int, help="CPU threads; repeat to sweep several.")
 @click.option(
     "--inference-precision",
     "inference_precisions",
     type=click.Choice(["auto", "f32", "bf16", "f16"]),
     multiple=True,
     default=["auto"],
-    help="May be repeated.  [default: auto]",
+    help="Repeat to sweep several.  [default: auto]",
 )
 @click.option(
     "--detail",
@@ -33,10 +36,12 @@ if TYPE_CHECKING:
     type=click.Choice(["auto", "low", "high"]),
     multiple=True,
     default=["auto"],
-    help="May be repeated.  [default: auto]",
+    help="Repeat to sweep several.  [default: auto]",
 )
-@click.option("--max-image-tokens", multiple=True, type=int, help="May be repeated.")
-@click.option("--prompt-tokens", multiple=True, type=int, help="Fill the prompt up to this length; may be repeated.")
+@click.option("--max-image-tokens", multiple=True, type=int, help="Image tokens at most; repeat to sweep several.")
+@click.option(
+    "--prompt-tokens", multiple=True, type=int, help="Pad the prompt to this length; repeat to sweep several."
+)
 @click.option("--new-tokens", default=32, show_default=True, help="Tokens of each answer, exactly.")
 @click.option("-n", "--repetitions", default=5, show_default=True, help="Measured answers for each point.")
 @click.option("--report", type=click.Path(path_type=Path), help="Also write a page or picture: .html or .png.")
@@ -44,7 +49,7 @@ if TYPE_CHECKING:
 def bench(model: str | None, image: Path | None, report: Path | None, as_json: bool, **options: Any) -> None:
     """Measure MODEL on this machine: load, vision, prefill, first token, decoding, memory.
 
-    Options that may be repeated are swept: every combination is a row. TTFT is always that of a picture never seen
+    Repeated options are swept: every combination is a row. TTFT is always that of a picture never seen
     before; the next question about the same picture stands in a column of its own.
 
     \b

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from edgevlm.cli.help import Command
 from edgevlm.cli.options import (
     chosen_model,
     generation_config,
@@ -16,7 +17,7 @@ from edgevlm.cli.options import (
 )
 
 
-@click.command()
+@click.command(cls=Command, short_help="Ask question after question about pictures.")
 @click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @model_options
 @generation_options

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from edgevlm import __version__
+from edgevlm.cli.help import Command
 from edgevlm.model_store import cache_dir, models_dir
 from edgevlm.strict_json import write_json
 
@@ -20,7 +21,7 @@ _RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "llguidance", "jinja2",
 _EXPORT = ("nncf", "safetensors", "huggingface-hub", "torch", "transformers", "optimum-intel", "onnx", "onnxruntime")
 
 
-@click.command()
+@click.command(cls=Command, short_help="Print what a bug report needs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Print what a bug report needs: versions, CPU, devices, folders, memory.

@@ -12,18 +12,18 @@ import click
 from edgevlm import __version__
 from edgevlm.errors import EdgeVLMError
 
-_COMMANDS = {
-    "run": "edgevlm.cli.run",
-    "chat": "edgevlm.cli.chat",
-    "serve": "edgevlm.cli.serve",
-    "batch": "edgevlm.cli.batch",
-    "watch": "edgevlm.cli.watch",
-    "export": "edgevlm_export.cli",
-    "models": "edgevlm.cli.models",
-    "bench": "edgevlm.cli.bench",
-    "doctor": "edgevlm.cli.doctor",
+_GROUPS = {
+    "Ask": {"run": "edgevlm.cli.run", "chat": "edgevlm.cli.chat"},
+    "Serve and automate": {
+        "serve": "edgevlm.cli.serve",
+        "batch": "edgevlm.cli.batch",
+        "watch": "edgevlm.cli.watch",
+    },
+    "Models": {"export": "edgevlm_export.cli", "models": "edgevlm.cli.models"},
+    "Measure and diagnose": {"bench": "edgevlm.cli.bench", "doctor": "edgevlm.cli.doctor"},
 }
-"""The commands in the order of use, and the module of each, which is imported when the command is."""
+"""The commands by heading, in the order of use, and the module of each, imported when the command is used."""
+_COMMANDS = {name: module for commands in _GROUPS.values() for name, module in commands.items()}
 
 
 class Commands(click.Group):
@@ -37,6 +37,12 @@ class Commands(click.Group):
             return None
         command: click.Command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in _GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(title):
+                formatter.write_dl([(name, command.get_short_help_str(100)) for name, command in commands if command])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -63,11 +69,12 @@ def _told(error: OSError) -> str:
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, package_name="edgevlm")
 def main() -> None:
-    """Ask a small vision-language model about a picture, on a machine with no GPU.
+    """Ask a vision-language model about a picture, on a machine with no GPU.
 
     \b
+    edgevlm run examples/gauge.png "What does the gauge show?"
     edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
-    edgevlm run photo.jpg "What is in this picture?"
+    edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgevlm.cli.help import group
+
 if TYPE_CHECKING:
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.decoding.output_format import OutputFormat
@@ -17,40 +19,42 @@ if TYPE_CHECKING:
 
 
 LONG_RUNNING_DEFAULTS = {"default_map": {"kv_cache": "paged"}}
-"""Click's settings for a command whose process stays: what `model_options` leave to it."""
+"""Click's context settings for commands whose process keeps running."""
 
 
 def model_options(command: Any) -> Any:
     """Add the options that say which model runs, and how."""
-    for option in (
-        click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk."),
+    command = group(
+        "Advanced",
         click.option(
             "--inference-precision",
             type=click.Choice(["auto", "f32", "bf16", "f16"]),
             default="auto",
             show_default=True,
-            help="auto is OpenVINO's choice for the device; f32 is the most exact.",
-        ),
-        click.option(
-            "--kv-cache-precision",
-            type=click.Choice(["auto", "u8", "f16", "f32"]),
-            default="auto",
-            show_default=True,
-            help="auto is 16 bits (float32 with --inference-precision f32); u8 halves a conversation's memory.",
+            help="auto: OpenVINO's choice for the device; f32: equal to the reference.",
         ),
         click.option(
             "--kv-cache",
             type=click.Choice(["stateful", "paged"]),
             default="stateful",
             show_default=True,
-            help="paged: on a CPU, blocks under paged attention; quicker answers after a slower start.",
+            help="paged: faster prefill and drafts on a CPU, slower start.",
         ),
-        click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
-        click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
+        click.option(
+            "--kv-cache-precision",
+            type=click.Choice(["auto", "u8", "f16", "f32"]),
+            default="auto",
+            show_default=True,
+            help="auto: 16 bits (float32 with --inference-precision f32); u8: half the memory.",
+        ),
+        click.option("--no-cache", is_flag=True, help="Do not keep compiled models on disk."),
+    )(command)
+    return group(
+        "Model",
         click.option("-m", "--model", help="Exported folder or short name.  [default: panel, bundled]"),
-    ):
-        command = option(command)
-    return command
+        click.option("--device", default="AUTO", show_default=True, help="AUTO, CPU, GPU or NPU."),
+        click.option("--threads", type=int, help="CPU threads; OpenVINO decides if left out."),
+    )(command)
 
 
 def chosen_model(name: str | None) -> str | Path:
@@ -64,50 +68,57 @@ def chosen_model(name: str | None) -> str | Path:
 
 
 def generation_options(command: Any) -> Any:
-    """Add the options that say how an answer is made."""
-    for option in (
-        click.option("--max-tiles", "max_views", type=int, hidden=True),
-        click.option("--max-image-tokens", type=int, help="At most this many image tokens for each picture."),
+    """Add the options that say how closely pictures are looked at, and how an answer is generated."""
+    command = group(
+        "Generation",
+        click.option("--max-new-tokens", default=256, show_default=True, help="Most tokens of an answer."),
+        click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied."),
+        click.option(
+            "--top-p",
+            default=1.0,
+            show_default=True,
+            help="Nucleus sampling: keep the likeliest tokens up to this cumulative probability.",
+        ),
+        click.option("--top-k", default=0, show_default=True, help="Keep this many of the likeliest tokens; 0: all."),
+        click.option("--seed", type=int, help="Makes sampling repeatable."),
+        click.option("--stop", multiple=True, help="End the answer before this text; repeat for several texts."),
+        click.option("--keep-special-tokens", is_flag=True, help="Show special tokens in the answer."),
+        click.option(
+            "--template-var",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Set a variable of the chat template, such as enable_thinking=false; repeat for several variables.",
+        ),
+    )(command)
+    return group(
+        "Image",
         click.option(
             "--detail",
             type=click.Choice(["auto", "low", "high"]),
             default="auto",
             show_default=True,
-            help="low: as few image tokens as may be; auto: as many as the pixels fill; high: as the checkpoint does.",
+            help="low: fewest image tokens; auto: as many as the pixels fill; high: as the checkpoint's processor.",
         ),
-        click.option(
-            "--template-var",
-            multiple=True,
-            metavar="NAME=VALUE",
-            help="Set a variable of the chat template, such as enable_thinking=false; may be repeated.",
-        ),
-        click.option("--keep-special-tokens", is_flag=True, help="Show special tokens in the answer, too."),
-        click.option("--stop", multiple=True, help="End the answer before this text; may be repeated."),
-        click.option("--seed", type=int, help="Makes sampling repeatable."),
-        click.option("--top-k", default=0, show_default=True, help="Sample from this many likeliest tokens; 0 is all."),
-        click.option("--top-p", default=1.0, show_default=True, help="Sample from the likeliest tokens of this mass."),
-        click.option("--temperature", default=0.0, show_default=True, help="0 is greedy; higher is more varied."),
-        click.option("--max-new-tokens", default=256, show_default=True, help="Longest answer, in tokens."),
-    ):
-        command = option(command)
-    return command
+        click.option("--max-image-tokens", type=int, help="At most this many image tokens for each picture."),
+        click.option("--max-tiles", "max_views", type=int, hidden=True),
+    )(command)
 
 
 def output_options(command: Any) -> Any:
-    """Add the options that say what form an answer has; one of them at most may be given."""
-    for option in (
-        click.option("--regex", help="Answer with text that this regular expression matches from end to end."),
-        click.option(
-            "--choices", help="Rate these answers, separated by commas: yes,no. Quote one that holds a comma."
-        ),
+    """Add the options of structured output; one of them at most may be given."""
+    return group(
+        "Output",
         click.option("--schema", type=click.Path(path_type=Path), help="Answer with JSON of this JSON Schema, a file."),
-    ):
-        command = option(command)
-    return command
+        click.option(
+            "--choices",
+            help="Score these answers, separated by commas (yes,no), and print their probabilities.",
+        ),
+        click.option("--regex", help="Answer with text that this regular expression matches from end to end."),
+    )(command)
 
 
 def chosen_format(options: dict[str, Any]) -> OutputFormat:
-    """Return the form that `output_options` ask for."""
+    """Return what `output_options` ask for."""
     from edgevlm.decoding.output_format import OutputFormat
 
     given = [name for name in ("schema", "choices", "regex") if options[name] is not None]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
     chosen_format,
     chosen_model,
@@ -32,13 +33,16 @@ if TYPE_CHECKING:
     from edgevlm.vlm import VLM
 
 
-@click.command()
+@click.command(cls=Command, short_help="Answer one question about pictures.")
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
 @model_options
 @generation_options
 @output_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text.")
-@click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer.")
+@group(
+    "Output",
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming text."),
+    click.option("--stats", is_flag=True, help="Print tokens, timings and memory after the answer."),
+)
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
     """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
 

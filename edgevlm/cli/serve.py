@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import LONG_RUNNING_DEFAULTS, model_options, runtime_config
 from edgevlm.errors import OptionError, ServerError
 
@@ -18,48 +19,52 @@ if TYPE_CHECKING:
     from edgevlm.server.settings import ServeConfig
 
 _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
-    ("--max-tokens", int, 512, "Longest answer of a request that does not say."),
-    ("--max-queue", int, 16, "Requests that may wait."),
-    ("--max-images", int, 8, "Pictures of one request."),
-    ("--max-pixels", int, 50_000_000, "Pixels of one picture."),
-    ("--max-body-mb", float, 32.0, "Size of one request, in MiB."),
-    ("--time-limit", float, 300.0, "Seconds for an answer, waiting included."),
-    ("--stop-timeout", float, 10.0, "Seconds that an answer may still take after SIGTERM."),
+    ("--max-tokens", int, 512, "Default max_tokens of a request."),
+    ("--max-queue", int, 16, "Most requests that may wait."),
+    ("--max-images", int, 8, "Most pictures of a request."),
+    ("--max-pixels", int, 50_000_000, "Most pixels of a picture."),
+    ("--max-body-mb", float, 32.0, "Largest request body, in MiB."),
+    ("--time-limit", float, 300.0, "Most seconds for an answer, waiting included."),
+    ("--stop-timeout", float, 10.0, "Seconds that the running answer may still take after SIGTERM."),
 )
 
 
-def bounds(command: Any) -> Any:
-    """Add the options that bound what a request may take."""
-    for name, kind, default, text in reversed(_BOUNDS):
-        command = click.option(name, type=kind, default=default, show_default=True, help=text)(command)
-    return command
-
-
-@click.command(context_settings=LONG_RUNNING_DEFAULTS)
+@click.command(
+    cls=Command, short_help="Serve an OpenAI-compatible API and a web page.", context_settings=LONG_RUNNING_DEFAULTS
+)
 @click.argument("model_argument", metavar="[MODEL]", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")
-@click.option("--api-key", envvar="EDGEVLM_API_KEY", help="Callers must send it; better given in EDGEVLM_API_KEY.")
-@click.option("--api-key-file", type=click.Path(path_type=Path), help="File with a key on each line.")
-@click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key.")
-@click.option("--allow-host", multiple=True, help="Name by which this machine may be called; may be repeated.")
-@click.option(
-    "--allow-origin",
-    multiple=True,
-    help="Web page that may use the server, such as https://shop.example; with an API key, * lets all.",
-)
-@click.option("--image-folder", type=click.Path(path_type=Path), help="Let pictures under it be named by path.")
 @click.option("--model-name", help="What callers call the model; default: its folder's name.")
-@bounds
-@click.option("--log-content", is_flag=True, help="Write questions and answers into the log.")
-@click.option("--print-unit", is_flag=True, help="Print a systemd unit that starts this server, and do nothing else.")
+@click.option("--print-unit", is_flag=True, help="Print a systemd unit that starts this server, and exit.")
+@group(
+    "Access",
+    click.option("--api-key", envvar="EDGEVLM_API_KEY", help="Callers must send it; better given in EDGEVLM_API_KEY."),
+    click.option("--api-key-file", type=click.Path(path_type=Path), help="File with a key on each line."),
+    click.option("--allow-anyone", is_flag=True, help="Listen beyond this machine without a key."),
+    click.option("--allow-host", multiple=True, help="Host name that requests may use; repeat for several names."),
+    click.option(
+        "--allow-origin",
+        multiple=True,
+        help="Origin whose pages may use the server, such as https://shop.example; may repeat; * needs a key.",
+    ),
+    click.option("--image-folder", type=click.Path(path_type=Path), help="Let pictures under it be named by path."),
+    click.option("--log-content", is_flag=True, help="Write questions and answers into the log."),
+)
+@group(
+    "Limits",
+    *(
+        click.option(name, type=kind, default=default, show_default=True, help=text)
+        for name, kind, default, text in _BOUNDS
+    ),
+)
 @model_options
 @click.pass_context
 def serve(ctx: click.Context, /, **options: Any) -> None:
-    """Answer OpenAI's clients and people with a browser, on this machine alone unless told otherwise.
+    """Serve an OpenAI-compatible API, and a web page, on localhost.
 
-    Speaks POST /v1/chat/completions and GET /v1/models; a page for people is at /, and /healthz, /readyz and /metrics
-    are for those who watch over it. Nothing is fetched from anywhere.
+    POST /v1/chat/completions and GET /v1/models are as OpenAI has them; the page is at /; /healthz, /readyz and
+    /metrics are for monitoring. Another --host needs an API key. No URL is ever fetched.
 
     \b
     edgevlm serve

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
     LONG_RUNNING_DEFAULTS,
     chosen_format,
@@ -25,22 +26,23 @@ from edgevlm.cli.options import (
 from edgevlm.strict_json import write_json
 
 
-@click.command(context_settings=LONG_RUNNING_DEFAULTS)
+@click.command(cls=Command, short_help="Answer each new picture of a folder.", context_settings=LONG_RUNNING_DEFAULTS)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--question", required=True, help="Asked about each picture.")
+@click.option("--question", required=True, help="Question about each picture.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON Lines file of answers.")
 @click.option("--sqlite", type=click.Path(path_type=Path), help="SQLite database (a local disk): its table `answers`.")
 @click.option("--recursive", is_flag=True, help="Look into folders within the folder too.")
 @click.option(
-    "--settle", default=1.0, show_default=True, help="Seconds for which a new file must have been left alone."
+    "--settle", default=1.0, show_default=True, help="Seconds that a new file must stay unchanged before it is read."
 )
-@click.option(
-    "--patience", default=30.0, show_default=True, help="Seconds after which a file that is no picture is given up."
-)
+@click.option("--patience", default=30.0, show_default=True, help="Seconds after which an unreadable file is reported.")
 @model_options
 @generation_options
 @output_options
-@click.option("--json", "as_json", is_flag=True, help="Also print each row as a line of JSON.")
+@group(
+    "Output",
+    click.option("--json", "as_json", is_flag=True, help="Also print each row as a line of JSON."),
+)
 def watch(
     folder: Path,
     question: str,

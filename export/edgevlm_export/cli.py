@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgevlm.cli.help import Command, group
 from edgevlm.errors import ExportError
 from edgevlm.strict_json import write_json
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 
 
-@click.command()
+@click.command(cls=Command, short_help="Convert a checkpoint to OpenVINO IR.")
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make; default: a short name.")
 @click.option("--int4", "precision", flag_value="int4", help="INT4 language model, the rest INT8: the smallest.")
@@ -33,15 +34,20 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
     "which makes them fastest; int8 exports sooner and stays nearer to the reference.",
 )
 @click.option("--lm-precision", type=_PRECISION, help="Language model only.")
-@click.option("--group-size", type=int, help="INT4: weights that share a scale.  [default: 32]")
-@click.option("--ratio", type=float, help="INT4: share of the weights; the rest stays INT8.  [default: 0.8]")
-@click.option("--sym/--asym", "sym", default=None, help="INT4 without or with a zero point.  [default: asym]")
-@click.option("--all-layers", is_flag=True, help="INT4 also for the embeddings and the LM head.")
-@click.option("--awq/--no-awq", default=None, help="INT4: activation-aware scaling.  [default: no]")
-@click.option(
-    "--scale-estimation/--no-scale-estimation", default=None, help="INT4: fit scales to inputs.  [default: yes]"
+@group(
+    "INT4",
+    click.option("--group-size", type=int, help="Weights that share a scale.  [default: 32]"),
+    click.option(
+        "--ratio", type=float, help="Share of the weights that become INT4; the rest stays INT8.  [default: 0.8]"
+    ),
+    click.option("--sym/--asym", "sym", default=None, help="Without or with a zero point.  [default: asym]"),
+    click.option("--all-layers", is_flag=True, help="The embeddings and the LM head, too."),
+    click.option("--awq/--no-awq", default=None, help="Activation-aware scaling.  [default: no]"),
+    click.option(
+        "--scale-estimation/--no-scale-estimation", default=None, help="Fit scales to inputs.  [default: yes]"
+    ),
+    click.option("--gptq/--no-gptq", default=None, help="Correct each layer's error on real inputs (slow)."),
 )
-@click.option("--gptq/--no-gptq", default=None, help="INT4: correct each layer's error on real inputs (slow).")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -56,7 +62,7 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
     "is native where it covers the checkpoint, and onnx where there are no safetensors.",
 )
 @click.option("--no-verify", is_flag=True, help="Skip the comparison with the uncompressed model.")
-@click.option("--force", is_flag=True, help="Replace an earlier export; what is none is never replaced.")
+@click.option("--force", is_flag=True, help="Replace an earlier export, and nothing else.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
 @click.option(
@@ -70,7 +76,7 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
     "--ignore-config-key",
     multiple=True,
     metavar="NAME",
-    help="Export although config.json states NAME, which edgevlm does not know; may be repeated.",
+    help="Export although config.json states NAME, which edgevlm does not know; repeat for several names.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def export(source: str, output: Path | None, as_json: bool, **options: Any) -> None:

@@ -12,7 +12,7 @@ from edgevlm.families import make_family
 from edgevlm.manifest import SUBMODELS, File, Manifest, Submodel, hash_file
 from edgevlm.model_store import MANIFEST
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.families.base import text_section
+from edgevlm_export.families.text_models import text_section
 from edgevlm_export.options import Precision
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.verify import Arrays

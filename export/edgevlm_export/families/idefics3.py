@@ -6,20 +6,15 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families.base import (
-    Architecture,
-    FamilyExporter,
-    is_tied,
-    read_decoder,
-    read_vision_sizes,
-    text_section,
-)
+from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_vision_sizes
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
-from edgevlm_export.graphs import decoder as decoders
-from edgevlm_export.graphs import vision_transformer
+from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.connectors import pixel_shuffle
-from edgevlm_export.graphs.layers import Constants, linear
-from edgevlm_export.graphs.stages import Block, Flow, Graph
+from edgevlm_export.graphs.constants import Constants
+from edgevlm_export.graphs.layers import linear
+from edgevlm_export.graphs.modules import Linear
+from edgevlm_export.graphs.stages import Graph, Stage, Values
+from edgevlm_export.graphs.vision_transformer import VisionTransformer, vision_stages
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader
 
@@ -118,30 +113,25 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
         raise SourceError("config.json contradicts itself: scale_factor and text_config.pixel_shuffle_factor differ")
     config.get("image_token_id")
     folded = vision.hidden_size * factor**2
-    shapes = dict(vision_transformer.shapes(vision)) | dict(decoders.shapes(decoder))
-    shapes[f"{_PROJECTION}.weight"] = (decoder.hidden_size, folded)
+    projection = Linear(_PROJECTION, decoder.hidden_size, folded)
     side = facts["preprocessing"]["tile"] // vision.patch_size
 
-    def connect(flow: Flow, constants: Constants) -> None:
-        image = pixel_shuffle(flow["hidden_states"], side, vision.hidden_size, factor)
-        flow["last_hidden_state"] = linear(image, constants, _PROJECTION)
+    def connect(values: Values, constants: Constants) -> None:
+        image = pixel_shuffle(values["hidden_states"], side, vision.hidden_size, factor)
+        values["last_hidden_state"] = linear(image, constants, projection)
 
-    def vision_graph(constants: Constants) -> Graph:
-        inputs = {
-            "pixel_values": ("f32", (-1, vision.num_channels, -1, -1)),
-            "patch_attention_mask": ("boolean", (-1, -1, -1)),
-            "patch_position_ids": ("i64", (-1, -1)),
-        }
-        connector = Block(lambda flow: connect(flow, constants), folded * decoder.hidden_size)
-        return Graph(
-            inputs, [*vision_transformer.blocks(vision, constants), connector], "last_hidden_state", "last_hidden_state"
-        )
-
-    return Architecture(decoder, shapes, ("lm_head.weight",), vision_graph, (config, text, seen))
+    inputs = {
+        "pixel_values": ("f32", (-1, vision.num_channels, -1, -1)),
+        "patch_attention_mask": ("boolean", (-1, -1, -1)),
+        "patch_position_ids": ("i64", (-1, -1)),
+    }
+    stages = [*vision_stages(vision), Stage(connect, (projection,))]
+    graph = Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+    return Architecture(decoder, graph, ("lm_head.weight",), (config, text, seen))
 
 
-def _vision(section: ConfigReader) -> vision_transformer.VisionTransformer:
-    return vision_transformer.VisionTransformer(
+def _vision(section: ConfigReader) -> VisionTransformer:
+    return VisionTransformer(
         prefix="model.vision_model",
         image_size=section.size("image_size"),
         patch_size=section.size("patch_size"),

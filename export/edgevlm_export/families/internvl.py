@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from functools import partial
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families.base import (
-    Architecture,
-    FamilyExporter,
-    is_tied,
-    read_activation,
-    read_decoder,
-    read_vision_sizes,
-    text_section,
-)
+from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_vision_sizes
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
-from edgevlm_export.graphs import decoder as decoders
-from edgevlm_export.graphs import internvit
+from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.connectors import pixel_shuffle
-from edgevlm_export.graphs.layers import Constants, activation, layer_norm, linear
-from edgevlm_export.graphs.stages import Block, Flow, Graph
+from edgevlm_export.graphs.constants import Constants
+from edgevlm_export.graphs.internvit import InternViT, vision_stages
+from edgevlm_export.graphs.layers import activation, layer_norm, linear
+from edgevlm_export.graphs.modules import Linear, Norm
+from edgevlm_export.graphs.stages import Graph, Stage, Values
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
@@ -176,23 +169,20 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     act = read_activation(config, "projector_hidden_act")
     folded, hidden = vision.hidden_size * factor**2, decoder.hidden_size
     tile = facts["preprocessing"]["tile"]
-    shapes = dict(internvit.shapes(vision)) | dict(decoders.shapes(decoder))
-    for module, shape in {"layer_norm": (folded,), "linear_1": (hidden, folded), "linear_2": (hidden, hidden)}.items():
-        shapes |= {f"{names.projector}.{module}.weight": shape, f"{names.projector}.{module}.bias": shape[:1]}
+    norm = Norm(f"{names.projector}.layer_norm", folded, _PROJECTOR_EPS, bias=True)
+    linear_1 = Linear(f"{names.projector}.linear_1", hidden, folded, bias=True)
+    linear_2 = Linear(f"{names.projector}.linear_2", hidden, hidden, bias=True)
 
-    def connect(flow: Flow, constants: Constants) -> None:
-        x = pixel_shuffle(flow["hidden_states"], vision.side, vision.hidden_size, factor)
-        x = layer_norm(x, constants, f"{names.projector}.layer_norm", _PROJECTOR_EPS)
-        x = activation(linear(x, constants, f"{names.projector}.linear_1"), act)
-        flow["last_hidden_state"] = linear(x, constants, f"{names.projector}.linear_2")
+    def connect(values: Values, constants: Constants) -> None:
+        x = pixel_shuffle(values["hidden_states"], vision.side, vision.hidden_size, factor)
+        x = activation(linear(layer_norm(x, constants, norm), constants, linear_1), act)
+        values["last_hidden_state"] = linear(x, constants, linear_2)
 
-    def vision_graph(constants: Constants) -> Graph:
-        inputs = {"pixel_values": ("f32", (-1, vision.num_channels, tile, tile))}
-        connector = Block(partial(connect, constants=constants), hidden * (folded + hidden))
-        blocks = [*internvit.blocks(vision, constants), connector]
-        return Graph(inputs, blocks, "last_hidden_state", "last_hidden_state")
-
-    return Architecture(decoder, shapes, (), vision_graph, (config, text, seen))
+    inputs = {"pixel_values": ("f32", (-1, vision.num_channels, tile, tile))}
+    stages = [*vision_stages(vision), Stage(connect, (norm, linear_1, linear_2))]
+    graph = Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+    unused = (vision.mask_token,) if seen.flag("use_mask_token") else ()
+    return Architecture(decoder, graph, unused, (config, text, seen))
 
 
 class _Names:
@@ -207,11 +197,11 @@ class _Names:
         )
 
 
-def _vision(section: ConfigReader, prefix: str) -> internvit.InternViT:
+def _vision(section: ConfigReader, prefix: str) -> InternViT:
     norm = section.get("norm_type")
     if norm not in ("layer_norm", "rms_norm"):
         raise UnsupportedError(f"the native route does not build the norm {norm!r} of {section.name_of('norm_type')}")
-    return internvit.InternViT(
+    return InternViT(
         prefix=prefix,
         image_size=_square(section, "image_size"),
         patch_size=_square(section, "patch_size"),
@@ -221,7 +211,6 @@ def _vision(section: ConfigReader, prefix: str) -> internvit.InternViT:
         rms=norm == "rms_norm",
         last_norm=not section.flag("use_mean_pooling"),
         positions=section.flag("use_absolute_position_embeddings"),
-        mask_token=section.flag("use_mask_token"),
     )
 
 

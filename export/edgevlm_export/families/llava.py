@@ -7,28 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from edgevlm.errors import SourceError
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.families.base import (
-    Architecture,
-    FamilyExporter,
-    is_tied,
-    read_activation,
-    read_decoder,
-    read_vision_sizes,
-    text_section,
-)
+from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_vision_sizes
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
-from edgevlm_export.graphs import decoder as decoders
-from edgevlm_export.graphs import tower as towers
-from edgevlm_export.graphs.layers import Constants, activation, linear, repeated
-from edgevlm_export.graphs.stages import Block, Flow, Graph
-from edgevlm_export.graphs.tower import Tower
+from edgevlm_export.families.text_models import read_decoder, text_section
+from edgevlm_export.graphs.constants import Constants
+from edgevlm_export.graphs.layers import activation, linear, repeated
+from edgevlm_export.graphs.modules import Linear, Tensor
+from edgevlm_export.graphs.stages import Graph, Stage, Values
+from edgevlm_export.graphs.tower import Tower, tower_stages, unused
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
@@ -192,29 +184,25 @@ def make_architecture(config: ConfigReader, tensors: Container[str], *, has_newl
     act = read_activation(config, "projector_hidden_act")
     for name in ("image_token_index", "image_token_id"):
         config.get(name)
-    hidden, shapes = decoder.hidden_size, towers.shapes(tower) | dict(decoders.shapes(decoder))
-    for module, columns in {"linear_1": tower.hidden_size, "linear_2": hidden}.items():
-        shapes[f"{names.projector}.{module}.weight"] = (hidden, columns)
-        shapes |= {f"{names.projector}.{module}.bias": (hidden,)} if biased else {}
-    shapes |= {names.newline: (hidden,)} if has_newline else {}
+    hidden = decoder.hidden_size
+    linear_1 = Linear(f"{names.projector}.linear_1", hidden, tower.hidden_size, biased)
+    linear_2 = Linear(f"{names.projector}.linear_2", hidden, hidden, biased)
+    newline = Tensor(names.newline, (hidden,)) if has_newline else None
 
-    def connect(flow: Flow, constants: Constants) -> None:
+    def connect(values: Values, constants: Constants) -> None:
         opset = import_openvino().opset13
-        x, axis = flow["hidden_states"], np.array([1])
+        x, axis = values["hidden_states"], np.array([1])
         if first:
             x = opset.slice(x, axis, np.array([tower.positions]), axis, axis)
-        x = activation(linear(x, constants, f"{names.projector}.linear_1"), act)
-        x = linear(x, constants, f"{names.projector}.linear_2")
-        if has_newline:
-            x = opset.concat([x, repeated(constants.vector(names.newline), x)], 1)
-        flow["last_hidden_state"] = x
+        x = linear(activation(linear(x, constants, linear_1), act), constants, linear_2)
+        if newline:
+            x = opset.concat([x, repeated(constants.vector(newline.name), x)], 1)
+        values["last_hidden_state"] = x
 
-    def vision_graph(constants: Constants) -> Graph:
-        inputs = {"pixel_values": ("f32", (-1, tower.num_channels, tower.image_size, tower.image_size))}
-        connector = Block(partial(connect, constants=constants), hidden * (tower.hidden_size + hidden))
-        return Graph(inputs, [*towers.blocks(tower, constants), connector], "last_hidden_state", "last_hidden_state")
-
-    return Architecture(decoder, shapes, towers.unused(tower), vision_graph, (config, text, seen))
+    inputs = {"pixel_values": ("f32", (-1, tower.num_channels, tower.image_size, tower.image_size))}
+    stages = [*tower_stages(tower), Stage(connect, (linear_1, linear_2, newline))]
+    graph = Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+    return Architecture(decoder, graph, unused(tower), (config, text, seen))
 
 
 @dataclass(frozen=True)

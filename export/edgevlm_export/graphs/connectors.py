@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.stages import Output
+from edgevlm_export.graphs.constants import Output
 
 if TYPE_CHECKING:
     import openvino as ov

@@ -3,93 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.stages import Output
-from edgevlm_export.source.safetensors_reader import Stored, Weights, concatenate
+from edgevlm_export.graphs.constants import Constants, Output, named
+from edgevlm_export.graphs.modules import Embedding, Linear, Norm, PatchConvolution
 
 if TYPE_CHECKING:
     import openvino as ov
 
 
-class Constants:
-    """A checkpoint's tensors as graph constants; `widen` makes matrices float32, else they keep their 16 bits."""
-
-    def __init__(self, weights: Weights, *, widen: bool) -> None:
-        self._weights = weights
-        self._widen = widen
-        self._held: list[Stored] = []
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._weights
-
-    def vector(self, *names: str) -> npt.NDArray[np.float32]:
-        """Return a norm's weights or a bias, or several joined, as float32."""
-        return concatenate([self._weights.take(name) for name in names]).float32()
-
-    def matrix(self, *names: str) -> Output:
-        """Return a weight matrix, or several with their rows joined, computed with as float32."""
-        stored = concatenate([self._weights.take(name) for name in names])
-        if self._widen:
-            stored = Stored(stored.float32(), "f32")
-        self._held.append(stored)  # a constant shares the array's memory and does not keep it
-        return _constant(stored, names[0])
-
-    def release(self) -> None:
-        """Give back the memory of all constants made so far; the graphs that hold them must be gone."""
-        self._held.clear()
-        self._weights.release()
-
-
-def _constant(stored: Stored, name: str) -> Output:
-    openvino = import_openvino()
-    kind = getattr(openvino.Type, stored.kind)
-    node = openvino.op.Constant(openvino.Tensor(stored.array, list(stored.array.shape), kind), True)
-    node.set_friendly_name(name)
-    if stored.kind == "f32":
-        return node.output(0)
-    convert = openvino.opset13.convert(node, "f32")
-    convert.set_friendly_name(f"{name}/convert")
-    return convert.output(0)
-
-
-def named(node: ov.Node, name: str) -> ov.Node:
-    """Return the node with its friendly name set."""
-    node.set_friendly_name(name)
-    return node
-
-
-def linear(x: Output, constants: Constants, *modules: str) -> ov.Node:
+def linear(x: Output, constants: Constants, *modules: Linear) -> ov.Node:
     """x W^T + b: `(B, S, D)` -> `(B, S, sum of the modules' rows)`; several modules of one input are one product."""
     opset = import_openvino().opset13
-    weight = constants.matrix(*(f"{module}.weight" for module in modules))
-    y = named(opset.matmul(x, weight, False, True), modules[0])
-    if f"{modules[0]}.bias" not in constants:
+    first, names = modules[0], [module.name for module in modules]
+    weight = constants.matrix(*(f"{name}.weight" for name in names))
+    y = named(opset.matmul(x, weight, False, True), first.name)
+    if not first.bias:
         return y
-    bias = constants.vector(*(f"{module}.bias" for module in modules))
-    return named(opset.add(y, bias.reshape(1, 1, -1)), f"{modules[0]}/bias")
+    bias = constants.vector(*(f"{name}.bias" for name in names))
+    return named(opset.add(y, bias.reshape(1, 1, -1)), f"{first.name}/bias")
 
 
-def rms_norm(x: Output, constants: Constants, module: str, eps: float) -> ov.Node:
+def rms_norm(x: Output, constants: Constants, norm: Norm) -> ov.Node:
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
     opset = import_openvino().opset13
     square = opset.power(x, np.float32(2))
     mean = opset.reduce_mean(square, np.array([-1]), keep_dims=True)
-    scale = opset.divide(np.float32(1), opset.sqrt(opset.add(mean, np.float32(eps))))
-    weight = constants.vector(f"{module}.weight")
-    return named(opset.multiply(opset.multiply(x, scale), weight), module)
+    scale = opset.divide(np.float32(1), opset.sqrt(opset.add(mean, np.float32(norm.eps))))
+    weight = constants.vector(f"{norm.name}.weight")
+    return named(opset.multiply(opset.multiply(x, scale), weight), norm.name)
 
 
-def layer_norm(x: Output, constants: Constants, module: str, eps: float) -> ov.Node:
+def layer_norm(x: Output, constants: Constants, norm: Norm) -> ov.Node:
     """(x - mean) / sqrt(var + eps) * weight + bias, over the last axis."""
     opset = import_openvino().opset13
-    normal = opset.mvn(x, opset.constant(np.array([-1], np.int64)), True, float(eps), "inside_sqrt")
-    scaled = opset.multiply(normal, constants.vector(f"{module}.weight").reshape(1, 1, -1))
-    return named(opset.add(scaled, constants.vector(f"{module}.bias").reshape(1, 1, -1)), module)
+    normal = opset.mvn(x, opset.constant(np.array([-1], np.int64)), True, float(norm.eps), "inside_sqrt")
+    scaled = opset.multiply(normal, constants.vector(f"{norm.name}.weight").reshape(1, 1, -1))
+    return named(opset.add(scaled, constants.vector(f"{norm.name}.bias").reshape(1, 1, -1)), norm.name)
+
+
+def patch_embedding(pixel_values: Output, constants: Constants, patches: PatchConvolution) -> ov.Node:
+    """Each patch as a vector: `(B, C, H, W)` -> `(B, P, D)`, row by row."""
+    opset = import_openvino().opset13
+    weight = constants.matrix(f"{patches.name}.weight")
+    grid = opset.convolution(pixel_values, weight, [patches.size] * 2, [0, 0], [0, 0], [1, 1])  # (B, D, rows, columns)
+    if patches.bias:
+        grid = opset.add(grid, constants.vector(f"{patches.name}.bias").reshape(1, -1, 1, 1))
+    row = opset.reshape(grid, np.array([0, patches.hidden, -1]), special_zero=True)
+    return opset.transpose(row, np.array([0, 2, 1]))
 
 
 def activation(x: Output, name: str) -> ov.Node:
@@ -139,10 +104,11 @@ def dimension(x: Output, axis: int) -> ov.Node:
     return opset.gather(opset.shape_of(x), np.int64(axis), np.int64(0))
 
 
-def embedding(ids: Output, constants: Constants, module: str) -> ov.Node:
+def embedding(ids: Output, constants: Constants, table: Embedding) -> ov.Node:
     """Rows of a table: int64 `(B, S)` -> `(B, S, D)`."""
     opset = import_openvino().opset13
-    return named(opset.gather(constants.matrix(f"{module}.weight"), opset.convert(ids, "i32"), np.int32(0)), module)
+    weight = constants.matrix(f"{table.name}.weight")
+    return named(opset.gather(weight, opset.convert(ids, "i32"), np.int32(0)), table.name)
 
 
 def repeated(row: npt.NDArray[np.float32], like: Output) -> ov.Node:
@@ -156,8 +122,3 @@ def attention_bias(allowed: Output) -> ov.Node:
     """0 where a boolean is true, and a number that softmax turns to 0 elsewhere."""
     opset = import_openvino().opset13
     return opset.select(allowed, np.float32(0), np.float32(-65504))
-
-
-def constant(value: Any) -> ov.Node:
-    """Return an array as a constant."""
-    return import_openvino().opset13.constant(value)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.stages import Output
+from edgevlm_export.graphs.constants import Output
 
 if TYPE_CHECKING:
     import openvino as ov

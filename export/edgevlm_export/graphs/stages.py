@@ -1,120 +1,131 @@
-"""A part of a model as a row of blocks, so that it can be built, run and compressed a few layers at a time.
+"""A submodel as a sequence of stages, so that it can be built, run and compressed a few layers at a time.
 
-A piece keeps no state: nothing that runs it needs any, and OpenVINO's CPU plugin does not give back the memory of a
-compiled model whose attention has a state. What the whole model needs is added when its pieces have been joined.
+The stages are partitioned into models of bounded size. None of these has OpenVINO state: running one needs none, and
+the CPU plugin does not give back the memory of a compiled model whose attention has state. `stitch` joins them and lets
+the graph's `finish` add the state.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.constants import Constants, Output
+from edgevlm_export.graphs.modules import Shape, declared
 
 if TYPE_CHECKING:
     import openvino as ov
 
-Output: TypeAlias = Any
-"""An `openvino.Output`."""
-
-_PRODUCED = "produced."
-"""What the tensor of an output is named beside: an IR with two tensors of one name reads wrongly."""
+_PREFIX = "produced."
+"""Prefix for the tensor names of stage outputs: duplicate tensor names break IR serialisation."""
 
 
 @dataclass
-class Flow:
-    """The named values between blocks."""
+class Values:
+    """The named values between stages."""
 
-    values: dict[str, Output] = field(default_factory=dict)
+    outputs: dict[str, Output] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Output:
-        return self.values[name]
+        return self.outputs[name]
 
     def __setitem__(self, name: str, node: ov.Node) -> None:
-        self.values[name] = node.output(0)
+        self.outputs[name] = node.output(0)
 
 
 @dataclass(frozen=True)
-class Block:
-    """A stretch of a graph: reads values from the flow and puts others there."""
+class Stage:
+    """A stretch of a graph: reads some values and sets others."""
 
-    build: Callable[[Flow], None]
-    weights: int = 0
-    """How many weights it holds."""
+    build: Callable[[Values, Constants], None]
+    modules: Sequence[Any] = ()
+    """The modules, or dataclasses of modules, whose tensors it reads."""
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in its matrices."""
+        return sum(math.prod(shape) for _, shape in declared(self.modules) if len(shape) > 1)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """One part of a model: its inputs, its blocks one after another, and the value that comes out."""
+    """One submodel: its inputs, its stages in order, and the value that is its output."""
 
     inputs: Mapping[str, tuple[str, Sequence[int]]]
     """Name to element type and shape, -1 where it varies."""
-    blocks: Sequence[Block]
+    stages: Sequence[Stage]
     value: str
-    """The value that is the part's output."""
     output: str
-    """The name that the output has."""
-    finish: Callable[[ov.Model], ov.Model] = lambda model: model
-    """What makes of the joined pieces the whole model."""
+    """The name that the output gets."""
+    states: Sequence[str] = ()
+    """Values that `finish` turns into state; no stage reads another's."""
+    finish: Callable[[ov.Model, Mapping[str, Output]], ov.Model] = lambda model, _: model
+    """Makes the whole submodel from the stitched model and its values."""
+
+    def tensors(self) -> dict[str, Shape]:
+        """Return name and shape of every tensor that the stages read."""
+        return dict(declared([stage.modules for stage in self.stages]))
 
 
-def pieces(graph: Graph, limit: int) -> Iterator[ov.Model]:
-    """Yield the graph as models of at most `limit` weights, or of one block where that alone has more.
+def partition(graph: Graph, constants: Constants, limit: int) -> Iterator[ov.Model]:
+    """Yield the graph as models of at most `limit` weights, or of one stage where that alone has more.
 
-    A piece's inputs are named as the values, its outputs are `produced`; it is built when it is asked for.
+    Each is built when it is asked for. Its inputs are named as the values, and so are its `outputs_of`.
     """
-    values = {name: (kind, list(shape)) for name, (kind, shape) in graph.inputs.items()}
-    for blocks in _portions(graph.blocks, limit):
-        model = _build(values, blocks)
-        for name, output in produced(model).items():
+    values = {name: (dtype, list(shape)) for name, (dtype, shape) in graph.inputs.items()}
+    for stages in _portions(graph.stages, limit):
+        model = _build(values, stages, constants)
+        for name, output in outputs_of(model).items():
             shape = [size.get_length() if size.is_static else -1 for size in output.get_partial_shape()]
             values[name] = (output.get_element_type().get_type_name(), shape)
         yield model
 
 
-def produced(model: ov.Model) -> dict[str, Output]:
-    """Return the outputs of a piece by the names of the values."""
-    return {output.get_any_name().removeprefix(_PRODUCED): output for output in model.outputs}
+def outputs_of(model: ov.Model) -> dict[str, Output]:
+    """Return the outputs of a partition by the names of the values."""
+    return {output.get_any_name().removeprefix(_PREFIX): output for output in model.outputs}
 
 
-def _portions(blocks: Sequence[Block], limit: int) -> Iterator[list[Block]]:
-    portion: list[Block] = []
-    held = 0
-    for block in blocks:
-        if held and held + block.weights > limit:
+def _portions(stages: Sequence[Stage], limit: int) -> Iterator[list[Stage]]:
+    portion: list[Stage] = []
+    weights = 0
+    for stage in stages:
+        if weights and weights + stage.weights > limit:
             yield portion
-            portion, held = [], 0
-        portion.append(block)
-        held += block.weights
+            portion, weights = [], 0
+        portion.append(stage)
+        weights += stage.weights
     if portion:
         yield portion
 
 
-def _build(inputs: Mapping[str, tuple[str, list[int]]], blocks: Sequence[Block]) -> ov.Model:
-    """Return a model of some blocks, whose outputs are all values that they put into the flow."""
+def _build(inputs: Mapping[str, tuple[str, list[int]]], stages: Sequence[Stage], constants: Constants) -> ov.Model:
+    """Return a model of some stages, whose outputs are all values that they set."""
     openvino = import_openvino()
-    flow = Flow()
+    values = Values()
     parameters = []
-    for name, (kind, shape) in inputs.items():
-        parameter = openvino.op.Parameter(getattr(openvino.Type, kind), openvino.PartialShape(shape))
+    for name, (dtype, shape) in inputs.items():
+        parameter = openvino.op.Parameter(getattr(openvino.Type, dtype), openvino.PartialShape(shape))
         parameter.set_friendly_name(name)
         parameter.output(0).set_names({name})
         parameters.append(parameter)
-        flow[name] = parameter
-    for block in blocks:
-        block.build(flow)
+        values[name] = parameter
+    for stage in stages:
+        stage.build(values, constants)
     used = [each for each in parameters if each.output(0).get_target_inputs()]
     results = []
-    for name, value in flow.values.items():
+    for name, value in values.outputs.items():
         if value.get_node().get_type_name() != "Parameter":
-            value.get_tensor().set_names({_PRODUCED + name})
+            value.get_tensor().set_names({_PREFIX + name})
             results.append(openvino.opset13.result(value))
     return openvino.Model(results, used)
 
 
-def join(models: Sequence[ov.Model], graph: Graph, name: str) -> ov.Model:
-    """Return one finished model of the pieces.
+def stitch(models: Sequence[ov.Model], graph: Graph, name: str) -> ov.Model:
+    """Return one finished model of a graph's partitions.
 
     Each takes its inputs from the outputs of those before, or from the graph's.
     """
@@ -129,10 +140,10 @@ def join(models: Sequence[ov.Model], graph: Graph, name: str) -> ov.Model:
             else:
                 parameters[label] = parameter
                 values[label] = parameter.output(0)
-        values |= {label: output.get_node().input_value(0) for label, output in produced(model).items()}
+        values |= {label: output.get_node().input_value(0) for label, output in outputs_of(model).items()}
     for label, value in values.items():
         value.get_tensor().set_names({label} if label in parameters else set())
     end = values[graph.value]
     end.get_tensor().set_names({graph.output})
     order = [parameters[label] for label in graph.inputs]
-    return graph.finish(openvino.Model([openvino.opset13.result(end)], order, name))
+    return graph.finish(openvino.Model([openvino.opset13.result(end)], order, name), values)

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.constants import Constants, Output, named
 from edgevlm_export.graphs.layers import (
-    Constants,
     activation,
     attention_bias,
     embedding,
     from_heads,
     layer_norm,
     linear,
-    named,
+    patch_embedding,
     split,
     to_heads,
 )
-from edgevlm_export.graphs.stages import Block, Flow
+from edgevlm_export.graphs.modules import Embedding, Linear, Norm, PatchConvolution
+from edgevlm_export.graphs.stages import Stage, Values
 
 if TYPE_CHECKING:
     import openvino as ov
 
-    from edgevlm_export.graphs.stages import Output
+
+@dataclass(frozen=True)
+class EncoderLayer:
+    """Attention and MLP, each behind a LayerNorm and added to what came in."""
+
+    name: str
+    norm1: Norm
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    out_proj: Linear
+    norm2: Norm
+    fc1: Linear
+    fc2: Linear
 
 
 @dataclass(frozen=True)
@@ -49,81 +63,87 @@ class VisionTransformer:
         """Patches in a row of the picture."""
         return self.image_size // self.patch_size
 
-    def layer(self, index: int) -> str:
-        """Return what the names of a layer's weights begin with."""
-        return f"{self.prefix}.encoder.layers.{index}"
+    @property
+    def embeddings(self) -> str:
+        """What the names of the patches' and positions' weights begin with."""
+        return f"{self.prefix}.embeddings"
+
+    @property
+    def patch_embedding(self) -> PatchConvolution:
+        """Turns patches into vectors."""
+        name = f"{self.embeddings}.patch_embedding"
+        return PatchConvolution(name, self.hidden_size, self.num_channels, self.patch_size)
+
+    @property
+    def position_embedding(self) -> Embedding:
+        """A vector for each place of a patch."""
+        return Embedding(f"{self.embeddings}.position_embedding", self.side**2, self.hidden_size)
+
+    @property
+    def post_layernorm(self) -> Norm:
+        """After the last layer."""
+        return self.norm(f"{self.prefix}.post_layernorm")
+
+    def norm(self, name: str) -> Norm:
+        """Return a LayerNorm over all channels."""
+        return Norm(name, self.hidden_size, self.layer_norm_eps, bias=True)
+
+    def encoder_layer(self, index: int) -> EncoderLayer:
+        """Return one layer."""
+        hidden, inner, at = self.hidden_size, self.intermediate_size, f"{self.prefix}.encoder.layers.{index}"
+        q, k, v, out = (Linear(f"{at}.self_attn.{name}_proj", hidden, hidden, True) for name in ("q", "k", "v", "out"))
+        fc1, fc2 = Linear(f"{at}.mlp.fc1", inner, hidden, True), Linear(f"{at}.mlp.fc2", hidden, inner, True)
+        return EncoderLayer(at, self.norm(f"{at}.layer_norm1"), q, k, v, out, self.norm(f"{at}.layer_norm2"), fc1, fc2)
 
 
-def shapes(vision: VisionTransformer) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the name and shape of every tensor that the transformer has in a checkpoint."""
-    hidden, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    embeddings = f"{vision.prefix}.embeddings"
-    yield f"{embeddings}.patch_embedding.weight", (hidden, vision.num_channels, patch, patch)
-    yield f"{embeddings}.patch_embedding.bias", (hidden,)
-    yield f"{embeddings}.position_embedding.weight", (vision.side**2, hidden)
-    for index in range(vision.num_hidden_layers):
-        at = vision.layer(index)
-        square = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
-        for module, shape in {**square, "mlp.fc1": (inner, hidden), "mlp.fc2": (hidden, inner)}.items():
-            yield f"{at}.{module}.weight", shape
-            yield f"{at}.{module}.bias", shape[:1]
-        for module in ("layer_norm1", "layer_norm2"):
-            yield f"{at}.{module}.weight", (hidden,)
-            yield f"{at}.{module}.bias", (hidden,)
-    yield f"{vision.prefix}.post_layernorm.weight", (hidden,)
-    yield f"{vision.prefix}.post_layernorm.bias", (hidden,)
-
-
-def blocks(vision: VisionTransformer, constants: Constants) -> list[Block]:
+def vision_stages(vision: VisionTransformer) -> list[Stage]:
     """Return patches, layers and last norm: pixel_values -> hidden_states `(B, P, D)`."""
-    hidden = vision.hidden_size
-    in_layer = hidden * (4 * hidden + 2 * vision.intermediate_size)
-    layers = [
-        Block(lambda flow, index=index: encoder_layer(flow, vision, constants, index), in_layer)  # type: ignore[misc]
-        for index in range(vision.num_hidden_layers)
-    ]
-
-    def last_norm(flow: Flow) -> None:
-        at = f"{vision.prefix}.post_layernorm"
-        flow["hidden_states"] = layer_norm(flow["hidden_states"], constants, at, vision.layer_norm_eps)
-
-    return [Block(lambda flow: patches(flow, vision, constants)), *layers, Block(last_norm)]
+    start = Stage(partial(embed_patches, vision), (vision.patch_embedding, vision.position_embedding))
+    end = Stage(partial(last_norm, vision), (vision.post_layernorm,))
+    return [start, *encoder_stages(vision, vision.num_hidden_layers), end]
 
 
-def patches(flow: Flow, vision: VisionTransformer, constants: Constants) -> None:
-    """Each patch as a vector with its place added; patches that are padding may not be attended to."""
+def encoder_stages(vision: VisionTransformer, count: int) -> list[Stage]:
+    """Return a stage for each of the first `count` layers."""
+    layers = [vision.encoder_layer(index) for index in range(count)]
+    return [Stage(partial(encoder_layer, vision, layer), (layer,)) for layer in layers]
+
+
+def embed_patches(vision: VisionTransformer, values: Values, constants: Constants) -> None:
+    """Set each patch as a vector with its position added; patches that are padding are masked."""
     opset = import_openvino().opset13
-    at = f"{vision.prefix}.embeddings"
-    weight = constants.matrix(f"{at}.patch_embedding.weight")
-    side, none = [vision.patch_size] * 2, [0, 0]
-    grid = opset.convolution(flow["pixel_values"], weight, side, none, none, [1, 1])  # (B, D, rows, columns)
-    grid = opset.add(grid, constants.vector(f"{at}.patch_embedding.bias").reshape(1, -1, 1, 1))
-    row = opset.reshape(grid, np.array([0, vision.hidden_size, -1]), special_zero=True)
-    row = opset.transpose(row, np.array([0, 2, 1]))
-    places = embedding(flow["patch_position_ids"], constants, f"{at}.position_embedding")
-    flow["hidden_states"] = named(opset.add(row, places), at)
-    seen = opset.reshape(flow["patch_attention_mask"], np.array([0, 1, 1, -1]), special_zero=True)  # (B, 1, 1, P)
-    flow["attention_bias"] = attention_bias(seen)
+    row = patch_embedding(values["pixel_values"], constants, vision.patch_embedding)
+    places = embedding(values["patch_position_ids"], constants, vision.position_embedding)
+    values["hidden_states"] = named(opset.add(row, places), vision.embeddings)
+    present = opset.reshape(values["patch_attention_mask"], np.array([0, 1, 1, -1]), special_zero=True)  # (B, 1, 1, P)
+    values["attention_bias"] = attention_bias(present)
 
 
-def encoder_layer(flow: Flow, vision: VisionTransformer, constants: Constants, index: int) -> None:
-    """Attention and MLP, each behind a LayerNorm and added to what came in."""
+def encoder_layer(vision: VisionTransformer, layer: EncoderLayer, values: Values, constants: Constants) -> None:
+    """Set `hidden_states` after one layer."""
     opset = import_openvino().opset13
-    at, x = vision.layer(index), flow["hidden_states"]
-    normal = layer_norm(x, constants, f"{at}.layer_norm1", vision.layer_norm_eps)
-    x = opset.add(x, attention(normal, flow, vision, constants, f"{at}.self_attn"))
-    normal = layer_norm(x, constants, f"{at}.layer_norm2", vision.layer_norm_eps)
-    inner = activation(linear(normal, constants, f"{at}.mlp.fc1"), vision.hidden_act)
-    flow["hidden_states"] = named(opset.add(x, linear(inner, constants, f"{at}.mlp.fc2")), at)
+    x = values["hidden_states"]
+    normal = layer_norm(x, constants, layer.norm1)
+    x = opset.add(x, attention(normal, vision, layer, values, constants))
+    normal = layer_norm(x, constants, layer.norm2)
+    inner = activation(linear(normal, constants, layer.fc1), vision.hidden_act)
+    values["hidden_states"] = named(opset.add(x, linear(inner, constants, layer.fc2)), layer.name)
 
 
-def attention(x: Output, flow: Flow, vision: VisionTransformer, constants: Constants, at: str) -> ov.Node:
-    """Every patch attends to every patch; to none that is padding, where there may be any."""
+def attention(
+    x: Output, vision: VisionTransformer, layer: EncoderLayer, values: Values, constants: Constants
+) -> ov.Node:
+    """Every patch attends to every patch, but to none that is padding where there is an `attention_bias`."""
     opset = import_openvino().opset13
     heads, width = vision.num_attention_heads, vision.hidden_size
-    qkv = linear(x, constants, *(f"{at}.{name}_proj" for name in "qkv"))
+    qkv = linear(x, constants, layer.q_proj, layer.k_proj, layer.v_proj)
     q, k, v = (to_heads(each, heads, width // heads) for each in split(qkv, [width] * 3))
     scale = np.float32((width // heads) ** -0.5)
-    bias = flow.values.get("attention_bias")
+    bias = values.outputs.get("attention_bias")
     mixed = opset.scaled_dot_product_attention(q, k, v, bias, scale, causal=False)
-    return linear(from_heads(mixed, width), constants, f"{at}.out_proj")
+    return linear(from_heads(mixed, width), constants, layer.out_proj)
+
+
+def last_norm(vision: VisionTransformer, values: Values, constants: Constants) -> None:
+    """Set `hidden_states` after the last norm."""
+    values["hidden_states"] = layer_norm(values["hidden_states"], constants, vision.post_layernorm)

@@ -1,15 +1,15 @@
 """The route without torch: graphs made from the checkpoint's own tensors, a few layers in memory at a time.
 
-Each part goes through piece by piece. A piece is built with its weights mapped from the safetensors, run in float32 on
-what came out of the piece before (which gives the next piece's inputs, calibration data and, at the end, the reference
-that the finished folder is compared with), compressed, and written to disk; the written pieces are mapped back and
-joined. So memory is bounded by a piece, whatever the model's size.
+Each submodel is partitioned. A partition is built with its weights mapped from the safetensors files and run in float32
+on the outputs of the partition before, which gives the next one's inputs, the calibration data, and at the end the
+reference that the finished folder is verified against. Then it is compressed and written to disk. The written
+partitions are mapped back and stitched. So memory is bounded by a partition, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,25 +24,25 @@ from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES
 from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION, Manifest
 from edgevlm.runtime.config import RuntimeConfig
-from edgevlm.runtime.core import core, read_ir
+from edgevlm.runtime.core import core, import_openvino, read_ir
 from edgevlm_export.calibration import Pair, verification_pairs, with_questions
 from edgevlm_export.clock import StageClock
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
-from edgevlm_export.graphs.layers import Constants
-from edgevlm_export.graphs.stages import join, pieces, produced
+from edgevlm_export.graphs.constants import Constants
+from edgevlm_export.graphs.stages import outputs_of, partition, stitch
 from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, ExportOptions, Precision
 from edgevlm_export.output_folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.samples import Sample, decoder_inputs, encoder_inputs, make_sample, pixel_values, vision_samples
-from edgevlm_export.source.safetensors_reader import Stored, Weights
+from edgevlm_export.source.safetensors_reader import RawTensor, Weights
 from edgevlm_export.verify import Array, Arrays
 
 if TYPE_CHECKING:
     import openvino as ov
 
 LIBRARIES = ("nncf", "safetensors", "huggingface_hub")
-PIECE_WEIGHTS = 64_000_000
-"""Weights of a piece: 0.26 GB in float32, of which compiling and compressing hold several copies."""
+PARTITION_WEIGHTS = 64_000_000
+"""Weights of a partition: 0.26 GB in float32, of which compiling and compressing hold several copies."""
 _FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
 
@@ -59,17 +59,18 @@ def write_parts(
     """Write the compressed parts into `staging`. Raises `ExportError`."""
     Thread(target=import_nncf, daemon=True).start()  # takes a second or more
     processor = Processor(work, manifest)
-    chosen = verification_pairs(pairs) if options.verify else {}
+    verified = verification_pairs(pairs) if options.verify else {}
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
-    learned = with_questions(pairs) if needs_data else []
-    samples = {pair: make_sample(processor, pair) for pair in [*chosen.values(), *learned]}
-    table = weights.take(f"{architecture.decoder.prefix}.embed_tokens.weight")
+    calibration_pairs = with_questions(pairs) if needs_data else []
+    samples = {pair: make_sample(processor, pair) for pair in [*verified.values(), *calibration_pairs]}
+    table = weights.get(f"{architecture.decoder.embed_tokens.name}.weight")
     embeds = {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
-    writer = PartWriter(architecture, weights, options, staging, work, clock)
+    writer = SubmodelWriter(architecture, weights, options, staging, work, clock)
 
-    feeds = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
-    data = vision_samples(processor, pairs, manifest.hidden_size) if options.part_precision(VISION) == "w8a8" else []
-    outputs = iter(writer.write(VISION, feeds, data))
+    views = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
+    is_w8a8 = options.part_precision(VISION) == "w8a8"
+    calibration = vision_samples(processor, pairs, manifest.hidden_size) if is_w8a8 else []
+    outputs = iter(writer.write(VISION, views, calibration))
     encoded = {pair: [{IMAGE_EMBEDS: next(outputs)[0]} for _ in sample.views] for pair, sample in samples.items()}
     writer.write(TEXT_EMBEDDINGS, [], [])
 
@@ -77,15 +78,15 @@ def write_parts(
         pair: decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair])
         for pair, sample in samples.items()
     }
-    data = [inputs[pair] for pair in learned]
-    kept = [compared(samples[pair]) for pair in chosen.values()]
-    logits = writer.write(LANGUAGE, [inputs[pair] for pair in chosen.values()], data, kept)
+    calibration = [inputs[pair] for pair in calibration_pairs]
+    last_positions = [compared(samples[pair]) for pair in verified.values()]
+    logits = writer.write(LANGUAGE, [inputs[pair] for pair in verified.values()], calibration, last_positions)
 
     for path in work.iterdir():
         shutil.copyfile(path, staging / path.name)
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
-    for (name, pair), scores in zip(chosen.items(), logits, strict=True):
+    for (name, pair), scores in zip(verified.items(), logits, strict=True):
         case, expected = as_case(samples[pair], embeds[pair], encoded[pair], scores)
         cases |= {f"{name}.{key}": array for key, array in case.items()}
         reference |= {f"{name}.{key}": array for key, array in expected.items()}
@@ -100,7 +101,7 @@ def compared(sample: Sample) -> int:
     return min(VERIFY_TOKENS, answer + 1 if answer else len(sample.ids))
 
 
-def look_up(table: Stored, ids: Array) -> Array:
+def look_up(table: RawTensor, ids: Array) -> Array:
     """Return the embeddings `(1, n, D)` of token ids. Raises `SourceError` for a token that the table lacks."""
     if ids.max() >= len(table.array):
         raise SourceError(
@@ -122,8 +123,8 @@ def as_case(sample: Sample, embeds: Array, encoded: Sequence[Arrays], logits: Ar
     return case, outputs
 
 
-class PartWriter:
-    """Writes one part after another, piece by piece."""
+class SubmodelWriter:
+    """Writes one submodel after another, partition by partition."""
 
     def __init__(
         self,
@@ -134,57 +135,63 @@ class PartWriter:
         work: Path,
         clock: StageClock,
     ) -> None:
-        self._graphs = architecture.graphs()
+        self._graphs = architecture.graphs
         self._weights, self._options = weights, options
-        self._draft, self._work, self._clock = staging, work, clock
+        self._staging, self._work, self._clock = staging, work, clock
 
     def write(
-        self, part: str, feeds: Sequence[Arrays], data: Sequence[Arrays], kept: Sequence[int] | None = None
+        self,
+        name: str,
+        inputs: Sequence[Arrays],
+        calibration: Sequence[Arrays],
+        last_positions: Sequence[int] | None = None,
     ) -> list[Array]:
-        """Write one part; return its uncompressed float32 output for each of `feeds`.
+        """Write one submodel; return its uncompressed float32 output for each of `inputs`.
 
-        `data` are the inputs to calibrate compression on; `kept` are the last positions whose output is wanted.
+        Compression is calibrated on the inputs `calibration`. Of each output only so many of the last positions are
+        kept, all where `last_positions` is None.
         """
-        precision = self._options.part_precision(part)
-        constants = Constants(self._weights, widen=precision in UNCOMPRESSED)
-        graph = self._graphs[part](constants)
-        alone = sum(block.weights for block in graph.blocks) <= PIECE_WEIGHTS
-        wanted: list[dict[str, Array]] = [dict(feed) for feed in feeds]
-        samples: list[dict[str, Array]] = [dict(sample) for sample in data]
+        precision, graph = self._options.part_precision(name), self._graphs[name]
+        constants = Constants(self._weights, upcast=precision in UNCOMPRESSED)
+        is_single = sum(stage.weights for stage in graph.stages) <= PARTITION_WEIGHTS
+        reference, samples = [dict(each) for each in inputs], [dict(each) for each in calibration]
         models: list[ov.Model] = []
-        for number, piece in enumerate(pieces(graph, PIECE_WEIGHTS)):
-            last = graph.value in produced(piece)
-            self._clock.begin(f"{part}: reference")
-            run(piece, wanted + ([] if last else samples), kept if last else None)
-            self._clock.begin(f"{part}: compress")
-            model = self._compress(piece, precision, samples, last=last, alone=alone)
-            if not alone:
-                model = mapped(model, self._work / f"{part}-{number}.xml")
+        for number, model in enumerate(partition(graph, constants, PARTITION_WEIGHTS)):
+            is_last = graph.value in outputs_of(model)
+            self._clock.begin(f"{name}: reference")
+            computed = run(model, graph.states, reference, last_positions if is_last else None)
+            reference = [values | new for values, new in zip(reference, computed, strict=True)]
+            if not is_last:
+                samples = [values | new for values, new in zip(samples, run(model, graph.states, samples), strict=True)]
+            self._clock.begin(f"{name}: compress")
+            compressed = self._compress(model, precision, samples, is_last=is_last, is_single=is_single)
+            if not is_single:
+                compressed = mapped(compressed, self._work / f"{name}-{number}.xml")
                 constants.release()
-            models.append(model)
-        self._clock.begin(f"{part}: write")
-        self._save(part, join(models, graph, part), precision)
+            models.append(compressed)
+        self._clock.begin(f"{name}: write")
+        self._save(name, stitch(models, graph, name), precision)
         del models
         constants.release()
-        for path in self._work.glob(f"{part}-*.*"):
+        for path in self._work.glob(f"{name}-*.*"):
             path.unlink()
-        return [feed[graph.value] for feed in wanted]
+        return [values[graph.value] for values in reference]
 
     def _compress(
-        self, model: ov.Model, precision: Precision, samples: Sequence[Arrays], *, last: bool, alone: bool
+        self, model: ov.Model, precision: Precision, samples: Sequence[Arrays], *, is_last: bool, is_single: bool
     ) -> ov.Model:
         recipe = self._options.int4
-        if precision == "int4" and last and not alone and not recipe.all_layers and _products(model) == 1:
-            return compress(model, "int8", recipe)  # the head by itself, which stays INT8
-        if not last:  # what NNCF takes for the last layer here is none
+        if precision == "int4" and is_last and not is_single and not recipe.all_layers and _matmuls(model) == 1:
+            return compress(model, "int8", recipe)  # the LM head by itself, which stays INT8
+        if not is_last:  # NNCF would take this partition's last matmul for the LM head and leave it INT8
             recipe = replace(recipe, all_layers=True)
         return compress(model, precision, recipe, samples)
 
-    def _save(self, part: str, model: ov.Model, precision: Precision) -> None:
-        if part == LANGUAGE:  # as optimum-intel marks what it converts: for a GPU's float16, and for the KV cache
+    def _save(self, name: str, model: ov.Model, precision: Precision) -> None:
+        if name == LANGUAGE:  # as optimum-intel marks what it converts: for a GPU's float16, and for the KV cache
             model.set_rt_info("8.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
             model.set_rt_info("f16", ["runtime_options", "KV_CACHE_PRECISION"])
-        save_ir(model, self._draft / FILE_NAMES[part], precision)
+        save_ir(model, self._staging / FILE_NAMES[name], precision)
 
 
 def mapped(model: ov.Model, path: Path) -> ov.Model:
@@ -193,17 +200,36 @@ def mapped(model: ov.Model, path: Path) -> ov.Model:
     return read_ir(path)
 
 
-def run(model: ov.Model, feeds: Sequence[dict[str, Array]], kept: Sequence[int] | None = None) -> None:
-    """Run a piece in float32 and add its outputs to each feed; `kept` are the last positions to keep of them."""
-    if not feeds:
-        return
-    compiled = core().compile_model(model, "CPU", _FLOAT32.language_properties("CPU"))
-    names = [each.get_any_name() for each in model.inputs]
-    for number, feed in enumerate(feeds):
-        outputs = compiled.create_infer_request().infer({name: feed[name] for name in names}, share_inputs=True)
-        for name, value in zip(produced(model), outputs.values(), strict=True):
-            feed[name] = np.array(value[0, -kept[number] :] if kept else value)
+def run(
+    model: ov.Model,
+    states: Collection[str],
+    inputs: Sequence[Arrays],
+    last_positions: Sequence[int] | None = None,
+) -> list[dict[str, Array]]:
+    """Return a partition's float32 outputs, but for states, for each of `inputs`, which may hold more than it reads.
+
+    Of each output only so many of the last positions are kept, all where `last_positions` is None.
+    """
+    if not inputs:
+        return []
+    outputs = [output for name, output in outputs_of(model).items() if name not in states]
+    names = [name for name in outputs_of(model) if name not in states]
+    results = [output.get_node() for output in outputs]
+    without_states = import_openvino().Model(results, model.get_parameters())
+    compiled = core().compile_model(without_states, "CPU", _FLOAT32.language_properties("CPU"))
+    parameters = [each.get_any_name() for each in without_states.inputs]
+    computed = []
+    for number, values in enumerate(inputs):
+        found = compiled.create_infer_request().infer({name: values[name] for name in parameters}, share_inputs=True)
+        kept = slice(-last_positions[number], None) if last_positions else slice(None)
+        computed.append(
+            {
+                name: np.array(value[0, kept] if last_positions else value)
+                for name, value in zip(names, found.values(), strict=True)
+            }
+        )
+    return computed
 
 
-def _products(model: ov.Model) -> int:
+def _matmuls(model: ov.Model) -> int:
     return sum(node.get_type_name() == "MatMul" for node in model.get_ops())

@@ -15,7 +15,7 @@ from edgevlm.runtime.core import import_openvino
 if TYPE_CHECKING:
     import openvino as ov
 
-    from edgevlm_export.graphs.stages import Output
+    from edgevlm_export.graphs.constants import Output
 
 logger = logging.getLogger(__name__)
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")

@@ -30,27 +30,27 @@ _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")
 
 
 @dataclass(frozen=True)
-class Stored:
+class RawTensor:
     """A tensor as it is stored; bfloat16, which NumPy lacks, is held as its 16 bits."""
 
     array: Array
-    kind: str
+    dtype: str
     """OpenVINO's name of the element type: f32, f16 or bf16."""
 
     def float32(self) -> npt.NDArray[np.float32]:
         """Return the values as float32, which is exact for all three types."""
-        if self.kind == "bf16":
+        if self.dtype == "bf16":
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         return self.array.astype(np.float32, copy=False)
 
 
-def concatenate(tensors: Sequence[Stored]) -> Stored:
+def concatenate(tensors: Sequence[RawTensor]) -> RawTensor:
     """Return tensors joined along their first axis, in their own type where it is one, else in float32."""
     if len(tensors) == 1:
         return tensors[0]
-    if len({tensor.kind for tensor in tensors}) == 1:
-        return Stored(np.concatenate([tensor.array for tensor in tensors]), tensors[0].kind)
-    return Stored(np.concatenate([tensor.float32() for tensor in tensors]), "f32")
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        return RawTensor(np.concatenate([tensor.array for tensor in tensors]), tensors[0].dtype)
+    return RawTensor(np.concatenate([tensor.float32() for tensor in tensors]), "f32")
 
 
 class Weights:
@@ -66,11 +66,6 @@ class Weights:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry["data_offsets"][1] - entry["data_offsets"][0] for _, _, entry in self._entries.values())
-
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
         """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`."""
         for name, shape in shapes.items():
@@ -82,13 +77,13 @@ class Weights:
                 " config.json and the weights do not belong together"
             )
 
-    def take(self, name: str) -> Stored:
+    def get(self, name: str) -> RawTensor:
         """Return a tensor, mapped."""
         path, start, entry = self._entries[name]
         kind, dtype = _DTYPES[entry["dtype"]]
         count = int(np.prod(entry["shape"], dtype=np.int64))
         offset = start + entry["data_offsets"][0]
-        return Stored(np.frombuffer(self._map(path), dtype, count, offset).reshape(entry["shape"]), kind)
+        return RawTensor(np.frombuffer(self._map(path), dtype, count, offset).reshape(entry["shape"]), kind)
 
     def release(self) -> None:
         """Let the system take back the memory of what was read; it is read from the file again when needed."""

@@ -1,0 +1,33 @@
+"""Writes docs/cli.md from the commands' own --help: `python docs/cli_reference.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edgevlm.cli.main import main
+
+TARGET = Path(__file__).with_name("cli.md")
+
+
+def reference() -> str:
+    """Return the page: every command's help, as a terminal of 100 columns shows it."""
+    with click.Context(main, info_name="edgevlm", max_content_width=100, terminal_width=100) as context:
+        parts = ["# Command line", _block(main.get_help(context))]
+        for name in main.list_commands(context):
+            command = main.get_command(context, name)
+            assert command is not None
+            with click.Context(
+                command, context, name, max_content_width=100, terminal_width=100, help_option_names=["-h", "--help"]
+            ) as inner:
+                parts += [f"## edgevlm {name}", _block(command.get_help(inner))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")

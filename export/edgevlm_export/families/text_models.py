@@ -1,0 +1,215 @@
+"""Text models: one small reader for each `text_config.model_type`, and what its config class assumes.
+
+A reader turns config.json's `text_config` into a `Decoder`; the table `TEXT_MODELS` names all that there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgevlm.errors import SourceError
+from edgevlm_export.families.base import read_activation
+from edgevlm_export.graphs.decoder import Attention, Decoder, GatedMLP, Layer
+from edgevlm_export.graphs.modules import Embedding, Linear, Norm
+from edgevlm_export.graphs.rope import Rope, make_rope
+from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
+
+_LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+}
+_QWEN2 = _LLAMA | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 4096 * 32,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN2,
+    "qwen3": _QWEN2 | {"head_dim": 128},
+}
+"""What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; 4.57
+assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
+_ROPE_KEYS = frozenset(
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+        "partial_rotary_factor",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a checkpoint calls the decoder's weights."""
+
+    prefix: str
+    """What they begin with, up to `embed_tokens`."""
+    head: str
+    """The LM head, or the embedding table that it is tied to."""
+
+
+def text_section(config: ConfigReader) -> ConfigReader:
+    """Return config.json's `text_config` with its class's defaults, none where the class is not known here."""
+    kind = ConfigReader(config.get("text_config"), "text_config").get("model_type", "llama")
+    return config.section("text_config", DEFAULTS.get(str(kind)))
+
+
+def read_decoder(text: ConfigReader, prefix: str, head: str, *, tied: bool) -> Decoder:
+    """Return the decoder of `text_config`; `tied` where the LM head is the embedding table.
+
+    Raises `SourceError`, and `UnsupportedError` for what is not built here.
+    """
+    model_type = str(text.get("model_type", "llama"))
+    if model_type not in TEXT_MODELS:
+        known = ", ".join(TEXT_MODELS)
+        raise UnsupportedError(f"the native route builds no {model_type!r} decoder; it knows {known}")
+    return TEXT_MODELS[model_type](text, Names(prefix, f"{prefix}.embed_tokens" if tied else head))
+
+
+def read_llama(text: ConfigReader, names: Names) -> Decoder:
+    """Full attention; biases where the config asks for them."""
+    _refuse_sliding_windows(text, always=False)
+    bias = text.flag("attention_bias")
+    return make_decoder(text, names, qkv_bias=bias, o_bias=bias, mlp_bias=text.flag("mlp_bias"))
+
+
+def read_mistral(text: ConfigReader, names: Names) -> Decoder:
+    """Llama without biases, whose attention slides wherever `sliding_window` is stated."""
+    _refuse_sliding_windows(text, always=True)
+    return make_decoder(text, names)
+
+
+def read_qwen2(text: ConfigReader, names: Names) -> Decoder:
+    """Llama with biases of q, k and v; `attention_bias` is not the class's own and changes nothing."""
+    _refuse_sliding_windows(text, always=False)
+    text.flag("attention_bias")
+    return make_decoder(text, names, qkv_bias=True)
+
+
+def read_qwen3(text: ConfigReader, names: Names) -> Decoder:
+    """Llama with RMSNorms over each head of q and k."""
+    _refuse_sliding_windows(text, always=False)
+    bias = text.flag("attention_bias")
+    return make_decoder(text, names, qkv_bias=bias, o_bias=bias, qk_norm=True)
+
+
+TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
+    "llama": read_llama,
+    "mistral": read_mistral,
+    "qwen2": read_qwen2,
+    "qwen3": read_qwen3,
+}
+
+
+def make_decoder(
+    text: ConfigReader,
+    names: Names,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+) -> Decoder:
+    """Return a decoder whose layers are all alike: Llama's, with biases and norms of q and k as asked for."""
+    hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
+    heads, kv_heads, head_dim = _heads(text, hidden)
+    inner, eps = text.size("intermediate_size"), text.number("rms_norm_eps")
+    act, rope = read_activation(text, "hidden_act"), _read_rope(text, head_dim)
+
+    def attention(at: str) -> Attention:
+        q, k, v = (
+            Linear(f"{at}.{name}_proj", rows * head_dim, hidden, qkv_bias)
+            for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        q_norm, k_norm = (Norm(f"{at}.{name}_norm", head_dim, eps) if qk_norm else None for name in "qk")
+        o = Linear(f"{at}.o_proj", hidden, heads * head_dim, o_bias)
+        return Attention(q, k, v, o, heads, kv_heads, head_dim, rope, q_norm, k_norm)
+
+    def mlp(at: str) -> GatedMLP:
+        gate, up = (Linear(f"{at}.{name}_proj", inner, hidden, mlp_bias) for name in ("gate", "up"))
+        return GatedMLP(gate, up, Linear(f"{at}.down_proj", hidden, inner, mlp_bias), act)
+
+    def layer(at: str) -> Layer:
+        before, after = (Norm(f"{at}.{name}_layernorm", hidden, eps) for name in ("input", "post_attention"))
+        return Layer(at, before, attention(f"{at}.self_attn"), after, mlp(f"{at}.mlp"))
+
+    layers = tuple(layer(f"{names.prefix}.layers.{index}") for index in range(text.size("num_hidden_layers")))
+    table = Embedding(f"{names.prefix}.embed_tokens", vocab, hidden)
+    return Decoder(table, layers, Norm(f"{names.prefix}.norm", hidden, eps), Linear(names.head, vocab, hidden))
+
+
+def _heads(text: ConfigReader, hidden: int) -> tuple[int, int, int]:
+    """Return heads, key-value heads, and channels of each. Raises `SourceError` where they do not fit together."""
+    heads = text.size("num_attention_heads")
+    head_dim = text.size("head_dim", hidden // heads)
+    kv_heads = text.size("num_key_value_heads", heads)
+    if heads % kv_heads or ("head_dim" not in text and hidden % heads) or head_dim % 2:
+        raise SourceError(
+            f"config.json contradicts itself: {heads} heads and {kv_heads} key-value heads of {head_dim} channels"
+        )
+    return heads, kv_heads, head_dim
+
+
+def _refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
+    """Raise `UnsupportedError` for a window shorter than the context; `always`: it slides without being told to."""
+    window, _ = text.get("sliding_window"), text.get("max_window_layers")  # the latter counts only where windows slide
+    slides = always or text.flag("use_sliding_window")
+    if slides and window and window < text.size("max_position_embeddings"):
+        raise UnsupportedError(f"the native route does not build attention over a sliding window of {window} tokens")
+    if other := set(text.get("layer_types", [])) - {"full_attention"}:
+        raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
+
+
+def _read_rope(text: ConfigReader, head_dim: int) -> Rope:
+    """Return the rotation, stated as transformers 5 does it (`rope_parameters`) or as 4 (`rope_theta`, `rope_scaling`).
+
+    What goes before what follows `RotaryEmbeddingConfigMixin` of transformers 5.24.
+    """
+    old, new = text.get("rope_scaling"), text.get("rope_parameters")
+    stated, name = (old, "rope_scaling") if old else (new or {}, "rope_parameters")
+    if not isinstance(stated, Mapping):
+        raise SourceError(f"config.json: text_config.{name} is not a JSON object")
+    parameters = {key: value for key, value in stated.items() if value is not None}
+    if unknown := sorted(parameters.keys() - _ROPE_KEYS):
+        raise UnsupportedError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
+    if (original := text.get("original_max_position_embeddings")) is not None:
+        parameters["original_max_position_embeddings"] = original
+    if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
+        raise UnsupportedError("the native route does not build RoPE over a part of each head")
+    theta = text.number("rope_theta")
+    try:
+        theta = float(parameters.get("rope_theta", theta))
+        return make_rope(head_dim, theta, parameters, text.size("max_position_embeddings"))
+    except NotImplementedError as error:
+        raise UnsupportedError(f"the native route does not build RoPE of type {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise SourceError(f"config.json: text_config.{name} is incomplete: {error}") from None

@@ -1,0 +1,60 @@
+"""A checkpoint's tensors as constants of a graph."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.source.safetensors_reader import RawTensor, Weights, concatenate
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+Output: TypeAlias = Any
+"""An `openvino.Output`."""
+
+
+class Constants:
+    """Makes constants of tensors by name; `upcast` stores matrices as float32, else they keep their 16 bits."""
+
+    def __init__(self, weights: Weights, *, upcast: bool) -> None:
+        self._weights = weights
+        self._upcast = upcast
+        self._keep_alive: list[RawTensor] = []
+
+    def vector(self, *names: str) -> npt.NDArray[np.float32]:
+        """Return a norm's weights, a bias, or several of them concatenated, as float32."""
+        return concatenate([self._weights.get(name) for name in names]).float32()
+
+    def matrix(self, *names: str) -> Output:
+        """Return a weight matrix, or several with their rows concatenated; the graph computes with it in float32."""
+        tensor = concatenate([self._weights.get(name) for name in names])
+        if self._upcast:
+            tensor = RawTensor(tensor.float32(), "f32")
+        self._keep_alive.append(tensor)  # the constant shares the array's memory and does not own it
+        return _constant(tensor, names[0])
+
+    def release(self) -> None:
+        """Give back the memory of all constants made so far; no graph may hold one any more."""
+        self._keep_alive.clear()
+        self._weights.release()
+
+
+def _constant(tensor: RawTensor, name: str) -> Output:
+    openvino = import_openvino()
+    dtype = getattr(openvino.Type, tensor.dtype)
+    node = openvino.op.Constant(openvino.Tensor(tensor.array, list(tensor.array.shape), dtype), True)
+    node.set_friendly_name(name)
+    if tensor.dtype == "f32":
+        return node.output(0)
+    convert = openvino.opset13.convert(node, "f32")
+    return named(convert, f"{name}/convert").output(0)
+
+
+def named(node: ov.Node, name: str) -> ov.Node:
+    """Return the node with its friendly name set."""
+    node.set_friendly_name(name)
+    return node

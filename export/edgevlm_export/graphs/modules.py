@@ -1,0 +1,98 @@
+"""The modules of a model: each declares its tensors once, for the check of the checkpoint and for the graph.
+
+Names are the checkpoint's, shapes are PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeAlias
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor by its full name."""
+
+    name: str
+    shape: Shape
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield name and shape."""
+        yield self.name, self.shape
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x W^T + b, W `(rows, columns)`."""
+
+    name: str
+    rows: int
+    columns: int
+    bias: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield names and shapes."""
+        yield f"{self.name}.weight", (self.rows, self.columns)
+        if self.bias:
+            yield f"{self.name}.bias", (self.rows,)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm or LayerNorm over `size` channels; the latter has a bias."""
+
+    name: str
+    size: int
+    eps: float
+    bias: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield names and shapes."""
+        yield f"{self.name}.weight", (self.size,)
+        if self.bias:
+            yield f"{self.name}.bias", (self.size,)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A table of `rows` vectors of `columns` channels."""
+
+    name: str
+    rows: int
+    columns: int
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield name and shape."""
+        yield f"{self.name}.weight", (self.rows, self.columns)
+
+
+@dataclass(frozen=True)
+class PatchConvolution:
+    """A convolution whose stride is its kernel: each patch of `size` x `size` pixels becomes one vector."""
+
+    name: str
+    hidden: int
+    channels: int
+    size: int
+    bias: bool = True
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield names and shapes."""
+        yield f"{self.name}.weight", (self.hidden, self.channels, self.size, self.size)
+        if self.bias:
+            yield f"{self.name}.bias", (self.hidden,)
+
+
+def declared(tree: Any) -> Iterator[tuple[str, Shape]]:
+    """Yield name and shape of every tensor of a module, or of all modules in a dataclass's fields or in a sequence."""
+    if hasattr(tree, "tensors"):
+        yield from tree.tensors()
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from declared(item)
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from declared(getattr(tree, field.name))
