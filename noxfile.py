@@ -1,4 +1,4 @@
-"""The checks that CI runs, in the two environments that they need: `nox`, or one of them with `nox -s NAME`."""
+"""The checks that CI runs, each in the environment that it needs: `nox`, or one of them with `nox -s NAME`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ def tests(session: nox.Session) -> None:
     session.run("mypy")
     session.run("lint-imports", "--no-cache")
     session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, in build/site: every link and anchor leads somewhere."""
+    session.install("--quiet", "-e", ".[docs]")
+    session.run("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

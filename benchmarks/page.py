@@ -38,12 +38,14 @@ def side_by_side(result: Result) -> str:
 def one_tile(result: Result) -> str:
     """Return the section of the peers, the global view alone being looked at."""
     names = [name for name in result["figures"] if name.endswith(ONE_TILE)]
-    return "\n".join(["## The global view alone", "", *_peers(result, names)])
+    return "\n".join(["## Detail low: one view", "", *_peers(result, names)])
 
 
 def detail(result: Result) -> str:
-    """Return the section of the tiles that a picture is given: the checkpoint's own number, and `auto`."""
-    return "\n".join(["## As many tiles as the picture fills", "", *_peers(result, list(result["figures"]))])
+    """Return the section of `--detail high`, the checkpoint's own tiles, beside `auto`."""
+    return "\n".join(
+        ["## Detail auto: as many tiles as the picture has pixels for", "", *_peers(result, list(result["figures"]))]
+    )
 
 
 def _peers(result: Result, names: Sequence[str]) -> list[str]:
@@ -107,19 +109,22 @@ def guide(result: Result) -> str:
 
 
 def reuse(result: Result) -> str:
-    """Return the section of what is not computed again."""
-    told = f"`{result['model']}`, KV cache {result['kv_cache']}; median and range."
-    lines = ["## What is not computed again", "", told, "", "| | median | range |"]
-    lines.append("|---|---|---|")
+    """Return the section of vision cache, prefix reuse and prompt-lookup decoding."""
+    told = f"`{result['model']}`, KV cache {result['kv_cache']}; medians, and the range where there is one."
+    lines = ["## Caching", "", told, "", "| | median | range |", "|---|---|---|"]
     for name, values in result["figures"].items():
-        lines.append(f"| {name} | {median(values):.3f} | {min(values):.3f} to {max(values):.3f} |")
+        if name == "new picture, ratio":  # to itself
+            continue
+        low, high = min(values), max(values)
+        spread = f"{low:.3g} to {high:.3g}" if low < high else ""
+        lines.append(f"| {name} | {median(values):.3g} | {spread} |")
     return "\n".join(lines)
 
 
 def scaling(result: Result) -> str:
     """Return the section of how the figures grow."""
     lines = ["## How it grows", "", f"`{result['model']}`; medians.", ""]
-    lines += ["| sweep | tiles | prompt tokens | threads | TTFT s | prefill tokens/s | tokens/s |", "|---" * 7 + "|"]
+    lines += ["| sweep | views | prompt tokens | threads | TTFT s | prefill tokens/s | tokens/s |", "|---" * 7 + "|"]
     for sweep in ("tiles", "context", "threads"):
         for point in result[sweep]:
             figures = point["figures"]
@@ -138,7 +143,7 @@ def scaling(result: Result) -> str:
     first, second = figure.subplots(1, 2)
     tiles, context = result["tiles"], result["context"]
     first.plot([p["views"] for p in tiles], [p["figures"]["ttft_s"]["median"] for p in tiles], "o-")
-    first.set(xlabel="tiles", ylabel="seconds to the first token", ylim=(0, None))
+    first.set(xlabel="views", ylabel="seconds to the first token", ylim=(0, None))
     lengths = [p["prompt_tokens"] for p in context]
     second.plot(lengths, [p["figures"]["tokens_per_s"]["median"] for p in context], "o-", color="C2")
     second.set(xlabel="context, tokens", ylabel="tokens a second", ylim=(0, None))

@@ -54,7 +54,7 @@ def reuse(model: Path, picture: Path, repeat: int, kv_cache: KVCache) -> dict[st
         for name, answer in cases:
             found[f"{name}, TTFT s"].append(answer.timings.ttft_s)
             found[f"{name}, ratio"].append(answer.timings.ttft_s / new.timings.ttft_s)
-            found[f"{name}, tiles encoded"].append(answer.views - answer.cached_views)
+            found[f"{name}, views encoded"].append(answer.views - answer.cached_views)
     return found
 
 

@@ -34,11 +34,12 @@ from edgevlm.errors import (
 )
 
 if TYPE_CHECKING:
-    from edgevlm.answer import Answer, Piece, TokenLogprob
+    from edgevlm.answer import Answer, Piece, Progress, TokenLogprob
     from edgevlm.chat import Chat
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.decoding.scoring import Scores
     from edgevlm.decoding.structured import Constraint
+    from edgevlm.families.base import ImageBudget
     from edgevlm.runtime.config import RuntimeConfig
     from edgevlm.vlm import VLM
 
@@ -56,6 +57,7 @@ __all__ = [
     "EdgeVLMError",
     "ExportError",
     "GenerationConfig",
+    "ImageBudget",
     "ImageError",
     "ImageTooLargeError",
     "IncompleteAnswerError",
@@ -64,6 +66,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "Piece",
+    "Progress",
     "PromptError",
     "RuntimeConfig",
     "Scores",
@@ -83,6 +86,8 @@ _LAZY = {
     "Answer": "edgevlm.answer",
     "GenerationConfig": "edgevlm.decoding.config",
     "Piece": "edgevlm.answer",
+    "Progress": "edgevlm.answer",
+    "ImageBudget": "edgevlm.families.base",
 }
 
 

@@ -198,8 +198,9 @@ def test_the_wheel_installs_the_command(wheel: zipfile.ZipFile) -> None:
 def test_the_readme_s_table_of_families_is_the_code_s() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = text[text.index("| family | `model_type` |") :].partition("\n\n")[0].splitlines()[2:]
-    cells = [line.strip("|").split("|") for line in table]
-    routes = {name: row[3].strip() for row in cells for name in re.findall(r"`(\w+)`", row[1])}
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    routes = {name: row[2:] for row in rows for name in re.findall(r"`(\w+)`", row[1])}
     assert routes.keys() == families.FAMILIES.keys() == exporters.FAMILIES.keys()
-    has_optimum = {name for name, family in exporters.FAMILIES.items() if family.encode_in_torch}
-    assert {name for name, cell in routes.items() if cell != "no"} == has_optimum
+    for name, family in exporters.FAMILIES.items():
+        native, optimum, onnx = (cell != "no" for cell in routes[name])
+        assert (native, optimum, onnx) == (True, family.encode_in_torch is not None, family.covers_onnx)
