@@ -14,7 +14,7 @@ from edgevlm.errors import ModelError, ModelNotFoundError
 
 MANIFEST = "edgevlm.json"
 DEFAULT_MODEL = "panel"
-DEFAULT_NOTICE = "using panel, the bundled model for drawings of instruments; name another with -m"
+DEFAULT_NOTICE = "panel answers, the bundled model for drawings of instruments; for other pictures: edgevlm export"
 _BUNDLED = Path(__file__).parent / "models"
 
 

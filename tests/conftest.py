@@ -252,3 +252,12 @@ def china(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pytest_unconfigure() -> None:
     """Delete the tests' folder."""
     _HOME.cleanup()
+
+
+@pytest.fixture
+def twelve_pictures(tmp_path: Path) -> Path:
+    """A folder of twelve pictures."""
+    flower = photograph("flower.jpg")
+    for number in range(12):
+        Image.fromarray(flower[number * 20 : number * 20 + 200, :200]).save(tmp_path / f"{number}.png")
+    return tmp_path

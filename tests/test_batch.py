@@ -23,37 +23,16 @@ from edgevlm.jobs.batch import Batch, run_batch
 from edgevlm.jobs.spec import Defaults, read_jobs
 from edgevlm.jobs.work_queue import CHUNK, Row, WorkQueue
 from tests.conftest import F32, photograph
-from tests.test_cli import COMMAND, POSIX, cli
+from tests.helpers.batches import LOW, OPTIONS, QUESTION, SHORT, lines, questions, read, start, wait_for, write
+from tests.helpers.command import COMMAND, POSIX, cli
 
-QUESTION = "What is in this picture?"
-SHORT = GenerationConfig(max_new_tokens=8)
-LOW = ImageBudget("low")
 DEFAULTS = Defaults("The default question?", OutputFormat(), SHORT, LOW)
-OPTIONS = ["--device", "CPU", "--inference-precision", "f32", "--no-cache", "--max-new-tokens", "8", "--detail", "low"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(twelve_pictures: Path) -> Path:
     """A folder of twelve pictures."""
-    flower = photograph("flower.jpg")
-    for number in range(12):
-        Image.fromarray(flower[number * 20 : number * 20 + 200, :200]).save(tmp_path / f"{number}.png")
-    return tmp_path
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    """Write rows, JSON or bytes as they are, as lines."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"\n".join(lines) + b"\n")
-    return path
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def questions(count: int) -> list[dict[str, Any]]:
-    return [{"id": n, "image": f"{n % 12}.png", "question": f"{QUESTION} Number {n}."} for n in range(count)]
+    return twelve_pictures
 
 
 def plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -195,25 +174,6 @@ def test_hundreds_of_mutated_pictures_cost_their_own_rows_only(exported: Path, t
     failed = [row for row in found if "error" in row]
     assert 50 < len(failed) < 350
     assert all("answer" in row for row in found if row not in failed)
-
-
-def start(folder: Path, exported: Path, *options: str) -> subprocess.Popen[bytes]:
-    arguments = ["batch", "jobs.jsonl", "-o", "out.jsonl", "-m", str(exported), *OPTIONS, *options]
-    return subprocess.Popen(
-        [*COMMAND, *arguments], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-
-
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def wait_for(condition: Any, process: subprocess.Popen[bytes] | None = None) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.005)
 
 
 @POSIX

@@ -21,7 +21,7 @@ from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.runtime.compile_cache import SUMS, compile_cached, folder_size, prune
 from edgevlm.runtime.core import read_ir
 from tests.conftest import F32
-from tests.damage import truncate
+from tests.helpers.damage import truncate
 
 QUESTION = "What is in this picture?"
 LIMIT = 2**30

@@ -11,14 +11,13 @@ from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner, Result
 
 from edgevlm import VLM, GenerationConfig, __version__
 from edgevlm.cli.main import main
 from tests.conftest import heed_interrupts, photograph
-from tests.damage import copy_export, edit_manifest, flip, truncate
+from tests.helpers.command import COMMAND, POSIX, cli
+from tests.helpers.damage import copy_export, edit_manifest, flip, truncate
 
-COMMAND = [sys.executable, "-m", "edgevlm"]
 QUESTION = "What is in this picture?"
 JSON_KEYS = {"answer", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "views", "timings"}
 JSON_KEYS |= {"cached_tokens", "cached_views", "drafted_tokens", "accepted_tokens", "fast_forward_tokens", "satisfied"}
@@ -33,12 +32,6 @@ TIMING_KEYS = {
     "tokens_per_s",
     "peak_memory_bytes",
 }
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals and pipes of POSIX")
-
-
-def cli(*arguments: object, stdin: bytes | None = None) -> Result:
-    """Run the command in this process."""
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
 
 
 def answered(*arguments: object, stdin: bytes | None = None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from edgevlm import VLM
 from edgevlm.families import FAMILIES
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.runtime.core import core
-from tests.damage import copy_export, edit_manifest, flip, reseal, truncate
-from tests.test_cli import COMMAND, POSIX, cli
+from tests.helpers.command import COMMAND, POSIX, cli
+from tests.helpers.damage import copy_export, edit_manifest, flip, reseal, truncate
 
 QUESTION = "What is in this picture?"
 

@@ -204,7 +204,7 @@ def test_which_special_tokens_of_a_docling_model_are_text(idefics3: Path, tmp_pa
 
 def image_block() -> str:
     from edgevlm.families.idefics3 import Idefics3
-    from tests.test_preprocess import family, sized
+    from tests.families.idefics3 import family, sized
 
     made: Idefics3 = family(sized(4 * TILE, TILE))
     return made.block_text()

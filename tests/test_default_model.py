@@ -18,8 +18,8 @@ import pytest
 from edgevlm import VLM, GenerationConfig, ModelNotFoundError, model_store
 from edgevlm.manifest import check_files
 from edgevlm.server.run import Server
-from tests.serving import ask, data_url, serving, shown, wait_until
-from tests.test_cli import COMMAND, cli
+from tests.helpers.command import COMMAND, cli
+from tests.helpers.serving import ask, data_url, serving, shown, wait_until
 from training.evaluate import judge
 from training.scene import QA
 from training.scenes import SCENES

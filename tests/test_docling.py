@@ -12,9 +12,9 @@ from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
 from edgevlm_export import ExportOptions, export
 from tests.conftest import F32, photograph
-from tests.doctags import PAGE, PROMPT, TAGS, make_docling, page
-from tests.serving import ask, data_url, events, request, serving
-from tests.test_cli import cli
+from tests.helpers.command import cli
+from tests.helpers.doctags import PAGE, PROMPT, TAGS, make_docling, page
+from tests.helpers.serving import ask, data_url, events, request, serving
 
 SHEET = page(170, 220)
 

@@ -11,7 +11,7 @@ import pytest
 
 from edgevlm.families.base import DETAILS
 from edgevlm.runtime.config import KV_CACHE_PRECISIONS, KV_CACHES, PRECISIONS
-from tests.test_cli import cli
+from tests.helpers.command import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "structured-output.md"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgevlm import VLM, GenerationConfig, OptionError, VerificationError
+from edgevlm import VLM, OptionError, VerificationError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.processor import Processor
@@ -26,6 +26,7 @@ from edgevlm_export.routes.optimum_worker import greedy
 from edgevlm_export.samples import pixel_values, vision_samples
 from edgevlm_export.verify import check, scales, verify
 from tests.conftest import F32, photograph
+from tests.helpers.exports import says_the_same_with_optimum_intel
 
 
 def test_the_manifest_tells_what_was_exported(exported: Path, idefics3: Path) -> None:
@@ -236,38 +237,6 @@ def test_another_models_outputs_fail_the_verification(idefics3: Path, exported_s
 @pytest.mark.optimum
 def test_the_folder_loads_with_optimum_intel(exported: Path, vlm: VLM) -> None:
     says_the_same_with_optimum_intel(exported, vlm)
-
-
-def says_the_same_with_optimum_intel(folder: Path, vlm: VLM) -> None:
-    """Fail unless optimum-intel, given the folder, continues a picture's prompt token for token as `vlm` does.
-
-    Its own count of the patches' positions is transformers 4.57's, one too low, and is put right here.
-    """
-    from optimum.intel import OVModelForVisualCausalLM
-
-    model = OVModelForVisualCausalLM.from_pretrained(
-        folder, ov_config={"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "CACHE_DIR": ""}
-    )
-    positions = torch.from_numpy(vlm.processor.family.constants["patch_position_ids"])
-    encode = model.vision_embeddings
-    model.vision_embeddings = lambda pixel_values, **inputs: encode(
-        pixel_values, **inputs | {"patch_position_ids": positions.expand(len(pixel_values), -1)}
-    )
-    config = GenerationConfig(max_new_tokens=32)
-    budget = ImageBudget("high")
-    image = photograph("china.jpg")
-    answer = vlm.generate(image, "What is this?", config, budget)
-    tiles = vlm.processor.preprocess([image], budget)
-    ids = torch.tensor([vlm.processor.prompt_ids([user_message("What is this?", 1)], tiles)])
-    shown = torch.from_numpy(pixel_values(tiles[0].views))[None]
-    outputs = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=shown,
-        do_sample=False,
-        max_new_tokens=32,
-    )
-    assert tuple(outputs[0, ids.shape[1] :].tolist()) == answer.token_ids
 
 
 def test_a_hub_id_is_taken_from_the_local_cache(idefics3: Path, home: Path, tmp_path: Path) -> None:

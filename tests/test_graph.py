@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from edgevlm import VLM
 from edgevlm.runtime.core import core, import_openvino
 from edgevlm_export.fuse import fuse_sibling_matmuls
 from tests.conftest import F32
+from tests.helpers.graphs import check_fused, runtime_kinds
 
 ov = import_openvino()
 opset = ov.opset13
@@ -91,33 +91,12 @@ def test_names_stay_unique(exported: Path) -> None:
         assert len(names) == len(set(names)), path.name
 
 
-def runtime_kinds(compiled: Any) -> Counter[str]:
-    """Return the layer types that the plugin made of a model."""
-    return Counter(node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops())
-
-
 VIA_OPTIMUM = pytest.param("exported_via_optimum", marks=pytest.mark.optimum)
 
 
 @pytest.mark.parametrize("route", ["exported", VIA_OPTIMUM, "exported_int4"])
 def test_the_language_model_runs_fused(route: str, request: pytest.FixtureRequest) -> None:
     check_fused(request.getfixturevalue(route))
-
-
-def check_fused(folder: Path) -> None:
-    """Two layers: four products each and the head; attention with its KV cache in one node; no weight decompressed."""
-    paged, stateful = (
-        runtime_kinds(VLM(folder, replace(F32, kv_cache=kind)).language_model._compiled)
-        for kind in ("paged", "stateful")
-    )
-    assert paged["PagedAttention"] == stateful["ScaledDotProductAttention"] == 2
-    assert stateful["MemoryInput"] == stateful["MemoryOutput"] == 2 * 2
-    assert paged["MemoryInput"] == paged["ScaledDotProductAttention"] == 0
-    for kinds in (paged, stateful):
-        assert kinds["FullyConnected"] == 2 * 4 + 1
-        assert kinds["MatMul"] <= 1  # the angles of RoPE, where they are a product
-        assert kinds["RMS"] == 2 * 2 + 1
-        assert kinds["RoPE"] == 2 * 2
 
 
 @pytest.mark.parametrize("route", ["exported", VIA_OPTIMUM])

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
-from edgevlm import VLM, GenerationConfig
-from edgevlm.cli.doctor import cpu_features
+from edgevlm import VLM
 from edgevlm.families.base import Detail, ImageBudget
 from edgevlm.families.llava import Llava
-from edgevlm.inputs.chat_template import user_message
-from edgevlm.inputs.prompt import join
-from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.samples import pixel_values
 from tests.conftest import F32, noise, photograph
 from tests.families import llava as tiny
-from tests.test_graph import runtime_kinds
+from tests.helpers.graphs import check_tower_fused, runtime_kinds
 
-QUESTION = "What does the display of unit 12 show? Größe 42.7"
-TOKENS = 40
-HIGH = GenerationConfig(max_new_tokens=TOKENS)
-HIGH_BUDGET = ImageBudget("high")
 QUICK = ExportOptions("fp32", via="native", verify=False)
 
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
@@ -109,135 +101,19 @@ def test_a_crop_while_resizing_is_the_crop_of_what_was_resized(monkeypatch: pyte
     assert np.abs(found.pixels.astype(int) - wanted.pixels).max() <= 1
 
 
-def interleave(folder: Path) -> Path:
-    """A checkpoint in the manner of llava-interleave: SigLIP's last layer, and a Qwen2 decoder with a tied head."""
-    return tiny.make_llava(
-        folder,
-        tiny.siglip_processor(),
-        {"model_type": "qwen2", "tie_word_embeddings": True},
-        {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"},
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
-
-
-def padded(folder: Path) -> Path:
-    """A checkpoint whose processor pads, without biases in the projector."""
-    return tiny.make_llava(folder, tiny.clip_processor("Llava", do_pad=True), multimodal_projector_bias=False)
-
-
-MAKERS: dict[str, Callable[[Path], Path]] = {"llava": tiny.make_llava, "interleave": interleave, "padded": padded}
-LAYOUTS: dict[str, Callable[[Path, Path], Path]] = {"old": tiny.in_old_layout, "held": tiny.as_held}
-CASES = ["llava", "llava, old", "llava, held", "interleave", "interleave, old", "padded"]
-
-
-@pytest.fixture(scope="module", params=CASES)
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[tiny.Reference, VLM]:
-    """The reference on a checkpoint in one layout, and its export."""
-    name, _, layout = request.param.partition(", ")
-    folder = tmp_path_factory.mktemp(name)
-    checkpoint = MAKERS[name](folder / "checkpoint")
-    if layout:
-        checkpoint = LAYOUTS[layout](checkpoint, folder / layout)
-    report = export(checkpoint, folder / "out", QUICK)
-    assert report.manifest.overlooked == {}
-    return tiny.Reference(checkpoint), VLM(folder / "out", F32)
-
-
-def pictures(case: str) -> list[np.ndarray]:
-    china, flower = photograph("china.jpg"), photograph("flower.jpg")
-    return {"one": [china], "two": [china, flower[:, :150]], "none": []}[case]
-
-
-@pytest.mark.parametrize("case", ["one", "two", "none"])
-def test_prompts_pictures_logits_and_tokens_equal_the_reference(pair: tuple[tiny.Reference, VLM], case: str) -> None:
-    check_parity(*pair, pictures(case))
-
-
-def check_parity(reference: tiny.Reference, vlm: VLM, images: list[np.ndarray]) -> None:
-    """Compare all that the reference makes of one question about the pictures."""
-    inputs = reference.inputs(images, QUESTION)
-    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, HIGH, Stopwatch(), HIGH_BUDGET)
-    assert prompt.ids == inputs["input_ids"][0].tolist()
-    visuals = vlm.processor.preprocess(images, HIGH_BUDGET)
-    logits, features = reference.run(images, QUESTION)
-    if images:
-        found, wanted = pixel_values([view for each in visuals for view in each.views]), inputs["pixel_values"].numpy()
-        assert np.array_equal(found, wanted.reshape(found.shape))
-    places = np.asarray(prompt.ids) == vlm.processor.family.image_token_id
-    image_embeds = join(features, vlm.manifest.hidden_size)
-    np.testing.assert_allclose(prompt.inputs_embeds[0, places], image_embeds, atol=1e-4)
-    assert np.ptp(logits) > 5  # logits flat enough to agree by accident would prove nothing
-    found = vlm.language_model.session().prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
-    np.testing.assert_allclose(found, logits, atol=1e-4)
-    check_tokens(vlm, images, reference.generate(images, QUESTION, TOKENS))
-
-
-def check_tokens(vlm: VLM, images: list[np.ndarray], wanted: list[int]) -> None:
-    """Compare greedy tokens, up to the end of the answer."""
-    answered = list(vlm.generate(images, QUESTION, HIGH, HIGH_BUDGET).token_ids)
-    assert answered == wanted[: len(answered)]
-    assert len(answered) >= 32 or answered[-1] in vlm.manifest.eos_token_ids
-
-
-def test_a_second_question_reads_no_picture_anew(pair: tuple[tiny.Reference, VLM]) -> None:
-    check_chat(pair[1])
-
-
-def check_chat(vlm: VLM) -> None:
-    """Ask twice about one picture; the answers are those of a model that has seen nothing before."""
-    config = GenerationConfig(max_new_tokens=12)
-    budget = ImageBudget("high")
-    chat, wanted = vlm.chat(config, image_budget=budget), VLM(vlm.folder, F32).chat(config, image_budget=budget)
-    first = chat.ask(QUESTION, photograph("china.jpg"))
-    second = chat.ask("And the number?")
-    assert wanted.ask(QUESTION, photograph("china.jpg")).token_ids == first.token_ids
-    wanted._vlm = VLM(vlm.folder, F32)
-    assert wanted.ask("And the number?").token_ids == second.token_ids
-    assert second.cached_tokens >= first.prompt_tokens - 1
-    assert second.cached_views == second.views == first.views
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA checkpoint."""
-    return tiny.make_llava(tmp_path_factory.mktemp("llava") / "checkpoint")
+@pytest.mark.parametrize("variant", tiny.BUILDER.variants)
+def test_the_graphs_run_fused(variant: str, tmp_path: Path) -> None:
+    checkpoint = tiny.BUILDER.variants[variant](tmp_path)
+    vlm = VLM(export(checkpoint, tmp_path / "out", QUICK).folder, F32)
+    config = AutoConfig.from_pretrained(checkpoint)
+    has_class_token = config.vision_config.model_type == "clip_vision_model"
+    layers = 3 + 1 + config.vision_feature_layer
+    check_tower_fused(vlm, layers)
+    assert runtime_kinds(vlm.vision._compiled)["MVN"] == 2 * layers + int(has_class_token)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_compressed_exports_answer(precision: Any, checkpoint: Path, tmp_path: Path) -> None:
-    report = export(checkpoint, tmp_path / "out", ExportOptions(precision, via="native"))
-    assert report.verification is not None
-    assert report.verification.parts["vision_embeddings"].cosine > least_w8a8_cosine()
-    check_fused(VLM(report.folder, F32), layers=2, quantized=True)
-    assert VLM(report.folder, F32).generate(photograph("china.jpg"), QUESTION, HIGH, HIGH_BUDGET).text
-
-
-def least_w8a8_cosine() -> float:
-    """Without VNNI a CPU adds products of quantized activations in 16 bits, where they saturate."""
-    return 0.99 if {"avx512_vnni", "avx_vnni"} & set(cpu_features()) else 0.97
-
-
-def check_fused(vlm: VLM, layers: int, quantized: bool = False) -> None:
-    """The vision part: four products a layer and two of the projector; attention in one node each.
-
-    A CPU without AVX-512 takes attention of quantized activations apart.
-    """
-    paged = VLM(vlm.folder, replace(F32, kv_cache="paged"))
-    vision, language = runtime_kinds(vlm.vision._compiled), runtime_kinds(paged.language_model._compiled)
-    assert vision["FullyConnected"] == layers * 4 + 2
-    if not quantized or "avx512f" in cpu_features():
-        assert vision["Softmax"] == vision["MatMul"] == 0
-    assert language["FullyConnected"] == 2 * 4 + 1
-    assert language["PagedAttention"] == 2
-    assert language["RMS"] == 2 * 2 + 1
-    assert language["RoPE"] == 2 * 2
-
-
-def test_the_graphs_run_fused(pair: tuple[tiny.Reference, VLM]) -> None:
-    reference, vlm = pair
-    config = reference.model.config
-    has_class_token = config.vision_config.model_type == "clip_vision_model"
-    layers = 3 + 1 + config.vision_feature_layer
-    check_fused(vlm, layers)
-    assert runtime_kinds(vlm.vision._compiled)["MVN"] == 2 * layers + int(has_class_token)
+def test_compressed_graphs_run_fused(precision: Any, tmp_path: Path) -> None:
+    checkpoint = tiny.make_llava(tmp_path / "checkpoint")
+    folder = export(checkpoint, tmp_path / "out", replace(QUICK, precision=precision)).folder
+    check_tower_fused(VLM(folder, F32), layers=2, quantized=True)

@@ -31,7 +31,6 @@ from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import noise
 from tests.families import llava, llava_onevision
-from tests.test_llava import QUICK
 
 _FOLDER = os.environ.get("EDGEVLM_PUBLISHED_CONFIGS")
 _GRIDS = [[384 * rows, 384 * cols] for rows in range(1, 7) for cols in range(1, 7)]
@@ -175,6 +174,7 @@ FILES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }
+QUICK = ExportOptions("fp32", via="native", verify=False)
 
 
 def published(name: str, folder: Path, **changes: dict[str, Any]) -> Checkpoint:

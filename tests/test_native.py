@@ -17,24 +17,15 @@ from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, SUBMODELS, VISION, hash_file, load_manifest
 from edgevlm.metrics import Stopwatch
-from edgevlm.runtime.core import core, read_ir
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.graphs.rope import make_rope
-from edgevlm_export.output_folder import FILE_NAMES
 from edgevlm_export.routes import native as native_route
 from edgevlm_export.samples import pixel_views
 from tests.conftest import F32, make_checkpoint, photograph
+from tests.helpers.exports import compiled, language_outputs, model
 
 QUICK = ExportOptions("fp32", via="native", verify=False)
 RANDOM = np.random.default_rng(11)
-
-
-def model(folder: Path, part: str) -> Any:
-    return read_ir(folder / FILE_NAMES[part])
-
-
-def compiled(folder: Path, part: str) -> Any:
-    return core().compile_model(model(folder, part), "CPU", F32.language_properties("CPU"))
 
 
 @pytest.fixture(scope="module", params=["idefics3", "smolvlm"])
@@ -84,29 +75,6 @@ def test_both_routes_give_the_runtime_the_same_hints(routes: tuple[Path, Path]) 
         for folder in routes
     )
     assert native == optimum
-
-
-def language_outputs(folder: Path) -> list[np.ndarray]:
-    """Return the logits of a prompt of two sequences, of a step with masked entries, and of one with beams swapped."""
-    request = compiled(folder, LANGUAGE).create_infer_request()
-    random = np.random.default_rng(5)
-    mask = np.ones((2, 14), np.int64)
-    mask[1, :3] = 0
-    positions = np.arange(14)[None].repeat(2, 0)
-    positions[1] = np.maximum(positions[1] - 3, 0)
-    embeds = random.normal(size=(2, 17, 64)).astype(np.float32) * 0.5
-    last = np.concatenate([mask, np.ones((2, 3), np.int64)], axis=1)
-    last[0, 10:14] = 0
-    steps = [
-        (embeds[:, :12], mask[:, :12], positions[:, :12], [0, 1]),
-        (embeds[:, 12:14], mask, positions[:, 12:], [1, 0]),
-        (embeds[:, 14:], last, np.arange(10, 13)[None].repeat(2, 0), [0, 0]),
-    ]
-    names = ("inputs_embeds", "attention_mask", "position_ids", "beam_idx")
-    return [
-        np.array(request.infer({**dict(zip(names, step, strict=True)), "beam_idx": np.array(step[3], np.int32)})[0])
-        for step in steps
-    ]
 
 
 @pytest.mark.optimum

@@ -23,10 +23,9 @@ from edgevlm_export.routes.onnx_stateful import fuse_attention
 from edgevlm_export.samples import pixel_values
 from edgevlm_export.source.checkpoint import open_checkpoint
 from tests.conftest import F32, photograph
-from tests.onnx_files import merge_decoders, write_onnx
-from tests.test_export import says_the_same_with_optimum_intel
-from tests.test_graph import check_fused, runtime_kinds
-from tests.test_native import language_outputs
+from tests.helpers.exports import language_outputs, says_the_same_with_optimum_intel
+from tests.helpers.graphs import check_fused, runtime_kinds
+from tests.helpers.onnx_files import merge_decoders, write_onnx
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The uncompressed export against transformers on the same checkpoint."""
+"""Every family's uncompressed export against transformers on the same checkpoint: equal to the token."""
 
 from __future__ import annotations
 
@@ -7,123 +7,130 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Idefics3Processor
 
-from edgevlm import VLM, GenerationConfig
-from edgevlm.families.base import ImageBudget
+from edgevlm import VLM, GenerationConfig, ImageBudget
+from edgevlm.families import FAMILIES
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.metrics import Stopwatch
-from tests.conftest import F32, image_processor, photograph
+from edgevlm_export import ExportOptions, export
+from edgevlm_export.samples import pixel_values
+from tests.conftest import F32, noise, photograph
+from tests.families import BUILDERS
+from tests.families.base import Reference
 
-QUESTION = "What is in this picture? Größe 42.7"
+QUESTION = "What does the display of unit 12 show? Größe 42.7"
 TOKENS = 40
+CONFIG, HIGH = GenerationConfig(max_new_tokens=TOKENS), ImageBudget("high")
+VARIANTS = [(name, variant) for name, builder in BUILDERS.items() for variant in builder.variants]
 
 
-class Reference:
-    """transformers' model, image processor and tokenizer on one checkpoint, greedy and in float32."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-
-    def inputs(self, images: list[Any], question: str) -> dict[str, Any]:
-        """Return the processor's inputs for one question about `images`."""
-        messages = [user_message(question, len(images))]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # SmolVLMProcessor cannot be imported without torchvision, for its video part; on pictures it is this one,
-        # and `test_preprocess` compares the two image processors.
-        processor = Idefics3Processor(image_processor("idefics3"), self.tokenizer, image_seq_len=4)
-        pictures = {"images": [images]} if images else {}
-        return dict(processor(text=[text], return_tensors="pt", **pictures))
-
-    def generate(self, images: list[Any], question: str) -> list[int]:
-        """Return up to TOKENS greedy token ids."""
-        inputs = self.inputs(images, question)
-        with torch.inference_mode():
-            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-        return ids[0, inputs["input_ids"].shape[1] :].tolist()
-
-    def logits(self, images: list[Any], question: str) -> np.ndarray:
-        """Return the logits at every position of the prompt, `(S, V)`."""
-        with torch.inference_mode():
-            return self.model(**self.inputs(images, question)).logits[0].numpy()
-
-
-@pytest.fixture(scope="module", params=["idefics3", "smolvlm"])
-def pair(request: pytest.FixtureRequest) -> tuple[Reference, VLM]:
-    """A reference and the float32 export of the same checkpoint."""
-    folder = request.getfixturevalue({"idefics3": "exported", "smolvlm": "exported_smolvlm"}[request.param])
-    return Reference(request.getfixturevalue(request.param)), VLM(folder, F32)
+def test_every_family_is_in_the_suite() -> None:
+    assert BUILDERS.keys() == FAMILIES.keys()
 
 
 def pictures(case: str) -> list[np.ndarray]:
     china, flower = photograph("china.jpg"), photograph("flower.jpg")
-    return {"one": [china], "two": [china, flower[:, :300]], "none": []}[case]
+    return {
+        "one": [china],
+        "two": [china[:90], flower[:, :200]],
+        "odd": [china[:9], flower[::40, ::40]],
+        "none": [],
+    }[case]
 
 
-def as_pil(images: list[np.ndarray]) -> list[Image.Image]:
-    return [Image.fromarray(image) for image in images]
+@pytest.fixture(scope="module", params=VARIANTS, ids="-".join)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, VLM]:
+    """The reference and the float32 export of one checkpoint, of which nothing may be passed over."""
+    name, variant = request.param
+    folder = tmp_path_factory.mktemp(f"{name}-{variant}")
+    checkpoint = BUILDERS[name].variants[variant](folder)
+    report = export(checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False))
+    assert report.manifest.overlooked == {}
+    return BUILDERS[name].reference(checkpoint), VLM(folder / "out", F32)
 
 
-@pytest.mark.parametrize("case", ["one", "two", "none"])
-def test_prompt_token_ids_equal_the_reference(pair: tuple[Reference, VLM], case: str) -> None:
-    reference, vlm = pair
-    tiles = vlm.processor.preprocess(pictures(case), ImageBudget("high"))
-    ids = vlm.processor.prompt_ids([user_message(QUESTION, len(tiles))], tiles)
-    assert ids == reference.inputs(as_pil(pictures(case)), QUESTION)["input_ids"][0].tolist()
+@pytest.mark.parametrize("case", ["one", "two", "odd", "none"])
+def test_an_answer_equals_the_reference_s(pair: tuple[Reference, VLM], case: str) -> None:
+    check_parity(*pair, pictures(case))
 
 
-@pytest.mark.parametrize("case", ["one", "two", "none"])
-def test_logits_at_every_position_equal_the_reference(pair: tuple[Reference, VLM], case: str) -> None:
-    reference, vlm = pair
-    wanted = reference.logits(as_pil(pictures(case)), QUESTION)
-    session = vlm.language_model.session()
-    messages = [user_message(QUESTION, len(pictures(case)))]
-    config = GenerationConfig()
-    budget = ImageBudget("high")
-    prompt = vlm.prepare(messages, pictures(case), config, Stopwatch(), budget)
-    found = session.prefill(prompt.inputs_embeds, logits_to_keep=len(prompt))
-    assert np.ptp(wanted) > 5  # logits flat enough to agree by accident would prove nothing
-    np.testing.assert_allclose(found, wanted, atol=1e-3)
+def check_parity(reference: Reference, vlm: VLM, images: list[np.ndarray]) -> None:
+    """Compare all that is made of one question about the pictures."""
+    inputs = reference.inputs(images, QUESTION)
+    prompt = vlm.prepare([user_message(QUESTION, len(images))], images, CONFIG, Stopwatch(), HIGH)
+    assert prompt.ids == inputs["input_ids"][0].tolist()
+    assert np.array_equal(prompt.inputs.positions, reference.positions(inputs))
+    if images:
+        views = [view for visual in vlm.processor.preprocess(images, HIGH) for view in visual.views]
+        found = pixel_values(views)
+        assert np.array_equal(found, inputs["pixel_values"].numpy().reshape(found.shape))
+    logits, image_embeds = reference.run(images, QUESTION)
+    places = np.asarray(prompt.ids) == vlm.processor.family.image_token_id
+    assert not images or np.ptp(image_embeds) > 1
+    np.testing.assert_allclose(prompt.inputs_embeds[0, places], image_embeds, atol=1e-4)
+    assert np.ptp(logits) > 5  # logits flat enough to agree by accident would prove nothing
+    found = vlm.language_model.session().prefill(prompt.inputs_embeds, len(prompt), inputs=prompt.inputs)
+    np.testing.assert_allclose(found, logits, atol=1e-4)
+    check_tokens(vlm, images, reference.generate(images, QUESTION, TOKENS))
 
 
-@pytest.mark.parametrize("case", ["one", "two", "none"])
-def test_greedy_tokens_equal_the_reference(pair: tuple[Reference, VLM], case: str) -> None:
-    reference, vlm = pair
-    wanted = reference.generate(as_pil(pictures(case)), QUESTION)
-    answer = vlm.generate(pictures(case), QUESTION, GenerationConfig(max_new_tokens=TOKENS), ImageBudget("high"))
-    assert len(wanted) >= 32
-    assert list(answer.token_ids) == wanted
-    assert answer.text == reference.tokenizer.decode(wanted, skip_special_tokens=True)
+def check_tokens(vlm: VLM, images: list[np.ndarray], wanted: list[int]) -> None:
+    """Compare greedy tokens, at least 32 or up to the end of the answer, and the text that they make."""
+    answer = vlm.generate(images, QUESTION, CONFIG, HIGH)
+    ids = list(answer.token_ids)
+    assert ids == wanted[: len(ids)]
+    assert len(ids) >= 32 or ids[-1] in vlm.manifest.eos_token_ids
+    assert answer.text == vlm.processor.tokenizer.decode(ids)
 
 
-def test_cached_decoding_equals_uncached(vlm: VLM) -> None:
-    images, config = pictures("one"), GenerationConfig(max_new_tokens=TOKENS)
-    answer = vlm.generate(images, QUESTION, config)
-    prompt = vlm.prepare([user_message(QUESTION, 1)], images, config, Stopwatch())
-    ids: list[int] = []
-    for _ in answer.token_ids:
-        session = vlm.language_model.session()
-        embeds = [prompt.inputs_embeds, *([session.embed(ids)] if ids else [])]
-        ids.append(int(session.prefill(np.concatenate(embeds, axis=1))[-1].argmax()))
-    assert tuple(ids) == answer.token_ids
+def test_a_second_question_reuses_the_first_s_prefix(pair: tuple[Reference, VLM]) -> None:
+    """Its answer is that of a model that has seen nothing before."""
+    vlm, config = pair[1], GenerationConfig(max_new_tokens=12)
+    chat, wanted = vlm.chat(config, image_budget=HIGH), VLM(vlm.folder, F32).chat(config, image_budget=HIGH)
+    first = chat.ask(QUESTION, photograph("china.jpg"))
+    second = chat.ask("And the number?")
+    assert wanted.ask(QUESTION, photograph("china.jpg")).token_ids == first.token_ids
+    wanted._vlm = VLM(vlm.folder, F32)
+    assert wanted.ask("And the number?").token_ids == second.token_ids
+    assert second.cached_tokens >= first.prompt_tokens - 1
+    assert second.cached_views == second.views == first.views
+    assert second.image_tokens == first.image_tokens
 
 
-def test_logits_to_keep_gives_the_last_rows_of_all(vlm: VLM) -> None:
-    embeds = vlm.language_model.session().embed(range(50, 90))
-    everything = vlm.language_model.session().prefill(embeds, logits_to_keep=40)
-    last = vlm.language_model.session().prefill(embeds, logits_to_keep=3)
-    assert everything.shape == (40, vlm.manifest.vocab_size)
-    np.testing.assert_allclose(last, everything[-3:], atol=1e-5)
+SHAPES = [(name, shape) for name, builder in BUILDERS.items() for shape in builder.shapes]
 
 
-def test_position_ids_of_a_tile_equal_the_reference(pair: tuple[Reference, VLM]) -> None:
-    reference, vlm = pair
-    seen = {}
-    table = reference.model.model.vision_model.embeddings.position_embedding
-    hook = table.register_forward_hook(lambda _, inputs, __: seen.update(ids=inputs[0].numpy()))
-    reference.logits(as_pil(pictures("one")), QUESTION)
-    hook.remove()
-    assert (seen["ids"] == vlm.processor.family.constants["patch_position_ids"]).all()
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a function that gives a family's first variant with its reference, made once."""
+    made: dict[str, tuple[Path, Reference, VLM]] = {}
+
+    def pair_of(name: str) -> tuple[Path, Reference, VLM]:
+        if name not in made:
+            folder, builder = tmp_path_factory.mktemp(f"first-{name}"), BUILDERS[name]
+            checkpoint = next(iter(builder.variants.values()))(folder)
+            exported = export(checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder
+            made[name] = checkpoint, builder.reference(checkpoint), VLM(exported, F32)
+        return made[name]
+
+    return pair_of
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_every_shape_of_picture_equals_the_reference(name: str, shape: tuple[int, int], pairs: Any) -> None:
+    _, reference, vlm = pairs(name)
+    check_parity(reference, vlm, [noise(*shape)])
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_compressed_export_answers(name: str, precision: Any, pairs: Any, tmp_path: Path) -> None:
+    """With as many tokens as are asked for, from image embeddings near the reference's."""
+    checkpoint, _, whole = pairs(name)
+    report = export(checkpoint, tmp_path / "out", ExportOptions(precision, via="native"))
+    assert report.verification is not None
+    assert report.verification.parts["vision_embeddings"].cosine > BUILDERS[name].int8_cosine
+    assert report.manifest.size_bytes < whole.manifest.size_bytes
+    answer = VLM(report.folder, F32).generate(photograph("china.jpg"), QUESTION, CONFIG, HIGH)
+    assert answer.image_tokens == whole.generate(photograph("china.jpg"), QUESTION, CONFIG, HIGH).image_tokens
+    assert answer.generated_tokens == TOKENS or answer.finish_reason == "stop"

@@ -14,9 +14,10 @@ from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_stri
 
 from edgevlm.errors import OptionError
 from edgevlm.families.base import RGB, Detail, ImageBudget, Visual
-from edgevlm.families.idefics3 import Grid, Idefics3
+from edgevlm.families.idefics3 import Grid
 from edgevlm_export.samples import pixel_values
-from tests.conftest import LONGEST_EDGE, TILE, image_processor, image_processor_class, noise, photograph
+from tests.conftest import LONGEST_EDGE, TILE, image_processor, noise, photograph
+from tests.families.idefics3 import family, sized
 
 SIZES = [  # height, width
     (1, 1),
@@ -47,36 +48,6 @@ SIZES = [  # height, width
     (427, 641),
 ]
 DETAILS: tuple[Detail, ...] = ("auto", "low", "high")
-
-
-def sized(longest_edge: int, tile: int, **options: Any) -> Any:
-    """The reference's image processor with a checkpoint's sizes."""
-    sizes = {"size": {"longest_edge": longest_edge}, "max_image_size": {"longest_edge": tile}}
-    return image_processor_class("smolvlm")(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3, **options)
-
-
-def family(processor: Any, patch_size: int = 8, image_size: int = TILE) -> Idefics3:
-    """The runtime's family from the facts that the exporter takes from such a processor's file."""
-    return Idefics3(
-        {
-            "image_token": "<image>",
-            "image_token_id": 45,
-            "fake_image_token": "<fake_token_around_image>",
-            "global_image_token": "<global-img>",
-            "image_seq_len": 4,
-            "patch_size": patch_size,
-            "position_grid": image_size // patch_size,
-            "preprocessing": {
-                "longest_edge": processor.size["longest_edge"],
-                "tile": processor.max_image_size["longest_edge"],
-                "do_image_splitting": processor.do_image_splitting,
-                "resample": processor.resample,
-                "rescale_factor": processor.rescale_factor,
-                "image_mean": processor.image_mean,
-                "image_std": processor.image_std,
-            },
-        }
-    )
 
 
 class Reference(NamedTuple):

@@ -27,7 +27,7 @@ from edgevlm_export.samples import pixel_values
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import F32, photograph
-from tests.published import (
+from tests.helpers.published import (
     ALL,
     GRANITE_DOCLING,
     IDEFICS3_8B,

@@ -9,11 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.test_batch import folder, lines, questions, read, start, wait_for, write
-from tests.test_cli import POSIX, cli
+from tests.helpers.batches import lines, questions, read, start, wait_for, write
+from tests.helpers.command import POSIX, cli
 
-__all__ = ["folder"]
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+
+
+@pytest.fixture
+def folder(twelve_pictures: Path) -> Path:
+    """A folder of twelve pictures."""
+    return twelve_pictures
 
 
 def models_of(process: psutil.Process) -> list[psutil.Process]:

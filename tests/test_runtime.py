@@ -35,9 +35,10 @@ from edgevlm.decoding.config import override
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import load_manifest
+from edgevlm.metrics import Stopwatch
 from edgevlm.runtime.core import core, import_openvino
 from tests.conftest import F32, photograph
-from tests.damage import copy_export, edit_manifest, reseal
+from tests.helpers.damage import copy_export, edit_manifest, reseal
 
 QUESTION = "What is in this picture?"
 SHORT = GenerationConfig(max_new_tokens=16)
@@ -395,3 +396,23 @@ def test_runtime_options_out_of_range(options: dict[str, Any], line: str) -> Non
     with pytest.raises(OptionError) as caught:
         RuntimeConfig(**options)
     assert str(caught.value) == line
+
+
+def test_cached_decoding_equals_uncached(vlm: VLM) -> None:
+    images, config = [photograph("china.jpg")], GenerationConfig(max_new_tokens=40)
+    answer = vlm.generate(images, QUESTION, config)
+    prompt = vlm.prepare([user_message(QUESTION, 1)], images, config, Stopwatch())
+    ids: list[int] = []
+    for _ in answer.token_ids:
+        session = vlm.language_model.session()
+        embeds = [prompt.inputs_embeds, *([session.embed(ids)] if ids else [])]
+        ids.append(int(session.prefill(np.concatenate(embeds, axis=1))[-1].argmax()))
+    assert tuple(ids) == answer.token_ids
+
+
+def test_logits_to_keep_gives_the_last_rows_of_all(vlm: VLM) -> None:
+    embeds = vlm.language_model.session().embed(range(50, 90))
+    everything = vlm.language_model.session().prefill(embeds, logits_to_keep=40)
+    last = vlm.language_model.session().prefill(embeds, logits_to_keep=3)
+    assert everything.shape == (40, vlm.manifest.vocab_size)
+    np.testing.assert_allclose(last, everything[-3:], atol=1e-5)

@@ -12,7 +12,7 @@ import pytest
 from edgevlm import VLM, ImageError, OptionError, PromptError
 from edgevlm.decoding.sampling import log_softmax
 from edgevlm.inputs.chat_template import user_message
-from tests.test_cli import cli
+from tests.helpers.command import cli
 
 QUESTION = "What is in this picture?"
 CHOICES = ["yes", "yes, two", "no", "a red circle above a blue square", "a red circle", "Größe 🙂"]

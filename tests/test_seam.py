@@ -24,7 +24,7 @@ from edgevlm.runtime.kv_paged import PagedSession
 from edgevlm.runtime.kv_stateful import StatefulSession
 from edgevlm_export.output_folder import FILE_NAMES
 from tests.conftest import F32, photograph
-from tests.damage import copy_export, edit_manifest, reseal
+from tests.helpers.damage import copy_export, edit_manifest, reseal
 
 QUESTION = "What is in this picture?"
 NEXT = "And what is left of it? The number 42.7."

@@ -15,7 +15,7 @@ from edgevlm import VLM, Constraint, GenerationConfig
 from edgevlm.inputs.chat_template import ChatTemplate, text_message, user_message
 from edgevlm.server.run import Server
 from tests.conftest import SPECIAL_TOKENS
-from tests.serving import QUESTION, ask, data_url, events, request, serving, shown
+from tests.helpers.serving import QUESTION, ask, data_url, events, request, serving, shown
 
 RED = Image.new("RGB", (90, 70), (200, 30, 30))
 BLUE = Image.new("RGB", (70, 90), (30, 30, 200))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
-from tests.serving import QUESTION, data_url, request, serving, shown
+from tests.helpers.serving import QUESTION, data_url, request, serving, shown
 
 KEY = "a-key-of-some-length"
 EXAMPLES = 25

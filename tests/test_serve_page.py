@@ -14,7 +14,7 @@ from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
-from tests.serving import Braked, request, serving, wait_until
+from tests.helpers.serving import Braked, request, serving, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSER = next(

@@ -19,9 +19,9 @@ from edgevlm.errors import ServerError
 from edgevlm.manifest import LANGUAGE, load_manifest
 from edgevlm.server.notify import notify, watchdog_interval_s
 from edgevlm.server.unit import render_unit
-from tests.damage import copy_export, flip
-from tests.serving import PATIENCE_S
-from tests.test_cli import COMMAND, POSIX, cli
+from tests.helpers.command import COMMAND, POSIX, cli
+from tests.helpers.damage import copy_export, flip
+from tests.helpers.serving import PATIENCE_S
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from PIL import Image
 from edgevlm import VLM
 from edgevlm.server.run import Server
 from edgevlm.strict_json import read_json
-from tests.serving import (
+from tests.helpers.serving import (
     KIND,
     LOOK,
     OBJECT,

@@ -30,7 +30,7 @@ from edgevlm.server.engine import FairQueue, Job, QueueFullError
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig, read_keys
 from tests.conftest import F32
-from tests.serving import QUESTION, Braked, ask, ask_error, data_url, request, serving, shown, wait_until
+from tests.helpers.serving import QUESTION, Braked, ask, ask_error, data_url, request, serving, shown, wait_until
 
 KEY, OTHER_KEY = "a-key-of-some-length", "another-key-of-some-length"
 RED = data_url(Image.new("RGB", (64, 48), (200, 30, 30)))

@@ -16,7 +16,19 @@ from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
 from edgevlm.server.tools import read_call
 from edgevlm.strict_json import read_json
-from tests.serving import KIND, LOOK, OBJECT, QUESTION, SCHEMA, choice_of, events, refused, request, serving, tool
+from tests.helpers.serving import (
+    KIND,
+    LOOK,
+    OBJECT,
+    QUESTION,
+    SCHEMA,
+    choice_of,
+    events,
+    refused,
+    request,
+    serving,
+    tool,
+)
 
 SET = tool("set", value={"type": "number"})
 

@@ -22,7 +22,7 @@ from edgevlm.jobs.sinks import SqliteSink
 from edgevlm.jobs.spec import ask
 from edgevlm.strict_json import read_json, write_json
 from edgevlm_export import ExportOptions, export
-from tests.test_cli import cli
+from tests.helpers.command import cli
 
 QUESTION = "What is in this picture?"
 

@@ -12,7 +12,7 @@ from edgevlm.decoding.stop_text import StopText
 from edgevlm.inputs.chat_template import ChatTemplate, user_message
 from edgevlm.inputs.tokenizer import Tokenizer
 from tests.conftest import F32
-from tests.damage import copy_export, reseal
+from tests.helpers.damage import copy_export, reseal
 
 WHOLE = [
     "a",

@@ -22,8 +22,8 @@ from edgevlm.jobs.sinks import JsonlSink, SqliteSink
 from edgevlm.jobs.spec import Defaults
 from edgevlm.jobs.watch import Watch
 from tests.conftest import heed_interrupts, photograph
-from tests.test_batch import LOW, OPTIONS, SHORT, wait_for
-from tests.test_cli import COMMAND, POSIX, cli
+from tests.helpers.batches import LOW, OPTIONS, SHORT, wait_for
+from tests.helpers.command import COMMAND, POSIX, cli
 
 QUESTION = "What is in this picture?"
 pytestmark = POSIX

@@ -22,7 +22,7 @@ from edgevlm.cli.options import (
 from edgevlm.strict_json import write_json
 
 
-@click.command(cls=Command, short_help="Answer a JSON Lines file of questions, resumably.")
+@click.command(cls=Command)
 @click.argument("jobs", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="JSON Lines file of answers.")
 @click.option("--question", help="Asked where a row has no question of its own.")

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from edgevlm.bench.measure import Report
 
 
-@click.command(cls=Command, short_help="Measure a model on this machine.")
+@click.command(cls=Command)
 @click.argument("model", required=False)
 @click.option("--image", type=click.Path(path_type=Path), help="Picture to look at; default: a drawn one of 1600x1200.")
 @click.option(

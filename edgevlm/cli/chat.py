@@ -17,7 +17,7 @@ from edgevlm.cli.options import (
 )
 
 
-@click.command(cls=Command, short_help="Ask question after question about pictures.")
+@click.command(cls=Command)
 @click.argument("images", nargs=-1, metavar="[IMAGE]...")
 @model_options
 @generation_options

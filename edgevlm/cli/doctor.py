@@ -21,7 +21,7 @@ _RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "llguidance", "jinja2",
 _EXPORT = ("nncf", "safetensors", "huggingface-hub", "torch", "transformers", "optimum-intel", "onnx", "onnxruntime")
 
 
-@click.command(cls=Command, short_help="Print what a bug report needs.")
+@click.command(cls=Command)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Print what a bug report needs: versions, CPU, devices, folders, memory.

@@ -13,17 +13,26 @@ from edgevlm import __version__
 from edgevlm.errors import EdgeVLMError
 
 _GROUPS = {
-    "Ask": {"run": "edgevlm.cli.run", "chat": "edgevlm.cli.chat"},
-    "Serve and automate": {
-        "serve": "edgevlm.cli.serve",
-        "batch": "edgevlm.cli.batch",
-        "watch": "edgevlm.cli.watch",
+    "Ask": {
+        "run": ("edgevlm.cli.run", "Answer one question about pictures."),
+        "chat": ("edgevlm.cli.chat", "Ask question after question about pictures."),
     },
-    "Models": {"export": "edgevlm_export.cli", "models": "edgevlm.cli.models"},
-    "Measure and diagnose": {"bench": "edgevlm.cli.bench", "doctor": "edgevlm.cli.doctor"},
+    "Serve and automate": {
+        "serve": ("edgevlm.cli.serve", "Serve an OpenAI-compatible API and a web page."),
+        "batch": ("edgevlm.cli.batch", "Answer a JSON Lines file of questions, resumably."),
+        "watch": ("edgevlm.cli.watch", "Answer each new picture of a folder."),
+    },
+    "Models": {
+        "export": ("edgevlm_export.cli", "Convert a checkpoint to OpenVINO IR."),
+        "models": ("edgevlm.cli.models", "List bundled and exported models."),
+    },
+    "Measure and diagnose": {
+        "bench": ("edgevlm.cli.bench", "Measure a model on this machine."),
+        "doctor": ("edgevlm.cli.doctor", "Print what a bug report needs."),
+    },
 }
-"""The commands by heading, in the order of use, and the module of each, imported when the command is used."""
-_COMMANDS = {name: module for commands in _GROUPS.values() for name, module in commands.items()}
+"""The commands by heading, in the order of use: each one's module, imported when the command is used, and summary."""
+_COMMANDS = {name: module for commands in _GROUPS.values() for name, (module, _) in commands.items()}
 
 
 class Commands(click.Group):
@@ -38,11 +47,10 @@ class Commands(click.Group):
         command: click.Command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in _GROUPS.items():
-            commands = [(name, self.get_command(ctx, name)) for name in names]
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        for title, commands in _GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, command.get_short_help_str(100)) for name, command in commands if command])
+                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

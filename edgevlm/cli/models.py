@@ -12,7 +12,7 @@ from edgevlm.errors import ModelError
 from edgevlm.strict_json import write_json
 
 
-@click.command(cls=Command, short_help="List bundled and exported models.")
+@click.command(cls=Command)
 @click.option("--check", is_flag=True, help="Compare every file with its SHA-256; exit 1 if one differs.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list.")
 @click.pass_context

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from edgevlm.vlm import VLM
 
 
-@click.command(cls=Command, short_help="Answer one question about pictures.")
+@click.command(cls=Command)
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
 @model_options
 @generation_options

@@ -29,9 +29,7 @@ _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
 )
 
 
-@click.command(
-    cls=Command, short_help="Serve an OpenAI-compatible API and a web page.", context_settings=LONG_RUNNING_DEFAULTS
-)
+@click.command(cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
 @click.argument("model_argument", metavar="[MODEL]", required=False)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=8000, show_default=True, help="Port to listen on; 0 takes a free one.")

@@ -26,7 +26,7 @@ from edgevlm.cli.options import (
 from edgevlm.strict_json import write_json
 
 
-@click.command(cls=Command, short_help="Answer each new picture of a folder.", context_settings=LONG_RUNNING_DEFAULTS)
+@click.command(cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--question", required=True, help="Question about each picture.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON Lines file of answers.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
 
 
-@click.command(cls=Command, short_help="Convert a checkpoint to OpenVINO IR.")
+@click.command(cls=Command)
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to make; default: a short name.")
 @click.option("--int4", "precision", flag_value="int4", help="INT4 language model, the rest INT8: the smallest.")

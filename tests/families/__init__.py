@@ -1,1 +1,12 @@
-"""A small builder of seeded checkpoints for each family."""
+"""The families in the parity suite: one builder each, by the names of the runtime's table."""
+
+from tests.families import idefics3, internvl, llava, llava_onevision
+from tests.families.base import Builder
+
+BUILDERS: dict[str, Builder] = {
+    "idefics3": idefics3.builder("idefics3"),
+    "internvl": internvl.BUILDER,
+    "llava": llava.BUILDER,
+    "llava_onevision": llava_onevision.BUILDER,
+    "smolvlm": idefics3.builder("smolvlm"),
+}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tests.conftest import make_tokenizer, seed_weights
+from tests.families.base import Builder, Reference
 
 TILE, PATCH = 32, 4
 IMAGE_SEQ_LEN = (TILE // PATCH // 2) ** 2
@@ -134,6 +135,43 @@ def as_published(checkpoint: Path, folder: Path) -> Path:
     write_json(folder / "tokenizer_config.json", named)
     (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<IMG_CONTEXT>", "<image>"), encoding="utf-8")
     return folder
+
+
+def reference_processor(words: Any, image_processor: Any, config: Any) -> Any:
+    """Return the processor of a checkpoint, whose template may have been published with `<image>`."""
+    words._set_model_specific_special_tokens(NAMED)
+    made = processor(words, image_processor)
+    made.chat_template = TEMPLATE
+    return made
+
+
+def make_reference(checkpoint: Path) -> Reference:
+    """Return transformers on a checkpoint."""
+    return Reference(checkpoint, reference_processor)
+
+
+BUILDER = Builder(
+    {
+        "published": lambda folder: as_published(make_checkpoint(folder / "saved"), folder / "published"),
+        "saved": lambda folder: make_checkpoint(folder / "saved"),
+        "held": lambda folder: make_checkpoint(folder / "saved", held=True),
+        "tied": lambda folder: make_checkpoint(folder / "saved", tied=True),
+        "qwen3": lambda folder: make_checkpoint(folder / "saved", text_config={"model_type": "qwen3", "head_dim": 32}),
+        "norms": lambda folder: make_checkpoint(
+            folder / "saved",
+            vision_config={"use_qk_norm": True, "norm_type": "rms_norm", "use_mean_pooling": False},
+        ),
+        "bare": lambda folder: make_checkpoint(
+            folder / "saved",
+            vision_config={
+                "attention_bias": False,
+                "use_absolute_position_embeddings": False,
+                "use_mask_token": True,
+            },
+        ),
+    },
+    make_reference,
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgevlm.inputs.chat_template import user_message
 from tests.conftest import make_tokenizer, seed_weights
+from tests.families.base import Builder, Reference
+from tests.helpers.graphs import least_w8a8_cosine
 
 SIDE, PATCH = 28, 7
 MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -115,46 +115,9 @@ def reference_pixels(image: np.ndarray, image_processor: Any) -> np.ndarray:
     return np.asarray(image_processor([image], input_data_format="channels_last", return_tensors="np")["pixel_values"])
 
 
-class Reference:
-    """transformers 5 on one checkpoint, greedy and in float32, the tokenizer its tokenizer.json as it stands."""
-
-    def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any] = reference_processor) -> None:
-        import torch
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
-
-        self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.model.generation_config.eos_token_id = None
-        words = PreTrainedTokenizerFast.from_pretrained(checkpoint)
-        words.model_input_names = ["input_ids", "attention_mask"]
-        pictures = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-        self.processor = make_processor(words, pictures, self.model.config)
-
-    def inputs(self, images: Sequence[np.ndarray], question: str) -> dict[str, Any]:
-        """Return the model's inputs for one question about `images`."""
-        messages = [user_message(question, len(images))]
-        text = self.processor.tokenizer.apply_chat_template(
-            messages, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=True
-        )
-        pictures = {"images": [list(images)]} if images else {}
-        return dict(self.processor(text=[text], return_tensors="pt", **pictures))
-
-    def run(self, images: Sequence[np.ndarray], question: str) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Return the logits at every position `(S, V)` and each picture's features `(n, D)`."""
-        import torch
-
-        with torch.inference_mode():
-            outputs = self.model(**self.inputs(images, question))
-        pictures = outputs.image_outputs.pooler_output if images else []
-        return outputs.logits[0].numpy(), [each.numpy() for each in pictures]
-
-    def generate(self, images: Sequence[np.ndarray], question: str, count: int) -> list[int]:
-        """Return `count` greedy token ids."""
-        import torch
-
-        inputs = self.inputs(images, question)
-        with torch.inference_mode():
-            ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=count)
-        return ids[0, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+def make_reference(checkpoint: Path) -> Reference:
+    """Return transformers on a checkpoint."""
+    return Reference(checkpoint, reference_processor)
 
 
 def in_old_layout(checkpoint: Path, folder: Path) -> Path:
@@ -206,3 +169,34 @@ def new_name(name: str) -> str:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def interleave(folder: Path) -> Path:
+    """A checkpoint in the manner of llava-interleave: SigLIP's last layer, and a Qwen2 decoder with a tied head."""
+    return make_llava(
+        folder,
+        siglip_processor(),
+        {"model_type": "qwen2", "tie_word_embeddings": True},
+        {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh"},
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def padded(folder: Path) -> Path:
+    """A checkpoint whose processor pads, without biases in the projector."""
+    return make_llava(folder, clip_processor("Llava", do_pad=True), multimodal_projector_bias=False)
+
+
+BUILDER = Builder(
+    {
+        "saved": lambda folder: make_llava(folder / "saved"),
+        "old": lambda folder: in_old_layout(make_llava(folder / "saved"), folder / "old"),
+        "held": lambda folder: as_held(make_llava(folder / "saved"), folder / "held"),
+        "interleave": lambda folder: interleave(folder / "saved"),
+        "interleave-old": lambda folder: in_old_layout(interleave(folder / "saved"), folder / "old"),
+        "padded": lambda folder: padded(folder / "saved"),
+    },
+    make_reference,
+    int8_cosine=least_w8a8_cosine(),
+)

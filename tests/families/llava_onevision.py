@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from tests.conftest import make_tokenizer, seed_weights
-from tests.families.llava import TEXT
+from tests.families.base import Builder, Reference
+from tests.families.llava import TEXT, as_held, in_old_layout
+from tests.helpers.graphs import least_w8a8_cosine
 
 TILE, PATCH = 28, 7
 MEAN, STD = [0.5, 0.4, 0.6], [0.5, 0.6, 0.4]
@@ -94,3 +96,20 @@ def reference_views(images: list[np.ndarray], image_processor: Any) -> list[np.n
     """
     made = image_processor([images], input_data_format="channels_last", return_tensors="np", do_pad=False)
     return [np.asarray(each) for each in made["pixel_values"]]
+
+
+def make_reference(checkpoint: Path) -> Reference:
+    """Return transformers on a checkpoint."""
+    return Reference(checkpoint, reference_processor)
+
+
+BUILDER = Builder(
+    {
+        "saved": lambda folder: make_llava_onevision(folder / "saved"),
+        "old": lambda folder: in_old_layout(make_llava_onevision(folder / "saved"), folder / "old"),
+        "held": lambda folder: as_held(make_llava_onevision(folder / "saved"), folder / "held"),
+    },
+    make_reference,
+    shapes=((12, 150), (150, 12), (30, 60), (97, 28), (20, 20)),
+    int8_cosine=least_w8a8_cosine(),
+)

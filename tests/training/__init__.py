@@ -1,0 +1,1 @@
+"""How the bundled model is made: drawings, rows, the loop and its supervision."""
