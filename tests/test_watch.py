@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from PIL import Image
 from edgevlm import VLM, OptionError, OutputError
 from edgevlm.jobs.sinks import JsonlSink, SqliteSink
 from edgevlm.jobs.spec import Defaults
-from edgevlm.jobs.watch import Watch
+from edgevlm.jobs.watch import Watch, Watcher
 from tests.conftest import heed_interrupts, photograph
 from tests.helpers.batches import LOW, OPTIONS, SHORT, wait_for
 from tests.helpers.command import COMMAND, POSIX, cli
@@ -118,38 +117,90 @@ def test_pictures_are_answered_as_they_come(
         assert row["time"].endswith("+00:00")
 
 
-def test_a_file_that_is_still_being_written_is_waited_for(exported: Path, folder: Path, pictures: list[Path]) -> None:
+class Stepped:
+    """A watcher in this process whose time passes only when a test says so."""
+
+    def __init__(self, vlm: VLM, folder: Path, store: Path) -> None:
+        self.now = 100.0
+        self._sink = JsonlSink(store) if store.suffix == ".jsonl" else SqliteSink(store)
+        self._sink.__enter__()
+        watch = Watch(folder, Defaults(QUESTION, config=SHORT, image_budget=LOW), stable_for_s=1, give_up_after_s=20)
+        self._watcher = Watcher(watch, vlm, self._sink, clock=lambda: self.now)
+
+    def after(self, seconds: float, *changed: Path) -> None:
+        """Let time pass, then report changed files and do what is due."""
+        self.now += seconds
+        self._watcher.step(changed)
+
+    def end(self) -> None:
+        self._sink.__exit__(None, None, None)
+
+
+def test_a_file_that_is_still_being_written_is_waited_for(vlm: VLM, folder: Path, pictures: list[Path]) -> None:
     store = folder.parent / "answers.jsonl"
-    watcher = Running(exported, folder, "-o", str(store), "--patience", "20")
-    data = pictures[0].read_bytes()
-    shutil.copy(pictures[1], folder)
-    watcher.wait_for(lambda: rows_of(store))
-    with (folder / "slow.png").open("wb") as file:
+    watcher, data, slow = Stepped(vlm, folder, store), pictures[0].read_bytes(), folder / "slow.png"
+    watcher.after(0)
+    with slow.open("wb") as file:
         for start in range(0, len(data), len(data) // 6 + 1):
             file.write(data[start : start + len(data) // 6 + 1])
             file.flush()
-            time.sleep(0.35)  # longer than it takes to settle: only the picture itself says that it is not whole
-    watcher.wait_for(lambda: len(rows_of(store)) == 2)
-    (folder / "broken.png").write_bytes(data[:5000])
-    time.sleep(0.6)
-    (folder / "broken.png").unlink()
-    assert watcher.end()[0] == 0
-    found = rows_of(store)
-    assert [row["path"] for row in found] == ["01.png", "slow.png"]
-    assert found[1]["sha256"] == [hashlib.sha256(data).hexdigest()]
-    assert "answer" in found[1]
+            watcher.after(0.1, slow)
+            watcher.after(1.5)  # stable, and still no whole picture until the last piece
+            assert bool(rows_of(store)) == (slow.stat().st_size == len(data))
+    [row] = rows_of(store)
+    assert (row["path"], row["sha256"]) == ("slow.png", [hashlib.sha256(data).hexdigest()])
+    assert row["answer"]
+    watcher.end()
 
 
-def test_what_never_becomes_a_picture_is_told_once(exported: Path, folder: Path, pictures: list[Path]) -> None:
+def test_a_file_is_read_when_it_has_been_stable_for_long_enough(vlm: VLM, folder: Path, pictures: list[Path]) -> None:
+    store, path = folder.parent / "answers.jsonl", folder / "00.png"
+    watcher = Stepped(vlm, folder, store)
+    watcher.after(0)
+    shutil.copy(pictures[0], path)
+    watcher.after(0.5, path)
+    watcher.after(0.9)
+    assert rows_of(store) == []
+    os.utime(path, ns=(1, 1))  # written again: the time begins anew
+    watcher.after(0, path)
+    watcher.after(0.9)
+    assert rows_of(store) == []
+    watcher.after(0.2)
+    assert len(rows_of(store)) == 1
+    watcher.end()
+
+
+def test_a_file_that_no_event_announces_is_found_by_the_next_scan(vlm: VLM, folder: Path, pictures: list[Path]) -> None:
+    store = folder.parent / "answers.jsonl"
+    watcher = Stepped(vlm, folder, store)
+    watcher.after(0)
+    shutil.copy(pictures[0], folder)
+    watcher.after(9)
+    watcher.after(0.5)
+    assert rows_of(store) == []
+    watcher.after(1)  # more than ten seconds since the last scan
+    watcher.after(1.1)
+    assert [row["path"] for row in rows_of(store)] == ["00.png"]
+    watcher.end()
+
+
+def test_what_never_becomes_a_picture_is_reported_once(vlm: VLM, folder: Path, pictures: list[Path]) -> None:
     store = folder.parent / "answers.db"
     (folder / "cut.png").write_bytes(pictures[0].read_bytes()[:3000])
     (folder / "empty.jpg").write_bytes(b"")
+    (folder / "gone.png").write_bytes(pictures[0].read_bytes()[:3000])
     shutil.copy(pictures[1], folder)
     for rows in (3, 4):  # and not again after a restart
-        watcher = Running(exported, folder, "--sqlite", str(store))
-        watcher.wait_for(lambda rows=rows: len(rows_of(store)) == rows)
-        time.sleep(1.5)
-        assert watcher.end(signal.SIGINT)[0] == 0
+        watcher = Stepped(vlm, folder, store)
+        watcher.after(0)
+        watcher.after(1.1)
+        assert len(rows_of(store)) == (1 if rows == 3 else 4)  # what was decoded at once
+        (folder / "gone.png").unlink(missing_ok=True)
+        watcher.after(18)
+        assert len(rows_of(store)) == (1 if rows == 3 else 4)
+        watcher.after(1.1)
+        watcher.after(30)
+        watcher.end()
         found = {row["path"]: row for row in rows_of(store)}
         assert len(rows_of(store)) == len(found) == rows
         shutil.copy(pictures[2], folder)
@@ -174,7 +225,6 @@ def test_killed_and_started_again_each_picture_has_one_row(
         shutil.copy(picture, folder)
     watcher = Running(exported, folder, *store_options(store))
     watcher.wait_for(lambda: len(rows_of(store)) >= 40)
-    time.sleep(0.5)
     assert watcher.end()[0] == 0
     found = rows_of(store)
     assert sorted(row["path"] for row in found) == [picture.name for picture in pictures]

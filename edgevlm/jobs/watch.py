@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from edgevlm.vlm import VLM
 
 _SCAN_S = 10.0
-"""How often the whole folder is looked through: of what another machine writes to a share, no notice comes."""
+"""Interval of full scans: the file system reports no events for what another machine writes to a share."""
 _MOST_KINDS = 20
-"""Kinds of files passed over that are told: suffixes may be numbers without end."""
+"""Suffixes that are reported at most: they may be numbers without end."""
 _TEMPORARY = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", ".download", ".swp", ".lock", "~")
 
 
@@ -58,16 +58,16 @@ class _Waiting:
 
     size: int
     mtime_ns: int
-    since: float = field(default_factory=monotonic)
+    since: float
     broken: bool = False
 
 
 class Watcher:
     """Answers a folder's pictures into a sink, those first that were there before.
 
-    A picture is known by its name, its bytes and what is asked: one that is written anew is answered anew, one that was
-    answered before a restart is not. `on_row` is given each row, `on_passed` a line for the first file of each kind
-    that is passed over because its name is no picture's.
+    A picture is identified by its name, its bytes and what is asked: one that is rewritten is answered again, one that
+    was answered before a restart is not. `on_row` gets each row, `on_passed` a line for the first file of each suffix
+    that edgevlm does not read. `clock` gives seconds, monotonically.
     """
 
     def __init__(
@@ -77,8 +77,10 @@ class Watcher:
         sink: AnswerSink,
         on_row: Callable[[Row], object] = noop,
         on_passed: Callable[[str], object] = noop,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
         self._watch, self._vlm, self._sink, self._on_row, self._on_passed = watch, vlm, sink, on_row, on_passed
+        self._clock, self._scanned = clock, float("-inf")
         self._question = watch.defaults.question or ""
         self._job = job_key(watch.defaults.config_digest(str(vlm.folder)), self._question.encode())
         self._folder = watch.folder.resolve()
@@ -91,28 +93,34 @@ class Watcher:
         """Watch until `stop` is set; an answer that is being made is made. Raises `OptionError`, `OutputError`."""
         from watchfiles import watch
 
-        step = max(10, int(1000 * self._watch.stable_for_s / 4))
-        scanned = None
+        step_ms = max(10, int(1000 * self._watch.stable_for_s / 4))
         for changes in watch(
             self._folder,
             watch_filter=None,
             stop_event=stop,
-            rust_timeout=step,
-            debounce=step,
+            rust_timeout=step_ms,
+            debounce=step_ms,
             yield_on_timeout=True,
             raise_interrupt=False,
             recursive=self._watch.recursive,
         ):
-            for _, name in changes:
-                self._on_event(Path(name))
-            if scanned is None or monotonic() - scanned > _SCAN_S:  # first when the watch is already on
-                for path in self._scan():
-                    self._on_event(path)
-                scanned = monotonic()
-            for path in list(self._waiting):
-                if stop.is_set():
-                    return
-                self._process_if_stable(path)
+            self.step([Path(name) for _, name in changes], stop)
+
+    def step(self, changed: Iterable[Path] = (), stop: Event | None = None) -> None:
+        """Take note of changed files, look through the folder if that is due, and answer what is stable by the clock.
+
+        Raises `OptionError` where the folder is gone, and `OutputError`.
+        """
+        for path in changed:
+            self._on_event(path)
+        if self._clock() - self._scanned > _SCAN_S:  # at first when the watch is already on, so that nothing is missed
+            for path in self._scan():
+                self._on_event(path)
+            self._scanned = self._clock()
+        for path in list(self._waiting):
+            if stop and stop.is_set():
+                return
+            self._process_if_stable(path)
 
     def _scan(self) -> Iterator[Path]:
         """Yield the folder's files, the oldest first."""
@@ -142,7 +150,7 @@ class Watcher:
         if self._sink.seen_file(self._job, self._name(path), *facts):
             self._mark_done(path, *facts)
         else:
-            self._waiting[path] = _Waiting(*facts)
+            self._waiting[path] = _Waiting(*facts, self._clock())
 
     def _pass_over(self, path: Path) -> None:
         """Tell the first file of each suffix that is no picture's, unless nobody would take it for one."""
@@ -171,7 +179,7 @@ class Watcher:
         waiting = self._waiting.get(path)
         if waiting is None:
             return
-        age = monotonic() - waiting.since
+        age = self._clock() - waiting.since
         if age < (self._watch.give_up_after_s if waiting.broken else self._watch.stable_for_s):
             return
         try:
