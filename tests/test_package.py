@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import edgevlm
+import edgevlm.errors
 from edgevlm import families
 from edgevlm_export import families as exporters
 
@@ -107,7 +108,19 @@ def test_every_public_name_is_there_and_documented() -> None:
         assert getattr(edgevlm, name).__doc__, name
         assert not getattr(edgevlm, name).__doc__.startswith(f"{name}("), name  # what a dataclass makes up
     assert dir(edgevlm) == sorted(edgevlm.__all__)
-    assert {"VLM", "Answer", "Piece", "GenerationConfig", "RuntimeConfig", "EdgeVLMError"} <= set(edgevlm.__all__)
+
+
+def test_every_error_that_is_defined_is_public() -> None:
+    defined = {name for name, each in vars(edgevlm.errors).items() if isinstance(each, type)}
+    assert {name for name in defined if name.endswith("Error")} == {
+        name for name in edgevlm.__all__ if name.endswith("Error")
+    }
+
+
+def test_the_python_reference_shows_what_is_public_and_nothing_else() -> None:
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^::: edgevlm\.(\w+)$", page, re.MULTILINE))
+    assert shown == {name for name in edgevlm.__all__ if not name.endswith("Error")} | {"errors"}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -45,11 +45,11 @@ def test_a_large_photograph_takes_thirteen_tiles(int4: Path) -> None:
     budget = ImageBudget("high")
     answer = VLM(int4).generate(photograph(1600, 1200), "Can you describe this image?", config, budget)
     assert (answer.views, answer.image_tokens) == (13, 13 * 64)
-    assert answer.generated_tokens >= 1
+    assert answer.generated_tokens == 8 or answer.finish_reason == "stop"
 
 
 def test_the_manifest_reports_what_compression_costs(int4: Path) -> None:
     verification = load_manifest(int4).verification
     assert verification is not None
-    assert 0.5 < verification["greedy_agreement"] <= 1
-    assert verification["kl_divergence"] > 0
+    assert 0.5 < verification["greedy_agreement"] < 1
+    assert 0.01 < verification["kl_divergence"] < 1
