@@ -1,4 +1,4 @@
-"""What the generator yields: progress, pieces of text, and at the end the answer with what it took."""
+"""What the generator yields: progress, pieces of text, and at the end the answer with its figures."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ FinishReason: TypeAlias = Literal["stop", "length", "context"]
 class TokenLogprob:
     """A token of an answer and its natural log-probability under the model's raw logits.
 
-    That is before temperature, top-k, top-p and any constraint: what the model thinks, not what it was allowed.
+    That is before temperature, top-k, top-p and any constraint.
     """
 
     token_id: int
     data: bytes
-    """What the token stands for; a part of a character may be all there is."""
+    """The token's bytes, which may be a part of a character."""
     logprob: float
     top: tuple[TokenLogprob, ...] = ()
     """The likeliest tokens in its place, best first; their own `top` is empty."""
@@ -33,7 +33,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Answer:
-    """A whole answer and what it took."""
+    """A complete answer with its token counts, timings and memory."""
 
     text: str
     finish_reason: FinishReason
@@ -45,16 +45,16 @@ class Answer:
     """Calls of the vision encoder that the pictures take: tiles, global views, thumbnails."""
     token_ids: tuple[int, ...]
     cached_tokens: int
-    """Prompt tokens that were in the KV cache already."""
+    """Prompt tokens reused from the KV cache."""
     cached_views: int
-    """Views that had been encoded before."""
+    """Views whose embeddings were in the vision cache."""
     drafted_tokens: int
     accepted_tokens: int
-    """Drafted tokens that came true."""
+    """Drafted tokens that were accepted."""
     fast_forward_tokens: int
-    """Tokens that the constraint left no choice of, which cost no step of their own."""
+    """Tokens that the constraint left no choice of; they take no step of their own."""
     satisfied: bool | None
-    """Whether the answer has the form that the constraint asks for; None without a constraint."""
+    """Whether the answer satisfies its constraint; None without one."""
     logprobs: tuple[TokenLogprob, ...]
     """One for each token but the end token, when `top_logprobs` asks for them."""
     timings: Timings

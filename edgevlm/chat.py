@@ -1,4 +1,4 @@
-"""A conversation about pictures, whose earlier turns stay in the KV cache: each turn reads only what is new."""
+"""A conversation about pictures; earlier turns stay in the KV cache, so that a turn prefills only what is new."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, the pictures that came with it, and the answer as far as it was given."""
+    """A question, its pictures, and the answer as far as it was generated."""
 
     question: str
     images: tuple[Picture, ...]
@@ -77,7 +77,7 @@ class Chat:
         self.turns: list[Turn] = []
 
     def reset(self) -> None:
-        """Forget all turns and their pictures."""
+        """Drop all turns and their pictures."""
         self.turns = []
 
     def ask(self, question: str, images: Images = None) -> Answer:

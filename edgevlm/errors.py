@@ -6,7 +6,7 @@ EdgeVLMError
 ├── PromptError            the question: it holds the image placeholder, or is no text
 │   └── ContextLengthError
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
-├── IncompleteAnswerError  an answer cut short of the form it was to have
+├── IncompleteAnswerError  an answer that ended before it satisfied its constraint
 ├── OutputError            results that cannot be written, or a file that holds others
 ├── ModelError             the exported folder
 │   ├── ModelNotFoundError
@@ -15,7 +15,7 @@ EdgeVLMError
 ├── ServerError            the server cannot listen, or lacks what it needs
 └── ExportError            the exporter
     ├── SourceError        the checkpoint: missing, not cached, of an unknown family
-    └── VerificationError  an exported part differs from the reference
+    └── VerificationError  an exported submodel differs from the reference
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class OptionError(EdgeVLMError):
 
 
 class IncompleteAnswerError(EdgeVLMError):
-    """An answer ended before it had the form that the constraint asks for; `answer` is what there is of it."""
+    """An answer ended before it satisfied its constraint; `answer` is what there is of it."""
 
     def __init__(self, message: str, answer: Answer) -> None:
         super().__init__(message)
@@ -114,7 +114,7 @@ class SourceError(ExportError):
 
 
 class VerificationError(ExportError):
-    """An exported part differs from the reference by more than its tolerance."""
+    """An exported submodel differs from the reference by more than its tolerance."""
 
 
 def one_line(error: BaseException) -> str:

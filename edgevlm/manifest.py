@@ -36,7 +36,7 @@ class Submodel:
 
 @dataclass(frozen=True)
 class File:
-    """What a file of the export must be."""
+    """Expected size and hash of a file."""
 
     sha256: str
     size_bytes: int
@@ -63,7 +63,7 @@ class Manifest:
     text_tokens: tuple[str, ...] = ()
     """Special tokens that are part of an answer; all others shape the prompt."""
     overlooked: Mapping[str, Any] = field(default_factory=dict)
-    """What the checkpoint's files state and the exporter does not know."""
+    """Keys of the checkpoint's configuration that the exporter does not know, with their values."""
     export_options: Mapping[str, Any] = field(default_factory=dict)
     verification: Mapping[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION

@@ -1,4 +1,4 @@
-"""Where models and compiled models are: XDG folders through platformdirs, `EDGEVLM_HOME` above them, and the package.
+"""Where models and compiled models lie: XDG folders through platformdirs, or `EDGEVLM_HOME`, and the package.
 
 The package brings one model of its own, `panel`, which answers when none is named.
 """
@@ -25,7 +25,7 @@ def models_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again."""
+    """Return the cache folder."""
     home = os.environ.get("EDGEVLM_HOME")
     return Path(home) / "cache" if home else platformdirs.user_cache_path("edgevlm", appauthor=False)
 

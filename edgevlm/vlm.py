@@ -1,4 +1,4 @@
-"""An exported folder, ready to answer."""
+"""`VLM`: an exported model, loaded."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class VLM:
 
     def _load(self) -> None:
         loader = ModelLoader(self.folder, self.manifest, self.config, self.device)
-        with ThreadPoolExecutor(1) as pool:  # reading and compiling a part keeps one core busy
+        with ThreadPoolExecutor(1) as pool:  # loading and compiling a submodel uses one core
             vision = pool.submit(loader.vision, self.processor.family)
             self.language_model = loader.language_model()
             try:
                 self.language_model.warm_up()
-            except RuntimeError as error:  # what a device has compiled it may still not run
+            except RuntimeError as error:  # a device may compile a model that it cannot run
                 raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
             self.vision = vision.result()
         self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
@@ -203,7 +203,7 @@ class VLM:
         )
 
     def session(self, prompt: Prompt) -> AbstractContextManager[Session]:
-        """Lend the session that holds most of the prompt's beginning in its KV cache."""
+        """Lend the session with the longest cached prefix of the prompt."""
         return self._sessions.take(prompt.prefix_keys)
 
     def chat(
@@ -262,7 +262,7 @@ class VLM:
         image_budget: ImageBudget | None = None,
         cache_salt: str = "",
     ) -> Prompt:
-        """Turn a conversation and its pictures into the embeddings that the language model reads."""
+        """Return a conversation with its pictures as the language model's inputs. Errors as in `events`."""
         return result_of(self._prepare(messages, images, config, watch, image_budget, cache_salt))
 
     def _prepare(
@@ -299,7 +299,7 @@ class VLM:
     def _encode(
         self, images: Sequence[PreprocessedImage], cache_salt: str
     ) -> Generator[Progress, None, list[EncodedImage]]:
-        """Return the pictures encoded, calling the vision encoder only for views that are not cached."""
+        """Encode the views that are not in the vision cache; return the pictures' embeddings."""
         total = sum(len(image.image) for image in images if isinstance(image.image, Visual))
         before, encoded = 0, []
         for image in images:

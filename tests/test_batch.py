@@ -64,7 +64,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
     )
     progress: list[tuple[int, int]] = []
     tally = run_batch(batch, on_progress=lambda *each: progress.append(each))
-    assert tally.to_dict() == {"jobs": 8, "answered": 8, "failed": 0, "known": 0}
+    assert tally.to_dict() == {"jobs": 8, "answered": 8, "failed": 0, "resumed": 0}
     found = read(folder / "out.jsonl")
     assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9]
     assert found[0]["id"] == "first"
@@ -130,7 +130,7 @@ def test_a_bad_row_is_told_and_the_others_are_answered(exported: Path, folder: P
         assert message in told[number]
     again = cli(*arguments, "--json")
     assert json.loads(again.stdout) == {
-        "jobs": len(rows), "answered": len(BAD), "failed": len(BAD), "known": len(rows)
+        "jobs": len(rows), "answered": len(BAD), "failed": len(BAD), "resumed": len(rows)
     }  # fmt: skip
     assert read(folder / "out.jsonl") == found
 
@@ -193,7 +193,7 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_twice(exported: Path
     assert process.returncode == 0, stderr
     found = read(folder / "out.jsonl")
     assert [row["id"] for row in found] == list(range(90))
-    assert json.loads(stdout)["known"] >= before
+    assert json.loads(stdout)["resumed"] >= before
     batch = Batch(
         folder / "jobs.jsonl",
         folder / "whole.jsonl",

@@ -46,7 +46,7 @@ def test_a_worker_killed_half_way_is_made_up_for(exported: Path, folder: Path) -
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout.count(b"\n") == 1, stdout
-    assert json.loads(stdout) == {"jobs": 120, "answered": 120, "failed": 0, "known": 0}
+    assert json.loads(stdout) == {"jobs": 120, "answered": 120, "failed": 0, "resumed": 0}
     assert [row["id"] for row in read(folder / "out.jsonl")] == list(range(120))
 
 

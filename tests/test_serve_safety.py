@@ -26,7 +26,8 @@ from edgevlm import VLM, OptionError
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.errors import ServerError
 from edgevlm.families.base import ImageBudget
-from edgevlm.server.engine import FairQueue, Job, QueueFullError
+from edgevlm.server.engine import FairQueue, Job
+from edgevlm.server.errors import QueueFullError
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig, read_keys
 from tests.conftest import F32

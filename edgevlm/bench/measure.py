@@ -1,4 +1,4 @@
-"""What a model does on this machine: where the time to the first token goes, decoding speed, memory.
+"""The latency benchmark: TTFT by stage, TPOT, throughput, memory.
 
 Every figure is taken from the one generator. A cold figure comes from a model that keeps no embeddings and no KV cache,
 and is refused if it reused anything all the same; figures with reuse stand apart, under their own names.
@@ -46,7 +46,7 @@ FILLER = "The quick brown fox jumps over the lazy dog. "
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is varied; every combination is a point."""
+    """The parameters of a sweep; every combination is a point."""
 
     devices: tuple[str, ...] = ("AUTO",)
     threads: tuple[int | None, ...] = (None,)
@@ -198,7 +198,7 @@ class Sample:
 
 
 def ask(vlm: VLM, image: ImageInput, question: str, budget: ImageBudget, new_tokens: int) -> Sample:
-    """Answer with exactly `new_tokens` tokens, whatever the model would rather end with, and without drafts."""
+    """Generate exactly `new_tokens` tokens, end tokens ignored, without drafts."""
     watch = Stopwatch()
     prompt = vlm.prepare([user_message(question, 1)], [image], GenerationConfig(), watch, budget)
     with vlm.session(prompt) as session:

@@ -65,11 +65,11 @@ def batch(
             from edgevlm.jobs.ray import work_on_ray
 
             executor = partial(work_on_ray, ray)
-        tally = run_batch(what, bar.row, bar.progress, executor)
+        summary = run_batch(what, bar.row, bar.progress, executor)
     if as_json:
-        click.echo(write_json(tally.to_dict()))
+        click.echo(write_json(summary.to_dict()))
     else:
-        known = f" ({tally.known} of them before)" if tally.known else ""
-        click.echo(f"{tally.jobs - tally.failed} of {tally.jobs} rows answered{known}: {output}", err=True)
-    if tally.failed:
+        resumed = f" ({summary.resumed} of them before)" if summary.resumed else ""
+        click.echo(f"{summary.jobs - summary.failed} of {summary.jobs} rows answered{resumed}: {output}", err=True)
+    if summary.failed:
         click.get_current_context().exit(1)

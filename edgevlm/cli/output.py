@@ -1,4 +1,4 @@
-"""What people see: progress on stderr, tables on stdout. Programs use `--json` instead."""
+"""Terminal output: progress on stderr, tables on stdout; programs use `--json`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POINTS_ABREAST = 5
 
 
 class Progress:
-    """One line on stderr that says what takes time; silent when stderr is no terminal."""
+    """A status line on stderr; silent when stderr is no terminal."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -48,7 +48,7 @@ class Progress:
             self._status.update(f"{name} …")
 
     def show(self, event: Event) -> None:
-        """Show a step of an answer; its text takes the line away."""
+        """Show the progress of an answer; its first text removes the line."""
         if isinstance(event, Piece):
             self.clear()
         elif event.stage == "decode":
@@ -68,7 +68,7 @@ class Progress:
                 return result
 
     def clear(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._status:
             self._status.stop()
             self._status = None
@@ -102,7 +102,7 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total, rate=rate)
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Tell a row that failed."""
+        """Report a failed row."""
         if "error" in row:
             where = f"line {row['line']}" if "line" in row else row["path"]
             self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)

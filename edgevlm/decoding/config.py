@@ -29,10 +29,10 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     draft_tokens: int = 8
-    """Most tokens drafted from earlier text for one step to check; 0 drafts none. In float32 the answer is the same;
+    """Longest draft of prompt-lookup decoding, checked in one step; 0 drafts none. In float32 the answer is the same;
     in BF16 a step of several tokens rounds differently from a step of one, and a near tie may fall the other way."""
     constraint: Constraint | None = None
-    """The form that the answer must have."""
+    """What the answer must satisfy."""
     top_logprobs: int | None = None
     """Give each token's log-probability with this many of the likeliest in its place; 0: its own alone; None: none."""
     skip_special_tokens: bool = True

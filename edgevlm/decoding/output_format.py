@@ -1,4 +1,4 @@
-"""What an answer is to be: free text, text of a given form, or one of some choices, rated."""
+"""The format of an answer: free text, text under a constraint, or choices to be scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgevlm.errors import OptionError
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """A constraint on what is generated, or choices to be rated, or neither."""
+    """A constraint on the generated text, or choices to be scored, or neither."""
 
     constraint: Constraint | None = None
     choices: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class OutputFormat:
         choices: Sequence[str] | None = None,
         regex: str | None = None,
     ) -> OutputFormat:
-        """Return the form that the one thing given asks for; a schema is a mapping or a file. Raises `OptionError`."""
+        """Return the format of the one argument given; a schema is a mapping or a file. Raises `OptionError`."""
         if sum(each is not None for each in (schema, choices, regex)) > 1:
             raise OptionError("schema, choices and regex exclude each other")
         if choices is not None:

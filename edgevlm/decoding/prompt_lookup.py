@@ -1,20 +1,20 @@
-"""Drafts of the next tokens, looked up in what has been read and written so far (prompt-lookup decoding)."""
+"""Prompt-lookup decoding: drafts of the next tokens, looked up in the prompt and the answer so far."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 NGRAM = 3
-"""Tokens that must have occurred before in the same order; fewer draft too often what does not come."""
+"""Length of the n-gram that must have occurred before; shorter ones draft too many tokens that are rejected."""
 FIRST_DRAFT = 3
 
 
 class PromptLookup:
     """Proposes what followed the last three tokens when they occurred before.
 
-    A draft is checked in the step that would have made one token anyway, so it can only cost time: a longer step. The
-    longest draft grows while drafts come true; after one that fails at once it begins small again, and drafting rests
-    for a number of tokens that doubles with each failure, so that text that never repeats is hardly slowed.
+    A draft is checked in a step that would have made one token anyway; a rejected one costs the longer step. Drafts
+    grow while they are accepted. After one that is rejected at its first token they start small again, and drafting
+    pauses for a number of tokens that doubles each time, so that text that never repeats is hardly slowed.
     """
 
     def __init__(self, ids: Sequence[int], longest: int) -> None:
@@ -26,7 +26,7 @@ class PromptLookup:
         self._indexed = NGRAM
 
     def add(self, token: int) -> None:
-        """Take the next token of the answer."""
+        """Append the next token of the answer."""
         self._ids.append(token)
         self._rest = max(0, self._rest - 1)
 
@@ -34,7 +34,7 @@ class PromptLookup:
         """Return up to `room` tokens that may come next."""
         if self._longest == 0:
             return []
-        for end in range(self._indexed, len(self._ids)):  # an n-gram is known once something follows it
+        for end in range(self._indexed, len(self._ids)):  # an n-gram is indexed once a token follows it
             self._after[tuple(self._ids[end - NGRAM : end])] = end
         self._indexed = max(self._indexed, len(self._ids))
         if self._rest:
@@ -43,7 +43,7 @@ class PromptLookup:
         return [] if start is None else self._ids[start : start + min(self._size, room)]
 
     def learn(self, drafted: int, accepted: int) -> None:
-        """Be told how many tokens of the last draft came true."""
+        """Adapt to how many tokens of the last draft were accepted."""
         if accepted == drafted:
             self._size, self._pause = min(2 * self._size, self._longest), 0
         elif accepted == 0:

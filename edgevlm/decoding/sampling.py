@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits."""
+"""Sampling: the next token from its logits."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ def make_sampler(temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, s
 
 
 class TokenSelector:
-    """Chooses one answer's tokens, one after the other; this one as the sampler says."""
+    """Selects the tokens of one answer with a sampler; subclasses restrict the choice."""
 
     def __init__(self, sampler: Sampler) -> None:
         self._sampler = sampler
         self.fast_forward_tokens = 0
-        """Tokens chosen without a look at the logits."""
+        """Tokens selected without their logits, because the grammar allowed no other."""
 
     @property
     def fast_forward(self) -> list[int]:
-        """The tokens that come next whatever the logits are."""
+        """The next tokens that the grammar leaves no choice of."""
         return []
 
     @property
     def finished(self) -> bool:
-        """Nothing may come any more."""
+        """No further token is allowed."""
         return False
 
     @property
     def satisfied(self) -> bool | None:
-        """Whether what was chosen is a whole answer; None when any answer is."""
+        """Whether the selected tokens satisfy the constraint; None without one."""
         return None
 
     def select(self, logits: Logits) -> int:
@@ -67,7 +67,7 @@ class TokenSelector:
         return self._sampler(logits)
 
     def filter_draft(self, draft: Sequence[int]) -> list[int]:
-        """Return the beginning of a draft that could be chosen."""
+        """Return the longest prefix of a draft that is allowed."""
         return list(draft)
 
 
@@ -91,7 +91,7 @@ def greedy(logits: Logits) -> int:
 
 
 def _apply_temperature(logits: Logits, temperature: float) -> npt.NDArray[Any]:
-    """Return the logits below their maximum, over the temperature: zero stays zero however cold it is."""
+    """Return (logits - max) / temperature, which stays finite at the maximum however low the temperature is."""
     with np.errstate(over="ignore"):
         return np.asarray((logits.astype(np.float64) - logits.max()) / temperature)
 
@@ -109,7 +109,7 @@ def _top_k(logits: npt.NDArray[Any], k: int) -> npt.NDArray[Any]:
 
 
 def _top_p(probabilities: npt.NDArray[Any], p: float) -> npt.NDArray[Any]:
-    """Keep the smallest set of likeliest tokens whose mass reaches `p`."""
+    """Keep the smallest set of likeliest tokens whose cumulative probability reaches `p`."""
     if p >= 1:
         return probabilities
     order = np.argsort(-probabilities, kind="stable")

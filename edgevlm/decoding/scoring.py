@@ -1,4 +1,4 @@
-"""How likely each of several given answers is, read off the logits without generating anything."""
+"""Scoring: log-likelihoods of given answers, without generating."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Scores:
 
     @property
     def total_probability(self) -> float:
-        """How likely the model was to answer with any of the choices at all; near 0, it had something else to say."""
+        """Probability of any of the choices; near 0, the model would answer something else."""
         return float(np.exp(list(self.log_likelihoods.values())).sum())
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def log_likelihoods(
 ) -> list[float]:
     """Return the log-likelihood of each answer's token ids and the end after them.
 
-    The prompt is read once. Answers are read in sorted order, each from where it parts from the one before. Raises
+    The prompt is prefilled once. Answers run in sorted order, each after its common prefix with the one before. Raises
     `DeviceError` where the logits overflow.
     """
     with watch.stage("prefill"):
@@ -101,7 +101,7 @@ def log_likelihoods(
 
 
 def _read(session: Session, prompt: Prompt, start: int) -> npt.NDArray[np.float64]:
-    """Read the prompt after its first `start` tokens; return the log-probabilities `(1, V)` of what follows."""
+    """Prefill the prompt after its first `start` tokens; return the next token's log-probabilities `(1, V)`."""
     embeds, inputs = prompt.inputs_embeds[:, start:], prompt.inputs.after(start)
     return _log_probabilities(session.prefill(embeds, 1, prompt.prefix_keys[start:], inputs))
 

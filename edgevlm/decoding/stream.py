@@ -1,4 +1,4 @@
-"""The one generator: a prompt's embeddings in, pieces of text out; everything else is a view of it."""
+"""The generator: prefill, then decode with drafts and fast-forwarded tokens; all answers come from here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edgevlm.runtime.kv_session import Session
 
 @dataclass(frozen=True)
 class TextModel:
-    """What decoding needs to know of a model beside its sessions."""
+    """What decoding needs of a model besides a session."""
 
     tokenizer: Tokenizer
     grammar_tokenizer: GrammarTokenizer
@@ -147,7 +147,7 @@ def collect(events: Iterable[Event]) -> Answer:
 
 
 def check_satisfied(answer: Answer) -> None:
-    """Raise `IncompleteAnswerError` for an answer that was cut before it had the form it was to have."""
+    """Raise `IncompleteAnswerError` for an answer that ended before it satisfied its constraint."""
     if answer.satisfied is False:
         why = {
             "length": f"max_new_tokens ({answer.generated_tokens}) was reached; allow more, or a shorter form",

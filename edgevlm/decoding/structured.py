@@ -1,4 +1,4 @@
-"""What an answer has to look like, and the guide that lets no other token through (llguidance)."""
+"""Structured output: constraints, and the matcher that masks logits to the tokens they allow (llguidance)."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Constraint:
-    """A form that every answer has; make one with its constructors, which raise `OptionError` for a bad form."""
+    """What an answer must satisfy; made by its constructors, which raise `OptionError` for what cannot be enforced."""
 
     grammar: str = field(repr=False)
-    """The form as an llguidance grammar, in JSON."""
+    """An llguidance grammar, in JSON."""
     source: str
-    """The form as it was given."""
+    """The schema, pattern, choices or grammar as given."""
     is_json: bool = False
-    """Whether all that it allows is JSON."""
+    """Whether every text that it allows is JSON."""
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | str) -> Constraint:
         """Allow JSON that a JSON Schema describes, given as a mapping or as JSON text.
 
-        A keyword that cannot be enforced is an error, never overlooked. `source` is the schema as it was given, and the
-        grammar is of what `edgevlm.decoding.json_schema` makes of it.
+        A keyword that cannot be enforced is an error, never ignored. The grammar is that of the schema as
+        `edgevlm.decoding.json_schema` rewrites it.
         """
         from llguidance import LLMatcher
 
@@ -83,12 +83,12 @@ class Constraint:
     def lark(cls, grammar: str, forms: Mapping[str, Constraint] | None = None) -> Constraint:
         """Allow what a grammar in llguidance's dialect of Lark describes; its `start` rule is the answer.
 
-        `@name` in it is what the form of that name allows.
+        `@name` in it is the grammar of the constraint of that name.
         """
         return _checked("grammar", lambda: _lark(grammar, forms or {}), grammar)
 
     def after(self, lead: str) -> str:
-        """Return the grammar of `lead` and then the answer."""
+        """Return the grammar of `lead`, the response prefix, followed by the answer."""
         if not lead:
             return self.grammar
         return _lark(f"start: {json.dumps(lead)} @form", {"form": self})
@@ -126,13 +126,13 @@ def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = Fa
 
 
 def _first_lines(message: str) -> str:
-    """Return the parser's complaint without the excerpt and the state that it draws below."""
+    """Return the parser's message without the excerpt and the state printed below it."""
     lines = [line.strip() for line in message.partition("<state>")[0].splitlines()]
     return " ".join(line for line in lines if not re.fullmatch(r"\d* ?\|.*|\^*", line))[:300]
 
 
 class GrammarTokenizer:
-    """The model's tokens as bytes: what a guide chooses from. Made on first use, in about a third of a second."""
+    """The model's vocabulary for llguidance; built on first use, in about a third of a second."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos_token_ids: Sequence[int]) -> None:
         self._source, self._size, self._eos = tokenizer, size, list(eos_token_ids)
@@ -150,7 +150,7 @@ class GrammarTokenizer:
             return self._tokenizer
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return what a token stands for; a special token is its name."""
+        """Return the bytes of a token; those of a special token are its name."""
         return self._get().decode_bytes([token_id])
 
     def encode(self, text: str) -> list[int]:
@@ -166,7 +166,7 @@ class GrammarTokenizer:
         return ids
 
     def matcher(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> GrammarMatcher:
-        """Return a guide for one answer, which is preceded by `lead`. Raises `OptionError`."""
+        """Return a matcher for one answer after the response prefix `lead`. Raises `OptionError`."""
         from llguidance import LLMatcher, LLParserLimits
 
         # As set by llguidance, they end an answer at an object of five hundred optional properties.
@@ -176,10 +176,10 @@ class GrammarTokenizer:
 
 
 class GrammarMatcher(TokenSelector):
-    """Chooses an answer's tokens among those that the constraint allows.
+    """Masks the logits to the tokens that the grammar allows.
 
-    Where the constraint leaves one text only, its tokens are `forced`: they are chosen without a look at the logits, so
-    that the model reads them together.
+    Where it allows one text only, the tokens of that text are `fast_forward`: selected without logits, so that one step
+    processes all of them.
     """
 
     def __init__(self, matcher: LLMatcher, sampler: Sampler, eos_token_ids: Sequence[int]) -> None:
@@ -189,7 +189,7 @@ class GrammarMatcher(TokenSelector):
         self._pending: deque[int] = deque()
         self._look_ahead()
         if not self._matcher.is_stopped():
-            self._bits()  # a form that nothing fits is refused before the answer begins
+            self._bits()  # a constraint that no token satisfies is refused before the answer begins
 
     @property
     def fast_forward(self) -> list[int]:
@@ -217,7 +217,7 @@ class GrammarMatcher(TokenSelector):
         return list(draft[: self._matcher.validate_tokens(list(draft))])
 
     def _allowed(self, size: int) -> npt.NDArray[np.bool_]:
-        """Return for each token of the vocabulary whether it may come next."""
+        """Return which of the first `size` tokens are allowed next, `(size,)`."""
         return np.unpackbits(self._bits(), count=size, bitorder="little").view(np.bool_)
 
     def _bits(self) -> npt.NDArray[np.uint8]:

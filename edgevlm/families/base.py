@@ -1,4 +1,4 @@
-"""What a family is at run time: one architecture's preprocessing and prompt rules. NumPy and Pillow only, no OpenVINO.
+"""The run-time interface of a family: one architecture's preprocessing and prompt rules, without OpenVINO.
 
 A picture becomes a `Visual`: views, each of them one call of the vision encoder, and a layout, which only the family
 reads. The encoder's outputs for the views are assembled to features, one row for each image token of the prompt.
@@ -30,11 +30,11 @@ DETAILS = ("auto", "low", "high")
 
 @dataclass(frozen=True)
 class ImageBudget:
-    """How closely each picture of a prompt is looked at; it means the same for every family."""
+    """Detail and cost of each picture of a prompt; it means the same for every family."""
 
     detail: Detail = "auto"
-    """`low`: as few image tokens as the family can do with; `auto`: as many as the picture has the pixels for; `high`:
-    what the checkpoint's own processor does, which may enlarge the picture."""
+    """`low`: the fewest image tokens of the family; `auto`: as many as the picture has pixels for; `high`: as the
+    checkpoint's own processor, which may enlarge the picture."""
     max_image_tokens: int | None = None
     """At most this many image tokens for each picture."""
     max_views: int | None = None
@@ -49,7 +49,7 @@ class ImageBudget:
                 raise OptionError(f"{name} must be at least 1, not {value}")
 
     def check(self, least: int) -> None:
-        """Raise `OptionError` if a picture cannot be had for so few image tokens as `max_image_tokens`."""
+        """Raise `OptionError` if `max_image_tokens` is below `least`, the fewest image tokens of a picture."""
         if self.max_image_tokens is not None and self.max_image_tokens < least:
             raise OptionError(
                 f"max_image_tokens is {self.max_image_tokens}, but a picture takes this model {least} image tokens or"
@@ -62,7 +62,7 @@ class View:
     """One call of the vision encoder: a tile, a thumbnail, or a whole picture."""
 
     pixels: npt.NDArray[np.uint8]
-    """`(H, W, 3)`: what the vision cache knows it by."""
+    """`(H, W, 3)`, hashed by the vision cache."""
     inputs: Callable[[], Arrays]
     """Makes the encoder's inputs, a batch of one, by the graph's names; called only where the view is not cached."""
 
@@ -72,7 +72,7 @@ class LaidOut(Protocol):
 
     @property
     def layout(self) -> Hashable:
-        """How its views make it up."""
+        """The family's own description of how the views lie in the picture."""
         ...
 
 
@@ -82,7 +82,7 @@ class Visual:
 
     views: Sequence[View]
     layout: Hashable
-    """How the views make up the picture, in the family's own terms, such as rows and columns of tiles."""
+    """The family's own description of how the views lie in the picture, such as rows and columns of tiles."""
 
     def __len__(self) -> int:
         return len(self.views)
@@ -90,7 +90,7 @@ class Visual:
 
 @dataclass(frozen=True)
 class LanguageInputs:
-    """What the decoder reads of a prompt of n tokens, beside `inputs_embeds`."""
+    """Inputs of the decoder for a prompt of n tokens, other than `inputs_embeds`."""
 
     positions: npt.NDArray[np.int64]
     """`(axes, n)`: one axis, or three for M-RoPE."""
@@ -105,30 +105,30 @@ class LanguageInputs:
 
 @dataclass(frozen=True)
 class DecoderTraits:
-    """What reuse of a KV cache has to respect; the exporter writes it into the manifest."""
+    """What prefix reuse and drafts must respect; the exporter writes it into the manifest."""
 
     position_axes: int = 1
     atomic_images: bool = False
     """Image tokens attend to each other both ways: an image is reused whole or not at all."""
     rewindable: bool = True
-    """False for a state that can be continued and not cut, such as a convolution's."""
+    """False for state that can be continued and not truncated, such as a convolution's."""
 
 
 class Family:
-    """One architecture's rules; the defaults fit those of one position axis whose features are the views' in a row."""
+    """One architecture's rules; the defaults fit one position axis and features that are the views' rows in order."""
 
     placeholder: str
-    """What the chat template writes for a picture."""
+    """The chat template's placeholder of a picture."""
     other_placeholders: tuple[str, ...] = ()
-    """What older templates write instead: the first that one holds counts, where it does not hold `placeholder`."""
+    """Placeholders of older templates, tried in order where a template lacks `placeholder`."""
     image_token_id: int
-    """Its places in the prompt take the features."""
+    """The token whose positions take the image embeddings."""
     tokens_per_view: int
-    """Image tokens of a view, for a family whose views have as many each."""
+    """Image tokens of a view, for a family whose views have equally many."""
     view_size: tuple[int, int] | None = None
     """Height and width of every view, for which the encoder is compiled; None where they differ."""
     constants: Arrays = MappingProxyType({})
-    """Inputs of the encoder that are the same for every view."""
+    """Encoder inputs that are equal for every view, baked in at load."""
 
     def budget_for(self, budget: ImageBudget, images: int) -> ImageBudget:  # noqa: ARG002
         """Return the budget of each picture of a prompt that has `images` of them."""
@@ -150,11 +150,11 @@ class Family:
         return views if budget.max_views is None else min(views, budget.max_views)
 
     def image_text(self, layout: Hashable) -> str:
-        """Return the text that takes the place of one placeholder in the rendered prompt, image tokens written out."""
+        """Return the text that replaces one placeholder in the rendered prompt, image tokens included."""
         raise NotImplementedError
 
     def block_text(self) -> str:
-        """Return a text that holds all that image blocks are made of."""
+        """Return a text with every special token that an image block may hold."""
         raise NotImplementedError
 
     def assemble(self, layout: Hashable, outputs: Sequence[Arrays]) -> dict[str, Array]:  # noqa: ARG002

@@ -1,1 +1,1 @@
-"""What is made ready for the models: pictures, text, prompts, and the vision cache. No OpenVINO here."""
+"""Inputs of the submodels: pictures, tokenizer, chat template, prompt, vision cache. No OpenVINO."""

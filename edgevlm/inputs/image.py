@@ -1,4 +1,4 @@
-"""A picture in any form a user may have it, to one uint8 RGB array.
+"""Decoding: a picture in any form to a uint8 RGB array `(H, W, 3)`.
 
 The reference for a plain file is transformers' `load_image`: EXIF orientation applied, then RGB. Transparency is
 laid over white, as the Idefics3 image processor does with an RGBA picture; 16-bit samples keep their high byte. The
@@ -44,7 +44,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What stands an image of each EXIF orientation upright."""
+"""The transpose that undoes each EXIF orientation."""
 _ONE_AT_A_TIME = Lock()
 
 
@@ -64,7 +64,7 @@ class ImageFile:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A decoded picture; what is asked about it again neither decodes nor hashes it again."""
+    """A decoded picture, hashed once however often it is asked about."""
 
     pixels: RGB
 

@@ -1,4 +1,4 @@
-"""What stands before the models: pictures to tiles, a conversation to token ids. No OpenVINO here."""
+"""Preprocessing of pictures to views, and of conversations to token ids."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class Processor:
     ) -> list[int]:
         """Return the prompt's token ids, each image placeholder replaced by its picture's block.
 
-        Control tokens and placeholders are those of the template and of the blocks: what the messages say never becomes
-        one. A template that begins with the BOS token is given no other, as transformers does it.
+        Only the template and the image blocks make control tokens and placeholders; the same letters in a message stay
+        letters. A template that begins with the BOS token gets no second one, as in transformers.
         """
         said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
         first, *rest = self.template.render(said, given).split(self._placeholder)
@@ -54,7 +54,7 @@ class Processor:
         return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)
 
     def _escaped(self, value: Any) -> Any:
-        """Return texts, and what holds texts, with control tokens and placeholders escaped."""
+        """Return a text, or a structure of texts, with control tokens and placeholders escaped."""
         if isinstance(value, str):
             return self.tokenizer.escape(value, self._placeholder)
         if isinstance(value, Mapping):
@@ -62,7 +62,7 @@ class Processor:
         return [self._escaped(each) for each in value] if isinstance(value, list | tuple) else value
 
     def check_known(self, ids: npt.NDArray[np.int64]) -> None:
-        """Raise `PromptError` for a token that the tokenizer knows and the model has no embedding for."""
+        """Raise `PromptError` for a token id beyond the model's embedding table."""
         unknown = ids[ids >= self._vocab_size]
         if len(unknown):
             raise PromptError(f"the model has no embedding for {self.tokenizer.token(int(unknown[0]))}; leave it out")

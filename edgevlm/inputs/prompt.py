@@ -20,10 +20,10 @@ class Prompt:
     inputs_embeds: npt.NDArray[np.float32]  # (1, n, hidden)
     ids: Sequence[int]
     prefix_keys: Sequence[Hashable]
-    """What stands at each place: a token id, or a view's key and a row of its features."""
+    """Key of each position: a token id, or the key of a view and the index of its row."""
     inputs: LanguageInputs
     images: Sequence[range]
-    """The places of each picture's features."""
+    """Positions of each picture's rows, first to last."""
     image_tokens: int
     views: int
     cached_views: int
@@ -33,14 +33,15 @@ class Prompt:
 
 
 def join(arrays: Sequence[npt.NDArray[np.float32]], hidden_size: int) -> npt.NDArray[np.float32]:
-    """Return the rows `(n, hidden)` of several arrays, which may be none."""
+    """Concatenate arrays of rows `(·, hidden)`, of which there may be none, to `(n, hidden)`."""
     return np.concatenate([np.empty((0, hidden_size), np.float32), *arrays])
 
 
 def feature_keys(picture: EncodedImage, features: Arrays) -> list[Hashable]:
-    """Return a name for each row of a picture's features.
+    """Return a key for each row of a picture's assembled features.
 
-    Where they are the views' rows, one after another, a view names its own, whatever the picture around it.
+    Where these are the views' rows in order, a row's key depends on its view alone, so that it is reused in any picture
+    that has the same view.
     """
     image_embeds, start = features[IMAGE_EMBEDS], 0
     rows: list[Hashable] = []
@@ -59,9 +60,9 @@ def feature_keys(picture: EncodedImage, features: Arrays) -> list[Hashable]:
 def prefix_keys(
     ids: npt.NDArray[np.int64], image_token_id: int, rows: Sequence[Hashable], salt: str = ""
 ) -> list[Hashable]:
-    """Return what stands at each place of a prompt: a token id, or the name of the row of features in its place.
+    """Return the key of each position: a token id, or the key of the row of image embeddings in its place.
 
-    The first name holds the salt, so that prompts of different salts have no beginning in common.
+    The first key holds the salt, so that prompts of different salts share no prefix.
     """
     keys: list[Hashable] = ids.tolist()
     for place, key in zip(np.flatnonzero(ids == image_token_id), rows, strict=True):
@@ -72,7 +73,7 @@ def prefix_keys(
 
 
 def image_places(ids: npt.NDArray[np.int64], image_token_id: int, counts: Sequence[int]) -> list[range]:
-    """Return where each picture's features stand in the prompt, from the first to the last of them."""
+    """Return the range of positions of each picture's rows in the prompt."""
     places = np.flatnonzero(ids == image_token_id)
     ends = np.cumsum(counts)
     return [range(int(places[end - n]), int(places[end - 1]) + 1) for n, end in zip(counts, ends, strict=True) if n]
@@ -84,7 +85,7 @@ def merge(
     image_token_id: int,
     image_embeds: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
-    """Put `image_embeds` `(n, hidden)` into `inputs_embeds` `(1, S, hidden)` at the n places of the image token."""
+    """Put `image_embeds` `(n, hidden)` into `inputs_embeds` `(1, S, hidden)` at the n positions of the image token."""
     places = ids == image_token_id
     if places.sum() != len(image_embeds):
         raise PromptError(f"the prompt has {places.sum()} image tokens for {len(image_embeds)} image embeddings")

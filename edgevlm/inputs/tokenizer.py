@@ -21,8 +21,8 @@ from edgevlm.errors import DamagedModelError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
 _ESCAPE, _CONTROL = (f"{secrets.randbelow(10**24):024}" for _ in range(2))
-"""What stands within a control token that a caller wrote, and after one that the prompt is made of: digits, which no
-template's filter changes and nobody can guess."""
+"""Random digits that mark control tokens: within one that a caller wrote, after one of the prompt. No template's filter
+changes digits, and nobody can guess them."""
 
 
 class Tokenizer:

@@ -1,4 +1,4 @@
-"""A file of jobs to a file of answers, by this process or several."""
+"""Batch: a JSON Lines file of jobs to one of answers, in this process or in several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Errors(Protocol):
-    """A queue of what went wrong in workers, a line each."""
+    """A queue of workers' error messages, one line each."""
 
     def empty(self) -> bool: ...
     def get(self) -> str: ...
@@ -37,7 +37,7 @@ _POLL_S = 0.3
 
 @dataclass(frozen=True)
 class Batch:
-    """What is asked of which model, and where the answers go."""
+    """A batch: jobs, model, defaults, and where the answers go."""
 
     jobs: Path
     """JSON Lines; the paths in it are relative to its folder."""
@@ -64,16 +64,16 @@ class Batch:
 
 @dataclass
 class BatchSummary:
-    """What a batch came to."""
+    """Counts of a batch."""
 
     jobs: int
-    known: int = 0
+    resumed: int = 0
     """Answered by an earlier run."""
     failed: int = 0
 
     def to_dict(self) -> dict[str, int]:
         """Return what `edgevlm batch --json` prints."""
-        return {"jobs": self.jobs, "answered": self.jobs - self.failed, "failed": self.failed, "known": self.known}
+        return {"jobs": self.jobs, "answered": self.jobs - self.failed, "failed": self.failed, "resumed": self.resumed}
 
 
 def run_batch(
@@ -88,23 +88,24 @@ def run_batch(
     `OptionError`, `OutputError`, `ModelError` and `DeviceError`; what is wrong with a single job is in its row.
     """
     jobs = batch.read()
-    tally = BatchSummary(len(jobs))
-    told = False
+    summary = BatchSummary(len(jobs))
 
-    def note(row: Row) -> None:
-        tally.failed += "error" in row
-        if told:
-            on_row(row)
+    def count(row: Row) -> None:
+        summary.failed += "error" in row
 
-    queue = WorkQueue(batch.output, jobs, note)
-    queue.refresh()
-    told, tally.known = True, queue.answered()
+    def report(row: Row) -> None:
+        count(row)
+        on_row(row)
+
+    queue = WorkQueue(batch.output, jobs, count)
+    queue.refresh()  # rows of earlier runs are counted and not reported
+    queue.on_row, summary.resumed = report, queue.answered()
     if not queue.complete:
-        on_progress(tally.known, len(jobs))
-        do = executor or (_work_here if batch.workers == 1 else _work_in_processes)
-        do(batch, queue, lambda: on_progress(queue.answered(), len(jobs)))
+        on_progress(summary.resumed, len(jobs))
+        execute = executor or (_work_here if batch.workers == 1 else _work_in_processes)
+        execute(batch, queue, lambda: on_progress(queue.answered(), len(jobs)))
         queue.clean()
-    return tally
+    return summary
 
 
 def _work_here(batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
@@ -112,7 +113,7 @@ def _work_here(batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) 
 
 
 def _work_in_processes(batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
-    """Start workers and wait until all is answered, even if some of them die, but not all."""
+    """Start workers and wait until all jobs are answered; some of the workers may die, but not all."""
     context = multiprocessing.get_context("spawn")
     errors: SimpleQueue[str] = context.SimpleQueue()
     threads = batch.runtime.threads or max(1, (os.cpu_count() or 1) // batch.workers)
@@ -133,9 +134,9 @@ def _work_in_processes(batch: Batch, queue: WorkQueue, on_change: Callable[[], o
 def wait_for(
     queue: WorkQueue, on_change: Callable[[], object], errors: Errors, anybody_there: Callable[[], bool]
 ) -> None:
-    """Wait until others have answered all jobs. Raises `OutputError` for what they report, or if none is left."""
+    """Wait until workers have answered all jobs. Raises `OutputError` for their errors, or if none is alive."""
     while True:
-        there = anybody_there()  # before the look at what there is: the last may finish and go in between
+        there = anybody_there()  # before the refresh: the last worker may finish and exit in between
         queue.refresh()
         on_change()
         if queue.complete:
@@ -148,15 +149,17 @@ def wait_for(
 
 
 def _worker(batch: Batch, errors: SimpleQueue[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and terminates its workers
     try:
         jobs = batch.read()
-        WorkQueue(batch.output, jobs).work(batch.runner(), partial(_end_with, multiprocessing.parent_process()))
+        WorkQueue(batch.output, jobs).work(
+            batch.runner(), partial(exit_when_orphaned, multiprocessing.parent_process())
+        )
     except EdgeVLMError as error:
         errors.put(str(error))
 
 
-def _end_with(parent: Any) -> None:
-    """End this process if its parent was killed: nobody would know of it."""
+def exit_when_orphaned(parent: Any) -> None:
+    """Exit if the parent process was killed, so that no orphan keeps running."""
     if parent is not None and not parent.is_alive():
         os._exit(1)

@@ -1,4 +1,4 @@
-"""Rows in a file, JSON Lines, that outlive a crash."""
+"""Crash-safe JSON Lines files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_ROW = 2**20
 
 
 def read_rows(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
-    """Return the whole rows of a file from `offset`, each with its size in bytes; none if there is no file.
+    """Return the complete rows of a file from `offset`, each with its size in bytes; none if there is no file.
 
     Raises `OutputError` for a file that holds anything else.
     """
@@ -38,7 +38,7 @@ def read_rows(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
 
 
 def append_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Put rows at the end of a file and onto the disk, after cutting off what a crash left of another."""
+    """Append rows and sync them to disk, after truncating what a crash left of an incomplete row."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         file.seek(max(0, end - _LONGEST_ROW))
@@ -50,7 +50,7 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def beside(path: Path, ending: str) -> Path:
-    """Return what goes with an output: its name with an ending. Raises `OutputError` for a path without a name."""
+    """Return an output's path with `ending` added to its name. Raises `OutputError` for a path without a name."""
     if path.name in {"", ".."}:
         raise OutputError(f"{path} is a folder; name a file in it for the answers")
     return path.with_name(path.name + ending)
@@ -58,7 +58,7 @@ def beside(path: Path, ending: str) -> Path:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system has against writing into an `OutputError`."""
+    """Turn an `OSError` of writing into an `OutputError`."""
     try:
         yield
     except OSError as error:
@@ -68,7 +68,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def _whole(data: bytes) -> int:
-    """Return the length of `data` without a last row that was cut short."""
+    """Return the length of `data` without an incomplete last row."""
     end = data.rfind(b"\n") + 1
     last = data[data.rfind(b"\n", 0, max(0, end - 1)) + 1 : end]
     # A power cut may leave a row's length on the disk and not what was in it.

@@ -24,7 +24,7 @@ from edgevlm.model_store import find_model
 
 
 class RayWorker:
-    """A model in a process of the cluster's; Ray starts another when it dies, and asks that one again."""
+    """A model in an actor; Ray restarts it when it dies, and retries its task."""
 
     def __init__(self, batch: Batch) -> None:
         self._ask = batch.runner()
@@ -42,7 +42,7 @@ def work_on_ray(address: str, batch: Batch, queue: WorkQueue, on_change: Callabl
     """
     if find_spec("ray") is None:
         raise OptionError("a Ray cluster needs ray; install it with: pip install 'edgevlm[ray]'")
-    with redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+    with redirect_stdout(sys.stderr):  # Ray reports dead workers on stdout
         _work(_connect(address), batch, queue, on_change)
 
 
@@ -71,7 +71,7 @@ def _work(ray: Any, batch: Batch, queue: WorkQueue, on_change: Callable[[], obje
 
 
 def _connect(address: str) -> Any:
-    """Return Ray's module, connected, without its telemetry and its talk."""
+    """Connect without telemetry and log output; return the `ray` module."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
@@ -90,7 +90,7 @@ def _connect(address: str) -> Any:
 
 
 def _check_reachable(address: str) -> None:
-    """Raise `OSError` or `ValueError` if nobody answers there: Ray itself would try for minutes."""
+    """Raise `OSError` or `ValueError` if nothing listens there: Ray itself would retry for minutes."""
     parts = urlsplit(address if "//" in address else f"//{address}")
     if not parts.hostname or not parts.port:
         raise ValueError("an address is HOST:PORT, ray://HOST:PORT, auto or local")
@@ -98,7 +98,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _drive(ray: Any, worker: Any, batch: Batch, errors: SimpleQueue[str]) -> None:
-    """Let one worker answer what no other is at."""
+    """Let one actor answer the jobs that no other has claimed."""
     try:
         WorkQueue(batch.output, batch.read()).work(lambda job: dict(ray.get(worker.ask.remote(job))))
     except ray.exceptions.RayError as error:

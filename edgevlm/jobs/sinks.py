@@ -1,4 +1,4 @@
-"""Where `edgevlm watch` keeps its answers: a JSON Lines file or an SQLite database, whole after a kill."""
+"""Sinks for the answers of `edgevlm watch`: a JSON Lines file or an SQLite database, consistent after a kill."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _FIND = "SELECT 1 FROM answers WHERE job = ? AND path = ?"
 
 
 class AnswerSink(Protocol):
-    """Rows by picture and job; `OutputError` where they cannot be kept."""
+    """Stores rows by picture and job; raises `OutputError` where it cannot."""
 
     @property
     def path(self) -> Path:
-        """The file; others that go with it have names that begin with its name."""
+        """The file; names of its companions begin with its name."""
         ...
 
     def __enter__(self) -> AnswerSink: ...
@@ -49,15 +49,15 @@ class AnswerSink(Protocol):
     ) -> None: ...
 
     def seen_file(self, job: str, path: str, size: int, mtime_ns: int) -> bool:
-        """Tell whether a file has been answered, and has not been written since."""
+        """Return whether this version of a file has been answered, by size and modification time."""
         ...
 
     def seen_content(self, job: str, path: str, sha256: str) -> bool:
-        """Tell whether these very bytes have been answered under that name."""
+        """Return whether these bytes have been answered under this name."""
         ...
 
     def add(self, row: Row) -> None:
-        """Put a row onto the disk."""
+        """Append a row and sync it to disk."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""One row of work: pictures, a question, the form of its answer; and the row that comes of it."""
+"""Jobs: what a row asks, and the row of its answer."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgevlm.vlm import VLM
 
 ROW_ERRORS = (ImageError, PromptError, OptionError, IncompleteAnswerError)
-"""What a row may have wrong with it; anything else concerns them all."""
+"""Errors reported in the row; any other aborts the run."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Job:
     """A row of a jobs file that is not blank."""
 
     line: int
-    """Where it is in the file, from 1."""
+    """Line number in the file, from 1."""
     data: bytes
     key: str
-    """Names what is asked of which model: rows that would be answered alike have the same."""
+    """Hash of the row, the model and the defaults: equal for rows with equal answers."""
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a row of a jobs file says."""
+    """The fields of a row of a jobs file."""
 
     id: Any = UNSET
     image: str | list[str] | UnsetType = UNSET
@@ -58,7 +58,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds for rows that do not say otherwise."""
+    """Defaults for rows that do not override them."""
 
     question: str | None = None
     output_format: OutputFormat = field(default_factory=OutputFormat)
@@ -66,7 +66,7 @@ class Defaults:
     image_budget: ImageBudget = field(default_factory=ImageBudget)
 
     def config_digest(self, model: str | None) -> str:
-        """Return what all rows' keys share: the model's manifest, by its SHA-256, and these defaults.
+        """Return a digest of the model (SHA-256 of its manifest) and these defaults, part of every job's key.
 
         Raises `ModelError`.
         """
@@ -81,7 +81,7 @@ class Defaults:
 
 
 def read_jobs(path: Path, config_digest: str) -> list[Job]:
-    """Return the rows of a JSON Lines file, whatever is in them. Raises `OptionError` if it cannot be read."""
+    """Return the rows of a JSON Lines file, not parsed. Raises `OptionError` if the file cannot be read."""
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
@@ -93,12 +93,12 @@ def read_jobs(path: Path, config_digest: str) -> list[Job]:
 
 
 def job_key(config_digest: str, data: bytes) -> str:
-    """Return the name of a job."""
+    """Return the key of a job."""
     return hashlib.sha256(config_digest.encode() + b"\0" + data).hexdigest()[:16]
 
 
 class RowRunner:
-    """Answers jobs with one model; a row that cannot be answered says why under `error`."""
+    """Runs jobs on one model; a row that cannot be answered has an `error`."""
 
     def __init__(self, vlm: VLM, defaults: Defaults, folder: Path) -> None:
         self._vlm, self._defaults, self._folder = vlm, defaults, folder
@@ -152,7 +152,7 @@ def ask(
     image_budget: ImageBudget,
     output_format: OutputFormat,
 ) -> dict[str, Any]:
-    """Return what a model makes of pictures, as fields of a row.
+    """Answer a question about pictures; return the fields of the row.
 
     Raises `ImageError`, `PromptError`, `OptionError` and `IncompleteAnswerError`.
     """
@@ -172,7 +172,7 @@ def ask(
 
 
 def _value(text: str) -> Any:
-    """Return what an answer in JSON says. Raises `OptionError` for numbers that a row cannot hold, such as 1e999."""
+    """Parse an answer in JSON. Raises `OptionError` for numbers that a row cannot hold, such as 1e999."""
     try:
         return read_json(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A folder of pictures, each answered once, soon after it has come."""
+"""Watch: a folder whose pictures are answered once each, as they arrive."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ _TEMPORARY = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", 
 
 @dataclass(frozen=True)
 class Watch:
-    """Which folder is watched, and what is asked about each picture in it."""
+    """The folder to watch, and the question about each picture."""
 
     folder: Path
     defaults: Defaults
     recursive: bool = False
     stable_for_s: float = 1.0
-    """A file must have stayed as it is for so long before it is read."""
+    """Seconds that a file must be unchanged before it is read."""
     give_up_after_s: float = 30.0
-    """A file that cannot be read as a picture is taken for a broken one when it has stayed so for so long."""
+    """Seconds unchanged after which a file that does not decode is reported as broken."""
 
     def __post_init__(self) -> None:
         _check_folder(self.folder, f"no such folder: {self.folder}")
@@ -54,7 +54,7 @@ class Watch:
 
 @dataclass
 class _Waiting:
-    """A file that may still be being written."""
+    """A file that may still be written to."""
 
     size: int
     mtime_ns: int
@@ -63,7 +63,7 @@ class _Waiting:
 
 
 class Watcher:
-    """Answers a folder's pictures into a sink, those first that were there before.
+    """Answers a folder's pictures into a sink, existing ones first.
 
     A picture is identified by its name, its bytes and what is asked: one that is rewritten is answered again, one that
     was answered before a restart is not. `on_row` gets each row, `on_passed` a line for the first file of each suffix
@@ -90,7 +90,7 @@ class Watcher:
         self._passed: set[str] = set()
 
     def run(self, stop: Event) -> None:
-        """Watch until `stop` is set; an answer that is being made is made. Raises `OptionError`, `OutputError`."""
+        """Watch until `stop` is set; a running answer is finished. Raises `OptionError`, `OutputError`."""
         from watchfiles import watch
 
         step_ms = max(10, int(1000 * self._watch.stable_for_s / 4))
@@ -107,13 +107,15 @@ class Watcher:
             self.step([Path(name) for _, name in changes], stop)
 
     def step(self, changed: Iterable[Path] = (), stop: Event | None = None) -> None:
-        """Take note of changed files, look through the folder if that is due, and answer what is stable by the clock.
+        """Register changed files, scan the folder if that is due, and answer the files that are stable.
 
         Raises `OptionError` where the folder is gone, and `OutputError`.
         """
         for path in changed:
             self._on_event(path)
-        if self._clock() - self._scanned > _SCAN_S:  # at first when the watch is already on, so that nothing is missed
+        if (
+            self._clock() - self._scanned > _SCAN_S
+        ):  # the first scan runs when the watch is already on, so that nothing is missed
             for path in self._scan():
                 self._on_event(path)
             self._scanned = self._clock()
@@ -135,14 +137,14 @@ class Watcher:
         yield from (path for _, path in sorted(found))
 
     def _on_event(self, path: Path) -> None:
-        """Let a file wait, or wait anew if it has been written since, unless it has been answered."""
+        """Start or restart a file's stability timer, unless this version of it has been answered."""
         if not _is_picture(path):
             self._pass_over(path)
             return
         stat = _stat(path)
         if stat is None:
             self._waiting.pop(path, None)
-            self._done.pop(path, None)  # else a watch of years would remember every file there ever was
+            self._done.pop(path, None)  # otherwise `_done` would grow without bound
             return
         waiting, facts = self._waiting.get(path), (stat.st_size, stat.st_mtime_ns)
         if facts == self._done.get(path) or (waiting and facts == (waiting.size, waiting.mtime_ns)):
@@ -153,7 +155,7 @@ class Watcher:
             self._waiting[path] = _Waiting(*facts, self._clock())
 
     def _pass_over(self, path: Path) -> None:
-        """Tell the first file of each suffix that is no picture's, unless nobody would take it for one."""
+        """Report the first file of each suffix that edgevlm does not read, except hidden, temporary and own files."""
         kind = path.suffix.lower()
         if kind in self._passed or len(self._passed) == _MOST_KINDS or self._is_nobodys(path) or _stat(path) is None:
             return
@@ -169,12 +171,12 @@ class Watcher:
         return own or hidden or path.name.lower().endswith(_TEMPORARY)
 
     def _mark_done(self, path: Path, size: int, mtime_ns: int) -> None:
-        """Take note that there is nothing to do about a file as it is."""
+        """Record that this version of a file needs no more work."""
         self._done[path] = size, mtime_ns
         self._waiting.pop(path, None)
 
     def _process_if_stable(self, path: Path) -> None:
-        """Answer a file that has been left alone for long enough and is a picture, or will not become one."""
+        """Answer a file that is stable and decodes, or report one that is stable and never will."""
         self._on_event(path)
         waiting = self._waiting.get(path)
         if waiting is None:
@@ -190,7 +192,7 @@ class Watcher:
                 self._add(path, waiting, {"sha256": _hashes_of(path), "question": self._question, "error": str(error)})
             waiting.broken = True
             return
-        if len(data) == waiting.size:  # else it grew while it was read
+        if len(data) == waiting.size:  # otherwise it grew while it was read
             self._answer(path, waiting, image)
 
     def _answer(self, path: Path, waiting: _Waiting, image: JobImage) -> None:
@@ -228,7 +230,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _check_folder(folder: Path, gone: str) -> None:
-    """Raise `OptionError` for a folder that is none, or may not be read: `glob` would find it empty."""
+    """Raise `OptionError` for a folder that is missing or unreadable: `glob` would find it empty."""
     try:
         with os.scandir(folder):
             pass
@@ -239,7 +241,7 @@ def _check_folder(folder: Path, gone: str) -> None:
 
 
 def _stat(path: Path) -> os.stat_result | None:
-    """Return a file's facts, or None if it is gone or none."""
+    """Return a file's stat result, or None if it is gone or no regular file."""
     try:
         return path.stat() if path.is_file() else None
     except OSError:

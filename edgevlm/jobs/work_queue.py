@@ -1,9 +1,11 @@
-"""Answers to a list of jobs, in its order, written by any number of processes that share a folder.
+"""A crash-safe work queue on file locks: any number of processes that share a folder write answers in the jobs' order.
 
-Jobs are taken in chunks. Whoever holds a chunk's lock appends its answers to the chunk's own file; whoever holds the
-output's lock moves answers from those files to the end of the output, in order. Locks are the operating system's: they
-end with the process that holds them. Each row is on the disk before the next is begun, and a row cut short by a crash
-is cut off when the file is next written, so a kill costs at most the answers being made.
+Processes claim chunks of jobs. The holder of a chunk's lock appends its answers to the chunk's own file; the holder of
+the output's lock moves answers from those files to the end of the output, in order. Locks are the operating system's
+and end with the process that holds them. Each row is synced to disk before the next is begun, and an incomplete row is
+truncated when the file is next written, so a kill costs at most the answers in progress.
+
+File locks rather than a database: the folder may be shared by machines over NFS or SMB, where SQLite is not safe.
 """
 
 from __future__ import annotations
@@ -20,22 +22,22 @@ from edgevlm.jobs.jsonl import Row, append_rows, beside, read_rows, writing
 from edgevlm.jobs.spec import Job
 
 CHUNK = 8
-"""Jobs that one process takes at a time."""
+"""Jobs that a process claims at a time."""
 _PAUSE_S = 0.5
 
 
 def noop(*_: object) -> None:
-    """Be told, and do nothing."""
+    """Do nothing; the default callback."""
 
 
 class WorkQueue:
-    """The output file, and the folder beside it where answers wait for those before them.
+    """The output file, and the folder beside it where answers wait for earlier ones.
 
     Raises `OutputError` where the output cannot be written or answers other jobs.
     """
 
     def __init__(self, output: Path, jobs: Sequence[Job], on_row: Callable[[Row], object] = noop) -> None:
-        self._output, self._jobs, self._on_row = output, jobs, on_row
+        self._output, self._jobs, self.on_row = output, jobs, on_row
         self._parts = beside(output, ".parts")
         self._published = self._offset = 0
 
@@ -45,13 +47,13 @@ class WorkQueue:
         return self._published == len(self._jobs)
 
     def answered(self) -> int:
-        """Return how many jobs have been answered, in the output or waiting."""
+        """Return the number of jobs answered, in the output or waiting."""
         waiting = [line for path in self._parts.glob("*.jsonl") for line in self._rows(int(path.stem))]
         last = self._jobs[self._published - 1].line if self._published else 0
         return self._published + sum(line > last for line in waiting)
 
     def refresh(self) -> None:
-        """Take note of the rows that have come to the output since the last call; `on_row` is given each of them."""
+        """Read the rows that were added to the output since the last call, and call `on_row` with each."""
         for row, size in read_rows(self._output, self._offset):
             job = self._jobs[self._published] if self._published < len(self._jobs) else None
             if job is None or row.get("job") != job.key:
@@ -61,7 +63,7 @@ class WorkQueue:
                 )
             self._published += 1
             self._offset += size
-            self._on_row(row)
+            self.on_row(row)
 
     def work(self, answer: Callable[[Job], Row], on_rows: Callable[[], object] = noop) -> None:
         """Answer jobs until all are answered, taking over from processes that die.
@@ -82,7 +84,7 @@ class WorkQueue:
         self.clean()
 
     def flush(self) -> None:
-        """Move what is next in order to the output, unless another process is doing so."""
+        """Move the answers that are next in order to the output, unless another process is doing so."""
         with writing(self._output), self._lock("output") as mine:
             if not mine:
                 return
@@ -94,7 +96,7 @@ class WorkQueue:
                 self.refresh()
             for number in range(first, self._published // CHUNK):
                 for path in (self._part(number), self._lock_file(f"{number:06}")):
-                    with suppress(OSError):  # Windows keeps a file that somebody holds; it goes at the end
+                    with suppress(OSError):  # Windows keeps a file that is open elsewhere; `clean` removes it
                         path.unlink()
 
     def _next_in_order(self) -> list[Row]:
@@ -138,10 +140,10 @@ class WorkQueue:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[bool]:
-        """Hold a lock if nobody else does."""
+        """Hold a lock if it is free; yield whether it is held."""
         lock = FileLock(self._lock_file(name))
         with writing(self._output), suppress(Timeout):
-            self._parts.mkdir(parents=True, exist_ok=True)  # whoever has seen all answers takes it away
+            self._parts.mkdir(parents=True, exist_ok=True)  # removed by another process that has seen all answers
             lock.acquire(timeout=0)
         try:
             yield lock.is_locked
@@ -152,7 +154,7 @@ class WorkQueue:
         return self._parts / f"{name}.lock"
 
     def clean(self) -> None:
-        """Remove the folder, unless another process is publishing; Windows keeps what somebody holds."""
+        """Remove the folder, unless another process is flushing; Windows keeps files that are open elsewhere."""
         with self._lock("output") as mine:
             for path in self._parts.glob("*") if mine else ():
                 with suppress(OSError):

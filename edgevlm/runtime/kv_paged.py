@@ -1,8 +1,7 @@
-"""The KV cache in blocks that edgevlm holds, read by OpenVINO's paged attention: the quicker way on a CPU.
+"""A session whose KV cache lies in blocks that OpenVINO's paged attention reads; faster than state on a CPU.
 
-Measured with SmolVLM-256M's shape, INT4 weights and 877 tokens, against OpenVINO's own state: a prompt takes 0.84 of
-the time, a step 0.9, and several tokens after what is known already (the rest of a changed picture, a draft) 0.4 to
-0.7.
+Measured with SmolVLM-256M's shape, INT4 weights and 877 tokens, relative to OpenVINO state: prefill takes 0.84 of the
+time, a decode step 0.9, and several tokens after a cached prefix (the rest of a changed picture, a draft) 0.4 to 0.7.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _PAGED_INPUTS = {
     "block_indices_begins",
     "max_context_len",
 }
-"""The inputs of a graph with paged attention, besides its caches."""
+"""Inputs that every graph with paged attention has, besides its caches."""
 _OWN_INPUTS = {*_PAGED_INPUTS, LOGITS_TO_KEEP}
 _STATEFUL_INPUTS = {"attention_mask", "beam_idx"}
-"""The inputs that are gone when the transformation applied to the whole graph."""
+"""Inputs that the transformation removes where it applies to the whole graph."""
 _MIN_GROWTH_BLOCKS = 8
-"""Blocks by which a cache grows at least."""
+"""Least number of blocks by which a cache grows."""
 
 
 def with_paged_attention(model: ov.Model) -> ov.Model | None:
@@ -75,10 +74,10 @@ def _is_cache(name: str) -> bool:
 
 @dataclass(frozen=True)
 class KVBlockLayout:
-    """What the caches of one compiled LM are made of."""
+    """Block shapes and size of one compiled LM's KV caches."""
 
     blocks: dict[str, tuple[ov.Type, list[int]]]
-    """By input: the type of an element, and the shape of a block as the device lays it out."""
+    """By input name: element type, and shape of a block in the device's layout."""
     block_size: int
     """Tokens in a block."""
 
@@ -96,7 +95,7 @@ class KVBlockLayout:
 
 
 class PagedSession(Session):
-    """A sequence whose cache lies in blocks of its own; going back costs nothing."""
+    """A sequence with KV blocks of its own; rewinding it only shortens `past_lens`."""
 
     cached_attention_slowdown = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
 
@@ -112,7 +111,7 @@ class PagedSession(Session):
         pass
 
     def _reserve(self, blocks: int) -> None:
-        """Make room for so many blocks. The new ones are zeros: kernels multiply what they then leave out."""
+        """Allocate so many blocks. New ones are zeros, because kernels multiply entries that they then mask."""
         before = len(self._buffers["value_cache.0"])
         if blocks <= before:
             return

@@ -10,9 +10,9 @@ from edgevlm.runtime.kv_session import Session, common_length
 
 
 class SessionPool:
-    """Sessions at rest with what they hold, so that a prompt that begins like an earlier one goes on from there.
+    """Idle sessions with their KV caches; a prompt gets the one that shares the longest prefix with it.
 
-    Each session keeps its KV cache, so `limit` bounds the memory; the one longest at rest is dropped first.
+    `limit` bounds the number of caches held; the least recently used is dropped first.
     """
 
     def __init__(self, make: Callable[[], Session], limit: int) -> None:
@@ -22,11 +22,11 @@ class SessionPool:
 
     @contextmanager
     def take(self, keys: Sequence[Hashable]) -> Iterator[Session]:
-        """Lend the session that has most in common with `keys`, or a fresh one; after an error it is not kept."""
+        """Lend the session with the longest common prefix with `keys`, or a new one; after an error it is discarded."""
         session = self._choose(keys)
         try:
             yield session
-        except GeneratorExit:  # whoever read the answer went away: the session is as sound as it was
+        except GeneratorExit:  # the caller closed the answer: the session is still consistent
             self._release(session)
             raise
         self._release(session)
@@ -34,7 +34,7 @@ class SessionPool:
     def _choose(self, keys: Sequence[Hashable]) -> Session:
         with self._lock:
             best = max(self._idle, key=lambda each: common_length(each.prefix_keys, keys), default=None)
-            # What little all prompts share is not worth the rest of another conversation, while there is room.
+            # Do not evict a longer cached prefix for a short common one while the pool has space.
             if best and (len(self._idle) >= self._limit or 2 * common_length(best.prefix_keys, keys) >= best.length):
                 self._idle.remove(best)
                 return best

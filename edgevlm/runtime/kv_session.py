@@ -1,4 +1,4 @@
-"""One sequence being decoded: what is in its KV cache, and when it is worth going on from there."""
+"""A sequence with its KV cache: prefill, decode, rewind, and reuse of a cached prefix."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     import openvino as ov
 
 _KEY_COST, _NARROWEST = 1 / 6, 512
-"""Attending to one key costs a token this much over the hidden size, measured by its matrix products: a layer has
-12 hidden^2 products of them, and 2 hidden a key. Below the narrowest width overheads hide the difference."""
+"""Cost of attending to one cached key, relative to a token's matmuls: (2 hidden) / (12 hidden^2) for each layer. Below
+the narrowest width overheads hide the difference."""
 
 
 def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
-    """Return the embeddings `(1, n, hidden)` of `n` token ids, looked up by a request of the embedding table."""
+    """Return the embeddings `(1, n, hidden)` of `n` token ids, using a request of the embedding table."""
     tokens = np.asarray(ids, np.int64).reshape(1, -1)
     return np.array(request.infer([tokens])[0], np.float32)
 
@@ -35,62 +35,62 @@ class Requests(NamedTuple):
 
 @dataclass(frozen=True)
 class DecoderInfo:
-    """What sessions know of the decoder that they run."""
+    """Sizes, traits and extra inputs of the decoder that a session runs."""
 
     hidden_size: int
     traits: DecoderTraits = field(default_factory=DecoderTraits)
     extras: Mapping[str, tuple[npt.DTypeLike, tuple[int, ...]]] = field(default_factory=dict)
-    """Inputs beside embeddings, positions and the cache: type and shape for each token."""
+    """Inputs other than embeddings, positions and the cache, by name: dtype and shape for each token."""
 
 
 class Session(ABC):
-    """One sequence being decoded, with its own KV cache; sessions of one model may run in several threads."""
+    """One sequence with its own KV cache; sessions of one model may run in several threads."""
 
     cached_attention_slowdown: ClassVar[float]
-    """Several tokens' attention to a key that the cache holds already takes this much longer than to one of their own
-    (measured with SmolVLM-256M's shape)."""
+    """Slowdown of a multi-token step's attention to cached keys, relative to keys of the same step (measured with
+    SmolVLM-256M's shape)."""
 
     def __init__(self, requests: Requests, decoder: DecoderInfo) -> None:
         self._request, self._embeddings = requests.decoder, requests.embeddings
         self._decoder = decoder
         self._key_cost = _KEY_COST / max(decoder.hidden_size, _NARROWEST)
         self.prefix_keys: list[Hashable] = []
-        """What each live entry of the cache holds: a token id, or a name for a row of a picture's features."""
+        """Key of each cached entry: a token id, or the key of a row of image embeddings."""
         self._positions = np.zeros((decoder.traits.position_axes, 0), np.int64)
-        """Where each live entry stands, on every axis."""
+        """Position of each cached entry, `(axes, n)`."""
 
     @abstractmethod
     def _forget(self, length: int) -> None:
-        """Leave the first `length` live entries of the cache."""
+        """Truncate the cache to its first `length` entries."""
 
     @abstractmethod
     def _read(
         self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
     ) -> npt.NDArray[np.float32]:
-        """Feed `(1, n, hidden)` and what belongs to it; return the logits `(logits_to_keep, V)`."""
+        """Run the decoder on `(1, n, hidden)` and its other inputs; return the logits `(logits_to_keep, V)`."""
 
     def _cached_entries(self, common: int) -> int:
-        """Return how many of the cache's entries are read by what goes on after the first `common` positions."""
+        """Return how many entries attention reads if the sequence continues after the first `common` positions."""
         return common
 
     @property
     def length(self) -> int:
-        """Live entries of the KV cache."""
+        """Number of entries in the KV cache, masked ones not counted."""
         return len(self.prefix_keys)
 
     @property
     def rewindable(self) -> bool:
-        """Whether the sequence can be cut, and so whether drafts can be taken back."""
+        """Whether the sequence can be truncated, and so whether drafts can be rejected."""
         return self._decoder.traits.rewindable
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self._forget(0)
         self.prefix_keys = []
         self._positions = self._positions[:, :0]
 
     def rewind(self, length: int) -> None:
-        """Forget everything after the first `length` entries."""
+        """Truncate the sequence to its first `length` entries."""
         if length == 0:
             self.reset()
         elif length < self.length:
@@ -102,11 +102,11 @@ class Session(ABC):
     def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
     ) -> int:
-        """Rewind to where the sequence parts from `keys`, leaving at least the last of them to feed; return there.
+        """Rewind to the longest common prefix with `keys` and return its length, at most `len(keys) - 1`.
 
-        Where reading all of `keys` anew is quicker than going on from there, rewind to the beginning. `inputs` say
-        where the keys stand: what stands elsewhere is not the same. `images` are the places of each picture's features,
-        for decoders that reuse a picture whole or not at all.
+        Rewinds to the beginning where a full prefill is faster than continuing. A cached entry counts as common only if
+        its position in `inputs` is equal, too. `images` are the places of each picture's rows, for decoders whose
+        images are reused whole or not at all.
         """
         common = min(common_length(self.prefix_keys, keys), len(keys) - 1)
         if inputs:
@@ -137,10 +137,10 @@ class Session(ABC):
         keys: Sequence[Hashable] | None = None,
         inputs: LanguageInputs | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Feed `(1, n, hidden)` after what the cache holds; return the last tokens' logits `(logits_to_keep, V)`.
+        """Append n tokens, `(1, n, hidden)`, to the cache; return the last ones' logits `(logits_to_keep, V)`.
 
-        `keys` name the n tokens for later prompts; without them no later prompt takes them for its own. `inputs` are
-        what else the decoder reads of the first of them; those after go on as text does.
+        `keys` identify the tokens for prefix reuse; without them no later prompt reuses the entries. `inputs` holds
+        positions and extra inputs of the first of them; the rest continue as text.
         """
         count = inputs_embeds.shape[1]
         whole = self._completed(inputs, count)
@@ -150,7 +150,7 @@ class Session(ABC):
         return logits
 
     def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
-        """Return `inputs` for `count` tokens: text goes on one after the highest position, the same on every axis."""
+        """Return `inputs` extended to `count` tokens: text continues after the highest position, equally on every axis."""
         given = inputs.positions if inputs else self._positions[:, :0]
         last = max((int(each.max()) for each in (self._positions, given) if each.size), default=-1)
         text = np.broadcast_to(np.arange(count - given.shape[1]) + last + 1, (len(given), count - given.shape[1]))
@@ -162,12 +162,12 @@ class Session(ABC):
         return LanguageInputs(np.concatenate([given, text], axis=1), extras)
 
     def step(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Feed tokens; return the logits `(n, V)` after each of them."""
+        """Append n tokens; return the logits `(n, V)` after each of them."""
         return self.prefill(self.embed(token_ids), len(token_ids), token_ids)
 
 
 def common_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Return how many items two sequences begin with in common."""
+    """Return the length of the common prefix of two sequences."""
     return next(
         (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
     )

@@ -1,4 +1,4 @@
-"""The KV cache as OpenVINO's own state: runs on every device, and with every graph."""
+"""A session whose KV cache is OpenVINO state: for every device and every graph."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
 
 _MOST_STALE = 512
-"""Masked entries of a KV cache beyond which they are cut out, which copies the cache once."""
+"""Most masked entries that stay in the cache; beyond that they are removed, which copies the cache once."""
 
 
 class StatefulSession(Session):
-    """A sequence whose cache lives inside its inference request.
+    """A sequence whose KV cache is the state of its infer request.
 
-    Going back does not touch the cache: the entries behind are masked out of the attention, which costs nothing and
-    changes nothing, until there are `_MOST_STALE` of them and they are cut out for good.
+    Rewinding masks entries instead of touching the cache, which costs nothing and changes no result, until there are
+    `_MOST_STALE` of them and they are removed.
     """
 
-    cached_attention_slowdown = 13  # 874 tokens at once take 0.63 s, in pieces of 128 1.27 s
+    cached_attention_slowdown = 13  # 874 tokens at once take 0.63 s, 128 at a time 1.27 s
 
     def __init__(self, requests: Requests, decoder: DecoderInfo) -> None:
         super().__init__(requests, decoder)
         self._beam = np.zeros(1, np.int32)
-        self._mask = np.zeros((1, 0), np.int64)  # one for each entry of the KV cache, 0 where it is stale
+        self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry of the KV cache, 0 where it is masked
 
     def _forget(self, length: int) -> None:
         if length:
@@ -44,7 +44,7 @@ class StatefulSession(Session):
     def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
     ) -> int:
-        """Rewind as every session does, and cut out what is stale if it is much."""
+        """As `Session.reuse_prefix`; also removes masked entries where there are many."""
         length = super().reuse_prefix(keys, inputs, images)
         if self._mask.shape[1] - length > _MOST_STALE:
             self._cut_stale()

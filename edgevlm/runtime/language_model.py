@@ -1,4 +1,4 @@
-"""The language part: token embeddings, and the LM with a KV cache for each session."""
+"""The language model: embedding table, and decoder with a KV cache for each session."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class LanguageModel:
         return self._embeddings.embed(ids)
 
     def warm_up(self) -> None:
-        """Read one token: what OpenVINO puts off until the first inference takes longer than a short prompt does."""
+        """Run one token: what OpenVINO defers to the first inference takes longer than a short prefill."""
         self.session().step([0])
 
     def session(self) -> Session:
-        """Return a fresh state: a request costs well under a millisecond to make, and shares the weights."""
+        """Return a new session; it shares the weights, and its requests take well under a millisecond to create."""
         requests = Requests(self._compiled.create_infer_request(), self._embeddings.request())
         if self._pages is None:
             return StatefulSession(requests, self._info)

@@ -1,4 +1,4 @@
-"""The three compiled parts of an exported folder, adapted to this machine as they are loaded."""
+"""Loads and compiles the three submodels of an exported folder for one device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """Reads, specialises and compiles the parts of one folder for one device."""
+    """Reads, adapts and compiles the submodels of one folder for one device."""
 
     folder: Path
     manifest: Manifest
@@ -35,7 +35,7 @@ class ModelLoader:
     device: str
 
     def vision(self, family: Family) -> VisionEncoder:
-        """Return the vision part, fixed to the family's views where they are all of one size."""
+        """Return the vision encoder, static where all views of the family have one size."""
         model = make_static(self._read(VISION), family.constants, family.view_size)
         return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)))
 

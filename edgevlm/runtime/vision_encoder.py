@@ -1,4 +1,4 @@
-"""The vision part: encoder and connector, a view's inputs -> image_embeds, and what else deeper layers take of it."""
+"""The vision submodel, encoder and connector: a view's inputs to `image_embeds` and features for deeper layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_static(model: ov.Model, constants: Arrays, view_size: tuple[int, int] | None) -> ov.Model:
-    """Make inputs that never change constants, and shapes static where all views are of one `(height, width)`."""
+    """Replace inputs by `constants`, and make shapes static where all views have one `(height, width)`."""
     opset = import_openvino().opset13
     for parameter in model.get_parameters():
         names = parameter.output(0).get_names()
@@ -29,7 +29,7 @@ def make_static(model: ov.Model, constants: Arrays, view_size: tuple[int, int] |
 
 
 class VisionEncoder:
-    """The compiled vision part."""
+    """The compiled vision submodel."""
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
@@ -39,8 +39,7 @@ class VisionEncoder:
     def encode(self, views: Iterable[View]) -> Iterator[dict[str, np.ndarray]]:
         """Yield the outputs of each view, `image_embeds` `(tokens, hidden)` the first of them.
 
-        Views are encoded one after another, by one request: they do not depend on each other, and activations stay
-        bounded.
+        One infer request encodes the views one after another, so that the memory of activations is that of one view.
         """
         request = self._compiled.create_infer_request()
         for view in views:

@@ -1,5 +1,5 @@
 """`edgevlm serve`: an OpenAI-compatible server for one model on this machine, and a page for people.
 
-guard → app → conversation → work → completion: who may speak, what was asked, one thread that answers, what goes out.
+middleware → app → messages → engine → completion: access and limits, the request, one thread that answers, the response.
 Needs the extra: `pip install 'edgevlm[serve]'`.
 """

@@ -1,4 +1,4 @@
-"""What goes out: OpenAI's chat completion, whole or in chunks."""
+"""The response: OpenAI's chat completion, whole or in chunks."""
 
 from __future__ import annotations
 

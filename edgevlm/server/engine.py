@@ -1,4 +1,4 @@
-"""One model, one thread that answers, and the bounded queue before it, fair among callers."""
+"""The engine: one model, one thread that answers, and a bounded queue that is fair among callers."""
 
 from __future__ import annotations
 
@@ -19,26 +19,11 @@ from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import Message
 from edgevlm.inputs.image import ImageInput
+from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, StoppingError
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
 Deliver = Callable[[Piece | BaseException], None]
-
-
-class QueueFullError(Exception):
-    """As many requests wait as may."""
-
-
-class StoppingError(Exception):
-    """The server is stopping."""
-
-
-class FailedError(Exception):
-    """The answer failed as nobody foresaw; the log says where."""
-
-
-class AbandonedError(Exception):
-    """Nobody waits for the answer any more: it was ended before it was whole."""
 
 
 @dataclass(eq=False)

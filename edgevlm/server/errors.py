@@ -16,8 +16,23 @@ from edgevlm.errors import (
     OptionError,
     PromptError,
 )
-from edgevlm.server.engine import FailedError, QueueFullError, StoppingError
 from edgevlm.strict_json import write_json
+
+
+class QueueFullError(Exception):
+    """As many requests wait as may."""
+
+
+class StoppingError(Exception):
+    """The server is stopping."""
+
+
+class FailedError(Exception):
+    """The answer failed as nobody foresaw; the log says where."""
+
+
+class AbandonedError(Exception):
+    """Nobody waits for the answer any more: it was ended before it was whole."""
 
 
 class ApiError(Exception):

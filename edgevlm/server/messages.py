@@ -24,7 +24,7 @@ _ROLES = {"developer": "system", "tool": "user"}
 
 
 class Conversation:
-    """What a request says and shows, in edgevlm's terms. Raises `ApiError` and `ImageError`."""
+    """A request's messages and pictures in edgevlm's form. Raises `ApiError` and `ImageError`."""
 
     def __init__(self, messages: Sequence[ChatMessage], config: ServeConfig) -> None:
         self._config = config

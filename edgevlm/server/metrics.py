@@ -1,4 +1,4 @@
-"""What Prometheus is told: no label and no figure comes from what a caller wrote."""
+"""Prometheus metrics; no label and no value comes from a caller's text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 
 from edgevlm.answer import Answer, Piece
 from edgevlm.metrics import peak_memory
-from edgevlm.server.engine import AbandonedError, FailedError, Job
+from edgevlm.server.engine import Job
+from edgevlm.server.errors import AbandonedError, FailedError
 
 _TTFT = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 _TPOT = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)

@@ -1,4 +1,4 @@
-"""What every request passes before it is understood: who asks, from where, how much, how slowly.
+"""Middleware before parsing: Host, Origin, API key, body size and time limits.
 
 A web page opened on the kiosk must not be able to use its server: a request that names a host which is not this
 machine (DNS rebinding) or comes from another page's origin is refused before anything else is looked at.
@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edgevlm.server.engine import QueueFullError, log_failure
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, to_api_error, to_json
+from edgevlm.server.engine import log_failure
+from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, QueueFullError, to_api_error, to_json
 from edgevlm.server.settings import ANY_ORIGIN, ServeConfig
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")
