@@ -152,9 +152,8 @@ def _worker(batch: Batch, errors: SimpleQueue[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and terminates its workers
     try:
         jobs = batch.read()
-        WorkQueue(batch.output, jobs).work(
-            batch.runner(), partial(exit_when_orphaned, multiprocessing.parent_process())
-        )
+        check_parent = partial(exit_when_orphaned, multiprocessing.parent_process())
+        WorkQueue(batch.output, jobs).work(batch.runner(), check_parent)
     except EdgeVLMError as error:
         errors.put(str(error))
 

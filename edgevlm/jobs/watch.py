@@ -113,9 +113,7 @@ class Watcher:
         """
         for path in changed:
             self._on_event(path)
-        if (
-            self._clock() - self._scanned > _SCAN_S
-        ):  # the first scan runs when the watch is already on, so that nothing is missed
+        if self._clock() - self._scanned > _SCAN_S:  # the first scan follows the start of the watch: nothing is missed
             for path in self._scan():
                 self._on_event(path)
             self._scanned = self._clock()

@@ -150,7 +150,7 @@ class Session(ABC):
         return logits
 
     def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
-        """Return `inputs` extended to `count` tokens: text continues after the highest position, equally on every axis."""
+        """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis."""
         given = inputs.positions if inputs else self._positions[:, :0]
         last = max((int(each.max()) for each in (self._positions, given) if each.size), default=-1)
         text = np.broadcast_to(np.arange(count - given.shape[1]) + last + 1, (len(given), count - given.shape[1]))

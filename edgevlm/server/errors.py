@@ -20,7 +20,7 @@ from edgevlm.strict_json import write_json
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may."""
+    """The queue is full."""
 
 
 class StoppingError(Exception):
@@ -28,11 +28,11 @@ class StoppingError(Exception):
 
 
 class FailedError(Exception):
-    """The answer failed as nobody foresaw; the log says where."""
+    """The answer failed with an unexpected error, which is in the log."""
 
 
 class AbandonedError(Exception):
-    """Nobody waits for the answer any more: it was ended before it was whole."""
+    """The caller is gone; the answer was ended."""
 
 
 class ApiError(Exception):
