@@ -15,7 +15,7 @@ KVCache = Literal["paged", "stateful"]
 KV_CACHES = ("paged", "stateful")
 
 CPU_KERNEL_CACHE = 256
-"""Kernels for shapes met before that a part keeps on a CPU: some for each length of prompt, and a length never met
+"""Kernels for shapes met before that a submodel keeps on a CPU: some for each length of prompt, and a length never met
 costs about 8 ms more. With OpenVINO's own 5,000 a process that meets prompts of many lengths grows for thousands of
 requests; on SmolVLM-256M's shape 16 suffice to keep the next token as fast."""
 
@@ -68,7 +68,7 @@ class RuntimeConfig:
             raise OptionError(f"KV cache must be one of {', '.join(KV_CACHES)}")
 
     def properties(self, device: str) -> dict[str, Any]:
-        """Return OpenVINO's properties for a part without a KV cache."""
+        """Return OpenVINO's properties for a submodel without a KV cache."""
         properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if device.startswith("CPU"):
             properties["CPU_RUNTIME_CACHE_CAPACITY"] = CPU_KERNEL_CACHE

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Atomic folders: an export appears whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Pictures and questions to calibrate on: the shipped set, a folder, or a JSONL of a user's own.
 
 A JSONL line is `{"image": "photo.jpg", "question": "...", "answer": "..."}`; the image may be absent, and so may the
-answer. A line of an image alone is for the vision part only. Paths are relative to the file. A folder holds a
+answer. A line of an image alone is for the vision submodel only. Paths are relative to the file. A folder holds a
 `calibration.jsonl`, or just pictures, which are then asked general questions.
 """
 
@@ -27,7 +27,7 @@ _QUESTIONS = ("Describe this picture.", "What is in this picture?", "What does t
 
 @dataclass(frozen=True)
 class Pair:
-    """A question, about a picture or not, and maybe its answer; without a question, a picture for the vision part."""
+    """A question, with or without picture and answer; without a question, a picture for the vision submodel."""
 
     question: str
     image: Path | None = None

@@ -1,4 +1,4 @@
-"""The stages of an export, timed and announced."""
+"""Stages of an export: timings and progress."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NNCF weight compression of one part."""
+"""NNCF weight compression of one submodel."""
 
 from __future__ import annotations
 

@@ -76,12 +76,12 @@ class ExportOptions:
 
     @property
     def dtype(self) -> str:
-        """The element type to convert in: what the parts will have, or the checkpoint's own if all are compressed."""
+        """The element type to convert in: the submodels', or the checkpoint's own if all are compressed."""
         plain = [precision for part in SUBMODELS if (precision := self.part_precision(part)) in UNCOMPRESSED]
         return min(plain, key=UNCOMPRESSED.index, default="auto")
 
     def part_precision(self, part: str) -> Precision:
-        """Return the precision of one part."""
+        """Return the precision of one submodel."""
         language = self.lm_precision or self.precision
         if part == LANGUAGE:
             return language

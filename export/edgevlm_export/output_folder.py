@@ -37,7 +37,7 @@ class Written:
 
 
 def start_folder(work: Path, checkpoint: Checkpoint, facts: Mapping[str, Any], template: str) -> Manifest:
-    """Copy the checkpoint's small files into `work` and return the manifest as far as it is known.
+    """Copy the checkpoint's small files into `work` and return the manifest without what the routes add.
 
     `template` is the chat template's source.
     """
@@ -77,7 +77,7 @@ def save_ir(model: ov.Model, path: Path, precision: Precision) -> None:
 
 
 def seal(staging: Path, manifest: Manifest, precisions: Mapping[str, Precision]) -> Manifest:
-    """Write and return the manifest with what the finished files weigh and hash to."""
+    """Write and return the manifest with sizes and hashes of the finished files."""
     paths = [path for path in sorted(staging.iterdir()) if path.is_file() and path.name != MANIFEST]
     files = {path.name: File(hash_file(path), path.stat().st_size) for path in paths}
     parts = {}

@@ -85,7 +85,7 @@ def export(
         unread |= overlooked_in_decoding(checkpoint.read("generation_config.json"))
         route = choose_route(checkpoint, facts, options)
         unread |= route.overlooked
-        pairs = load_pairs(options.calibration)  # a bad set is refused before the work begins
+        pairs = load_pairs(options.calibration)  # a bad calibration set is refused before the work begins
         with atomic_folder(target, checkpoint.folder, force=options.force) as staging:
             work = staging / "work"
             work.mkdir()

@@ -1,4 +1,4 @@
-"""From a pair to what the models read: views, token ids, the inputs of encoder and decoder, for every route alike."""
+"""Samples: a pair as views, token ids, and inputs of encoder and decoder, for calibration and verification alike."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sample:
 
 
 def make_sample(processor: Processor, pair: Pair) -> Sample:
-    """Return a pair's prompt and answer, its picture looked at as cheaply as may be."""
+    """Return a pair's prompt and answer, its picture at `detail="low"`."""
     visuals = processor.preprocess([pair.image] if pair.image else [], ImageBudget("low"))
     prompt = processor.prompt_ids([user_message(pair.question, len(visuals))], visuals)
     answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
@@ -39,7 +39,7 @@ def make_sample(processor: Processor, pair: Pair) -> Sample:
 
 
 def encoder_inputs(family: Family, view: View) -> dict[str, Array]:
-    """Return the vision part's inputs for one view."""
+    """Return the vision submodel's inputs for one view."""
     return {**view.inputs(), **family.constants}
 
 
@@ -74,7 +74,7 @@ def pixel_views(values: Array) -> list[View]:
 
 
 def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int) -> list[dict[str, Array]]:
-    """Return the vision part's inputs for views taken evenly from the pairs' pictures, or the shipped ones.
+    """Return the vision submodel's inputs for views taken evenly from the pairs' pictures, or the shipped ones.
 
     `hidden_size` is that of the model.
     """

@@ -1,4 +1,4 @@
-"""The exported folder against the reference: each part on real inputs, then greedy tokens end to end."""
+"""The exported folder against the reference: each submodel on real inputs, then greedy tokens end to end."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2}
-"""Largest absolute error of an uncompressed part, relative to the reference's largest absolute value."""
+"""Largest absolute error of an uncompressed submodel, relative to the reference's largest absolute value."""
 
 
 @dataclass(frozen=True)
 class PartFigures:
-    """How near one part comes to the reference."""
+    """Distance of one submodel's outputs from the reference."""
 
     precision: str
     max_abs_error: float
@@ -105,9 +105,9 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def check(figures: Verification, scales: Mapping[str, float]) -> None:
-    """Raise `VerificationError` when an uncompressed part is out of tolerance; `scales` are the largest values.
+    """Raise `VerificationError` when an uncompressed submodel is out of tolerance; `scales` are the largest values.
 
-    Also when a figure of any part is no number: the part, or the reference, overflows.
+    Also when a figure of any submodel is no number: the submodel, or the reference, overflows.
     """
     for part, each in figures.parts.items():
         if not np.isfinite([each.max_abs_error, each.cosine, figures.kl_divergence]).all():
@@ -126,7 +126,7 @@ def check(figures: Verification, scales: Mapping[str, float]) -> None:
 
 
 def scales(reference: Arrays) -> dict[str, float]:
-    """Return each part's largest absolute reference value, at least 1."""
+    """Return each submodel's largest absolute reference value, at least 1."""
     names = {VISION: "image_embeds", TEXT_EMBEDDINGS: "text_embeds", LANGUAGE: "logits"}
     return {part: max(1.0, *_maxima(reference, name)) for part, name in names.items()}
 

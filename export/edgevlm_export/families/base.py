@@ -60,7 +60,7 @@ class FamilyExporter:
     cover the family.
     """
     covers_onnx: bool = True
-    """False where the runtime's family needs more of the vision part than an ONNX file's encoder gives."""
+    """False where the runtime's family needs more of the vision submodel than an ONNX file's encoder gives."""
 
 
 def is_tied(config: ConfigReader, text: ConfigReader, tensors: Container[str], head: str = "lm_head") -> bool:

@@ -173,8 +173,8 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
 def make_architecture(config: ConfigReader, tensors: Container[str], *, has_newline: bool = False) -> Architecture:
     """Return the graphs of tower, projector and decoder.
 
-    `has_newline`: the checkpoint has an `image_newline`, and the vision part gives it as the last row of each view, so
-    that the runtime needs no weights of its own.
+    `has_newline`: the checkpoint has an `image_newline`, and the vision submodel gives it as the last row of each view,
+    so that the runtime needs no weights of its own.
     """
     names, text = Names.found(tensors), text_section(config)
     decoder = read_decoder(text, names.decoder, names.head, tied=is_tied(config, text, tensors, names.head))

@@ -56,7 +56,7 @@ def write_parts(
     work: Path,
     clock: StageClock,
 ) -> Written:
-    """Write the compressed parts into `staging`. Raises `ExportError`."""
+    """Write the compressed submodels into `staging`. Raises `ExportError`."""
     Thread(target=import_nncf, daemon=True).start()  # takes a second or more
     processor = Processor(work, manifest)
     verified = verification_pairs(pairs) if options.verify else {}

@@ -94,7 +94,7 @@ def write_parts(
     work: Path,
     clock: StageClock,
 ) -> Written:
-    """Convert, fuse and compress the parts into `staging`. Raises `ExportError`."""
+    """Convert, fuse and compress the submodels into `staging`. Raises `ExportError`."""
     processor = Processor(work, manifest)
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}

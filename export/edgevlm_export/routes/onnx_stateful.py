@@ -29,7 +29,7 @@ def text_embeddings(model: ov.Model) -> ov.Model:
 
 
 def vision(model: ov.Model, image_seq_len: int, hidden_size: int) -> ov.Model:
-    """Return the vision part with one input, pixel_values `(T, 3, H, W)`, and image_embeds `(T, tokens, hidden)`.
+    """Return the vision submodel with one input, pixel_values `(T, 3, H, W)`, and image_embeds `(T, tokens, hidden)`.
 
     The published graphs take `(B, T, 3, H, W)` and a mask of the pixels that are no padding, which tiles have none of.
     """

@@ -43,7 +43,7 @@ def write_parts(
     work: Path,
     clock: StageClock,
 ) -> Written:
-    """Convert, fuse and compress the parts into `staging`. Raises `ExportError`."""
+    """Convert, fuse and compress the submodels into `staging`. Raises `ExportError`."""
     versions = convert(checkpoint, manifest, pairs, options, work, clock)
     precisions = compress_parts(staging, manifest, pairs, work, options, clock)
     copy_small_files(work, staging)
@@ -120,7 +120,7 @@ def _why_it_ended(returncode: int, log: Path) -> str:
 def compress_parts(
     staging: Path, manifest: Manifest, pairs: Sequence[Pair], work: Path, options: ExportOptions, clock: StageClock
 ) -> dict[str, Precision]:
-    """Fuse, compress and save each part from `work` into `staging`; return the precision of each."""
+    """Fuse, compress and save each submodel from `work` into `staging`; return the precision of each."""
     precisions = {part: options.part_precision(part) for part in SUBMODELS}
     samples = calibration_samples(work, manifest, pairs, precisions, options, clock)
     for part, precision in precisions.items():
@@ -140,7 +140,7 @@ def calibration_samples(
     options: ExportOptions,
     clock: StageClock,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return model inputs for each part whose compression needs data."""
+    """Return model inputs for each submodel whose compression needs data."""
     for_language = options.int4.needs_data and precisions[LANGUAGE] == "int4"
     for_vision = precisions[VISION] == "w8a8"
     samples: dict[str, list[dict[str, Any]]] = {}

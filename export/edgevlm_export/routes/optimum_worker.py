@@ -2,7 +2,7 @@
 
     python -m edgevlm_export.routes.optimum_worker JOB_DIR
 
-reads `job.json` (and `cases.npz`) in JOB_DIR, writes the uncompressed IR parts there, the reference's outputs as
+reads `job.json` (and `cases.npz`) in JOB_DIR, writes the uncompressed IR submodels there, the reference's outputs as
 `reference.npz`, and last `result.json`. A line `@ stage` on stdout announces each stage.
 """
 
@@ -127,14 +127,14 @@ def greedy(model: Any, ids: Any, pictures: dict[str, Any], count: int) -> tuple[
 
 
 def convert(job: dict[str, Any], job_dir: Path) -> None:
-    """Write the IR parts through optimum-intel, stateful, in the element type that `job` names."""
+    """Write the IR submodels through optimum-intel, stateful, in the element type that `job` names."""
     import torch
     from optimum.exporters.openvino import convert as optimum_convert
     from optimum.exporters.openvino import export_from_model
     from optimum.intel import OVConfig
 
     # torch.jit would trace all again to see that it gets the same graph, which is most of the time of a conversion.
-    # Comparing the finished parts with the reference sees that too, and more.
+    # Comparing the finished submodels with the reference sees that too, and more.
     optimum_convert.allow_skip_tracing_check = lambda *_: True
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(job["dtype"], "auto")
     model = load(job, dtype)

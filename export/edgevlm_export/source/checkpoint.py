@@ -28,7 +28,7 @@ _ONNX_FILES: Mapping[str, tuple[str, ...]] = {
     TEXT_EMBEDDINGS: ("embed_tokens.onnx",),
     LANGUAGE: ("decoder_model_merged.onnx", "decoder_with_past_model.onnx"),
 }
-"""What each part is called as Transformers.js reads it, the first name before the next."""
+"""What each submodel is called as Transformers.js reads it, the first name before the next."""
 _COPIED = (".json", ".jinja", ".txt", ".model")
 
 
@@ -164,7 +164,7 @@ class Checkpoint:
         return _has_safetensors(self.folder)
 
     def onnx_files(self) -> dict[str, Path]:
-        """Return the ONNX file of each part, all of them in `onnx/` or beside config.json. Raises `SourceError`."""
+        """Return the ONNX file of each submodel, all of them in `onnx/` or beside config.json. Raises `SourceError`."""
         lacking = f"{self.folder} has no ONNX files, neither in onnx/ nor beside config.json"
         for place in (self.folder / "onnx", self.folder):
             found = {

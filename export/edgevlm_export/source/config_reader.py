@@ -135,7 +135,7 @@ class ConfigReader:
         self._harmless = harmless
         self._read: set[str] = set()
         self.notes: dict[str, str] = {}
-        """What is told of values that were read and not followed, by full name."""
+        """Reports about values that were read and not followed, by full name."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._stated
@@ -191,7 +191,7 @@ class ConfigReader:
         return ConfigReader(self.get(key), f"{self._prefix}{key}", defaults, file=self.file, **options)
 
     def note(self, key: str, text: str) -> None:
-        """Have it told what became of a value."""
+        """Report what became of a value."""
         self.notes[self.name_of(key)] = text
 
     def unread(self) -> Iterator[tuple[str, str, Any]]:

@@ -54,7 +54,7 @@ def concatenate(tensors: Sequence[RawTensor]) -> RawTensor:
 
 
 class Weights:
-    """Tensors by name; each is checked against the shape that the config asks for when it is taken."""
+    """Tensors by name; `expect` checks them against the shapes that the config asks for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
@@ -78,7 +78,7 @@ class Weights:
             )
 
     def get(self, name: str) -> RawTensor:
-        """Return a tensor, mapped."""
+        """Return a tensor, memory-mapped."""
         path, start, entry = self._entries[name]
         kind, dtype = _DTYPES[entry["dtype"]]
         count = int(np.prod(entry["shape"], dtype=np.int64))
