@@ -46,6 +46,15 @@ def test_the_manifest_tells_what_was_exported(exported: Path, idefics3: Path) ->
     assert manifest.eos_token_ids == (json.loads((idefics3 / "config.json").read_text())["image_token_id"] + 1,)
 
 
+def test_an_export_of_the_first_schema_version_still_loads(exported: Path, tmp_path: Path) -> None:
+    """The bundled model is one, too."""
+    data = json.loads((exported / "edgevlm.json").read_text(encoding="utf-8"))
+    old = {"family_config": "family_facts", "submodels": "parts"}
+    first = {old.get(name, name): value for name, value in data.items()} | {"schema_version": 1}
+    (tmp_path / "edgevlm.json").write_text(json.dumps(first), encoding="utf-8")
+    assert load_manifest(tmp_path) == load_manifest(exported)
+
+
 def test_the_manifest_names_every_file_and_its_hash(exported: Path) -> None:
     manifest = load_manifest(exported)
     assert set(manifest.files) | {"edgevlm.json"} == {path.name for path in exported.iterdir()}

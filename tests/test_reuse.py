@@ -370,3 +370,8 @@ def test_limits_are_checked(name: str) -> None:
         RuntimeConfig(**{name: -1})  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="draft_tokens must be between 0 and 64"):
         GenerationConfig(draft_tokens=65)
+
+
+def test_the_tolerance_is_known_by_its_old_name_too() -> None:
+    assert RuntimeConfig(tile_tolerance=1.5) == RuntimeConfig(view_tolerance=1.5)
+    assert replace(RuntimeConfig(view_tolerance=1.5), threads=2).view_tolerance == 1.5
