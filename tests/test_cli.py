@@ -59,6 +59,32 @@ def test_the_answer_alone_is_on_stdout(exported: Path, china: Path) -> None:
     assert done.stderr.decode().splitlines() == ["(cut: --max-new-tokens was reached)"]
 
 
+OPENS = """
+import sys
+
+picture, opened = sys.argv.pop(1), []
+sys.addaudithook(lambda event, args: event == "open" and str(args[0]) == picture and opened.append(1))
+from edgevlm.cli.main import main
+
+main(sys.argv[1:], standalone_mode=False)
+print(len(opened), file=sys.stderr)
+"""
+
+
+def test_a_picture_is_read_once(exported: Path, china: Path, tmp_path: Path) -> None:
+    options = ["-m", str(exported), "--max-new-tokens", "2", "--detail", "low"]
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"image": str(china), "question": "?"}), encoding="utf-8")
+    for command in (
+        ["run", str(china), QUESTION],
+        ["run", str(china), QUESTION, "--choices", "yes,no"],
+        ["chat", str(china)],
+        ["batch", str(tmp_path / "jobs.jsonl"), "-o", str(tmp_path / "answers.jsonl")],
+    ):
+        arguments = [sys.executable, "-c", OPENS, str(china), *command, *options]
+        done = subprocess.run(arguments, input="What?\nAnd?\n", capture_output=True, encoding="utf-8", check=True)
+        assert done.stderr.split()[-1] == "1", (command, done.stderr)
+
+
 def test_stats_go_to_stderr(exported: Path, china: Path) -> None:
     arguments = ["run", china, QUESTION, "-m", exported, "--max-new-tokens", 8]
     plain, with_stats = cli(*arguments), cli(*arguments, "--stats")

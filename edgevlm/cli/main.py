@@ -61,14 +61,14 @@ class Commands(click.Group):
         except OSError as error:  # what no module foresaw; a module's own error says more
             if error.errno == errno.EPIPE:
                 raise  # the reader of a pipe has gone: click ends without a word
-            click.echo(f"Error: {_told(error)}", err=True)
+            click.echo(f"Error: {_describe(error)}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("\nInterrupted.", err=True)
             ctx.exit(130)
 
 
-def _told(error: OSError) -> str:
+def _describe(error: OSError) -> str:
     """Return what the system refused, and where, as one line."""
     where = f"{error.filename}: " if error.filename else ""
     return " ".join(f"{where}{error.strerror or error}".split())

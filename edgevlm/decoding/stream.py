@@ -41,19 +41,19 @@ def stream_tokens(
     the grammar fast-forwards, which always come true, or a prompt-lookup draft, of which the first token that the
     selector does not select, and all after it, are taken back from the KV cache.
     """
-    ahead, drafted = selector.fast_forward[: max_tokens - 1], 0
+    lookahead, drafted = selector.fast_forward[: max_tokens - 1], 0
     with watch.stage("prefill"):
         start = session.reuse_prefix(prompt.prefix_keys, prompt.inputs, prompt.images)
         inputs_embeds = prompt.inputs_embeds[:, start:]
-        if ahead:
-            inputs_embeds = np.concatenate([inputs_embeds, session.embed(ahead)], axis=1)
-        keys = [*prompt.prefix_keys[start:], *ahead]
-        logits = session.prefill(inputs_embeds, 1 + len(ahead), keys, prompt.inputs.after(start))
+        if lookahead:
+            inputs_embeds = np.concatenate([inputs_embeds, session.embed(lookahead)], axis=1)
+        keys = [*prompt.prefix_keys[start:], *lookahead]
+        logits = session.prefill(inputs_embeds, 1 + len(lookahead), keys, prompt.inputs.after(start))
     watch.count("cached_tokens", start)
     left = max_tokens
     while True:
         accepted = 0
-        for row, expected in zip(logits, [*ahead, None], strict=True):
+        for row, expected in zip(logits, [*lookahead, None], strict=True):
             token = selector.select(row)
             watch.first_token = watch.first_token or perf_counter()
             drafter.add(token)
@@ -70,9 +70,9 @@ def stream_tokens(
             drafter.learn(drafted, accepted)
         forced = selector.fast_forward[: left - 1]
         draft = [] if forced else selector.filter_draft(drafter.draft(left - 1))
-        ahead, drafted = forced or draft, len(draft)
+        lookahead, drafted = forced or draft, len(draft)
         watch.count("drafted_tokens", drafted)
-        logits = session.step([token, *ahead])
+        logits = session.step([token, *lookahead])
 
 
 def stream_answer(

@@ -118,7 +118,7 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (*CALLERS_ERRORS, Exception):
-        app.add_exception_handler(kind, _told)
+        app.add_exception_handler(kind, _handle_error)
     guarded = Guard(app, config, lambda: worker.full, metrics.count_request)
     if not config.allowed_origins:
         return guarded
@@ -303,7 +303,7 @@ async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Piece | BaseEx
     events.put_nowait(ClientGoneError())
 
 
-async def _told(_: Request, error: Exception) -> Json:
+async def _handle_error(_: Request, error: Exception) -> Json:
     """Answer with what the caller may know of an error."""
     return _error(to_api_error(error))
 
