@@ -25,6 +25,7 @@ from edgevlm_export.memory import PeakMemory
 from edgevlm_export.options import ExportOptions, Route
 from edgevlm_export.output_folder import Written, seal, start_folder
 from edgevlm_export.routes import native, onnx, optimum
+from edgevlm_export.routes.base import ExportJob
 from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.source.config_reader import UnsupportedError, overlooked, overlooked_in_decoding
 from edgevlm_export.source.safetensors_reader import Weights
@@ -91,7 +92,7 @@ def export(
             work.mkdir()
             manifest = start_folder(work, checkpoint, facts, template)
             manifest = replace(manifest, decoder_traits=route.traits, overlooked=unread)
-            written = route.write_parts(manifest, pairs, options, staging, work, clock)
+            written = route.write(ExportJob(manifest, pairs, options, staging, work, clock))
             chosen = _as_json(options, route.name)
             manifest = replace(manifest, tool_versions=written.tool_versions, export_options=chosen)
             manifest = seal(staging, manifest, written.precisions)
@@ -116,7 +117,7 @@ class ChosenRoute:
     """How a checkpoint's parts are made."""
 
     name: Route
-    write_parts: Callable[..., Written]
+    write: Callable[[ExportJob], Written]
     traits: DecoderTraits = field(default_factory=DecoderTraits)
     overlooked: Mapping[str, Any] = field(default_factory=dict)
     """What config.json states that the route does not read. That is the native route's question alone: the others get
@@ -132,15 +133,14 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
         _need(onnx.LIBRARIES, "its ONNX files", "export-onnx")
         files = checkpoint.onnx_files()
         onnx.check_parts(files)
-        return ChosenRoute("onnx", partial(onnx.write_parts, files))
+        return ChosenRoute("onnx", partial(onnx.write_submodels, files))
     if options.via != "optimum":
         try:
             weights = Weights(checkpoint)
             found = architecture(checkpoint, facts, weights)
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)
-            write_parts = partial(native.write_parts, found, weights)
-            return ChosenRoute("native", write_parts, found.traits, unread)
+            return ChosenRoute("native", partial(native.write_submodels, found, weights), found.traits, unread)
         except UnsupportedError as error:
             if family.encode_in_torch is None:
                 raise SourceError(f"{error}, and no other route covers {kind}") from None
@@ -150,7 +150,7 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
     if family.encode_in_torch is None:
         raise SourceError(f"the route through optimum-intel does not cover {kind}; use --via native")
     _need(optimum.LIBRARIES, "optimum-intel", "export-torch")
-    return ChosenRoute("optimum", partial(optimum.write_parts, checkpoint))
+    return ChosenRoute("optimum", partial(optimum.write_submodels, checkpoint))
 
 
 def _need(libraries: Sequence[str], route: str, extra: str) -> None:

@@ -8,7 +8,6 @@ partitions are mapped back and stitched. So memory is bounded by a partition, wh
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,17 +21,17 @@ import edgevlm
 from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES
 from edgevlm.inputs.processor import Processor
-from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION, Manifest
+from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import core, import_openvino, read_ir
-from edgevlm_export.calibration import Pair, verification_pairs, with_questions
-from edgevlm_export.clock import StageClock
+from edgevlm_export.calibration import verification_pairs, with_questions
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
 from edgevlm_export.graphs.constants import Constants
 from edgevlm_export.graphs.stages import outputs_of, partition, stitch
-from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, ExportOptions, Precision
+from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, Precision
 from edgevlm_export.output_folder import FILE_NAMES, Written, save_ir
+from edgevlm_export.routes.base import ExportJob, copy_small_files
 from edgevlm_export.samples import Sample, decoder_inputs, encoder_inputs, make_sample, pixel_values, vision_samples
 from edgevlm_export.source.safetensors_reader import RawTensor, Weights
 from edgevlm_export.verify import Array, Arrays
@@ -46,26 +45,18 @@ PARTITION_WEIGHTS = 64_000_000
 _FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
 
-def write_parts(
-    architecture: Architecture,
-    weights: Weights,
-    manifest: Manifest,
-    pairs: Sequence[Pair],
-    options: ExportOptions,
-    staging: Path,
-    work: Path,
-    clock: StageClock,
-) -> Written:
-    """Write the compressed submodels into `staging`. Raises `ExportError`."""
+def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob) -> Written:
+    """Write the compressed submodels. Raises `ExportError`."""
+    options, manifest, pairs = job.options, job.manifest, job.pairs
     Thread(target=import_nncf, daemon=True).start()  # takes a second or more
-    processor = Processor(work, manifest)
+    processor = Processor(job.work, manifest)
     verified = verification_pairs(pairs) if options.verify else {}
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
     calibration_pairs = with_questions(pairs) if needs_data else []
     samples = {pair: make_sample(processor, pair) for pair in [*verified.values(), *calibration_pairs]}
     table = weights.get(f"{architecture.decoder.embed_tokens.name}.weight")
     embeds = {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
-    writer = SubmodelWriter(architecture, weights, options, staging, work, clock)
+    writer = SubmodelWriter(architecture, weights, job)
 
     views = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
     is_w8a8 = options.part_precision(VISION) == "w8a8"
@@ -82,8 +73,7 @@ def write_parts(
     last_positions = [compared(samples[pair]) for pair in verified.values()]
     logits = writer.write(LANGUAGE, [inputs[pair] for pair in verified.values()], calibration, last_positions)
 
-    for path in work.iterdir():
-        shutil.copyfile(path, staging / path.name)
+    copy_small_files(job.work, job.staging)
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
     for (name, pair), scores in zip(verified.items(), logits, strict=True):
@@ -126,18 +116,9 @@ def as_case(sample: Sample, embeds: Array, encoded: Sequence[Arrays], logits: Ar
 class SubmodelWriter:
     """Writes one submodel after another, partition by partition."""
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        weights: Weights,
-        options: ExportOptions,
-        staging: Path,
-        work: Path,
-        clock: StageClock,
-    ) -> None:
-        self._graphs = architecture.graphs
-        self._weights, self._options = weights, options
-        self._staging, self._work, self._clock = staging, work, clock
+    def __init__(self, architecture: Architecture, weights: Weights, job: ExportJob) -> None:
+        self._graphs, self._weights = architecture.graphs, weights
+        self._options, self._staging, self._work, self._clock = job.options, job.staging, job.work, job.clock
 
     def write(
         self,

@@ -18,15 +18,14 @@ import edgevlm
 from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS
 from edgevlm.inputs.processor import Processor
-from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
+from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.runtime.core import core, first_line, import_openvino
 from edgevlm_export.calibration import Pair, verification_pairs
-from edgevlm_export.clock import StageClock
-from edgevlm_export.options import VERIFY_TOKENS, ExportOptions
+from edgevlm_export.options import VERIFY_TOKENS
 from edgevlm_export.output_folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.routes import onnx_stateful as onnx_graph
+from edgevlm_export.routes.base import ExportJob, compress_submodels, copy_small_files
 from edgevlm_export.routes.onnx_merged_decoder import SWITCH, check_switch, with_past
-from edgevlm_export.routes.optimum import compress_parts, copy_small_files
 from edgevlm_export.samples import decoder_inputs, make_sample, pixel_values
 from edgevlm_export.verify import Array
 
@@ -85,33 +84,25 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(attribute.g)
 
 
-def write_parts(
-    parts: Mapping[str, Path],
-    manifest: Manifest,
-    pairs: Sequence[Pair],
-    options: ExportOptions,
-    staging: Path,
-    work: Path,
-    clock: StageClock,
-) -> Written:
-    """Convert, fuse and compress the submodels into `staging`. Raises `ExportError`."""
-    processor = Processor(work, manifest)
+def write_submodels(files: Mapping[str, Path], job: ExportJob) -> Written:
+    """Convert, fuse and compress the submodels. Raises `ExportError`."""
+    processor, manifest, work = Processor(job.work, job.manifest), job.manifest, job.work
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
-    if options.verify:
-        clock.begin("reference")
-        cases, reference = run_reference(parts, processor, pairs)
-    clock.begin("convert")
-    parts = {**parts, LANGUAGE: with_past(parts[LANGUAGE], work / "branch")}
+    if job.options.verify:
+        job.clock.begin("reference")
+        cases, reference = run_reference(files, processor, job.pairs)
+    job.clock.begin("convert")
+    files = {**files, LANGUAGE: with_past(files[LANGUAGE], work / "branch")}
     makers: dict[str, Callable[[ov.Model], ov.Model]] = {
         VISION: lambda model: onnx_graph.vision(model, manifest.family_config["image_seq_len"], manifest.hidden_size),
         TEXT_EMBEDDINGS: onnx_graph.text_embeddings,
         LANGUAGE: onnx_graph.language,
     }
-    for part, path in parts.items():
-        save_ir(convert(path, makers[part]), work / FILE_NAMES[part], "fp32")
-    precisions = compress_parts(staging, manifest, pairs, work, options, clock)
-    copy_small_files(work, staging)
+    for name, path in files.items():
+        save_ir(convert(path, makers[name]), work / FILE_NAMES[name], "fp32")
+    precisions = compress_submodels(job)
+    copy_small_files(work, job.staging)
     versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf", *LIBRARIES)}}
     return Written(precisions, versions, "onnxruntime", cases, reference)
 
