@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.decoding.json_schema import JSON_STYLE, enforceable, goes_on
 from edgevlm.decoding.sampling import Logits, Sampler, TokenSelector
 from edgevlm.errors import OptionError, one_line
 from edgevlm.strict_json import read_json, write_json
@@ -44,6 +43,8 @@ class Constraint:
         `edgevlm.decoding.json_schema` rewrites it.
         """
         from llguidance import LLMatcher
+
+        from edgevlm.decoding.json_schema import JSON_STYLE, enforceable
 
         try:
             found = read_json(schema) if isinstance(schema, str) else dict(schema)
@@ -112,6 +113,8 @@ def check_choices(texts: Sequence[str]) -> None:
 
 def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = False) -> Constraint:
     from llguidance import LLMatcher
+
+    from edgevlm.decoding.json_schema import goes_on
 
     try:
         grammar = make()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from edgevlm.errors import DamagedModelError
-from edgevlm.families import idefics3, internvl, llava, llava_onevision
 from edgevlm.families.base import DecoderTraits, Detail, Family, ImageBudget, LanguageInputs, View, Visual
 
 __all__ = [
@@ -21,12 +22,19 @@ __all__ = [
     "make_family",
 ]
 
+
+def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
+    """Set up the class `name` of a family's module, which is imported now: a process runs one family."""
+    family: Family = getattr(import_module(f"{__name__}.{module}"), name)(facts)
+    return family
+
+
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
-    "idefics3": idefics3.Idefics3,
-    "internvl": internvl.InternVL,
-    "llava": llava.Llava,
-    "llava_onevision": llava_onevision.LlavaOnevision,
-    "smolvlm": idefics3.Idefics3,
+    "idefics3": partial(_load, "idefics3", "Idefics3"),
+    "internvl": partial(_load, "internvl", "InternVL"),
+    "llava": partial(_load, "llava", "Llava"),
+    "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
+    "smolvlm": partial(_load, "idefics3", "Idefics3"),
 }
 
 
