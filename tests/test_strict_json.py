@@ -132,3 +132,16 @@ def test_choices_that_cannot_be_rated_are_told(overflowing: Path, tmp_path: Path
     result = cli(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("Error: the model's logits are no numbers on this device")
+
+
+@pytest.mark.parametrize("left", [2**20 - 100, 2**20 + 100, 3 * 2**20, 2**21])
+@pytest.mark.parametrize("whole", [[], [{"id": "a"}], [{"id": "a"}, {"id": "b" * 2**21}]])
+def test_a_torn_row_of_any_length_is_cut_before_the_next(
+    tmp_path: Path, whole: list[dict[str, str]], left: int
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    append_rows(path, whole)
+    with path.open("ab") as file:
+        file.write(b'{"id": "' + b"x" * left)
+    append_rows(path, [{"id": "c"}])
+    assert [row for row, _ in read_rows(path)] == [*whole, {"id": "c"}]

@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from edgevlm.errors import OutputError
 from edgevlm.strict_json import read_json, write_json
 
 Row: TypeAlias = dict[str, Any]
-_LONGEST_ROW = 2**20
+_BLOCK = 2**20
 
 
 def read_rows(path: Path, offset: int = 0) -> list[tuple[Row, int]]:
@@ -41,12 +41,22 @@ def append_rows(path: Path, rows: Sequence[Row]) -> None:
     """Append rows and sync them to disk, after truncating what a crash left of an incomplete row."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - _LONGEST_ROW))
-        tail = file.read()
+        tail = _last_rows(file, end)
         file.truncate(end - len(tail) + _whole(tail))
         file.write(b"".join(write_json(row).encode() + b"\n" for row in rows))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _last_rows(file: BinaryIO, end: int) -> bytes:
+    """Return the end of a file of `end` bytes, from before its last whole row on; all of it if it has none."""
+    size = 0
+    while True:
+        size = min(end, size * 2 or _BLOCK)
+        file.seek(end - size)
+        tail = file.read()
+        if size == end or tail.count(b"\n", 0, _whole(tail)) > 1:
+            return tail
 
 
 def beside(path: Path, ending: str) -> Path:
