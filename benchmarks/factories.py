@@ -174,7 +174,7 @@ def daylight(random: Generator) -> Light:
     if hour < 0.75:
         return Light(tint * np.array([1.1, 0.95, 0.8]) * random.uniform(0.4, 0.7), 0.0, random.uniform(3, 7))
     return Light(
-        np.array([0.8, 0.95, 1.2]) * random.uniform(0.07, 0.16), random.uniform(0.45, 0.95), random.uniform(4, 9)
+        np.array([0.8, 0.95, 1.2]) * random.uniform(0.03, 0.13), random.uniform(0.3, 0.9), random.uniform(4, 9)
     )
 
 
@@ -210,9 +210,9 @@ def fallen_light(random: Generator, light: Light) -> Array:
     y, x = np.mgrid[0 : SIZE[1], 0 : SIZE[0]]
     slope = 1 + 0.25 * (random.uniform(-1, 1) * (x / SIZE[0] - 0.5) + random.uniform(-1, 1) * (y / SIZE[1] - 0.5))
     day = slope * (1 - unit(cast_shadow(random)) * random.uniform(0.3, 0.65))
-    centre = random.uniform((220, 140), (420, 300))
+    centre = random.uniform((230, 140), (400, 290))
     far = np.hypot(x - centre[0], (y - centre[1]) * 1.15)
-    pool = light.lamp * np.exp(-((far / random.uniform(240, 340)) ** 2))
+    pool = light.lamp * np.exp(-((far / random.uniform(190, 320)) ** 2))
     warm = np.array([1.12, 0.98, 0.74])
     return np.asarray(day[..., None] * light.day + pool[..., None] * warm)
 
@@ -371,7 +371,7 @@ def sensed(random: Generator, frame: Array, noise: float) -> Image.Image:
 
 # The boiler: a square meter whose pointer turns counter-clockwise about the lower right corner.
 
-PIVOT = (1006.0, 806.0)
+PIVOT = (1006.0, 826.0)
 LOWEST, HIGHEST = 40, 160
 TOLERANCE = 0.02 * (HIGHEST - LOWEST)
 """What a careful person reads the boiler's gauge within, in °F."""
@@ -420,8 +420,8 @@ def gauge_scale(draw: ImageDraw.ImageDraw) -> None:
             text(draw, polar(PIVOT, 640, angle(value)), str(value), 40, ink)
     draw.arc(around(*PIVOT, 562), 360 - angle(HIGHEST), 360 - angle(LOWEST), fill=ink, width=4)
     text(draw, (770, 560), "°F", 64, ink)
-    text(draw, (560, 862), "BOILER No. 2", 26, (90, 84, 74))
-    text(draw, (560, 894), "RETURN WATER", 20, (90, 84, 74))
+    text(draw, (590, 872), "BOILER No. 2", 26, (90, 84, 74))
+    text(draw, (590, 902), "RETURN WATER", 20, (90, 84, 74))
 
 
 def blade(start: float, end: float, wide: float, narrow: float, at: float, move: float = 0) -> list[Point]:
@@ -441,7 +441,7 @@ def pointer(image: Image.Image, value: float) -> None:
     draw = ImageDraw.Draw(image)
     draw.polygon(blade(-62, 400, 13, 8, at), fill=(26, 26, 28))
     draw.polygon(blade(400, 588, 8, 2.5, at), fill=(222, 84, 20))
-    draw.ellipse(around(*polar(PIVOT, -66, at), 26), fill=(26, 26, 28))
+    draw.ellipse(around(*polar(PIVOT, -58, at), 23), fill=(26, 26, 28))
     draw.ellipse(around(*PIVOT, 36), fill=(112, 86, 40))
     draw.ellipse(around(*PIVOT, 30), fill=(190, 156, 84))
     screw(draw, PIVOT, 33)
