@@ -21,7 +21,8 @@ def main() -> None:
 @click.option("--seed", default=99)
 @click.option("--count", default=24, help="Pictures on the sheet.")
 @click.option("--only", help="One kind of scene.")
-def show(output: Path, seed: int, count: int, only: str | None) -> None:
+@click.option("--taught", is_flag=True, help="Scenes to learn from, in their wider world.")
+def show(output: Path, seed: int, count: int, only: str | None, taught: bool) -> None:
     """Draw a contact sheet of scenes with their questions into OUTPUT.
 
     \b
@@ -29,7 +30,7 @@ def show(output: Path, seed: int, count: int, only: str | None) -> None:
     """
     from training.sheet import contact_sheet
 
-    contact_sheet(seed, count, only).save(output)
+    contact_sheet(seed, count, only, taught).save(output)
 
 
 @main.command()

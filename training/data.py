@@ -15,26 +15,32 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
+from training import world
 from training.degrade import degrade
 from training.draw import more_fonts
 from training.forms import formed
 from training.gaze import OUTSIDE, SINK, asked_words, cell_of, counted, gazes, shares_told
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, SIDE
 from training.scene import Random, Scene, chance
-from training.scenes import SCENES, charts, counting, gauges, lights, pages, shapes, sheets
+from training.scenes import SCENES, charts, counting, displays, gauges, lights, pages, shapes, sheets, towers
+from training.wording import worded
 
 VARIED = 0.4
 """The share of gauges, charts and counts to learn from that are less alike than those of the held-out set."""
 TAUGHT = SCENES | {
-    "gauge": partial(gauges.scene, ticked=0.0, varied=VARIED),
+    "display": partial(displays.scene, varied=0.5),
+    "gauge": partial(gauges.scene, ticked=0.0, varied=VARIED, wide=0.4),
     "chart": partial(charts.scene, varied=VARIED),
-    "count": partial(counting.scene, varied=VARIED),
-    "light": partial(lights.scene, several=0.5),
+    "count": partial(counting.scene, varied=0.6),
+    "light": partial(lights.scene, several=0.4),
+    "tower": towers.scene,
     "shape": partial(shapes.scene, everywhere=True),
 }
 """What is drawn to learn from. A model that has seen many needles stand on numbers takes to saying round ones: where it
 doubts a digit, its neighbours share what it believes, and the zero of a number does not."""
 
+KIND_OF = {"tower": "light"}
+"""What the kinds are that are drawn by two modules."""
 IGNORED = -100
 SCALES = tuple(
     dict.fromkeys(f"{low}..{high}" for low, high, *_ in (*gauges.SCALES, *((0, top) for top in charts.TOPS)))
@@ -59,17 +65,22 @@ WEIGHTS = {
     "chart": 3.0,
     "count": 4.5,
     "missing": 0.6,
-    "light": 2.0,
-    "shape": 2.0,
+    "light": 1.5,
+    "tower": 4.0,
+    "shape": 1.5,
 }
 """How often a kind of scene is drawn: more of those that learn slowly."""
 DESCRIBED = 0.3
 """The share of descriptions that are learned from: with all of them half of the loss is theirs."""
 FOLLOWING = 0.25
 """The share of questions that follow another one about the picture."""
-SHEETS_AMONG, PAGES_AMONG = 0.05, 0.2
+SHEETS_AMONG, PAGES_AMONG, NOTHING_AMONG = 0.03, 0.12, 0.035
 """Shares of sheets and of pages among the scenes: the first keep up what the vision tower knows, the others teach the
-text part where to look."""
+text part where to look. And the share of pictures that show nothing that is asked about."""
+OUTSIDE_AMONG = 0.6
+"""The share of scenes that stand before a photograph or a texture."""
+REFUSED = 0.2
+"""The share of scenes that are also asked what one of another kind would be asked."""
 
 
 Pairs: TypeAlias = list[tuple[int, int]]
@@ -117,7 +128,7 @@ class Drawer:
     def __init__(self, tokenizer: Any, seed: int, ramp: int = 0, sheets: bool = False) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
-        self._names = list(SCENES)
+        self._names = list(TAUGHT)
         share = np.array([WEIGHTS.get(name, 1.0) for name in self._names])
         self._share = share / share.sum()
         self._ramp = ramp
@@ -132,34 +143,41 @@ class Drawer:
         """Return the scene, its picture as a camera saw it."""
         random = np.random.default_rng((self._seed, index, *((2,) if self._sheets else ())))
         with more_fonts():
-            scene = self._kind(random, name)(random)
+            scene = self._drawn(random, name)
         strength = 1.0 if index >= self._ramp else 0.2 + 0.8 * index / self._ramp
         degrade(scene, random, strength)
         return scene
 
-    def _kind(self, random: Random, name: str | None) -> Callable[[Random], Scene]:
-        if name is not None:
-            return TAUGHT[name]
-        chosen = 0.0 if self._sheets else random.random()
+    def _drawn(self, random: Random, name: str | None) -> Scene:
+        chosen = 1.0 if name else 0.0 if self._sheets else random.random()
         if chosen < SHEETS_AMONG:
-            return sheets.scene
-        if chosen < SHEETS_AMONG + PAGES_AMONG:
-            return pages.scene
-        return TAUGHT[str(random.choice(self._names, p=self._share))]
+            return sheets.scene(random)
+        chosen -= SHEETS_AMONG
+        if chosen < NOTHING_AMONG:
+            return world.nothing(random)
+        is_page = chosen - NOTHING_AMONG < PAGES_AMONG
+        kind = "page" if is_page else name or str(random.choice(self._names, p=self._share))
+        draw: Callable[[Random], Scene] = pages.scene if is_page else TAUGHT[kind]
+        outside = chance(random, 0.3 if is_page else OUTSIDE_AMONG)
+        scene = world.before_anything(draw, KIND_OF.get(kind, kind), random) if outside else draw(random)
+        if chance(random, REFUSED):
+            world.refuse(scene, KIND_OF.get(kind, kind), random)
+        return scene
 
     def batch(self, first: int, count: int) -> list[Batch]:
         """Return pictures `first` to `first + count - 1` in two halves: the shorter rows, the longer ones."""
-        rows = [self.row(self._shuffled(index)) for index in range(first, first + count)]
+        rows = [self.row(self.shuffled(index)) for index in range(first, first + count)]
         rows.sort(key=lambda row: len(row[1]))
         half = -(-count // 2)
         return [collate(part) for part in (rows[:half], rows[half:]) if part]
 
-    def _shuffled(self, index: int) -> Scene:
-        scene = self.scene(index)
+    def shuffled(self, index: int, name: str | None = None) -> Scene:
+        """Return a scene with its questions in the order and the words in which they are asked."""
+        scene = self.scene(index, name)
         random = np.random.default_rng((self._seed, index, 1))
         random.shuffle(scene.pairs)
         scene.pairs = [pair for pair in scene.pairs if pair.task != "description" or chance(random, DESCRIBED)]
-        scene.pairs = [formed(pair, random) for pair in scene.pairs]
+        scene.pairs = [formed(worded(pair, random), random) for pair in scene.pairs]
         scene.pairs = [replace(pair, follows=chance(random, FOLLOWING)) for pair in scene.pairs]
         return scene
 
@@ -174,7 +192,8 @@ class Drawer:
         turn = self._encode("<|end|><|user|>")[0]
         for number, pair in enumerate(scene.pairs, 1):
             follows = pair.follows and segments[-1] > 0
-            question, asked = self._encode(f"{pair.question}<|end|><|assistant|>")
+            words_of = pair.wording or pair.question
+            question, asked = self._encode(f"{words_of}<|end|><|assistant|>")
             lead = self._encode(pair.lead)[0]
             answer, spans = self._encode(f"{pair.answer}{pair.close}<|end|>")
             before = turn if follows else []
@@ -184,12 +203,12 @@ class Drawer:
                 continue
             places = gazes(scene, pair, [span for span in spans if span[0] < len(pair.answer)], SIDE)
             first = len(ids) + len(head) - 1
-            telling = [len(ids) + len(before) + index for index in asked_words(pair.question, asked[:-2])]
+            telling = [len(ids) + len(before) + index for index in asked_words(words_of, asked[:-2])]
             words += [(first + index, word) for index in range(len(answer)) for word in telling]
             looks += [(first + index, self._seen(place)) for index, each in enumerate(places) for place in each]
             shares = counted(scene, pair, SIDE)
             counts += [(first + i, self._seen(at), share) for i in range(len(places)) for at, share in shares.items()]
-            told, scale = shares_told(pair, spans), SCALES.index(pair.scale) if pair.scale else -1
+            told, scale = shares_told(pair, spans), SCALES.index(pair.scale) if pair.scale in SCALES else -1
             readings += [(first + index, each, scale) for index, each in enumerate(told) if each is not None]
             start = positions[-1] + 1 if follows else len(self._prefix)
             labels += [IGNORED] * (len(head) - 1) + answer

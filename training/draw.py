@@ -37,6 +37,7 @@ MORE_FAMILIES = (
 )
 """Further ones to learn from, which no held-out picture has."""
 _families: tuple[str, ...] = FAMILIES
+_key: tuple[Colour, Colour, float] | None = None
 _UNREADABLE = ("Light", "Hairline", "Thin", "ExtraLight", "Math", "Symbols", "Mono-BoldOblique", "FreeSerif")
 
 
@@ -49,6 +50,20 @@ def more_fonts() -> Iterator[None]:
         yield
     finally:
         _families = before
+
+
+@contextmanager
+def keyed(key: Colour, mean: Colour, scale: float) -> Iterator[None]:
+    """Draw on a ground of the colour `key`, as if its mean colour were `mean`, `scale` times as large.
+
+    What is drawn on two keys tells its own opacity (`training.world`).
+    """
+    global _key  # noqa: PLW0603
+    before, _key = _key, (key, mean, scale)
+    try:
+        yield
+    finally:
+        _key = before
 
 
 def font_files(families: tuple[str, ...] | None = None) -> tuple[Path, ...]:
@@ -108,11 +123,15 @@ def size(random: Random) -> tuple[int, int]:
     longer = int(random.integers(170, 400))
     aspect = between(random, 0.62, 1.0)
     shorter = max(130, round(longer * aspect))
+    if _key:
+        longer, shorter = round(longer * _key[2]), round(shorter * _key[2])
     return (longer, shorter) if chance(random, 0.65) else (shorter, longer)
 
 
 def background(random: Random, width: int, height: int, base: Colour | None = None) -> tuple[Image.Image, Colour]:
     """Return a plain, graded or textured ground and its mean colour."""
+    if _key and base is None:
+        return Image.new("RGB", (width, height), _key[0]), _key[1]
     if base is None:
         level = int(random.integers(15, 245))
         base = jitter(random, (level, level, level), 26)

@@ -1,4 +1,4 @@
-"""How often exported models answer right, by task, with 95 % intervals: held-out pictures and the second renderer."""
+"""How often exported models answer right, by task, with 95 % intervals, on the pictures of three renderers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from rich.progress import Progress
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from training import second
+from training import second, third
 from training.degrade import photographed
 from training.scene import QA, Scene
 from training.scenes import SCENES
@@ -34,6 +34,7 @@ TARGETS = {
     "shape": 0.98,
     "point": 0.98,
     "presence": 0.97,
+    "refusal": 0.90,
 }
 """What the model is meant to reach, by task; descriptions have no target and are not part of the whole."""
 OVERALL = "overall"
@@ -85,7 +86,17 @@ def second_style(name: str, index: int) -> Scene:
     return second.SCENES[name](np.random.default_rng((HELD_OUT_SEED, 100 + list(SCENES).index(name), index)))
 
 
-STYLES: dict[str, Callable[[str, int], Scene]] = {"held-out": held_out, "second renderer": second_style}
+def third_style(name: str, index: int) -> Scene:
+    """Return the third renderer's picture `index` of one kind: a device laid over a photograph."""
+    return third.SCENES[name](np.random.default_rng((HELD_OUT_SEED, 200 + list(third.SCENES).index(name), index)))
+
+
+STYLES: dict[str, tuple[Callable[[str, int], Scene], tuple[str, ...]]] = {
+    "third renderer, over photographs": (third_style, tuple(third.SCENES)),
+    "held-out": (held_out, tuple(SCENES)),
+    "second renderer": (second_style, tuple(SCENES)),
+}
+"""Where pictures come from, the hardest first, and the kinds of each."""
 
 
 Outcome: TypeAlias = tuple[QA, str]
@@ -97,7 +108,7 @@ def ask(exports: list[Path], style: str, name: str, pictures: int) -> list[list[
     config = GenerationConfig(max_new_tokens=64)
     outcomes: list[list[Outcome]] = [[] for _ in exports]
     for index in range(pictures):
-        scene = STYLES[style](name, index)
+        scene = STYLES[style][0](name, index)
         image = np.asarray(scene.image)
         for vlm, found in zip(models, outcomes, strict=True):
             found += [(pair, vlm.generate(image, pair.question, config).text.strip()) for pair in scene.pairs]
@@ -105,8 +116,8 @@ def ask(exports: list[Path], style: str, name: str, pictures: int) -> list[list[
 
 
 def evaluate(exports: list[Path], pictures: int, processes: int) -> dict[tuple[str, str], list[Score]]:
-    """Return the scores of every export in both styles, by task, the last one over all."""
-    jobs = [(style, name) for style in STYLES for name in SCENES]
+    """Return the scores of every export in every style, by task, the last one over all."""
+    jobs = [(style, name) for style, (_, names) in STYLES.items() for name in names]
     outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     with get_context("spawn").Pool(processes) as pool, Progress() as progress:
         step = progress.add_task("asking", total=len(jobs))
@@ -153,7 +164,7 @@ def _cell(score: Score | None) -> str:
 
 
 def run(exports: list[Path], pictures: int, processes: int, output: Path | None) -> None:
-    """Evaluate every export in both styles, print the tables, and write the figures as JSON lines."""
+    """Evaluate every export in every style, print the tables, and write the figures as JSON lines."""
     results = evaluate(exports, pictures, processes)
     for style in STYLES:
         print(table(style, {export: each for (export, other), each in results.items() if other == style}), end="\n\n")

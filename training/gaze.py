@@ -81,7 +81,8 @@ def counted(scene: Scene, pair: QA, side: int) -> dict[int, float]:
     names = _names(pair.question)
     if not names:
         names = {"on"} if re.search(r"\b(on|up)\b", pair.question) else {"on", "off"}
-    places = [cell_of(scene, mark, side) for mark in scene.marks if mark.name in names]
+    marks = [scene.marks[i] for i in pair.about] or [mark for mark in scene.marks if mark.name in names]
+    places = [cell_of(scene, mark, side) for mark in marks]
     places = [place for place in places if place >= 0]
     whole = len(places) + SINK_WEIGHT
     return {SINK: SINK_WEIGHT / whole} | {place: places.count(place) / whole for place in places}

@@ -33,6 +33,8 @@ class QA:
     """What is written before the answer, as a form does that the model did not choose."""
     close: str = ""
     """What ends the form."""
+    wording: str = ""
+    """What the model reads in place of the question, if anything."""
     follows: bool = False
     """Whether it is asked after the question before it, in one conversation."""
 

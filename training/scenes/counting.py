@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from training.draw import COLOURS, Colour, Pen, canvas, jitter, named, panel, shade
-from training.scene import Random, Scene, between, chance, pick
+from training.scene import QA, Random, Scene, between, chance, pick
 from training.scenes.things import PARTS, SHAPES, Thing, draw, places, plural, some_finish
 
 MOST = 12
@@ -56,6 +56,12 @@ def scene(random: Random, varied: float = 0.0) -> Scene:
     for kind in (other, *rest):
         many = plural(kind)
         result.ask("count", (f"How many {many} are there?", f"Count the {many}."), str(counts[kind]), random)
+    if loose and 0 < len(things) <= MOST and chance(random, 0.3):
+        marks = tuple(index for index, mark in enumerate(pen.marks) if mark.name in kinds)
+        words = (
+            ("things", "objects", "items", "pieces") if kinds is SHAPES else ("parts", "things", "objects", "pieces")
+        )
+        result.pairs.append(QA("count", f"How many {pick(random, words)} are there?", str(len(things)), about=marks))
     said = [f"{number} {kind if number == 1 else plural(kind)}" for kind, number in counts.items() if number]
     result.describe(random, ", ".join(said) or "nothing")
     return result

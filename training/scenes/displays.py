@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from PIL import Image, ImageDraw
 
-from training.draw import Box, Colour, Pen, canvas, clutter, fit, font_files, jitter, load_font, panel, shade, text
+from training.draw import (
+    Box,
+    Colour,
+    Pen,
+    canvas,
+    clutter,
+    fit,
+    font_files,
+    jitter,
+    load_font,
+    luminance,
+    panel,
+    shade,
+    text,
+)
 from training.scene import Random, Scene, between, chance, pick
 
 QUESTIONS = (
@@ -53,8 +67,20 @@ def value(random: Random) -> str:
     return f"-{body}" if chance(random, 0.2) and number else body
 
 
-def scene(random: Random) -> Scene:
-    """Draw a device with one display."""
+def wide_value(random: Random) -> str:
+    """Return a reading of up to seven digits, or a time of day."""
+    if chance(random, 0.06):
+        return f"{int(random.integers(0, 24)):02d}:{int(random.integers(0, 60)):02d}"
+    digits = int(random.choice([1, 2, 3, 3, 4, 4, 5, 6]))
+    decimals = int(random.integers(0, min(4, digits))) if chance(random, 0.55) else 0
+    body = f"{int(random.integers(0, 10**digits)):0{decimals + 1}d}"
+    body = f"{body[:-decimals]}.{body[-decimals:]}" if decimals else body
+    return f"-{body}" if chance(random, 0.15) and float(body) else body
+
+
+def scene(random: Random, varied: float = 0.0) -> Scene:
+    """Draw a device with one display; the share `varied` of displays is of any make."""
+    loose = varied > 0 and chance(random, varied)
     image, pen, ground = canvas(random)
     width, height = image.size
     wide = between(random, 0.5, 0.94) * width
@@ -66,7 +92,7 @@ def scene(random: Random) -> Scene:
     x0, y0 = between(random, 0.02, 0.98) * (width - wide), between(random, 0.02, 0.98) * (height - high)
     box = (x0, y0, x0 + wide, y0 + high)
     clutter(random, pen, [(0, 0, width, y0), (0, y0 + high, width, height)], ground)
-    reading, unit = display(random, pen, box)
+    reading, unit = wide_display(random, pen, box) if loose else display(random, pen, box)
     result = Scene(image, pen.marks)
     answer = f"{reading} {unit}" if unit else reading
     result.ask("display", QUESTIONS, answer, random)
@@ -96,6 +122,74 @@ def display(random: Random, pen: Pen, box: Box) -> tuple[str, str]:
         middle = (inner[1] + inner[3]) / 2
         text(pen, (inner[2] - unit_width * 0.45, middle + between(random, -room, room)), unit, face, lit)
     return reading, unit
+
+
+def wide_display(random: Random, pen: Pen, box: Box) -> tuple[str, str]:
+    """Draw one display of any make, colours and proportions; return its reading and its unit."""
+    (x0, y0, x1, y1), wide, high = box, box[2] - box[0], box[3] - box[1]
+    reading, unit = wide_value(random), pick(random, MORE_UNITS) if chance(random, 0.45) else ""
+    lit, dark = some_colours(random)
+    if chance(random, 0.6):
+        case = jitter(random, pick(random, CASES), 25)
+        panel(random, pen, box, case)
+        edge = min(wide, high) * between(random, 0.03, 0.14)
+        x0, y0, x1, y1 = x0 + edge, y0 + edge, x1 - edge, y1 - edge
+        pen.rounded_rectangle((x0, y0, x1, y1), between(random, 0, 0.2) * (y1 - y0), fill=dark)
+    else:
+        panel(random, pen, box, dark)
+    margin = between(random, 0.04, 0.2)
+    inner = (x0 + (x1 - x0) * 0.05, y0 + (y1 - y0) * margin, x1 - (x1 - x0) * 0.05, y1 - (y1 - y0) * margin)
+    unit_width = between(random, 0.14, 0.26) * (inner[2] - inner[0]) if unit else 0.0
+    area = (inner[0], inner[1], inner[2] - unit_width, inner[3])
+    style = printed if ":" in reading else pick(random, (seven_segment, seven_segment, dot_matrix, printed, printed))
+    style(random, pen, area, reading, lit, dark)
+    if unit:
+        face = fit(random, unit, unit_width * 0.8, (inner[3] - inner[1]) * between(random, 0.3, 0.7))
+        low, tall = inner[3] - inner[1], sum(face.getmetrics())
+        middle = between(random, inner[1] + tall / 2, max(inner[1] + tall / 2, inner[1] + low - tall / 2))
+        text(pen, (inner[2] - unit_width * 0.45, middle), unit, face, lit)
+    return reading, unit
+
+
+MORE_UNITS = (
+    *UNITS,
+    "°F",
+    "psi",
+    "kPa",
+    "ppm",
+    "mA",
+    "mV",
+    "kV",
+    "Ω",
+    "W",
+    "kWh",
+    "l",
+    "ml",
+    "t",
+    "s",
+    "min",
+    "h",
+    "cm",
+)
+CASES: tuple[Colour, ...] = ((40, 40, 44), (200, 200, 196), (90, 95, 100), (170, 40, 35), (40, 70, 140), (225, 180, 40))
+
+
+def some_colours(random: Random) -> tuple[Colour, Colour]:
+    """Return the colours of lit segments and of the ground behind them, well apart in brightness."""
+    if chance(random, 0.4):
+        return jitter(random, pick(random, LIT)), jitter(random, (16, 16, 18), 14)
+    while True:
+        one, other = (tuple(int(v) for v in random.integers(0, 256, 3)) for _ in range(2))
+        if abs(luminance(one) - luminance(other)) > 110:  # type: ignore[arg-type]
+            return one, other  # type: ignore[return-value]
+
+
+def printed(random: Random, pen: Pen, area: Box, reading: str, lit: Colour, dark: Colour) -> None:
+    """Write the reading in a font."""
+    x0, y0, x1, y1 = area
+    face = fit(random, reading, (x1 - x0) * 0.96, (y1 - y0) * between(random, 0.8, 1.25))
+    room = max(0.0, (x1 - x0) - face.getlength(reading)) / 2
+    text(pen, ((x0 + x1) / 2 + between(random, -room, room), (y0 + y1) / 2), reading, face, lit)
 
 
 def seven_segment(

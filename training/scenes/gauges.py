@@ -32,6 +32,14 @@ SCALES = (
     (-30, 30, 10),
     (-1, 5, 1),
 )
+MORE_SCALES = (
+    *SCALES,
+    *((0, 8, 1), (0, 8, 2), (0, 12, 2), (0, 20, 5), (0, 25, 5), (0, 30, 5), (0, 40, 10), (0, 50, 10), (0, 80, 10)),
+    *((0, 120, 20), (0, 150, 50), (0, 160, 20), (0, 180, 20), (0, 200, 50), (0, 200, 20), (0, 220, 20), (0, 300, 50)),
+    *((0, 500, 100), (0, 600, 100), (0, 800, 100), (0, 2000, 500), (0, 3000, 500), (0, 6000, 1000), (-50, 50, 25)),
+    *((-40, 60, 20), (-100, 100, 50), (-5, 5, 1), (20, 100, 20), (50, 150, 25), (10, 60, 10), (100, 200, 20)),
+)
+"""Scales of gauges to learn from that are of any make."""
 UNITS = ("bar", "°C", "psi", "%", "kPa", "V", "A", "rpm", "")
 
 
@@ -96,8 +104,14 @@ class Reading:
         scene.ask("gauge", questions, self.text, random, self.tolerance, share, self.dial.scale, self.marks)
 
 
-def scene(random: Random, ticked: float = 0.2, varied: float = 0.0) -> Scene:
-    """Draw one round gauge; the share `ticked` of needles stands on a number, the share `varied` is less alike."""
+def scene(random: Random, ticked: float = 0.2, varied: float = 0.0, wide: float = 0.0) -> Scene:
+    """Draw one gauge; the share `ticked` of needles stands on a number, `varied` is less alike, `wide` of any make."""
+    if wide > 0 and chance(random, wide):
+        image, pen, ground = canvas(random)
+        reading = wide_gauge(random, pen, (0, 0, *image.size), ground)
+        result = Scene(image, pen.marks)
+        reading.ask(result, QUESTIONS, random)
+        return result
     loose = varied > 0 and chance(random, varied)
     image, pen, ground = canvas(random)
     box = (0, 0, *image.size)
@@ -186,6 +200,74 @@ def told(pen: Pen, dial: Dial, value: float, unit: str, reach: float = 0.7) -> R
     pen.mark(*dial.at(value, reach), "needle", share=share)
     pen.mark(*dial.centre, "hub", dial.scale, share=share)
     return Reading(value, dial, unit, (first, first + 1))
+
+
+def wide_gauge(random: Random, pen: Pen, box: Box, ground: Colour) -> Reading:
+    """Draw a gauge of any make: a round, square or half dial of any colour, with a scale and a hand of any kind."""
+    x0, y0, x1, y1 = box
+    form = pick(random, ("round", "round", "round", "square", "half"))
+    radius = between(random, 0.36, 0.48) * min(x1 - x0, y1 - y0)
+    cx, cy = between(random, x0 + radius, x1 - radius), between(random, y0 + radius, y1 - radius)
+    face = jitter(random, pick(random, FACES), 20)
+    rim, edge = max(1, round(radius * between(random, 0.0, 0.14))), jitter(random, pick(random, RIMS), 20)
+    low, high, step = pick(random, MORE_SCALES)
+    sweep = math.radians(between(random, 170, 315) if form != "half" else between(random, 80, 180))
+    start = -math.pi / 2 - sweep / 2 + math.radians(random.normal(0, 4) if form != "half" else 0)
+    dial = Dial((cx, cy), radius, start, sweep, low, high)
+    if form == "round":
+        pen.ellipse(dial.box(1.0), fill=face, outline=edge, width=rim)
+    elif form == "square":
+        pen.rounded_rectangle(dial.box(1.0), radius * between(random, 0, 0.3), fill=face, outline=edge, width=rim)
+    else:
+        cy += radius * 0.35
+        dial = Dial((cx, cy), radius * 0.98, start, sweep, low, high)
+        plate = (cx - radius, cy - radius * 1.06, cx + radius, cy + radius * between(random, 0.15, 0.35))
+        pen.rounded_rectangle(plate, radius * between(random, 0, 0.2), fill=face, outline=edge, width=rim)
+    colour = ink(random, face)
+    outer = between(random, 0.78, 0.96) - rim / radius
+    zones(random, pen, dial, outer, colour)
+    _scale(random, pen, dial, outer, step, colour)
+    unit = pick(random, UNITS)
+    if unit:
+        words = fit(random, unit, radius * 0.4, radius * between(random, 0.13, 0.2))
+        text(
+            pen, (cx, cy + radius * (pick(random, (-0.35, 0.35, 0.5)) if form != "half" else -0.3)), unit, words, colour
+        )
+    value = between(random, low, high)
+    hand = needle if chance(random, 0.5) else arrow
+    hand(random, pen, (cx, cy), dial.at(value, between(random, 0.6, 1.0) * outer), radius, face)
+    return told(pen, dial, value, unit, 0.7 * outer)
+
+
+FACES: tuple[Colour, ...] = (
+    *((250, 250, 248), (235, 232, 220), (25, 25, 28), (60, 62, 66), (200, 205, 210), (245, 220, 120)),
+    *((200, 225, 245), (30, 60, 110), (25, 80, 50), (225, 240, 215), (120, 30, 30), (250, 235, 215)),
+)
+RIMS: tuple[Colour, ...] = (
+    (30, 30, 32),
+    (120, 122, 126),
+    (200, 202, 205),
+    (180, 150, 70),
+    (160, 40, 35),
+    (40, 70, 130),
+)
+
+
+def _scale(random: Random, pen: Pen, dial: Dial, outer: float, step: int, colour: Colour) -> None:
+    """Draw ticks and numbers, now and then every second number only."""
+    low, high, radius = dial.low, dial.high, dial.radius
+    ticks, minor = round((high - low) / step), pick(random, (1, 2, 4, 5, 5, 10))
+    size, long = between(random, 0.13, 0.24), between(random, 0.06, 0.16)
+    numerals = fit(random, str(high) if high > 99 else "-20", radius * 0.32, radius * size)
+    every = 2 if ticks >= 6 and ticks % 2 == 0 and chance(random, 0.3) else 1
+    thick = between(random, 0.01, 0.04)
+    for index in range(ticks * minor + 1):
+        value, major = low + index * step / minor, index % minor == 0
+        length = long if major else long * between(random, 0.45, 0.6)
+        width = max(1, round(radius * (thick if major else thick * 0.5)))
+        pen.line((*dial.at(value, outer), *dial.at(value, outer - length)), fill=colour, width=width)
+        if major and index // minor % every == 0:
+            text(pen, dial.at(value, outer - long - 0.04 - size * 0.6), str(round(value)), numerals, colour)
 
 
 def loose_gauge(random: Random, pen: Pen, box: Box, ground: Colour) -> Reading:
