@@ -755,7 +755,7 @@ def write(folder: Path, name: str, pictures: int, seed: int) -> Path:
     for number in range(1, pictures + 1):
         image, question, answer = FACTORIES[name](random)
         row: dict[str, str | float] = {"id": f"{name}-{number:04d}", "image": f"{name}-{number:04d}.jpg"}
-        row |= {"prompt": question, "answer": answer}
+        row |= {"question": question, "answer": answer}
         if name == "boiler":
             row["tolerance"] = TOLERANCE
         image.save(folder / f"{name}-{number:04d}.jpg", quality=85)

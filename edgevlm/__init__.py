@@ -30,6 +30,7 @@ from edgevlm.errors import (
     PromptError,
     ServerError,
     SourceError,
+    TuningError,
     VerificationError,
 )
 
@@ -73,6 +74,7 @@ __all__ = [
     "ServerError",
     "SourceError",
     "TokenLogprob",
+    "TuningError",
     "VerificationError",
 ]
 

@@ -15,6 +15,7 @@ EdgeVLMError
 ├── ServerError            the server cannot listen, or lacks what it needs
 └── ExportError            the exporter
     ├── SourceError        the checkpoint: missing, not cached, of an unknown family
+    ├── TuningError        rows that nothing can be learned from, or a tuned model that is no better
     └── VerificationError  an exported submodel differs from the reference
 """
 
@@ -41,6 +42,7 @@ __all__ = [
     "PromptError",
     "ServerError",
     "SourceError",
+    "TuningError",
     "VerificationError",
 ]
 
@@ -111,6 +113,10 @@ class ExportError(EdgeVLMError):
 
 class SourceError(ExportError):
     """The checkpoint to export is missing, incomplete or of an unknown family."""
+
+
+class TuningError(ExportError):
+    """The rows cannot be learned from, or what was learned is no better."""
 
 
 class VerificationError(ExportError):

@@ -23,6 +23,7 @@ from tests.helpers.serving import ask, data_url, serving, shown, wait_until
 from training.evaluate import judge
 from training.scene import QA
 from training.scenes import SCENES
+from training.settings import PANEL
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -146,7 +147,7 @@ def test_its_files_are_what_was_exported(panel: VLM) -> None:
 
 def test_it_is_an_ordinary_export_of_the_checkpoint_in_the_tree(panel: VLM) -> None:
     for name in ("config.json", "tokenizer.json", "preprocessor_config.json"):
-        assert (panel.folder / name).read_bytes() == (ROOT / "training" / "panel" / name).read_bytes()
+        assert (panel.folder / name).read_bytes() == (PANEL / name).read_bytes()
 
 
 def test_the_command_uses_it_and_says_so_on_stderr() -> None:

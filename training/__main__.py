@@ -152,5 +152,14 @@ def calibration(folder: Path) -> None:
     write_calibration(folder)
 
 
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("export/edgevlm_export/tune/replay.zip"))
+def replay(path: Path) -> None:
+    """Draw the scenes into PATH that `edgevlm tune` learns again beside a user's pictures."""
+    from training.examples import write_replay
+
+    write_replay(path)
+
+
 if __name__ == "__main__":
     main()

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.guide import GUIDE
 from training.model import load_model, save_checkpoint
+from training.settings import GUIDE
 
 
 def average(one: Path, other: Path, output: Path, share: float = 0.5) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.guide import GUIDE
 from training.model import TEXT_LAYERS, VISION_LAYERS, load_model, save_grown
+from training.settings import GUIDE
 
 BRANCHES = ("o_proj", "down_proj", "out_proj", "fc2")
 """What ends a layer's two branches, in the text part and in the tower."""

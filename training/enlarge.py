@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from training.guide import GUIDE
 from training.model import IMAGE_SIZE, SIDE, load_model, save_grown
+from training.settings import GUIDE
 
 
 def enlarge(old: Path, new: Path) -> None:

@@ -4,21 +4,27 @@ is true; and those that the exporter calibrates the vision part on."""
 from __future__ import annotations
 
 import json
+import zipfile
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
+from training.data import Drawer
 from training.degrade import photographed
 from training.evaluate import TARGETS, held_out, judge
+from training.grounds import textures_alone
 from training.scene import Scene
 from training.scenes import SCENES
+from training.settings import PANEL
 
 MOST = 300
 """Held-out pictures of a kind that are looked through."""
 CALIBRATION_SEED, CALIBRATION_PICTURES, CALIBRATION_SIDE = 777, 20, 384
+REPLAY_SEED, REPLAY_PICTURES, REPLAY_QUESTIONS = 778, 160, 3
 
 
 def write_examples(folder: Path, vlm: VLM) -> None:
@@ -72,3 +78,32 @@ def write_calibration(folder: Path) -> None:
         scene.image.convert("RGB").save(folder / name, quality=85)
     text = "".join(f"{line}\n" for line in [*others, *(json.dumps({"image": name}) for name in names)])
     listed.write_text(text, encoding="utf-8")
+
+
+def write_replay(path: Path) -> None:
+    """Write scenes that training draws, against textures alone, and some of their questions, into a ZIP file."""
+    from transformers import AutoTokenizer
+
+    drawer = Drawer(AutoTokenizer.from_pretrained(PANEL), REPLAY_SEED)
+    lines = []
+    with zipfile.ZipFile(path, "w") as archive, textures_alone():
+        for index in range(REPLAY_PICTURES):
+            scene = drawer.shuffled(index)
+            pairs = [pair for pair in scene.pairs if pair.task not in {"description", "page"} and not pair.lead]
+            if not pairs:
+                continue
+            stream = BytesIO()
+            scene.image.thumbnail((CALIBRATION_SIDE, CALIBRATION_SIDE), Image.Resampling.LANCZOS)
+            scene.image.save(stream, "JPEG", quality=75)
+            archive.writestr(zipfile.ZipInfo(f"{index:03}.jpg"), stream.getvalue())
+            lines += [
+                {
+                    "image": f"{index:03}.jpg",
+                    "question": pair.wording or pair.question,
+                    "answer": pair.answer,
+                    "tolerance": pair.tolerance,
+                }
+                for pair in pairs[:REPLAY_QUESTIONS]
+            ]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        archive.writestr(zipfile.ZipInfo("rows.jsonl"), text)

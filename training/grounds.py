@@ -12,6 +12,8 @@ The third renderer's photographs are of other packages. Without any of these, te
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +34,20 @@ SCIKIT_IMAGE = (
 )
 LONGEST = 1000
 """Pixels of a photograph's longer side, as it is kept."""
+
+
+_textures_alone = False
+
+
+@contextmanager
+def textures_alone() -> Iterator[None]:
+    """Draw against textures, for pictures that may be given away."""
+    global _textures_alone  # noqa: PLW0603
+    before, _textures_alone = _textures_alone, True
+    try:
+        yield
+    finally:
+        _textures_alone = before
 
 
 @cache
@@ -57,7 +73,7 @@ def _loaded(path: Path) -> Image.Image:
 
 def ground(random: Random, width: int, height: int) -> Image.Image:
     """Return a ground of `width` x `height`: two in three a part of a photograph, else a texture."""
-    files = photographs()
+    files = () if _textures_alone else photographs()
     image = _part(random, _loaded(pick(random, files)), width, height) if files and chance(random, 0.66) else None
     image = image or texture(random, width, height)
     if chance(random, 0.45):

@@ -13,7 +13,6 @@ from training.feed import on
 from training.gaze import SINK_WEIGHT
 from training.model import IMAGE_TOKENS, SIDE
 
-GUIDE = "guide.safetensors"
 """What is written beside a finished checkpoint, to go on from there when the run's own state is gone."""
 STEPS = 50
 """Into how many steps the guide parts a scale."""

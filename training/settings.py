@@ -8,6 +8,11 @@ from pathlib import Path
 
 from training.model import TEXT_LAYERS, VISION_LAYERS
 
+PANEL = Path(__file__).parent.parent / "export" / "edgevlm_export" / "panel"
+"""The checkpoint of the shipped weights."""
+GUIDE = "guide.safetensors"
+"""The file of a run's guide, beside its checkpoint's folder."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -42,3 +47,12 @@ class Settings:
     """A checkpoint to begin with, instead of chance, and the guide that lies beside it, if one does."""
     float32: bool = False
     """Multiply in float32: faster on CPUs that have AVX512-BF16 at half the rate of float32, as Intel's without AMX."""
+
+    @property
+    def guide_file(self) -> Path | None:
+        """The guide of the checkpoint to begin with: beside its folder, or this package's for the shipped weights."""
+        if self.start is None:
+            return None
+        shipped = self.start.resolve() == PANEL.resolve()
+        path = (Path(__file__).parent if shipped else self.start.parent) / GUIDE
+        return path if path.is_file() else None

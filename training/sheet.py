@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoTokenizer
@@ -11,8 +9,8 @@ from transformers import AutoTokenizer
 from training.data import Drawer
 from training.degrade import photographed
 from training.scenes import SCENES
+from training.settings import PANEL
 
-PANEL = Path(__file__).parent / "panel"
 CELL, TEXT = 260, 92
 
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from training.data import IGNORED, Batch, Drawer, shrink
 from training.feed import batches, on
-from training.guide import GUIDE, Gaze, Guide
+from training.guide import Gaze, Guide
 from training.model import SIDE, load_model, make_config, make_model, save_checkpoint
-from training.settings import Settings
+from training.settings import GUIDE, Settings
 from training.tokenizer import train_tokenizer
 
 GUIDE_LEFT = 0.25
@@ -142,8 +142,8 @@ class Run:
         self.model.to(self._device).train()
         install(self.model)
         self.guide = Guide(self.model, self._device)
-        if settings.start and (settings.start.parent / GUIDE).is_file():
-            self.guide.load(settings.start.parent / GUIDE)
+        if guide := settings.guide_file:
+            self.guide.load(guide)
         self._gaze = Gaze(self.model)
         self._optimisers = make_optimisers(self.model, self.guide, settings)
         rates = [group["lr"] for each in self._optimisers for group in each.param_groups]

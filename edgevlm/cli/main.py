@@ -24,6 +24,7 @@ _GROUPS = {
     },
     "Models": {
         "export": ("edgevlm_export.cli", "Convert a checkpoint to OpenVINO IR."),
+        "tune": ("edgevlm_export.tune.cli", "Teach a small model your own labelled pictures."),
         "models": ("edgevlm.cli.models", "List bundled and exported models."),
     },
     "Measure and diagnose": {

@@ -1,0 +1,7 @@
+"""Tuning a small checkpoint on a user's own labelled pictures, on the CPU (extra `[tune]`: torch, transformers)."""
+
+from __future__ import annotations
+
+from edgevlm_export.tune.pipeline import Scored, TuneOptions, TuneProgress, TuneReport, tune
+
+__all__ = ["Scored", "TuneOptions", "TuneProgress", "TuneReport", "tune"]

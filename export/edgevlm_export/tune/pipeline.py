@@ -1,0 +1,284 @@
+"""`edgevlm tune` from rows to an exported folder that is better on pictures that were kept apart."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from edgevlm import VLM, GenerationConfig, RuntimeConfig
+from edgevlm.errors import TuningError
+from edgevlm.manifest import load_manifest
+from edgevlm.model_store import find_model
+from edgevlm.strict_json import write_json
+from edgevlm_export.atomic_folder import atomic_folder, check_target
+from edgevlm_export.options import ExportOptions
+from edgevlm_export.pipeline import export
+from edgevlm_export.source.checkpoint import open_checkpoint
+from edgevlm_export.tune.augment import augmented
+from edgevlm_export.tune.learner import Encoded, Learner
+from edgevlm_export.tune.replay import REPLAY, replayed
+from edgevlm_export.tune.rows import Example, read_examples, split
+
+PANEL = Path(__file__).parent.parent / "panel"
+"""The checkpoint of the bundled model."""
+BATCH = 16
+REPLAYED = 0.3
+"""Share of a batch that the model knows already."""
+LARGEST = 60_000_000
+"""Weights of a checkpoint that is tuned whole."""
+EVALUATIONS = 10
+"""How often the pictures kept apart are asked about while it learns."""
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """What a user can choose about tuning."""
+
+    minutes: float = 10.0
+    """How long it learns, without exports and checks."""
+    question: str | None = None
+    """Asked where a row has none."""
+    keep_anyway: bool = False
+    """Save what is no better, too."""
+    force: bool = False
+    """Replace an earlier export."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Right answers."""
+
+    right: int
+    asked: int
+
+    @property
+    def share(self) -> float:
+        """Share of right answers; 0 of none."""
+        return self.right / self.asked if self.asked else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval (Wilson 1927, the score interval)."""
+        if not self.asked:
+            return 0.0, 1.0
+        n, p, z = self.asked, self.share, 1.959964
+        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+@dataclass(frozen=True)
+class TuneProgress:
+    """How far tuning has come."""
+
+    stage: str
+    seconds_left: float | None = None
+    now: Scored | None = None
+    best: Scored | None = None
+
+
+@dataclass(frozen=True)
+class TuneReport:
+    """What tuning made."""
+
+    folder: Path
+    checkpoint: Path
+    learned: int
+    """Rows that were learned from."""
+    before: Scored
+    after: Scored
+    known_before: Scored
+    """The model's own pictures, before and after: what it forgot."""
+    known_after: Scored
+    steps: int
+    seconds: float
+    interrupted: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm tune --json` prints."""
+        scores = ("before", "after", "known_before", "known_after")
+        told = {name: {**asdict(each), "interval": each.interval} for name in scores if (each := getattr(self, name))}
+        rest = {"folder": str(self.folder), "checkpoint": str(self.checkpoint)}
+        return {**asdict(self), **rest, **told, "seconds": round(self.seconds, 1)}
+
+
+OnProgress: TypeAlias = Callable[[TuneProgress], None]
+
+
+def tune(
+    rows: Path,
+    output: Path,
+    checkpoint: Path | None = None,
+    options: TuneOptions | None = None,
+    on_progress: OnProgress | None = None,
+) -> TuneReport:
+    """Tune `checkpoint` (None: the bundled model's) on `rows` and export it in INT8 to `output`.
+
+    Beside the export lies its checkpoint, `output` with `-checkpoint` added, to be tuned further. Ctrl-C while it
+    learns keeps the best so far. Raises `TuningError` and `ExportError`; then nothing was written.
+    """
+    options, tell = options or TuneOptions(), on_progress or (lambda _: None)
+    started = monotonic()
+    source, kept = checkpoint or PANEL, output.with_name(f"{output.name}-checkpoint")
+    for target in (output, kept):
+        check_target(target, source, force=options.force)
+    tell(TuneProgress("reading the rows"))
+    learned, held = split(read_examples(rows, options.question), options.seed)
+    known, known_held = replayed() if checkpoint is None and REPLAY.is_file() else ([], [])
+    with tempfile.TemporaryDirectory(dir=_parent(output), prefix=f".{output.name}.tune-") as scratch:
+        work = Path(scratch)
+        first = find_model(None) if checkpoint is None else _exported(source, work / "before", None, tell)
+        tell(TuneProgress("asking the model as it is"))
+        before, known_before = _scored(first, held), _scored(first, known_held)
+        learner = Learner(source, first, load_manifest(first))
+        _check_size(learner.size)
+        session = _Session(learner, learned, known, held, options)
+        best, interrupted = session.run(tell)
+        learner.load(best)
+        tuned = _checkpoint(learner, source, work / "checkpoint")
+        made = _exported(tuned, work / "after", _calibration(learned, work), tell)
+        tell(TuneProgress("asking the tuned model"))
+        after, known_after = _scored(made, held), _scored(made, known_held)
+        if after.right <= before.right and not options.keep_anyway:
+            raise TuningError(
+                f"the tuned model is no better: {after.right} of {after.asked} right, {before.right} before; nothing was "
+                "saved (give more or clearer rows, more --minutes, or --keep-anyway)"
+            )
+        _put(tuned, kept, source, options)
+        _put(made, output, source, options)
+    seconds = monotonic() - started
+    return TuneReport(
+        output, kept, len(learned), before, after, known_before, known_after, session.steps, seconds, interrupted
+    )
+
+
+class _Session:
+    """One training: batches, the clock, and the best weights by the pictures kept apart."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        learned: Sequence[Example],
+        known: Sequence[Example],
+        held: Sequence[Example],
+        options: TuneOptions,
+    ) -> None:
+        self._learner, self._learned, self._known, self._held = learner, learned, known, held
+        self._random = np.random.default_rng(options.seed)
+        self._seconds = options.minutes * 60
+        self.steps = 0
+
+    def run(self, tell: OnProgress) -> tuple[dict[str, Any], bool]:
+        """Return the best weights, and whether Ctrl-C ended it. Raises `KeyboardInterrupt` before there are any."""
+        batches = self._batches()
+        self._learner.choose_arithmetic(next(batches))
+        started, last, losses = monotonic(), 0.0, [math.inf]
+        best: tuple[Scored, float, dict[str, Any]] | None = None
+        now: Scored | None = None
+        try:
+            while (spent := monotonic() - started) < self._seconds:
+                losses.append(self._learner.step(next(batches), spent / self._seconds))
+                self.steps += 1
+                tell(TuneProgress("learning", self._seconds - spent, now, best and best[0]))
+                if spent - last < self._seconds / EVALUATIONS:
+                    continue
+                last, now = spent, self._score()
+                best = self._better(best, now, float(np.mean(losses[-20:])))
+            best = self._better(best, self._score(), 0.0)
+        except KeyboardInterrupt:
+            if best is None:
+                raise
+            return best[2], True
+        return best[2], False
+
+    def _better(
+        self, best: tuple[Scored, float, dict[str, Any]] | None, now: Scored, loss: float
+    ) -> tuple[Scored, float, dict[str, Any]]:
+        """Return the better of two states: more right answers, then the lower loss."""
+        if best is None or (now.right, -loss) > (best[0].right, -best[1]):
+            return now, loss, self._learner.state()
+        return best
+
+    def _score(self) -> Scored:
+        answers = self._learner.answers(self._held)
+        pairs = zip(self._held, answers, strict=True)
+        return Scored(sum(example.is_right(answer) for example, answer in pairs), len(self._held))
+
+    def _batches(self) -> Iterator[list[Encoded]]:
+        """Yield batches: every row in turn, each time as another day's picture, and some of what is known."""
+        again = round(BATCH * REPLAYED) if self._known else 0
+        while True:
+            order = self._random.permutation(len(self._learned))
+            for first in range(0, len(order), BATCH - again):
+                some = [self._learned[i] for i in order[first : first + BATCH - again]]
+                some += [self._known[i] for i in self._random.integers(0, len(self._known) or 1, again)]
+                yield [self._learner.encode(each, augmented(each.picture.pixels, self._random)) for each in some]
+
+
+def _scored(folder: Path, examples: Sequence[Example]) -> Scored:
+    """Return how many of the examples an exported model answers right."""
+    if not examples:
+        return Scored(0, 0)
+    vlm, config = VLM(folder, RuntimeConfig(cache=False)), GenerationConfig(max_new_tokens=64)
+    answers = (vlm.generate(each.picture.pixels, each.question, config).text for each in examples)
+    return Scored(sum(each.is_right(text) for each, text in zip(examples, answers, strict=True)), len(examples))
+
+
+def _exported(source: Path, target: Path, calibration: Path | None, tell: OnProgress) -> Path:
+    chosen = ExportOptions(precision="int8", calibration=calibration, via="native", verify=False)
+    return export(source, target, chosen, lambda stage: tell(TuneProgress(f"exporting: {stage}"))).folder
+
+
+def _calibration(examples: Sequence[Example], work: Path) -> Path:
+    """Write the pictures that activations are calibrated on: the user's own."""
+    path = work / "calibration.jsonl"
+    chosen = examples[:: max(1, len(examples) // 24)]
+    rows = [{"image": str(each.path.resolve()), "question": each.question, "answer": each.answer} for each in chosen]
+    path.write_text("".join(write_json(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _checkpoint(learner: Learner, source: Path, folder: Path) -> Path:
+    """Write a checkpoint: the weights that were learned, all other files as they were."""
+    folder.mkdir()
+    for pattern in _SMALL_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    learner.save(folder)
+    return folder
+
+
+def _put(made: Path, target: Path, source: Path, options: TuneOptions) -> None:
+    with atomic_folder(target, source, force=options.force) as staging:
+        shutil.copytree(made, staging, dirs_exist_ok=True)
+
+
+def _parent(output: Path) -> Path:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TuningError(f"cannot write to {output.parent}: {error.strerror or error}") from None
+    return output.parent
+
+
+def _check_size(weights: int) -> None:
+    if weights > LARGEST:
+        raise TuningError(
+            f"the checkpoint has {weights / 1e6:,.0f} million weights; {LARGEST / 1e6:,.0f} million are tuned at most"
+        )
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Raise `TuningError` for a checkpoint that cannot be tuned, before anything is read."""
+    kind = open_checkpoint(folder).model_type
+    if kind not in {"idefics3", "smolvlm"}:
+        raise TuningError(f"{folder} is of family {kind!r}; Idefics3 and SmolVLM are tuned")

@@ -1,0 +1,184 @@
+"""Labelled pictures: rows of a JSON Lines or a CSV file, checked, and a fifth of the pictures kept apart."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from msgspec import UNSET, UnsetType
+from PIL import Image
+
+from edgevlm.errors import ImageError, TuningError
+from edgevlm.inputs.image import Picture, load_picture
+from edgevlm.strict_json import read_json, write_json
+
+FEWEST_PICTURES = 10
+HELD_OUT = 0.2
+"""Share of the pictures that are kept apart."""
+TWINS = 1.5
+"""Mean difference, of 255 levels, below which two thumbnails are of one scene: frames of a camera that stands still."""
+_THUMBNAIL = 48
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of a row: those of a row of `edgevlm batch`, the right answer, and how far a number may be off."""
+
+    image: str
+    answer: str | int | float | bool | dict[str, Any] | list[Any]
+    id: Any = UNSET
+    question: str | UnsetType = UNSET
+    tolerance: float = 0.0
+    schema: str | dict[str, Any] | UnsetType = UNSET
+    choices: list[str] | UnsetType = UNSET
+    regex: str | UnsetType = UNSET
+    max_new_tokens: int | UnsetType = UNSET
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A picture, a question about it and the right answer."""
+
+    picture: Picture
+    path: Path
+    question: str
+    answer: str
+    tolerance: float = 0.0
+    where: str = ""
+    """The row's file and line, for errors."""
+
+    def is_right(self, answer: str) -> bool:
+        """Tell whether `answer` is the text asked for, its numbers within the tolerance."""
+        answer = answer.strip()
+        if not self.tolerance:
+            return answer == self.answer
+        if _NUMBER.sub("#", answer) != _NUMBER.sub("#", self.answer):
+            return False
+        pairs = zip(_NUMBER.findall(self.answer), _NUMBER.findall(answer), strict=True)
+        return all(abs(float(wanted) - float(found)) <= self.tolerance + 1e-9 for wanted, found in pairs)
+
+
+def read_examples(source: Path, question: str | None = None) -> list[Example]:
+    """Return the examples of `source`, a .jsonl or .csv file, or a folder that holds `rows.jsonl` or `labels.csv`.
+
+    Raises `TuningError`, which names the first line that cannot be used.
+    """
+    if source.is_dir():
+        found = [source / name for name in ("rows.jsonl", "labels.csv") if (source / name).is_file()]
+        if not found:
+            raise TuningError(f"{source} holds no rows.jsonl and no labels.csv with the right answers")
+        source = found[0]
+    pictures: dict[Path, Picture] = {}
+    examples = []
+    for line, fields in _lines(source):
+        where = f"{source}, line {line}"
+        row = _row(fields, where)
+        asked = question if row.question is UNSET else row.question
+        if not asked:
+            raise TuningError(f'{where}: no "question", and --question gives none')
+        path = source.parent / row.image
+        try:
+            picture = pictures.get(path) or pictures.setdefault(path, load_picture(path))
+        except ImageError as error:
+            raise TuningError(f"{where}: {error}") from None
+        examples.append(Example(picture, path, asked, _written(row.answer), row.tolerance, where))
+    _check(examples, source)
+    return examples
+
+
+def _lines(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise TuningError(f"no such file of rows: {source}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TuningError(f"cannot read {source}: {getattr(error, 'strerror', None) or 'not text in UTF-8'}") from None
+    if source.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        try:
+            for fields in reader:
+                yield reader.line_num, {name: value for name, value in fields.items() if value not in (None, "")}
+        except csv.Error as error:
+            raise TuningError(f"{source}, line {reader.line_num}: {error}") from None
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, read_json(line)
+        except ValueError as error:
+            raise TuningError(f"{source}, line {number}: not JSON that can be read: {error}") from None
+
+
+def _row(fields: Mapping[str, Any], where: str) -> Row:
+    try:
+        row = msgspec.convert(fields, Row, strict=False)
+    except msgspec.ValidationError as error:
+        raise TuningError(f"{where}: {error}; a row has an image, a question and an answer") from None
+    if not math.isfinite(row.tolerance) or row.tolerance < 0:
+        raise TuningError(f"{where}: the tolerance must be 0 or more")
+    return row
+
+
+def _written(answer: Any) -> str:
+    """Return the answer as the model is to write it."""
+    text = answer if isinstance(answer, str) else write_json(answer)
+    return text.strip()
+
+
+def _check(examples: Sequence[Example], source: Path) -> None:
+    """Raise `TuningError` for rows from which nothing can be learned."""
+    pictures = {each.picture.digest for each in examples}
+    if len(pictures) < FEWEST_PICTURES:
+        raise TuningError(
+            f"{source} has {len(pictures)} pictures; tuning needs {FEWEST_PICTURES}, and is good from 50 on"
+        )
+    if len({each.answer for each in examples}) < 2:
+        raise TuningError(f"{source} has one answer alone, {examples[0].answer!r}; give rows with others, too")
+    known: dict[tuple[bytes, str], Example] = {}
+    for each in examples:
+        if not each.answer:
+            raise TuningError(f"{each.where}: the answer is empty")
+        other = known.setdefault((each.picture.digest, each.question), each)
+        if other.answer != each.answer:
+            raise TuningError(
+                f"{each.where} says {each.answer!r} where {other.where} says {other.answer!r} of the same picture"
+            )
+
+
+def split(examples: Sequence[Example], seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Return the examples to learn from and those kept apart: a fifth of the pictures, near-twins on one side."""
+    groups = _twins(examples)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    wanted = max(2, round(HELD_OUT * sum(map(len, groups))))
+    held: list[Example] = []
+    kept: list[Example] = []
+    for index in order:
+        (held if len(held) < wanted and len(groups) > 1 else kept).extend(groups[index])
+    if not kept:
+        raise TuningError("all pictures are nearly the same; give pictures that differ")
+    return kept, held
+
+
+def _twins(examples: Sequence[Example]) -> list[list[Example]]:
+    """Return the examples in groups: those of one picture, or of pictures that hardly differ, together."""
+    small = np.stack([_thumbnail(each.picture) for each in examples])
+    group = list(range(len(examples)))
+    for index in range(1, len(examples)):
+        near = np.flatnonzero(np.abs(small[:index] - small[index]).mean(1) < TWINS)
+        if len(near):
+            group[index] = group[int(near[0])]
+    return [[examples[i] for i, of in enumerate(group) if of == first] for first in sorted(set(group))]
+
+
+def _thumbnail(picture: Picture) -> np.ndarray:
+    small = Image.fromarray(picture.pixels).convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    return np.asarray(small, np.float32).reshape(-1)
