@@ -1,10 +1,13 @@
-"""What the tests of training share: fonts or a skip, and a tokenizer."""
+"""What the tests of training share: fonts or a skip, grounds that are the same everywhere, and a tokenizer."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from training.draw import font_files
+from training.grounds import textures_alone
 from training.tokenizer import train_tokenizer
 
 
@@ -15,6 +18,13 @@ def fonts() -> None:
         font_files()
     except SystemExit as missing:
         pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def grounds() -> Iterator[None]:
+    """Draw against textures alone: which photographs are installed differs from machine to machine."""
+    with textures_alone():
+        yield
 
 
 @pytest.fixture(scope="session")

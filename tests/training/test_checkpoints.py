@@ -12,8 +12,9 @@ from training.average import average
 from training.data import Drawer, collate
 from training.deepen import deepen
 from training.enlarge import enlarge
-from training.guide import GUIDE, Guide
+from training.guide import Guide
 from training.model import IMAGE_SIZE, IMAGE_TOKENS, PATCH, SIDE, load_model, make_config, make_model, save_checkpoint
+from training.settings import GUIDE
 from training.train import loss_of
 
 

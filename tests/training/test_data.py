@@ -104,7 +104,7 @@ def test_fewer_descriptions_are_learned_from(tokenizer: object) -> None:
     def descriptions(draw: Callable[[int], Scene]) -> int:
         return sum(pair.task == "description" for index in range(150) for pair in draw(index).pairs)
 
-    assert descriptions(drawer._shuffled) < 0.5 * descriptions(drawer.scene)
+    assert descriptions(drawer.shuffled) < 0.5 * descriptions(drawer.scene)
 
 
 def test_an_answer_may_stand_in_a_form(tokenizer: object) -> None:

@@ -172,7 +172,9 @@ def test_each_counted_thing_tells_how_many_there_are() -> None:
         kinds = [mark.name for mark in scene.marks if mark.share is not None]
         assert all(round(m.share * MOST) == kinds.count(m.name) for m in scene.marks if m.share is not None)
         for pair in scene.pairs:
-            if pair.task == "count":
+            if pair.about:
+                assert len(pair.about) == len(kinds) == int(pair.answer)
+            elif pair.task == "count":
                 assert sum(plural(kind) in pair.question for kind in kinds) == int(pair.answer)
 
 

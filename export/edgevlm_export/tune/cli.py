@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -45,7 +45,7 @@ def tune(
     question: str | None,
     minutes: float,
     as_json: bool,
-    **options: bool | int,
+    **options: Any,
 ) -> None:
     """Teach a small model your own pictures: the labelled ROWS, on this machine's CPU.
 

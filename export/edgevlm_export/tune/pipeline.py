@@ -34,8 +34,8 @@ REPLAYED = 0.3
 """Share of a batch that the model knows already."""
 LARGEST = 60_000_000
 """Weights of a checkpoint that is tuned whole."""
-EVALUATIONS = 10
-"""How often the pictures kept apart are asked about while it learns."""
+EVALUATIONS, ASKING = 10, 0.1
+"""How often the pictures kept apart are asked about while it learns, and at most which share of the time that takes."""
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
@@ -150,8 +150,8 @@ def tune(
         after, known_after = _scored(made, held), _scored(made, known_held)
         if after.right <= before.right and not options.keep_anyway:
             raise TuningError(
-                f"the tuned model is no better: {after.right} of {after.asked} right, {before.right} before; nothing was "
-                "saved (give more or clearer rows, more --minutes, or --keep-anyway)"
+                f"the tuned model is no better: {after.right} of {after.asked} right, {before.right} before; "
+                "nothing was saved (give more or clearer rows, more --minutes, or --keep-anyway)"
             )
         _put(tuned, kept, source, options)
         _put(made, output, source, options)
@@ -181,7 +181,7 @@ class _Session:
         """Return the best weights, and whether Ctrl-C ended it. Raises `KeyboardInterrupt` before there are any."""
         batches = self._batches()
         self._learner.choose_arithmetic(next(batches))
-        started, last, losses = monotonic(), 0.0, [math.inf]
+        started, due, losses = monotonic(), self._seconds / EVALUATIONS, [math.inf]
         best: tuple[Scored, float, dict[str, Any]] | None = None
         now: Scored | None = None
         try:
@@ -189,9 +189,11 @@ class _Session:
                 losses.append(self._learner.step(next(batches), spent / self._seconds))
                 self.steps += 1
                 tell(TuneProgress("learning", self._seconds - spent, now, best and best[0]))
-                if spent - last < self._seconds / EVALUATIONS:
+                if spent < due:
                     continue
-                last, now = spent, self._score()
+                now = self._score()
+                asked = monotonic() - started
+                due = asked + max(self._seconds / EVALUATIONS, (asked - spent) / ASKING)
                 best = self._better(best, now, float(np.mean(losses[-20:])))
             best = self._better(best, self._score(), 0.0)
         except KeyboardInterrupt:

@@ -1,0 +1,231 @@
+"""`edgevlm tune`: rows that cannot be learned from, what is kept apart, and a model that learned something new."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgevlm import VLM, TuningError
+from edgevlm.inputs.image import load_picture
+from edgevlm.manifest import load_manifest
+from edgevlm.model_store import default_model
+from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, tune
+from edgevlm_export.tune.augment import augmented
+from edgevlm_export.tune.learner import Learner
+from edgevlm_export.tune.pipeline import PANEL
+from edgevlm_export.tune.replay import replayed
+from edgevlm_export.tune.rows import Example, read_examples, split
+from tests.helpers.command import cli
+
+ROOT = Path(__file__).parents[1]
+QUESTION = "Which wood is it?"
+WOODS = {"oak": (150, 110, 60), "ash": (225, 205, 170)}
+
+
+def draw(folder: Path, count: int) -> list[dict[str, object]]:
+    """Write pictures of boards of two woods; return their rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    for index in range(count):
+        random = np.random.default_rng(index)
+        wood = list(WOODS)[index % 2]
+        pixels = random.normal(WOODS[wood], 12, (120, 160, 3))
+        pixels += random.normal(0, 25, (120, 1, 1))  # the grain
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+        rows.append({"image": f"{index}.png", "question": QUESTION, "answer": wood})
+    return rows
+
+
+def write(folder: Path, rows: list[dict[str, object]]) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+Change = Callable[[list[dict[str, object]]], object]
+BAD: dict[str, tuple[Change, str]] = {
+    "three rows": (lambda rows: rows.__delitem__(slice(3, None)), "has 3 pictures; tuning needs 10"),
+    "one answer": (lambda rows: [row.update(answer="oak") for row in rows], "has one answer alone, 'oak'"),
+    "contradiction": (
+        lambda rows: rows.append(rows[4] | {"answer": "ash"}),
+        r"line 13 says 'ash' where .*line 5 says 'oak' of the same picture",
+    ),
+    "no picture": (lambda rows: rows[2].update(image="no.png"), r"line 3: .*no\.png"),
+    "no image": (lambda rows: rows[2].pop("image"), "line 3: .*`image`; a row has an image, a question and an answer"),
+    "no answer": (lambda rows: rows[2].pop("answer"), "line 3: .*`answer`"),
+    "an empty answer": (lambda rows: rows[2].update(answer=" "), "line 3: the answer is empty"),
+    "no question": (lambda rows: rows[2].pop("question"), 'line 3: no "question", and --question gives none'),
+    "an unknown field": (lambda rows: rows[2].update(colour="red"), "line 3: .*`colour`"),
+    "a tolerance below 0": (lambda rows: rows[2].update(tolerance=-1), "line 3: the tolerance must be 0 or more"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_are_a_line_each(tmp_path: Path, name: str) -> None:
+    rows = draw(tmp_path, 12)
+    change, message = BAD[name]
+    change(rows)
+    with pytest.raises(TuningError, match=message) as caught:
+        read_examples(write(tmp_path, rows))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(TuningError, match="no such file of rows"):
+        read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(TuningError, match=r"holds no rows\.jsonl and no labels\.csv"):
+        read_examples(tmp_path)
+    (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(TuningError, match="not text in UTF-8"):
+        read_examples(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"image": \n')
+    with pytest.raises(TuningError, match="line 1: not JSON that can be read"):
+        read_examples(tmp_path)
+
+
+def test_a_folder_with_a_table(tmp_path: Path) -> None:
+    rows = draw(tmp_path, 12)
+    lines = ["image,answer,tolerance", *(f"{row['image']},{index / 2},0.5" for index, row in enumerate(rows))]
+    (tmp_path / "labels.csv").write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+    examples = read_examples(tmp_path, "How high?")
+    assert [(each.question, each.answer, each.tolerance) for each in examples[:2]] == [
+        ("How high?", "0.0", 0.5),
+        ("How high?", "0.5", 0.5),
+    ]
+
+
+def test_an_object_is_written_as_structured_output_writes_it(tmp_path: Path) -> None:
+    rows = draw(tmp_path, 12)
+    rows[0]["answer"] = {"wood": "oak", "boards": 2}
+    assert read_examples(write(tmp_path, rows))[0].answer == '{"wood": "oak", "boards": 2}'
+
+
+def example(pixels: np.ndarray, answer: str = "12.5 bar", tolerance: float = 0.0) -> Example:
+    return Example(load_picture(pixels), Path("x.png"), QUESTION, answer, tolerance)
+
+
+def test_a_number_may_be_off_by_its_tolerance() -> None:
+    grey = np.zeros((8, 8, 3), np.uint8)
+    exact, loose = example(grey), example(grey, tolerance=0.5)
+    assert exact.is_right(" 12.5 bar") and not exact.is_right("12.4 bar")
+    assert loose.is_right("13.0 bar") and not loose.is_right("13.1 bar")
+    assert not loose.is_right("12.5") and not loose.is_right("")
+
+
+def test_near_twins_are_on_one_side() -> None:
+    random = np.random.default_rng(3)
+    frames = []
+    for _ in range(20):
+        first = random.integers(0, 256, (6, 8, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+        noise = random.integers(-3, 4, first.shape)
+        frames += [first, (first + noise).clip(0, 255).astype(np.uint8)]
+    learned, held = split([example(frame, str(index // 2)) for index, frame in enumerate(frames)])
+    assert not {each.answer for each in learned} & {each.answer for each in held}
+    assert len(learned) + len(held) == 40 and 8 <= len(held) <= 9
+
+
+def test_pictures_that_are_all_alike_are_refused() -> None:
+    grey = np.full((40, 40, 3), 90, np.uint8)
+    learned, held = split([example(grey + index % 2, str(index)) for index in range(20)])
+    assert len(learned) == 20 and not held
+
+
+def test_another_day_is_the_same_for_the_same_seed() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    one, same, other = (augmented(pixels, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one.shape == pixels.shape and one.dtype == np.uint8
+    assert (one == same).all() and (one != other).any()
+
+
+def test_the_learner_sees_what_the_runtime_sees() -> None:
+    rows = [json.loads(line) for line in (ROOT / "examples" / "questions.jsonl").read_text("utf-8").splitlines()]
+    examples = [
+        Example(load_picture(ROOT / "examples" / row["image"]), Path(), row["question"], row["answer"]) for row in rows
+    ]
+    vlm, learner = VLM("panel"), Learner(PANEL, default_model(), load_manifest(default_model()))
+    told = [vlm.generate(each.picture.pixels, each.question, max_new_tokens=64).text for each in examples]
+    same = sum(one == other for one, other in zip(told, learner.answers(examples), strict=True))
+    assert same >= 0.9 * len(examples)  # the runtime's weights are INT8
+
+
+def test_what_is_replayed_is_known_to_the_bundled_model() -> None:
+    learned, apart = replayed()
+    assert {each.picture.digest for each in learned}.isdisjoint(each.picture.digest for each in apart)
+    vlm = VLM("panel")
+    right = sum(each.is_right(vlm.generate(each.picture.pixels, each.question).text) for each in apart)
+    assert right > 0.7 * len(apart) > 30
+
+
+def test_a_model_learns_what_it_never_knew(tmp_path: Path) -> None:
+    rows = write(tmp_path, draw(tmp_path, 40))
+    told: list[TuneProgress] = []
+    report = tune(rows, tmp_path / "woods", options=TuneOptions(minutes=0.5), on_progress=told.append)
+    assert (report.before.right, report.after.asked) == (0, report.before.asked)
+    assert report.after.share > 0.6 and report.steps > 2 and not report.interrupted
+    assert report.known_after.share > 0.6 * report.known_before.share
+    assert any(each.now and each.best and each.seconds_left is not None for each in told)
+    vlm = VLM(tmp_path / "woods")
+    assert vlm.generate(tmp_path / "0.png", QUESTION).text in WOODS
+    assert sum(path.stat().st_size for path in (tmp_path / "woods").iterdir()) < 12e6
+    again = tune(rows, tmp_path / "more", report.checkpoint, TuneOptions(minutes=0.05, keep_anyway=True))
+    assert again.before.right >= report.after.right - 1  # it goes on from what was learned
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.suffix) == [
+        "more",
+        "more-checkpoint",
+        "woods",
+        "woods-checkpoint",
+    ]
+
+
+def test_what_is_no_better_is_not_saved(tmp_path: Path) -> None:
+    rows = draw(tmp_path, 12)
+    for index, row in enumerate(rows):
+        row["answer"] = f"lot {index}"  # nothing that the pictures tell
+    message = r"the tuned model is no better: 0 of \d right, 0 before; nothing was saved"
+    with pytest.raises(TuningError, match=message):
+        tune(write(tmp_path, rows), tmp_path / "lots", options=TuneOptions(minutes=0.02))
+    assert not [path for path in tmp_path.iterdir() if "lots" in path.name]
+
+
+def test_ctrl_c_keeps_the_best_so_far(tmp_path: Path) -> None:
+    rows = write(tmp_path, draw(tmp_path, 30))
+
+    def interrupt(progress: TuneProgress) -> None:
+        if progress.best and progress.stage == "learning":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    options = TuneOptions(minutes=2, keep_anyway=True)
+    report = tune(rows, tmp_path / "woods", options=options, on_progress=interrupt)
+    assert report.interrupted and report.seconds < 100
+    assert VLM(tmp_path / "woods").generate(tmp_path / "0.png", QUESTION).text
+
+
+def test_the_command(tmp_path: Path) -> None:
+    rows = write(tmp_path, draw(tmp_path, 12))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    refused = cli("tune", rows, "-o", tmp_path / "taken")
+    assert refused.exit_code == 1
+    assert re.search(r"Error: .*taken holds 'mine\.txt', which no export wrote", refused.stderr)
+    refused = cli("tune", tmp_path / "none.jsonl", "-o", tmp_path / "out")
+    assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "no such file of rows" in refused.stderr
+    made = cli("tune", rows, "-o", tmp_path / "out", "--minutes", "0.05", "--keep-anyway", "--json")
+    report = json.loads(made.stdout)
+    assert report["folder"] == str(tmp_path / "out") and report["after"]["asked"] == report["before"]["asked"] > 0
+
+
+def test_intervals() -> None:
+    low, high = Scored(95, 100).interval
+    assert (round(low, 3), round(high, 3)) == (
+        0.888,
+        0.978,
+    )  # statsmodels' proportion_confint(95, 100, method="wilson")
+    assert Scored(0, 0).interval == (0.0, 1.0)
