@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from edgevlm import VLM, TuningError
 from edgevlm.inputs.image import load_picture
@@ -165,9 +168,9 @@ def test_what_is_replayed_is_known_to_the_bundled_model() -> None:
 
 
 def test_a_model_learns_what_it_never_knew(tmp_path: Path) -> None:
-    rows = write(tmp_path, draw(tmp_path, 40))
+    rows, kept = write(tmp_path, draw(tmp_path, 40)), tmp_path / "kept"
     told: list[TuneProgress] = []
-    report = tune(rows, tmp_path / "woods", options=TuneOptions(minutes=0.5), on_progress=told.append)
+    report = tune(rows, tmp_path / "woods", options=TuneOptions(0.5, save_checkpoint=kept), on_progress=told.append)
     assert (report.before.right, report.after.asked) == (0, report.before.asked)
     assert report.after.share > 0.6 and report.steps > 2 and not report.interrupted
     assert report.known_after.share > 0.6 * report.known_before.share
@@ -175,13 +178,12 @@ def test_a_model_learns_what_it_never_knew(tmp_path: Path) -> None:
     vlm = VLM(tmp_path / "woods")
     assert vlm.generate(tmp_path / "0.png", QUESTION).text in WOODS
     assert sum(path.stat().st_size for path in (tmp_path / "woods").iterdir()) < 12e6
-    again = tune(rows, tmp_path / "more", report.checkpoint, TuneOptions(minutes=0.05, keep_anyway=True))
+    again = tune(rows, tmp_path / "more", kept, TuneOptions(minutes=0.05, keep_anyway=True))
     assert again.before.right >= report.after.right - 1  # it goes on from what was learned
     assert sorted(path.name for path in tmp_path.iterdir() if not path.suffix) == [
+        "kept",
         "more",
-        "more-checkpoint",
         "woods",
-        "woods-checkpoint",
     ]
 
 
@@ -229,3 +231,24 @@ def test_intervals() -> None:
         0.978,
     )  # statsmodels' proportion_confint(95, 100, method="wilson")
     assert Scored(0, 0).interval == (0.0, 1.0)
+
+
+def test_lora_leaves_the_weights_of_a_larger_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgevlm_export.tune.learner.WHOLE", 1_000_000)
+    rows, kept = write(tmp_path, draw(tmp_path, 30)), tmp_path / "kept"
+    options = TuneOptions(0.3, keep_anyway=True, save_checkpoint=kept)
+    report = tune(rows, tmp_path / "woods", PANEL, options)
+    assert report.steps and report.known_before.asked == 0  # what another checkpoint knew is not known here
+    before, after = load_file(PANEL / "model.safetensors"), load_file(kept / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("text_model" in name and "proj" in name for name in changed)
+
+
+def test_a_checkpoint_that_cannot_be_tuned(tmp_path: Path) -> None:
+    rows = write(tmp_path, draw(tmp_path, 12))
+    shutil.copytree(PANEL, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text("utf-8"))
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "llava"}), "utf-8")
+    with pytest.raises(TuningError, match="is of family 'llava'; Idefics3 and SmolVLM are tuned"):
+        tune(rows, tmp_path / "out", tmp_path / "other")

@@ -41,7 +41,7 @@ def test_marks_move_with_what_they_mark(card: bool, monkeypatch: pytest.MonkeyPa
         if not (0 <= mark.x < scene.image.width and 0 <= mark.y < scene.image.height):
             continue  # a device may reach over the picture's edge
         pixel = scene.image.getpixel((int(mark.x), int(mark.y)))
-        assert isinstance(pixel, tuple) and pixel[0] > 150 > 90 > max(pixel[1:])
+        assert isinstance(pixel, tuple) and pixel[0] > 150 and max(pixel[1:]) < 90
 
 
 def test_a_scene_is_opaque_where_it_is_drawn_and_nowhere_else() -> None:

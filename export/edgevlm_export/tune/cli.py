@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     help="How long it learns; reading, exporting and checking come on top.",
 )
 @click.option("--keep-anyway", is_flag=True, help="Save a model that is no better than before, too.")
+@click.option(
+    "--save-checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Save the checkpoint, too, to be tuned further.",
+)
 @click.option("--force", is_flag=True, help="Replace an earlier export, and nothing else.")
 @click.option(
     "--seed", default=0, show_default=True, help="Which pictures are kept apart, and the order of the others."
@@ -54,14 +60,15 @@ def tune(
     rows.jsonl or labels.csv. From a hundred labelled pictures a model learns in ten minutes.
 
     A fifth of the pictures is kept apart, and what is saved is what answers these best; a model that is no better is
-    not saved. Ctrl-C keeps the best so far. OUTPUT-checkpoint is saved, too, to be tuned further (--checkpoint).
+    not saved. Ctrl-C keeps the best so far. Of a checkpoint of more than 60 million weights, such as SmolVLM-256M's,
+    the text part is tuned by LoRA, which takes more minutes.
 
     \b
     edgevlm tune rows.jsonl -o my-gauge
     edgevlm tune labels.csv -o my-gauge --question "What does the gauge read?" --minutes 20
     edgevlm run photo.jpg "What does the gauge read?" -m ./my-gauge
     """
-    missing = [name for name in ("torch", "transformers", "nncf", "safetensors") if find_spec(name) is None]
+    missing = [name for name in ("torch", "transformers", "peft", "nncf", "safetensors") if find_spec(name) is None]
     if missing:
         raise TuningError(f"tuning needs {', '.join(missing)}; install it with: pip install 'edgevlm[tune]'")
     from edgevlm.cli.output import Progress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ from edgevlm.manifest import Manifest
 from edgevlm_export.samples import pixel_values
 from edgevlm_export.tune.rows import Example
 
+WHOLE = 60_000_000
+"""Weights of a checkpoint up to which all of it learns; of a larger one, LoRA on the text part does."""
+RANK, LORA_RATE = 16, 1e-3
+"""LoRA's rank (Hu et al. 2021) and its highest rate."""
 RATE = 1e-3
 """AdamW's highest rate. Of 3e-4, 1e-3 and 2e-3 the best on the little factories of benchmarks/factories.py."""
 WEIGHT_DECAY = 0.01
@@ -36,6 +41,8 @@ class Encoded:
     answer: list[int]
     pixels: npt.NDArray[np.float32]
     """`(views, 3, H, W)`."""
+    features: Any = None
+    """The connector's output `(views, tokens, D)`, a tensor, where the vision part does not learn."""
 
 
 class Learner:
@@ -51,17 +58,28 @@ class Learner:
         self.model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
+        self.size = sum(weight.numel() for weight in self.model.parameters())
+        self.has_lora = self.size > WHOLE
+        if self.has_lora:
+            self._put_lora()
         self._processor = Processor(export, manifest)
         self._end = manifest.eos_token_ids[0]
         self._ends = set(manifest.eos_token_ids)
         weights = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self._optimizer = torch.optim.AdamW(weights, lr=RATE, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
+        self._rate = LORA_RATE if self.has_lora else RATE
+        self._optimizer = torch.optim.AdamW(weights, lr=self._rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY)
         self._bf16 = False
 
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return sum(weight.numel() for weight in self.model.parameters())
+    def _put_lora(self) -> None:
+        """Leave the weights as they are, and let low-rank additions to the text part's matrices learn."""
+        from peft import LoraConfig, get_peft_model
+
+        self.model.requires_grad_(False)
+        matrices = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=matrices)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an attribute's old name
+            self.model.model.text_model = get_peft_model(self.model.model.text_model, config)
 
     def encode(self, example: Example, pixels: npt.NDArray[np.uint8] | None = None) -> Encoded:
         """Return an example's tokens and pixels, those of `pixels` `(H, W, 3)` in place of its picture's if given."""
@@ -69,7 +87,15 @@ class Learner:
         visual = self._processor.preprocess([image], ImageBudget())[0]
         prompt = self._processor.prompt_ids([user_message(example.question, 1)], [visual])
         answer = self._processor.tokenizer.encode(example.answer, add_special_tokens=False)
-        return Encoded(prompt, [*answer, self._end], pixel_values(visual.views))
+        values = pixel_values(visual.views)
+        return Encoded(prompt, [*answer, self._end], values, self._features(values) if self.has_lora else None)
+
+    def _features(self, pixels: npt.NDArray[np.float32]) -> Any:
+        import torch
+
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            found = self.model.model.get_image_features(torch.from_numpy(pixels)[None]).pooler_output
+        return torch.cat(list(found)).float()  # one of each picture, or of all
 
     def step(self, batch: Sequence[Encoded], done: float) -> float:
         """Learn from a batch at the rate of the time's share `done`; return its loss."""
@@ -77,7 +103,7 @@ class Learner:
 
         rising, falling = done / WARM_UP, (1 + np.cos(np.pi * min(1.0, done))) / 2
         for group in self._optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, rising + 0.02) * max(0.02, falling)
+            group["lr"] = self._rate * min(1.0, rising + 0.02) * max(0.02, falling)
         self.model.train()
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
             loss = self.model(**_padded(batch, self._end)).loss
@@ -87,8 +113,8 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    def choose_arithmetic(self, batch: Sequence[Encoded]) -> None:
-        """Multiply in BF16 where this CPU is quicker in it, after one trial of each; nothing is learned."""
+    def choose_arithmetic(self, batch: Sequence[Encoded]) -> float:
+        """Multiply in BF16 where this CPU is quicker in it; return the seconds of a step. Nothing is learned."""
         import torch
 
         seconds = {}
@@ -99,6 +125,7 @@ class Learner:
             seconds[bf16] = perf_counter() - started
         self._optimizer.zero_grad(set_to_none=True)
         self._bf16 = seconds[True] < 0.9 * seconds[False]
+        return min(seconds.values())
 
     def answers(self, examples: Sequence[Example]) -> list[str]:
         """Return the greedy answer to each example."""
@@ -124,7 +151,7 @@ class Learner:
             made = self.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                **_pixels(batch),
+                **_seen(batch),
                 max_new_tokens=longest,
                 do_sample=False,
                 eos_token_id=sorted(self._ends),
@@ -133,17 +160,19 @@ class Learner:
         return [self._processor.tokenizer.decode(list(_until(each, self._ends))) for each in made]
 
     def state(self) -> dict[str, Any]:
-        """Return a copy of the weights."""
-        return {name: weight.clone() for name, weight in self.model.state_dict().items()}
+        """Return a copy of the weights that learn."""
+        return {name: weight.detach().clone() for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take weights back."""
-        self.model.load_state_dict(state)
+        self.model.load_state_dict(state, strict=False)
 
     def save(self, folder: Path) -> None:
         """Write the weights, in BF16, and config.json to `folder`."""
         import torch
 
+        if self.has_lora:
+            self.model.model.text_model = self.model.model.text_model.merge_and_unload()
         state = {name: weight.to(torch.bfloat16).contiguous() for name, weight in self.model.state_dict().items()}
         self.model.save_pretrained(folder, state_dict=state)
 
@@ -168,13 +197,18 @@ def _padded(batch: Sequence[Encoded], pad: int) -> dict[str, Any]:
         ids[row, : len(both)] = torch.tensor(both)
         labels[row, len(each.prompt) : len(both)] = torch.tensor(each.answer)
         mask[row, : len(both)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, **_pixels(batch)}
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False, **_seen(batch)}
 
 
-def _pixels(batch: Sequence[Encoded]) -> dict[str, Any]:
+def _seen(batch: Sequence[Encoded]) -> dict[str, Any]:
     """Return the pictures of a batch, those with fewer views filled up with empty ones, which the model drops."""
     import torch
 
+    if batch[0].features is not None:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        features = torch.cat([each.features for each in batch])
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
     most = max(len(each.pixels) for each in batch)
     pixels = np.zeros((len(batch), most, *batch[0].pixels.shape[1:]), np.float32)
     seen = np.zeros((len(batch), most, *batch[0].pixels.shape[2:]), bool)

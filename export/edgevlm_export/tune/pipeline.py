@@ -16,7 +16,7 @@ import numpy as np
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.errors import TuningError
 from edgevlm.manifest import load_manifest
-from edgevlm.model_store import find_model
+from edgevlm.model_store import default_model
 from edgevlm.strict_json import write_json
 from edgevlm_export.atomic_folder import atomic_folder, check_target
 from edgevlm_export.options import ExportOptions
@@ -32,8 +32,10 @@ PANEL = Path(__file__).parent.parent / "panel"
 BATCH = 16
 REPLAYED = 0.3
 """Share of a batch that the model knows already."""
-LARGEST = 60_000_000
-"""Weights of a checkpoint that is tuned whole."""
+LARGEST = 600_000_000
+"""Weights of a checkpoint that is tuned at most: more would take a CPU hours."""
+LORA_BATCH, DAYS = 4, 4
+"""Rows of a batch where LoRA learns, and how many days' pictures of each row are encoded and kept."""
 EVALUATIONS, ASKING = 10, 0.1
 """How often the pictures kept apart are asked about while it learns, and at most which share of the time that takes."""
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -51,6 +53,8 @@ class TuneOptions:
     """Save what is no better, too."""
     force: bool = False
     """Replace an earlier export."""
+    save_checkpoint: Path | None = None
+    """Where the checkpoint goes, in BF16, if it is to be tuned further."""
     seed: int = 0
 
 
@@ -91,7 +95,6 @@ class TuneReport:
     """What tuning made."""
 
     folder: Path
-    checkpoint: Path
     learned: int
     """Rows that were learned from."""
     before: Scored
@@ -107,8 +110,7 @@ class TuneReport:
         """Return what `edgevlm tune --json` prints."""
         scores = ("before", "after", "known_before", "known_after")
         told = {name: {**asdict(each), "interval": each.interval} for name in scores if (each := getattr(self, name))}
-        rest = {"folder": str(self.folder), "checkpoint": str(self.checkpoint)}
-        return {**asdict(self), **rest, **told, "seconds": round(self.seconds, 1)}
+        return {**asdict(self), **told, "folder": str(self.folder), "seconds": round(self.seconds, 1)}
 
 
 OnProgress: TypeAlias = Callable[[TuneProgress], None]
@@ -123,20 +125,22 @@ def tune(
 ) -> TuneReport:
     """Tune `checkpoint` (None: the bundled model's) on `rows` and export it in INT8 to `output`.
 
-    Beside the export lies its checkpoint, `output` with `-checkpoint` added, to be tuned further. Ctrl-C while it
-    learns keeps the best so far. Raises `TuningError` and `ExportError`; then nothing was written.
+    Ctrl-C while it learns keeps the best so far. Raises `TuningError` and `ExportError`; then nothing was written.
     """
     options, tell = options or TuneOptions(), on_progress or (lambda _: None)
     started = monotonic()
-    source, kept = checkpoint or PANEL, output.with_name(f"{output.name}-checkpoint")
-    for target in (output, kept):
-        check_target(target, source, force=options.force)
+    source = checkpoint or PANEL
+    check_target(output, source, force=options.force)
+    if options.save_checkpoint:
+        check_target(options.save_checkpoint, source, force=False)
+    if checkpoint:
+        check_checkpoint(checkpoint)
     tell(TuneProgress("reading the rows"))
     learned, held = split(read_examples(rows, options.question), options.seed)
     known, known_held = replayed() if checkpoint is None and REPLAY.is_file() else ([], [])
     with tempfile.TemporaryDirectory(dir=_parent(output), prefix=f".{output.name}.tune-") as scratch:
         work = Path(scratch)
-        first = find_model(None) if checkpoint is None else _exported(source, work / "before", None, tell)
+        first = default_model() if checkpoint is None else _exported(source, work / "before", None, tell)
         tell(TuneProgress("asking the model as it is"))
         before, known_before = _scored(first, held), _scored(first, known_held)
         learner = Learner(source, first, load_manifest(first))
@@ -153,11 +157,12 @@ def tune(
                 f"the tuned model is no better: {after.right} of {after.asked} right, {before.right} before; "
                 "nothing was saved (give more or clearer rows, more --minutes, or --keep-anyway)"
             )
-        _put(tuned, kept, source, options)
-        _put(made, output, source, options)
+        if options.save_checkpoint:
+            _put(tuned, options.save_checkpoint, source, force=False)
+        _put(made, output, source, force=options.force)
     seconds = monotonic() - started
     return TuneReport(
-        output, kept, len(learned), before, after, known_before, known_after, session.steps, seconds, interrupted
+        output, len(learned), before, after, known_before, known_after, session.steps, seconds, interrupted
     )
 
 
@@ -175,12 +180,16 @@ class _Session:
         self._learner, self._learned, self._known, self._held = learner, learned, known, held
         self._random = np.random.default_rng(options.seed)
         self._seconds = options.minutes * 60
+        self._batch = LORA_BATCH if learner.has_lora else BATCH
+        self._encoded: dict[tuple[int, int], Encoded] = {}
         self.steps = 0
 
     def run(self, tell: OnProgress) -> tuple[dict[str, Any], bool]:
         """Return the best weights, and whether Ctrl-C ended it. Raises `KeyboardInterrupt` before there are any."""
         batches = self._batches()
-        self._learner.choose_arithmetic(next(batches))
+        seconds = self._learner.choose_arithmetic(next(batches))
+        passes = self._seconds / seconds * self._batch / len(self._learned)
+        tell(TuneProgress(f"a pass over the rows takes about {self._seconds / passes:,.0f} s"))
         started, due, losses = monotonic(), self._seconds / EVALUATIONS, [math.inf]
         best: tuple[Scored, float, dict[str, Any]] | None = None
         now: Scored | None = None
@@ -217,13 +226,23 @@ class _Session:
 
     def _batches(self) -> Iterator[list[Encoded]]:
         """Yield batches: every row in turn, each time as another day's picture, and some of what is known."""
-        again = round(BATCH * REPLAYED) if self._known else 0
+        again = round(self._batch * REPLAYED) if self._known else 0
+        own = self._batch - again
         while True:
             order = self._random.permutation(len(self._learned))
-            for first in range(0, len(order), BATCH - again):
-                some = [self._learned[i] for i in order[first : first + BATCH - again]]
+            for first in range(0, len(order), own):
+                some = [self._learned[i] for i in order[first : first + own]]
                 some += [self._known[i] for i in self._random.integers(0, len(self._known) or 1, again)]
-                yield [self._learner.encode(each, augmented(each.picture.pixels, self._random)) for each in some]
+                yield [self._another_day(each) for each in some]
+
+    def _another_day(self, example: Example) -> Encoded:
+        """Return an example as it may be met another day: always new, or one of `DAYS` where encoding costs most."""
+        if not self._learner.has_lora:
+            return self._learner.encode(example, augmented(example.picture.pixels, self._random))
+        key = id(example), int(self._random.integers(DAYS))
+        if key not in self._encoded:
+            self._encoded[key] = self._learner.encode(example, augmented(example.picture.pixels, self._random))
+        return self._encoded[key]
 
 
 def _scored(folder: Path, examples: Sequence[Example]) -> Scored:
@@ -259,8 +278,8 @@ def _checkpoint(learner: Learner, source: Path, folder: Path) -> Path:
     return folder
 
 
-def _put(made: Path, target: Path, source: Path, options: TuneOptions) -> None:
-    with atomic_folder(target, source, force=options.force) as staging:
+def _put(made: Path, target: Path, source: Path, *, force: bool) -> None:
+    with atomic_folder(target, source, force=force) as staging:
         shutil.copytree(made, staging, dirs_exist_ok=True)
 
 
