@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from edgevlm_export.tune.learner import Learner
 from edgevlm_export.tune.pipeline import PANEL
 from edgevlm_export.tune.replay import replayed
 from edgevlm_export.tune.rows import Example, read_examples, split
-from tests.helpers.command import cli
+from tests.helpers.command import COMMAND, POSIX, cli
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "Which wood is it?"
@@ -187,30 +188,43 @@ def test_a_model_learns_what_it_never_knew(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_no_better_is_not_saved(tmp_path: Path) -> None:
+def test_what_is_no_better_is_not_saved(idefics3: Path, tmp_path: Path) -> None:
     rows = draw(tmp_path, 12)
     for index, row in enumerate(rows):
         row["answer"] = f"lot {index}"  # nothing that the pictures tell
     message = r"the tuned model is no better: 0 of \d right, 0 before; nothing was saved"
     with pytest.raises(TuningError, match=message):
-        tune(write(tmp_path, rows), tmp_path / "lots", options=TuneOptions(minutes=0.02))
+        tune(write(tmp_path, rows), tmp_path / "lots", idefics3, TuneOptions(minutes=0.02))
     assert not [path for path in tmp_path.iterdir() if "lots" in path.name]
 
 
-def test_ctrl_c_keeps_the_best_so_far(tmp_path: Path) -> None:
+@POSIX
+def test_ctrl_c_keeps_the_best_so_far(idefics3: Path, tmp_path: Path) -> None:
     rows = write(tmp_path, draw(tmp_path, 30))
 
     def interrupt(progress: TuneProgress) -> None:
         if progress.best and progress.stage == "learning":
             os.kill(os.getpid(), signal.SIGINT)
 
-    options = TuneOptions(minutes=2, keep_anyway=True)
-    report = tune(rows, tmp_path / "woods", options=options, on_progress=interrupt)
-    assert report.interrupted and report.seconds < 100
-    assert VLM(tmp_path / "woods").generate(tmp_path / "0.png", QUESTION).text
+    options = TuneOptions(minutes=1, keep_anyway=True)
+    report = tune(rows, tmp_path / "woods", idefics3, options, interrupt)
+    assert report.interrupted and report.steps
+    assert VLM(tmp_path / "woods").generate(tmp_path / "0.png", QUESTION, max_new_tokens=2).generated_tokens
 
 
-def test_the_command(tmp_path: Path) -> None:
+@POSIX
+def test_a_full_disk_is_a_line_and_nothing_is_left(tmp_path: Path) -> None:
+    """A limit on the size of a file fails the same writes that a full disk fails."""
+    rows = write(tmp_path / "rows", draw(tmp_path / "rows", 12))
+    command = [*COMMAND, "tune", str(rows), "-o", str(tmp_path / "out"), "--minutes", "0.02"]
+    limited = ["bash", "-c", 'ulimit -f 6000 && exec "$@"', "limited", *command]  # KiB: less than the checkpoint has
+    ended = subprocess.run(limited, capture_output=True, encoding="utf-8", check=False)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"Error: the tuned checkpoint cannot be written: .*\n", ended.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+
+
+def test_the_command(idefics3: Path, tmp_path: Path) -> None:
     rows = write(tmp_path, draw(tmp_path, 12))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
@@ -219,7 +233,8 @@ def test_the_command(tmp_path: Path) -> None:
     assert re.search(r"Error: .*taken holds 'mine\.txt', which no export wrote", refused.stderr)
     refused = cli("tune", tmp_path / "none.jsonl", "-o", tmp_path / "out")
     assert refused.exit_code == 1 and refused.stderr.count("\n") == 1 and "no such file of rows" in refused.stderr
-    made = cli("tune", rows, "-o", tmp_path / "out", "--minutes", "0.05", "--keep-anyway", "--json")
+    options = ("--checkpoint", idefics3, "--minutes", "0.02", "--keep-anyway", "--json")
+    made = cli("tune", rows, "-o", tmp_path / "out", *options)
     report = json.loads(made.stdout)
     assert report["folder"] == str(tmp_path / "out") and report["after"]["asked"] == report["before"]["asked"] > 0
 

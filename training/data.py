@@ -59,11 +59,11 @@ _MARK_INDEX = {name: index for index, name in enumerate(MARKS)}
 LONGEST = IMAGE_TOKENS + 112
 """Tokens of a row; a question that would make it longer is left out."""
 WEIGHTS = {
-    "display": 5.0,
+    "display": 6.5,
     "label": 5.5,
-    "gauge": 6.0,
-    "chart": 3.0,
-    "count": 4.5,
+    "gauge": 8.0,
+    "chart": 2.0,
+    "count": 5.5,
     "missing": 0.6,
     "light": 1.5,
     "tower": 4.0,

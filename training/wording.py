@@ -30,6 +30,8 @@ READ_DISPLAY = (
     *("What is written on the display?", "What digits are on the screen?", "What is the reading on the display?"),
     *("Read out the display.", "What does the LCD show?", "What does the LED display show?", "Read the panel meter."),
     *("What value does the screen show?", "Can you read the display?", "What reading is on the device's screen?"),
+    *("What can you see on the display?", "Which number do you see on the screen?", "What do you see on the display?"),
+    *("What does it say on the display?", "Which digits can you see?", "What is the device's screen showing?"),
     *("Tell me what the display says.", "What number does the display show?", "What is the value on the display?"),
 )
 READ_GAUGE = (
@@ -38,6 +40,8 @@ READ_GAUGE = (
     *("What is the needle pointing at?", "What is the reading on the gauge?", "Gauge reading?", "Read the meter."),
     *("What does the meter read?", "What does the pressure gauge say?", "Which value does the pointer show?"),
     *("What does the instrument show?", "What is the current value on the gauge?", "What does the gauge show?"),
+    *("What is the gauge showing now?", "Which number is the hand on?", "What can you read off the gauge?"),
+    *("What does the indicator point to?", "Tell me the reading.", "What reading do you see?", "What is it at?"),
     *("How much does the gauge show?", "Read the value on the gauge.", "Tell me the value of the gauge."),
     *("What does the thermometer dial read?", "What number does the needle point at?", "What does the gauge say?"),
 )
@@ -53,6 +57,7 @@ WHICH_LIT = (
     ),
     *("Which segment of the stack light is lit?", "What colour is the stack light?", "What color is the signal light?"),
     *("Which light of the tower is on?", "Which of the lamps glows?", "What colour shines on the light tower?"),
+    *("Which light do you see on?", "Which lamps do you see lit?", "What colour can you see lit?", "Which lamps burn?"),
     *("Which light of the signal tower is on?", "Which lamp is switched on?", "State of the signal tower?"),
 )
 HOW_MANY = (

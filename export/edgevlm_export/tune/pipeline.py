@@ -187,9 +187,9 @@ class _Session:
     def run(self, tell: OnProgress) -> tuple[dict[str, Any], bool]:
         """Return the best weights, and whether Ctrl-C ended it. Raises `KeyboardInterrupt` before there are any."""
         batches = self._batches()
-        seconds = self._learner.choose_arithmetic(next(batches))
-        passes = self._seconds / seconds * self._batch / len(self._learned)
-        tell(TuneProgress(f"a pass over the rows takes about {self._seconds / passes:,.0f} s"))
+        seconds = self._learner.choose_arithmetic(next(batches)[:4])
+        each = seconds / min(4, self._batch)
+        tell(TuneProgress(f"a pass over the rows takes about {each * len(self._learned):,.0f} s"))
         started, due, losses = monotonic(), self._seconds / EVALUATIONS, [math.inf]
         best: tuple[Scored, float, dict[str, Any]] | None = None
         now: Scored | None = None
@@ -270,11 +270,18 @@ def _calibration(examples: Sequence[Example], work: Path) -> Path:
 
 def _checkpoint(learner: Learner, source: Path, folder: Path) -> Path:
     """Write a checkpoint: the weights that were learned, all other files as they were."""
-    folder.mkdir()
-    for pattern in _SMALL_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-    learner.save(folder)
+    from safetensors import SafetensorError
+
+    try:
+        folder.mkdir()
+        for pattern in _SMALL_FILES:
+            for path in source.glob(pattern):
+                shutil.copyfile(path, folder / path.name)
+        learner.save(folder)
+    except (OSError, SafetensorError) as error:
+        raise TuningError(
+            f"the tuned checkpoint cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from None
     return folder
 
 

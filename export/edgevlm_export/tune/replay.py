@@ -11,7 +11,7 @@ from edgevlm_export.tune.rows import Example
 
 REPLAY = Path(__file__).parent / "replay.zip"
 """Scenes as `python -m training replay` draws them: JPEG files, and `rows.jsonl` as `edgevlm tune` takes it."""
-KEPT_APART = 0.25
+KEPT_APART = 0.2
 
 
 def replayed() -> tuple[list[Example], list[Example]]:
