@@ -24,7 +24,7 @@ from edgevlm.inputs.prompt import join, merge
 from edgevlm.runtime.loader import ModelLoader
 from edgevlm_export.calibration import VISION_PIXELS, VISION_TILES, VISION_WIDTH, Pair, load_pairs, with_questions
 
-_COMMON = ("inputs_embeds", "attention_mask", "position_ids")
+DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
 """Inputs of every decoder."""
 
 
@@ -78,7 +78,7 @@ def decoder_inputs(
 def prompt_inputs(inputs: Arrays) -> LanguageInputs | None:
     """Return positions and extra inputs of `decoder_inputs`, None where they are those of any text."""
     positions = inputs["position_ids"]
-    extras = {name: array[0] for name, array in inputs.items() if name not in _COMMON}
+    extras = {name: array[0] for name, array in inputs.items() if name not in DECODER_INPUTS}
     if positions.ndim == 2 and not extras:
         return None
     return LanguageInputs(positions if positions.ndim == 2 else positions[:, 0], extras)

@@ -28,11 +28,12 @@ from edgevlm_export.calibration import verification_pairs, with_questions
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
 from edgevlm_export.graphs.constants import Constants
-from edgevlm_export.graphs.stages import outputs_of, partition, stitch
+from edgevlm_export.graphs.stages import Graph, outputs_of, partition, stitch
 from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, Precision
 from edgevlm_export.output_folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.routes.base import ExportJob, copy_small_files
 from edgevlm_export.samples import (
+    DECODER_INPUTS,
     Sample,
     decoder_inputs,
     encoder_inputs,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("nncf", "safetensors", "huggingface_hub")
 PARTITION_WEIGHTS = 64_000_000
 """Weights of a partition: 0.26 GB in float32, of which compiling and compressing hold several copies."""
+_DTYPES = {"f32": np.float32, "i64": np.int64}
 _FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
 
@@ -75,7 +77,10 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     writer.write(TEXT_EMBEDDINGS, [], [])
 
     inputs = {
-        pair: decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair])
+        pair: {
+            **_silent(architecture.graphs[LANGUAGE], len(sample.ids)),
+            **decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair]),
+        }
         for pair, sample in samples.items()
     }
     calibration = [inputs[pair] for pair in calibration_pairs]
@@ -108,6 +113,15 @@ def look_up(table: RawTensor, ids: Array) -> Array:
             " weights do not belong together"
         )
     return replace(table, array=table.array[ids]).float32()[None]
+
+
+def _silent(graph: Graph, count: int) -> Arrays:
+    """Return zeros for each of the decoder's own inputs `(1, count, ...)`, which families leave out where all is text."""
+    return {
+        name: np.zeros((1, count, *shape[2:]), _DTYPES[dtype])
+        for name, (dtype, shape) in graph.inputs.items()
+        if name not in DECODER_INPUTS
+    }
 
 
 def _features(outputs: Arrays) -> Arrays:
