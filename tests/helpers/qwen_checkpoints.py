@@ -147,15 +147,26 @@ class Reference:
         """Return the model's inputs: each picture's block, some of the words after each, and the rest of them."""
         import torch
 
-        config, given, ids = self.config, {}, [*words[:3]]
+        config, ids = self.config, [*words[:3]]
         if images:
-            given = dict(self.pictures([*images], input_data_format="channels_last", return_tensors="pt"))
+            given = self.of_pictures(images)
             for number, (_, height, width) in enumerate(given["image_grid_thw"].tolist()):
                 ids += [config.vision_start_token_id, *[config.image_token_id] * (height * width // MERGE**2)]
                 ids += [config.vision_end_token_id, words[number]]
-        tokens = torch.tensor([[*ids, *words]])
-        types = (tokens == config.image_token_id).int()
-        return {**given, "input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": types}
+        return self.of_ids(torch.tensor([[*ids, *words]]), images)
+
+    def of_ids(self, ids: Any, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return the model's inputs for a prompt of these token ids `(1, n)`."""
+        import torch
+
+        types = (ids == self.config.image_token_id).int()
+        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
+        self.model.model.rope_deltas = None  # of the prompt before
+        return {**text, **(self.of_pictures(images) if images else {})}
+
+    def of_pictures(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
+        """Return the image processor's outputs."""
+        return dict(self.pictures([*images], input_data_format="channels_last", return_tensors="pt"))
 
     def views(self, inputs: dict[str, Any]) -> list[dict[str, np.ndarray]]:
         """Return the vision submodel's inputs for each picture, made by transformers' own functions."""

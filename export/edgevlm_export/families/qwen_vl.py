@@ -170,7 +170,8 @@ def _pixels(preprocessor: ConfigReader) -> dict[str, int]:
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         pixels[name] = preprocessor.size(name) if name in preprocessor else size.size(edge)
     if pixels["min_pixels"] > pixels["max_pixels"]:
-        raise SourceError(f"{preprocessor.file}: a picture of at least {pixels['min_pixels']} pixels and at most fewer")
+        least, most = pixels.values()
+        raise SourceError(f"{preprocessor.file} asks for pictures of {least} pixels or more, and of {most} at most")
     return pixels
 
 
@@ -281,16 +282,13 @@ class _VisionReader:
 
     def _theta(self) -> float:
         """Return the base of the rotation by row and column; transformers takes its type `default` for `axial`."""
-        rope = self.section.section("rope_parameters", {"rope_type": "axial", "rope_theta": 10000.0})
-        stated = {
-            key for key in self.section.get("rope_parameters") or {} if key not in ("rope_type", "type", "rope_theta")
-        }
-        kind = rope.get("rope_type")
-        if kind not in ("axial", "default") or stated:
-            raise UnsupportedError(
-                f"the native route builds no {self.section.name_of('rope_parameters')} of {kind!r}, {sorted(stated)}"
-            )
-        return rope.number("rope_theta")
+        rope = self.section.section("rope_parameters", {"rope_theta": 10000.0})
+        kind, theta = rope.get("rope_type", rope.get("type", "axial")), rope.number("rope_theta")
+        if kind not in ("axial", "default"):
+            raise UnsupportedError(f"the native route builds no {rope.name_of('rope_type')} {kind!r}")
+        if other := next(rope.unread(), None):
+            raise UnsupportedError(f"the native route builds no {other[1]}")
+        return theta
 
     def _indexes(self, key: str, depth: int) -> list[int]:
         """Return the indexes of some blocks, which must rise."""

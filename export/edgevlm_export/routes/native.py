@@ -116,7 +116,7 @@ def look_up(table: RawTensor, ids: Array) -> Array:
 
 
 def _silent(graph: Graph, count: int) -> Arrays:
-    """Return zeros for each of the decoder's own inputs `(1, count, ...)`, which families leave out where all is text."""
+    """Return zeros for the inputs that this decoder alone has, `(1, count, ...)`: families leave them out for text."""
     return {
         name: np.zeros((1, count, *shape[2:]), _DTYPES[dtype])
         for name, (dtype, shape) in graph.inputs.items()
