@@ -343,7 +343,7 @@ def test_embedding_and_reranker_checkpoints_are_refused_by_name(
     checkpoint = Path(shutil.copytree(saved(folder, "qwen3_vl"), tmp_path / name))
     if file:
         (checkpoint / file).write_text(content, encoding="utf-8")
-    with pytest.raises(SourceError, match=f"{name} is an? {what} checkpoint of Qwen3-VL, which writes no answers"):
+    with pytest.raises(SourceError, match=f"{name} is a Qwen3-VL {what} checkpoint, which writes no answers"):
         read(checkpoint)
 
 
