@@ -14,37 +14,31 @@ import numpy as np
 import pytest
 from openvino import PartialShape
 
-from edgevlm import VLM
 from edgevlm.errors import SourceError
-from edgevlm.families import FAMILIES
-from edgevlm.families.base import DecoderTraits, ImageBudget
-from edgevlm.inputs.chat_template import user_message
+from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.runtime.core import core
-from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import Architecture, architecture, family_config
 from edgevlm_export.families import qwen_vl as exporter
-from edgevlm_export.families.text_models import DEFAULTS
 from edgevlm_export.graphs.constants import Constants
 from edgevlm_export.graphs.stages import partition, stitch
-from edgevlm_export.routes import native as native_route
 from edgevlm_export.routes.native import PARTITION_WEIGHTS
 from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.source.config_reader import overlooked
 from edgevlm_export.source.safetensors_reader import Weights
 from tests.conftest import F32, noise
-from tests.helpers.graphs import runtime_kinds
-from tests.helpers.published import published_folder
-from tests.helpers.qwen_checkpoints import (
+from tests.families.qwen_vl import (
     NAMES,
     PATCH,
     TEMPLATE,
-    Reference,
+    QwenReference,
     as_published,
     make_checkpoint,
     read_json,
     write_json,
 )
+from tests.helpers.graphs import runtime_kinds
+from tests.helpers.published import published_folder
 
 KINDS = tuple(NAMES)
 WORDS = [40, 51, 62, 73, 84, 95, 106, 117, 128]
@@ -73,7 +67,7 @@ class Model:
 
     def logits(
         self,
-        reference: Reference,
+        reference: QwenReference,
         inputs: dict[str, Any],
         features: Sequence[Sequence[np.ndarray]],
         cuts: Sequence[int],
@@ -88,7 +82,7 @@ class Model:
             embeds[0, shown] = first
             for each, rows in zip(deep, others, strict=True):
                 each[0, shown] = rows
-        positions, request = reference.positions(inputs), self.compiled[LANGUAGE].create_infer_request()
+        positions, request = reference.positions(inputs)[:, None], self.compiled[LANGUAGE].create_infer_request()
         found = []
         for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
             given = {
@@ -152,9 +146,9 @@ def yarn(kind: str) -> dict[str, Any]:
 def test_features_and_logits_are_those_of_transformers(kind: str, variant: str, folder: Path) -> None:
     """Without pictures, with one and with two, read at once and in two pieces, the cut within a picture."""
     checkpoint = VARIANTS[variant](folder, kind)
-    model, reference = Model(checkpoint), Reference(checkpoint)
+    model, reference = Model(checkpoint), QwenReference(checkpoint)
     for images in ([], PICTURES[:1], PICTURES):
-        inputs = reference.inputs(images, WORDS)
+        inputs = reference.around(images, WORDS)
         expected = reference.features(inputs)
         features = [model.encode(view) for view in reference.views(inputs)]
         for found, wanted in zip(features, expected, strict=True):
@@ -170,9 +164,9 @@ def test_features_and_logits_are_those_of_transformers(kind: str, variant: str, 
 def test_pieces_make_the_same_model(kind: str, folder: Path) -> None:
     """With a limit below one layer's weights, every stage is a piece of its own."""
     checkpoint = saved(folder, kind)
-    whole, pieced, reference = Model(checkpoint), Model(checkpoint, 1000), Reference(checkpoint)
+    whole, pieced, reference = Model(checkpoint), Model(checkpoint, 1000), QwenReference(checkpoint)
     assert whole.inputs == pieced.inputs
-    inputs = reference.inputs(PICTURES, WORDS)
+    inputs = reference.around(PICTURES, WORDS)
     views = reference.views(inputs)
     one, other = ([model.encode(view) for view in views] for model in (whole, pieced))
     for first, second in zip([*chain(*one)], [*chain(*other)], strict=True):
@@ -222,30 +216,6 @@ def test_the_parts_run_fused(kind: str, folder: Path) -> None:
     assert language["RMS"] == 3 * (4 if kind == "qwen3_vl" else 2) + 1
 
 
-@pytest.mark.skipif("qwen3_vl" not in FAMILIES, reason="needs the runtime's part of the family")
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_export_answers_as_transformers(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exported stage by stage and verified; an INT4 export, calibrated on pictures, is verified, too."""
-    import torch
-
-    monkeypatch.setattr(native_route, "PARTITION_WEIGHTS", 1000)
-    checkpoint = published(folder, kind)
-    for precision in ("fp32", "int4"):
-        report = export(checkpoint, folder / f"{kind}-{precision}", ExportOptions(precision, via="native"))
-        assert report.verification is not None
-        assert report.verification.parts[VISION].cosine > 0.99
-    vlm, reference = VLM(folder / f"{kind}-fp32", F32), Reference(checkpoint)
-    reference.model.generation_config.eos_token_id = vlm.manifest.eos_token_ids[0]
-    for images in ([], PICTURES):
-        answer = vlm.generate(images, "Number 42.7?", max_new_tokens=24, detail="high")
-        visuals = vlm.processor.preprocess(images, ImageBudget("high"))
-        ids = torch.tensor([vlm.processor.prompt_ids([user_message("Number 42.7?", len(images))], visuals)])
-        inputs = reference.of_ids(ids, images)
-        with torch.inference_mode():
-            tokens = reference.model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, ids.shape[1] :].tolist()
-        assert tokens[: len(answer.token_ids)] == list(answer.token_ids)
-
-
 @pytest.mark.parametrize(
     ("kind", "file", "section", "changes", "line"),
     [
@@ -283,6 +253,13 @@ def test_an_export_answers_as_transformers(kind: str, folder: Path, monkeypatch:
         ),
         ("qwen3_vl", "config.json", "text_config", {"num_hidden_layers": 1}, "more than the decoder's layers"),
         ("qwen2_vl", "config.json", "text_config", {"use_sliding_window": True, "sliding_window": 64}, "of 64 tokens"),
+        (
+            "qwen2_vl",
+            "config.json",
+            "text_config",
+            {"use_sliding_window": True, "max_position_embeddings": 8192},
+            "of 4096",
+        ),
         ("qwen2_vl", "config.json", "rope", {"mrope_section": [2, 3, 4]}, "three numbers that make 8 together"),
         ("qwen2_vl", "config.json", "rope", {"mrope_section": 8}, "three numbers that make 8 together, not 8"),
         ("qwen2_vl", "config.json", "rope", {"mrope_interleaved": True}, "with mrope_interleaved True"),
@@ -337,7 +314,7 @@ def test_embedding_and_reranker_checkpoints_are_refused_by_name(
     checkpoint = Path(shutil.copytree(saved(folder, "qwen3_vl"), tmp_path / name))
     if file:
         (checkpoint / file).write_text(content, encoding="utf-8")
-    with pytest.raises(SourceError, match=f"{name} is an? {what} checkpoint of Qwen3-VL, which writes no answers"):
+    with pytest.raises(SourceError, match=f"{name} is a Qwen3-VL {what} checkpoint, which writes no answers"):
         read(checkpoint)
 
 
@@ -462,19 +439,12 @@ def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
     import transformers
 
     for kind, name in NAMES.items():
-        text = getattr(transformers, f"{name}TextConfig")
         classes = [
             (getattr(transformers, f"{name}Config")(), exporter._DEFAULTS),
             (getattr(transformers, f"{name}VisionConfig")(), exporter._VISION_DEFAULTS[kind]),
             (transformers.Qwen2VLImageProcessorPil(), exporter._PREPROCESSOR_DEFAULTS),
-            (text(), {key: value for key, value in DEFAULTS[f"{kind}_text"].items() if key not in _ELSEWHERE}),
         ]
         for made, defaults in classes:
             found = {key: getattr(made, key) for key in defaults}
             plain = {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
             assert plain | ({"size": dict(plain["size"])} if "size" in plain else {}) == defaults
-        assert DEFAULTS[f"{kind}_text"]["rope_theta"] == text.default_theta
-
-
-_ELSEWHERE = ("rope_theta", "sliding_window")
-"""Of the class itself, or None where no window slides."""

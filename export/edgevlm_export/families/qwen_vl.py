@@ -127,29 +127,25 @@ def _refuse_retrieval(checkpoint: Checkpoint) -> None:
 
     They are known by their name, by the files of sentence-transformers, or by what their chat templates say.
     """
-    if checkpoint.model_type != "qwen3_vl":
-        return
-    named = _NO_CHAT.search(f"{checkpoint.source} {checkpoint.config.get('_name_or_path', '')}")
-    what = named[1].lower() if named else None
-    if not what and any(
-        (checkpoint.folder / name).is_file() for name in ("modules.json", "config_sentence_transformers.json")
-    ):
-        what = "embedding or reranker"
-    if not what:
-        template = _chat_template(checkpoint)
-        what = next((each for said, each in _NO_CHAT_TEMPLATES.items() if said in template), None)
-    if what:
+    if checkpoint.model_type == "qwen3_vl" and (kind := _retrieval_kind(checkpoint)):
         raise SourceError(
-            f"{checkpoint.source} is an {what} checkpoint of Qwen3-VL, which writes no answers; take Qwen3-VL itself"
+            f"{checkpoint.source} is a Qwen3-VL {kind} checkpoint, which writes no answers; take Qwen3-VL itself"
         )
 
 
-def _chat_template(checkpoint: Checkpoint) -> str:
-    """Return the default chat template, empty where there is none."""
+def _retrieval_kind(checkpoint: Checkpoint) -> str | None:
+    """Return what a checkpoint for retrieval is called, None for one that answers."""
+    cached = [part for part in checkpoint.folder.parts if part.startswith("models--")]  # in the Hugging Face cache
+    names = [checkpoint.source, str(checkpoint.config.get("_name_or_path", "")), *cached]
+    if found := next((found for name in names if (found := _NO_CHAT.search(name))), None):
+        return found[1].lower()
+    if any((checkpoint.folder / name).is_file() for name in ("modules.json", "config_sentence_transformers.json")):
+        return "embedding or reranker"
     try:
-        return checkpoint.chat_template()
+        template = checkpoint.chat_template()
     except SourceError:
-        return ""
+        return None
+    return next((kind for said, kind in _NO_CHAT_TEMPLATES.items() if said in template), None)
 
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -211,7 +207,8 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
 def _repeated(checkpoint: Checkpoint) -> list[str]:
     """Return the keys that config.json has twice, equal in `text_config`, which alone is read then."""
     text = checkpoint.config.get("text_config")
-    return [key for key, value in checkpoint.config.items() if key in text and text[key] == value] if text else []
+    inner = text if isinstance(text, Mapping) else {}
+    return [key for key, value in checkpoint.config.items() if key in inner and inner[key] == value]
 
 
 class _Names:

@@ -43,7 +43,6 @@ _QWEN2_VL = _LLAMA | {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1000000.0,
     "max_position_embeddings": 32768,
-    "sliding_window": 4096,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
@@ -70,6 +69,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
 _FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Families whose config.json may have the text model's keys beside the others, instead of in `text_config`."""
+_WINDOW = 4096
+"""Of the classes, where windows slide and no size is stated."""
 _ROPE_KEYS = frozenset(
     [
         "rope_type",
@@ -242,7 +243,8 @@ def _heads(text: ConfigReader, hidden: int) -> tuple[int, int, int]:
 
 def _refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
     """Raise `UnsupportedError` for a window shorter than the context; `always`: it slides without being told to."""
-    window, _ = text.get("sliding_window"), text.get("max_window_layers")  # the latter counts only where windows slide
+    window = text.get("sliding_window", _WINDOW)
+    text.get("max_window_layers")  # counts only where windows slide
     slides = always or text.flag("use_sliding_window")
     if slides and window and window < text.size("max_position_embeddings"):
         raise UnsupportedError(f"the native route does not build attention over a sliding window of {window} tokens")

@@ -151,17 +151,23 @@ def embed_patches(vision: PackedTransformer, values: Values, constants: Constant
 
 
 def place_patches(vision: PackedTransformer, values: Values, constants: Constants) -> None:  # noqa: ARG001
-    """Set what all blocks share: cosines and sines, and windows, of which the patches are put in order."""
+    """Set what all blocks share, cosines and sines, and put the patches in the order of their windows."""
     opset = import_openvino().opset13
     positions = values["patch_positions"]
     if vision.windowed:
         index = values["window_index"]
         values["hidden_states"] = permuted(values["hidden_states"], index, vision.hidden_size, vision.merge**2)
         positions = permuted(positions, index, 2, vision.merge**2)
-        ids = values["window_ids"]
-        same = opset.equal(opset.unsqueeze(ids, np.array([1, 2])), opset.unsqueeze(ids, np.array([1, 3])))
-        values["window_bias"] = attention_bias(same)  # (B, 1, N, N)
     values["cos"], values["sin"] = rotations(opset.transpose(positions, np.array([2, 0, 1])), vision.rope)
+
+
+def window_bias(ids: Output) -> ov.Node:
+    """`(B, 1, N, N)`: each patch attends to those of its window, of ids `(B, N)`.
+
+    Blocks make it anew, and OpenVINO one of all: as a value between stages it would be held for every picture.
+    """
+    opset = import_openvino().opset13
+    return attention_bias(opset.equal(opset.unsqueeze(ids, np.array([1, 2])), opset.unsqueeze(ids, np.array([1, 3]))))
 
 
 def permuted(x: Output, index: Output, width: int, count: int = 1) -> ov.Node:
@@ -210,7 +216,7 @@ def attention(x: Output, vision: PackedTransformer, block: Block, values: Values
     head_dim = width // heads
     q, k, v = (to_heads(each, heads, head_dim) for each in split(linear(x, constants, block.qkv), [width] * 3))
     q, k = (rotate(each, values["cos"], values["sin"], head_dim) for each in (q, k))
-    bias = values["window_bias"] if block.windowed else np.zeros((1, 1), np.float32)
+    bias = window_bias(values["window_ids"]) if block.windowed else np.zeros((1, 1), np.float32)
     mixed = opset.scaled_dot_product_attention(q, k, v, bias, np.float32(head_dim**-0.5), causal=False)
     return linear(from_heads(mixed, width), constants, block.proj)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests.conftest import make_tokenizer, seed_weights
+from tests.families.base import Builder, Reference
 
 PATCH, MERGE = 4, 2
 WINDOW = 2 * MERGE * PATCH
@@ -132,43 +133,44 @@ def as_published(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-class Reference:
-    """transformers on one checkpoint, in float32."""
+def reference_processor(words: Any, image_processor: Any, config: Any) -> Any:
+    """Return `Qwen2VLProcessor` without its video part, which needs torchvision; for pictures it is Qwen3-VL's, too."""
+    from transformers import Qwen2VLProcessor
+
+    class ForPictures(Qwen2VLProcessor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+    return ForPictures(image_processor, words, chat_template=TEMPLATE)
+
+
+class QwenReference(Reference):
+    """transformers on one checkpoint, and what its own functions make for the submodels."""
 
     def __init__(self, checkpoint: Path) -> None:
-        import torch
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText
-
-        self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        self.pictures = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+        super().__init__(checkpoint, reference_processor)
         self.config = self.model.config
 
-    def inputs(self, images: Sequence[np.ndarray], words: Sequence[int]) -> dict[str, Any]:
-        """Return the model's inputs: each picture's block, some of the words after each, and the rest of them."""
+    def inputs(self, images: Sequence[np.ndarray], question: str) -> dict[str, Any]:
+        """Return the model's inputs for one question about `images`."""
+        self.model.model.rope_deltas = None  # of the prompt before
+        return super().inputs(images, question)
+
+    def around(self, images: Sequence[np.ndarray], words: Sequence[int]) -> dict[str, Any]:
+        """Return the model's inputs: each picture's block, one of the token ids `words` after each, and all of them."""
         import torch
 
         config, ids = self.config, [*words[:3]]
-        if images:
-            given = self.of_pictures(images)
-            for number, (_, height, width) in enumerate(given["image_grid_thw"].tolist()):
-                ids += [config.vision_start_token_id, *[config.image_token_id] * (height * width // MERGE**2)]
-                ids += [config.vision_end_token_id, words[number]]
-        return self.of_ids(torch.tensor([[*ids, *words]]), images)
+        given = dict(self.processor.image_processor([*images], **_PICTURES)) if images else {}
+        for number, (_, height, width) in enumerate(given["image_grid_thw"].tolist() if images else []):
+            ids += [config.vision_start_token_id, *[config.image_token_id] * (height * width // MERGE**2)]
+            ids += [config.vision_end_token_id, words[number]]
+        tokens = torch.tensor([[*ids, *words]])
+        types = (tokens == config.image_token_id).int()
+        self.model.model.rope_deltas = None
+        return {**given, "input_ids": tokens, "attention_mask": torch.ones_like(tokens), "mm_token_type_ids": types}
 
-    def of_ids(self, ids: Any, images: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return the model's inputs for a prompt of these token ids `(1, n)`."""
-        import torch
-
-        types = (ids == self.config.image_token_id).int()
-        text = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": types}
-        self.model.model.rope_deltas = None  # of the prompt before
-        return {**text, **(self.of_pictures(images) if images else {})}
-
-    def of_pictures(self, images: Sequence[np.ndarray]) -> dict[str, Any]:
-        """Return the image processor's outputs."""
-        return dict(self.pictures([*images], input_data_format="channels_last", return_tensors="pt"))
-
-    def views(self, inputs: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+    def views(self, inputs: Mapping[str, Any]) -> list[dict[str, np.ndarray]]:
         """Return the vision submodel's inputs for each picture, made by transformers' own functions."""
         import torch
         from transformers import vision_utils
@@ -192,7 +194,7 @@ class Reference:
             views.append({name: np.ascontiguousarray(array[None].numpy()) for name, array in view.items()})
         return views
 
-    def features(self, inputs: dict[str, Any]) -> list[list[np.ndarray]]:
+    def features(self, inputs: Mapping[str, Any]) -> list[list[np.ndarray]]:
         """Return each picture's image embeddings `(M, D)`, and those of DeepStack after them."""
         import torch
 
@@ -203,20 +205,35 @@ class Reference:
         outputs = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
         return [[each.numpy() for each in picture] for picture in zip(*outputs, strict=True)]
 
-    def positions(self, inputs: dict[str, Any]) -> np.ndarray:
-        """Return the position ids `(3, 1, S)`."""
+    def positions(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Return the position ids `(3, S)`."""
         found, _ = self.model.model.get_rope_index(
             inputs["input_ids"], inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw")
         )
-        return np.ascontiguousarray(found.numpy())
+        return np.ascontiguousarray(found[:, 0].numpy())
 
-    def logits(self, inputs: dict[str, Any]) -> np.ndarray:
+    def logits(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Return the logits at every position `(S, V)`."""
         import torch
 
-        self.model.model.rope_deltas = None
         with torch.inference_mode():
             return np.asarray(self.model(**inputs).logits[0].numpy())
+
+
+_PICTURES = {"input_data_format": "channels_last", "return_tensors": "pt"}
+
+
+def builder(kind: str) -> Builder:
+    """Return the builder of one of the three models."""
+    return Builder(
+        {
+            "published": lambda folder: as_published(make_checkpoint(folder / "saved", kind), folder / "published"),
+            "saved": lambda folder: make_checkpoint(folder / "saved", kind),
+            "held": lambda folder: make_checkpoint(folder / "saved", kind, held=True),
+            "tied": lambda folder: make_checkpoint(folder / "saved", kind, tied=True),
+        },
+        QwenReference,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
