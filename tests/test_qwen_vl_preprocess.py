@@ -533,7 +533,7 @@ class Positions(Session):
     cached_attention_slowdown = 1
 
     def __init__(self) -> None:
-        super().__init__(Requests(None, None), DecoderInfo(4, DecoderTraits(position_axes=3)))  # type: ignore[arg-type]
+        super().__init__(Requests(None, None), DecoderInfo(4, DecoderTraits(position_axes=3)))
         self.read: list[Array] = []
 
     def _forget(self, length: int) -> None:
