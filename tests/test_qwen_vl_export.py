@@ -18,10 +18,12 @@ from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.runtime.core import core
+from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import Architecture, architecture, family_config
 from edgevlm_export.families import qwen_vl as exporter
 from edgevlm_export.graphs.constants import Constants
 from edgevlm_export.graphs.stages import partition, stitch
+from edgevlm_export.routes import native as native_route
 from edgevlm_export.routes.native import PARTITION_WEIGHTS
 from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.source.config_reader import overlooked
@@ -214,6 +216,18 @@ def test_the_parts_run_fused(kind: str, folder: Path) -> None:
     assert language["MemoryInput"] == language["MemoryOutput"] == 3 * 2
     assert language["FullyConnected"] == 3 * 4 + 1
     assert language["RMS"] == 3 * (4 if kind == "qwen3_vl" else 2) + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_in_pieces_is_verified(kind: str, folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Every output of the encoder, the decoder on three axes, and compression that is calibrated between the pieces."""
+    monkeypatch.setattr(native_route, "PARTITION_WEIGHTS", 1000)
+    checkpoint = published(folder, kind)
+    for precision, least in (("fp32", 1.0), ("int8", 0.8)):
+        report = export(checkpoint, tmp_path / precision, ExportOptions(precision, via="native"))
+        assert report.verification is not None
+        assert report.verification.greedy_agreement >= least
+        assert report.verification.parts[VISION].cosine > 0.99
 
 
 @pytest.mark.parametrize(
