@@ -51,11 +51,11 @@ PICTURES = [noise(44, 61), noise(33, 15)]
 class Model:
     """A checkpoint's graphs, read, built and stitched as the native route does it, and compiled in float32."""
 
-    def __init__(self, checkpoint: Path, limit: int = PARTITION_WEIGHTS) -> None:
+    def __init__(self, checkpoint: Path, limit: int = PARTITION_WEIGHTS, *, upcast: bool = True) -> None:
         found, weights = read(checkpoint)
         weights.expect(found.shapes, found.unused)
         self.architecture = found
-        self._constants = constants = Constants(weights, upcast=True)  # they hold the memory that the graphs read
+        self._constants = constants = Constants(weights, upcast=upcast)  # they hold the memory that the graphs read
         self.compiled = {}
         self.inputs: dict[str, dict[str, Any]] = {}
         for name, graph in found.graphs.items():
@@ -130,10 +130,23 @@ VARIANTS: dict[str, Any] = {
     "published": published,
     "held": lambda folder, kind: make_checkpoint(folder / f"{kind}-held", kind, held=True),
     "tied": lambda folder, kind: make_checkpoint(folder / f"{kind}-tied", kind, tied=True),
+    "bfloat16": lambda folder, kind: in_bfloat16(saved(folder, kind), folder / f"{kind}-bfloat16"),
     "yarn": lambda folder, kind: make_checkpoint(
         folder / f"{kind}-yarn", kind, text_config={"rope_parameters": yarn(kind)}
     ),
 }
+
+
+def in_bfloat16(checkpoint: Path, folder: Path) -> Path:
+    """Write the checkpoint with weights of 16 bits, as most are published."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    halved = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(halved, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def yarn(kind: str) -> dict[str, Any]:
@@ -148,7 +161,7 @@ def yarn(kind: str) -> dict[str, Any]:
 def test_features_and_logits_are_those_of_transformers(kind: str, variant: str, folder: Path) -> None:
     """Without pictures, with one and with two, read at once and in two pieces, the cut within a picture."""
     checkpoint = VARIANTS[variant](folder, kind)
-    model, reference = Model(checkpoint), QwenReference(checkpoint)
+    model, reference = Model(checkpoint, upcast=variant != "bfloat16"), QwenReference(checkpoint)
     for images in ([], PICTURES[:1], PICTURES):
         inputs = reference.around(images, WORDS)
         expected = reference.features(inputs)
@@ -336,9 +349,10 @@ def test_text_keys_that_are_there_twice(folder: Path, tmp_path: Path) -> None:
     """transformers 4.52 to 4.57 write them beside text_config, too; one that differs is not passed over."""
     checkpoint = Path(shutil.copytree(saved(folder, "qwen2_5_vl"), tmp_path / "checkpoint"))
     config = read_json(checkpoint / "config.json")
-    write_json(checkpoint / "config.json", {**config["text_config"], **config})
+    config = {**config["text_config"], **config, "sliding_window": 32768}
+    write_json(checkpoint / "config.json", config)
     read(checkpoint)
-    write_json(checkpoint / "config.json", {**config["text_config"], **config, "rms_norm_eps": 0.5})
+    write_json(checkpoint / "config.json", {**config, "rms_norm_eps": 0.5})
     with pytest.raises(SourceError, match=re.escape("does not know rms_norm_eps (0.5)")):
         read(checkpoint)
 

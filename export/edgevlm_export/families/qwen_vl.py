@@ -76,6 +76,8 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
 _HARMLESS = ("ignore_index", "video_token_id", "vision_end_token_id", "vision_start_token_id", "vision_token_id")
 """Of videos and training, and ids that the runtime has as facts."""
 _TEXT_HARMLESS = (*_HARMLESS, "image_token_id")
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
+"""Beside `text_config`, which has its own; without it they are read."""
 _PREPROCESSOR_HARMLESS = ("data_format", "default_to_square", "do_pad", "image_processor_type")
 _VISION_HARMLESS = ("in_chans", "spatial_patch_size", "tokens_per_second")
 """What the classes do not read, and the speed of videos."""
@@ -189,7 +191,7 @@ def _window_size(vision: ConfigReader) -> int:
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:  # noqa: ARG001
     """Return the model's graphs. Raises `SourceError`, and `UnsupportedError` for what is not built here."""
-    config = checkpoint.section("", _DEFAULTS, harmless=(*_HARMLESS, *_repeated(checkpoint)))
+    config = checkpoint.section("", _DEFAULTS, harmless=(*_HARMLESS, *_WINDOWS, *_repeated(checkpoint)))
     kind, names = checkpoint.model_type, _Names(tensors)
     text = text_section(config, _TEXT_HARMLESS)
     seen = config.section("vision_config", _VISION_DEFAULTS[kind], harmless=_VISION_HARMLESS)

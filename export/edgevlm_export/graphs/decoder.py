@@ -103,10 +103,11 @@ def language_graph(decoder: Decoder) -> Graph:
     """
     ropes = _ropes(decoder)
     start = Stage(partial(rope_and_mask, ropes))
-    layers = [Stage(partial(decoder_layer, each, index, ropes), (each,)) for index, each in enumerate(decoder.layers)]
     extras = [deepstack_name(index) for index in range(decoder.deepstack)]
-    for index, name in reversed([*enumerate(extras)]):
-        layers.insert(index + 1, Stage(partial(add_features, name)))
+    layers: list[Stage] = []
+    for index, layer in enumerate(decoder.layers):
+        layers.append(Stage(partial(decoder_layer, layer, index, ropes), (layer,)))
+        layers += [Stage(partial(add_features, name)) for name in extras[index : index + 1]]
     head = Stage(partial(lm_head, decoder), (decoder.norm, decoder.lm_head))
     axes = max((max(rope.axes) + 1 for rope in ropes if rope.axes), default=None)
     inputs = {

@@ -78,7 +78,7 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
 
     inputs = {
         pair: {
-            **_silent(architecture.graphs[LANGUAGE], len(sample.ids)),
+            **_zero_extras(architecture.graphs[LANGUAGE], len(sample.ids)),
             **decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair]),
         }
         for pair, sample in samples.items()
@@ -115,7 +115,7 @@ def look_up(table: RawTensor, ids: Array) -> Array:
     return replace(table, array=table.array[ids]).float32()[None]
 
 
-def _silent(graph: Graph, count: int) -> Arrays:
+def _zero_extras(graph: Graph, count: int) -> Arrays:
     """Return zeros for the inputs that this decoder alone has, `(1, count, ...)`: families leave them out for text."""
     return {
         name: np.zeros((1, count, *shape[2:]), _DTYPES[dtype])
@@ -165,7 +165,7 @@ class SubmodelWriter:
         calibration: Sequence[Arrays],
         last_positions: Sequence[int] | None = None,
     ) -> list[dict[str, Array]]:
-        """Write one submodel; return its uncompressed float32 outputs for each of `inputs`, the graph's first first.
+        """Write one submodel; return its uncompressed float32 outputs for each of `inputs`, its main one first.
 
         Compression is calibrated on the inputs `calibration`. Of each output only so many of the last positions are
         kept, all where `last_positions` is None.
