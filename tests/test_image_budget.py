@@ -25,6 +25,19 @@ IDEFICS3: dict[str, Any] = {
     "position_grid": 4,
     "preprocessing": {"longest_edge": 4 * TILE, "tile": TILE, "do_image_splitting": True, **PIXELS},
 }
+QWEN_VL: dict[str, Any] = {
+    "image_token": "<|image_pad|>",
+    "image_token_id": 4,
+    "vision_start": "<|vision_start|>",
+    "vision_end": "<|vision_end|>",
+    "vision_start_token_id": 5,
+    "patch_size": TILE // 2,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 4 * TILE**2,
+    "max_pixels": 100 * TILE**2,
+    **PIXELS,
+}
 FACTS: dict[str, dict[str, Any]] = {
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
@@ -53,8 +66,20 @@ FACTS: dict[str, dict[str, Any]] = {
             **PIXELS,
         },
     },
+    "qwen2_vl": {"model_type": "qwen2_vl", **QWEN_VL},
+    "qwen2_5_vl": {"model_type": "qwen2_5_vl", "window_size": 4 * TILE, **QWEN_VL},
+    "qwen3_vl": {"model_type": "qwen3_vl", "table_side": 8, **QWEN_VL},
 }
-LEAST = {"idefics3": 5, "smolvlm": 5, "internvl": 5, "llava": 16, "llava_onevision": 17}
+LEAST = {
+    "idefics3": 5,
+    "smolvlm": 5,
+    "internvl": 5,
+    "llava": 16,
+    "llava_onevision": 17,
+    "qwen2_vl": 4,
+    "qwen2_5_vl": 4,
+    "qwen3_vl": 4,
+}
 SIZES = [(20, 30), (TILE, TILE), (64, 96), (100, 250), (250, 90), (400, 400)]
 
 

@@ -34,6 +34,9 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "internvl": partial(_load, "internvl", "InternVL"),
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
+    "qwen2_5_vl": partial(_load, "qwen_vl", "QwenVL"),
+    "qwen2_vl": partial(_load, "qwen_vl", "QwenVL"),
+    "qwen3_vl": partial(_load, "qwen_vl", "QwenVL"),
     "smolvlm": partial(_load, "idefics3", "Idefics3"),
 }
 

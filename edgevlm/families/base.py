@@ -33,8 +33,8 @@ class ImageBudget:
     """Detail and cost of each picture of a prompt; it means the same for every family."""
 
     detail: Detail = "auto"
-    """`low`: the fewest image tokens of the family; `auto`: as many as the picture has pixels for; `high`: as the
-    checkpoint's own processor, which may enlarge the picture."""
+    """`low`: the fewest image tokens of the family, or at most 256 where a picture keeps its shape; `auto`: as many as
+    the picture has pixels for; `high`: as the checkpoint's own processor, which may enlarge the picture."""
     max_image_tokens: int | None = None
     """At most this many image tokens for each picture."""
     max_views: int | None = None

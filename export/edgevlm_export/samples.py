@@ -7,12 +7,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Array, Arrays, Family, ImageBudget, View, Visual
+from edgevlm.families.base import (
+    IMAGE_EMBEDS,
+    PIXEL_VALUES,
+    Array,
+    Arrays,
+    Family,
+    ImageBudget,
+    LanguageInputs,
+    View,
+    Visual,
+)
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import join, merge
 from edgevlm.runtime.loader import ModelLoader
 from edgevlm_export.calibration import VISION_PIXELS, VISION_TILES, VISION_WIDTH, Pair, load_pairs, with_questions
+
+DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
+"""Inputs of every decoder."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +75,31 @@ def decoder_inputs(
     }
 
 
+def prompt_inputs(inputs: Arrays) -> LanguageInputs | None:
+    """Return positions and extra inputs of `decoder_inputs`, None where they are those of any text."""
+    positions = inputs["position_ids"]
+    extras = {name: array[0] for name, array in inputs.items() if name not in DECODER_INPUTS}
+    if positions.ndim == 2 and not extras:
+        return None
+    return LanguageInputs(positions if positions.ndim == 2 else positions[:, 0], extras)
+
+
 def pixel_values(views: Sequence[View]) -> Array:
     """Return the `pixel_values` `(T, 3, H, W)` of views of one size."""
     return np.concatenate([view.inputs()[PIXEL_VALUES] for view in views])
 
 
-def pixel_views(values: Array) -> list[View]:
-    """Return views that give these `pixel_values` `(T, 3, H, W)`."""
-    nothing = np.empty((0, 0, 3), np.uint8)
-    return [View(nothing, lambda each=each: {PIXEL_VALUES: each[None]}) for each in values]  # type: ignore[misc]
+def pixel_views(values: Array, others: Arrays | None = None) -> list[View]:
+    """Return views that give these `pixel_values` `(T, 3, H, W)`, and what `others` `(T, ...)` hold by name."""
+    nothing, arrays = np.empty((0, 0, 3), np.uint8), {PIXEL_VALUES: values, **(others or {})}
+    inputs = [{name: array[number, None] for name, array in arrays.items()} for number in range(len(values))]
+    return [View(nothing, lambda each=each: each) for each in inputs]  # type: ignore[misc]
+
+
+def other_inputs(views: Sequence[View]) -> dict[str, Array]:
+    """Return what views of one size need beside their `pixel_values`, `(T, ...)` by name."""
+    inputs = [view.inputs() for view in views]
+    return {name: np.concatenate([each[name] for each in inputs]) for name in inputs[0] if name != PIXEL_VALUES}
 
 
 def vision_samples(processor: Processor, pairs: Sequence[Pair], hidden_size: int) -> list[dict[str, Array]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import VerificationError
-from edgevlm.families.base import IMAGE_EMBEDS
+from edgevlm.families.base import LanguageInputs
 from edgevlm.inputs.prompt import merge
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm.vlm import VLM
@@ -61,12 +61,13 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
     for name in sorted({key.split(".")[0] for key in cases}):
         image_embeds = np.empty((0, vlm.manifest.hidden_size), np.float32)
         if f"{name}.pixel_values" in cases:
-            expected = reference[f"{name}.image_embeds"]
-            views = pixel_views(cases[f"{name}.pixel_values"])
-            embeds.append((expected, np.stack([each[IMAGE_EMBEDS] for each in vlm.vision.encode(views)])))
-            image_embeds = expected.reshape(-1, vlm.manifest.hidden_size)
+            views = pixel_views(cases[f"{name}.pixel_values"], _below(cases, f"{name}.view."))
+            encoded = [*vlm.vision.encode(views)]
+            embeds += [(reference[f"{name}.{key}"], np.stack([each[key] for each in encoded])) for key in encoded[0]]
+            image_embeds = reference[f"{name}.image_embeds"].reshape(-1, vlm.manifest.hidden_size)
         ids = np.concatenate([cases[f"{name}.input_ids"], reference[f"{name}.token_ids"][:-1]])
-        logits.append((reference[f"{name}.logits"], _logits(vlm, ids, image_embeds, reference[f"{name}.logits"])))
+        found = _logits(vlm, ids, image_embeds, len(reference[f"{name}.logits"]), _prompt_inputs(cases, name))
+        logits.append((reference[f"{name}.logits"], found))
         table.append((reference[f"{name}.text_embeds"], vlm.language_model.session().embed(ids)[0]))
     pairs = {VISION: embeds, TEXT_EMBEDDINGS: table, LANGUAGE: logits}
     parts = {
@@ -79,11 +80,22 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
     return Verification(parts, float(agreement.mean()), float(divergence.mean()), len(agreement))
 
 
-def _logits(vlm: VLM, ids: Array, image_embeds: Array, like: Array) -> Array:
-    """Return the logits of the last positions, as many as `like` has, in one pass over prompt and answer."""
+def _below(arrays: Arrays, prefix: str) -> dict[str, Array]:
+    """Return the arrays whose names begin so, without that."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _prompt_inputs(cases: Arrays, name: str) -> LanguageInputs | None:
+    """Return positions and extra inputs of a case's prompt and answer, None where they are those of any text."""
+    positions = cases.get(f"{name}.positions")
+    return None if positions is None else LanguageInputs(positions, _below(cases, f"{name}.extra."))
+
+
+def _logits(vlm: VLM, ids: Array, image_embeds: Array, count: int, inputs: LanguageInputs | None) -> Array:
+    """Return the logits of the last `count` positions, in one pass over prompt and answer."""
     session = vlm.language_model.session()
     inputs_embeds = merge(session.embed(ids), ids, vlm.processor.family.image_token_id, image_embeds)
-    return session.prefill(inputs_embeds, logits_to_keep=len(like))
+    return session.prefill(inputs_embeds, count, inputs=inputs)
 
 
 def _compare(pairs: Sequence[tuple[Array, Array]]) -> tuple[float, float]:
@@ -127,12 +139,12 @@ def check(figures: Verification, scales: Mapping[str, float]) -> None:
 
 def scales(reference: Arrays) -> dict[str, float]:
     """Return each submodel's largest absolute reference value, at least 1."""
-    names = {VISION: "image_embeds", TEXT_EMBEDDINGS: "text_embeds", LANGUAGE: "logits"}
-    return {part: max(1.0, *_maxima(reference, name)) for part, name in names.items()}
-
-
-def _maxima(reference: Arrays, name: str) -> Iterable[float]:
-    return [float(np.abs(array).max()) for key, array in reference.items() if key.endswith(f".{name}")] or [1.0]
+    parts = {"text_embeds": TEXT_EMBEDDINGS, "logits": LANGUAGE, "token_ids": None}
+    largest = dict.fromkeys((VISION, TEXT_EMBEDDINGS, LANGUAGE), 1.0)
+    for key, array in reference.items():
+        if part := parts.get(key.partition(".")[2], VISION):
+            largest[part] = max(largest[part], float(np.abs(array).max()))
+    return largest
 
 
 def load_arrays(path: Path) -> dict[str, Array]:

@@ -5,15 +5,15 @@ A reader turns config.json's `text_config` into a `Decoder`; the table `TEXT_MOD
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
 from edgevlm_export.graphs.decoder import Attention, Decoder, GatedMLP, Layer
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
-from edgevlm_export.graphs.rope import Rope, make_rope
+from edgevlm_export.graphs.rope import Rope, interleaved, make_rope, sectioned
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
 _LLAMA = {
@@ -33,6 +33,17 @@ _QWEN2 = _LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
 }
+_QWEN2_VL = _LLAMA | {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA
@@ -44,9 +55,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
+    "qwen2_vl_text": _QWEN2_VL,
+    "qwen2_5_vl_text": _QWEN2_VL,
+    "qwen3_vl_text": _QWEN2
+    | {
+        "hidden_size": 4096,
+        "head_dim": 128,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 128000,
+    },
 }
 """What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; 4.57
 assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
+_FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+"""Families whose config.json may have the text model's keys beside the others, instead of in `text_config`."""
+_WINDOW = 4096
+"""Of the classes, where windows slide and no size is stated."""
 _ROPE_KEYS = frozenset(
     [
         "rope_type",
@@ -77,10 +101,28 @@ class Names:
     """The LM head, or the embedding table that it is tied to."""
 
 
-def text_section(config: ConfigReader) -> ConfigReader:
-    """Return config.json's `text_config` with its class's defaults, none where the class is not known here."""
-    kind = ConfigReader(config.get("text_config"), "text_config").get("model_type", "llama")
-    return config.section("text_config", DEFAULTS.get(str(kind)))
+@dataclass(frozen=True)
+class MRope:
+    """What a text model assumes of rotary positions on three axes: time, height and width."""
+
+    sections: tuple[int, ...]
+    """Pairs of channels of each axis, where the config does not say."""
+    interleaved: bool
+
+
+def text_section(config: ConfigReader, harmless: Collection[str] = ()) -> ConfigReader:
+    """Return config.json's `text_config` with its class's defaults, none where the class is not known here.
+
+    It is config.json itself where the family has the text model's keys there. `harmless` keys change nothing.
+    """
+    family = str(config.get("model_type", ""))
+    if family in _FLAT and "text_config" not in config:
+        return config.assuming(DEFAULTS[_FLAT[family]])
+    inner = f"{family}_text" if f"{family}_text" in DEFAULTS else "llama"
+    kind = ConfigReader(config.get("text_config"), "text_config").get("model_type", inner)
+    return config.section(
+        "text_config", {"model_type": kind, **DEFAULTS.get(_FLAT.get(str(kind), str(kind)), {})}, harmless=harmless
+    )
 
 
 def read_decoder(text: ConfigReader, prefix: str, head: str, *, tied: bool) -> Decoder:
@@ -122,11 +164,30 @@ def read_qwen3(text: ConfigReader, names: Names) -> Decoder:
     return make_decoder(text, names, qkv_bias=bias, o_bias=bias, qk_norm=True)
 
 
+def read_qwen2_vl(text: ConfigReader, names: Names) -> Decoder:
+    """Qwen2 with positions on three axes, whose frequencies follow each other."""
+    _refuse_sliding_windows(text, always=False)
+    return make_decoder(text, names, qkv_bias=True, mrope=MRope((16, 24, 24), interleaved=False))
+
+
+def read_qwen3_vl(text: ConfigReader, names: Names) -> Decoder:
+    """Qwen3 with positions on three axes, whose frequencies alternate."""
+    _refuse_sliding_windows(text, always=False)
+    bias = text.flag("attention_bias")
+    mrope = MRope((24, 20, 20), interleaved=True)
+    return make_decoder(text, names, qkv_bias=bias, o_bias=bias, qk_norm=True, mrope=mrope)
+
+
 TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
     "llama": read_llama,
     "mistral": read_mistral,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
+    "qwen2_vl": read_qwen2_vl,
+    "qwen2_vl_text": read_qwen2_vl,
+    "qwen2_5_vl": read_qwen2_vl,
+    "qwen2_5_vl_text": read_qwen2_vl,
+    "qwen3_vl_text": read_qwen3_vl,
 }
 
 
@@ -138,12 +199,13 @@ def make_decoder(
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    mrope: MRope | None = None,
 ) -> Decoder:
-    """Return a decoder whose layers are all alike: Llama's, with biases and norms of q and k as asked for."""
+    """Return a decoder whose layers are all alike: Llama's, with biases, norms and RoPE as asked for."""
     hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
     heads, kv_heads, head_dim = _heads(text, hidden)
     inner, eps = text.size("intermediate_size"), text.number("rms_norm_eps")
-    act, rope = read_activation(text, "hidden_act"), _read_rope(text, head_dim)
+    act, rope = read_activation(text, "hidden_act"), _read_rope(text, head_dim, mrope)
 
     def attention(at: str) -> Attention:
         q, k, v = (
@@ -181,7 +243,8 @@ def _heads(text: ConfigReader, hidden: int) -> tuple[int, int, int]:
 
 def _refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
     """Raise `UnsupportedError` for a window shorter than the context; `always`: it slides without being told to."""
-    window, _ = text.get("sliding_window"), text.get("max_window_layers")  # the latter counts only where windows slide
+    window = text.get("sliding_window", _WINDOW)
+    text.get("max_window_layers")  # counts only where windows slide
     slides = always or text.flag("use_sliding_window")
     if slides and window and window < text.size("max_position_embeddings"):
         raise UnsupportedError(f"the native route does not build attention over a sliding window of {window} tokens")
@@ -189,7 +252,7 @@ def _refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
         raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
 
 
-def _read_rope(text: ConfigReader, head_dim: int) -> Rope:
+def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None) -> Rope:
     """Return the rotation, stated as transformers 5 does it (`rope_parameters`) or as 4 (`rope_theta`, `rope_scaling`).
 
     What goes before what follows `RotaryEmbeddingConfigMixin` of transformers 5.24.
@@ -199,6 +262,7 @@ def _read_rope(text: ConfigReader, head_dim: int) -> Rope:
     if not isinstance(stated, Mapping):
         raise SourceError(f"config.json: text_config.{name} is not a JSON object")
     parameters = {key: value for key, value in stated.items() if value is not None}
+    axes = _read_axes(parameters, mrope, head_dim) if mrope else None
     if unknown := sorted(parameters.keys() - _ROPE_KEYS):
         raise UnsupportedError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
     if (original := text.get("original_max_position_embeddings")) is not None:
@@ -208,8 +272,30 @@ def _read_rope(text: ConfigReader, head_dim: int) -> Rope:
     theta = text.number("rope_theta")
     try:
         theta = float(parameters.get("rope_theta", theta))
-        return make_rope(head_dim, theta, parameters, text.size("max_position_embeddings"))
+        return replace(make_rope(head_dim, theta, parameters, text.size("max_position_embeddings")), axes=axes)
     except NotImplementedError as error:
         raise UnsupportedError(f"the native route does not build RoPE of type {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise SourceError(f"config.json: text_config.{name} is incomplete: {error}") from None
+
+
+def _read_axes(parameters: dict[str, Any], mrope: MRope, head_dim: int) -> tuple[int, ...]:
+    """Return the axis of each pair of channels, and take what `parameters` say of it out of them.
+
+    The type `mrope` of older checkpoints is the default one, as in `Qwen2VLTextConfig` of transformers 5.24.
+    """
+    sections = parameters.pop("mrope_section", list(mrope.sections))
+    if parameters.pop("mrope_interleaved", mrope.interleaved) != mrope.interleaved:
+        raise UnsupportedError(
+            f"the native route does not build this text model with mrope_interleaved {not mrope.interleaved}"
+        )
+    counts = sections if isinstance(sections, list) else []
+    is_whole = all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in counts)
+    if len(counts) != 3 or not is_whole or sum(counts) != head_dim // 2:
+        raise SourceError(
+            f"config.json: mrope_section must be three numbers that make {head_dim // 2} together, not {sections!r}"
+        )
+    for key in ("rope_type", "type"):
+        if parameters.get(key) == "mrope":
+            parameters[key] = "default"
+    return interleaved(counts) if mrope.interleaved else sectioned(counts)

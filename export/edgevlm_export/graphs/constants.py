@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -31,11 +32,18 @@ class Constants:
 
     def matrix(self, *names: str) -> Output:
         """Return a weight matrix, or several with their rows concatenated; the graph computes with it in float32."""
-        tensor = concatenate([self._weights.get(name) for name in names])
+        return self._shared(concatenate([self._weights.get(name) for name in names]), names[0])
+
+    def kernel(self, name: str) -> Output:
+        """Return a convolution's kernel as a matrix: a row for each channel that comes out."""
+        tensor = self._weights.get(name)
+        return self._shared(replace(tensor, array=tensor.array.reshape(len(tensor.array), -1)), name)
+
+    def _shared(self, tensor: RawTensor, name: str) -> Output:
         if self._upcast:
             tensor = RawTensor(tensor.float32(), "f32")
         self._keep_alive.append(tensor)  # the constant shares the array's memory and does not own it
-        return _constant(tensor, names[0])
+        return _constant(tensor, name)
 
     def release(self) -> None:
         """Give back the memory of all constants made so far; no graph may hold one any more."""

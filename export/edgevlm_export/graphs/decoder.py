@@ -85,6 +85,9 @@ class Decoder:
     layers: tuple[Layer, ...]
     norm: Norm
     lm_head: Linear
+    deepstack: int = 0
+    """After so many of the first layers features of the pictures' earlier layers are added: DeepStack
+    (https://arxiv.org/abs/2406.04334)."""
 
     @property
     def hidden_size(self) -> int:
@@ -93,15 +96,24 @@ class Decoder:
 
 
 def language_graph(decoder: Decoder) -> Graph:
-    """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache."""
+    """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache.
+
+    Its position_ids are `(B, S)`, or `(axes, B, S)` where RoPE has several axes; `deepstack_embeds.K` `(B, S, D)` are
+    added after layer K.
+    """
     ropes = _ropes(decoder)
     start = Stage(partial(rope_and_mask, ropes))
-    layers = [Stage(partial(decoder_layer, each, index, ropes), (each,)) for index, each in enumerate(decoder.layers)]
+    extras = [deepstack_name(index) for index in range(decoder.deepstack)]
+    layers: list[Stage] = []
+    for index, layer in enumerate(decoder.layers):
+        layers.append(Stage(partial(decoder_layer, layer, index, ropes), (layer,)))
+        layers += [Stage(partial(add_features, name)) for name in extras[index : index + 1]]
     head = Stage(partial(lm_head, decoder), (decoder.norm, decoder.lm_head))
+    axes = max((max(rope.axes) + 1 for rope in ropes if rope.axes), default=None)
     inputs = {
         "attention_mask": ("i64", (-1, -1)),
-        "position_ids": ("i64", (-1, -1)),
-        "inputs_embeds": ("f32", (-1, -1, decoder.hidden_size)),
+        "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
+        **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
     states = _states(decoder)
     finish = partial(make_stateful, states=states)
@@ -163,6 +175,16 @@ def decoder_layer(layer: Layer, index: int, ropes: Sequence[Rope], values: Value
     x = opset.add(x, attention(normal, layer.mixer, index, cos, sin, values, constants))
     normal = rms_norm(x, constants, layer.mlp_norm)
     values["hidden_states"] = named(opset.add(x, gated_mlp(normal, layer.mlp, constants)), layer.name)
+
+
+def deepstack_name(index: int) -> str:
+    """Return what the features are called that are added after one layer of the decoder."""
+    return f"deepstack_embeds.{index}"
+
+
+def add_features(name: str, values: Values, constants: Constants) -> None:  # noqa: ARG001
+    """Set `hidden_states` with the features called `name` added, which are 0 but at image tokens."""
+    values["hidden_states"] = import_openvino().opset13.add(values["hidden_states"], values[name])
 
 
 def attention(

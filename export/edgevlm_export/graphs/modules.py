@@ -86,6 +86,29 @@ class PatchConvolution:
             yield f"{self.name}.bias", (self.hidden,)
 
 
+@dataclass(frozen=True)
+class FrameConvolution:
+    """A convolution over `frames` pictures whose stride is its kernel: a patch of all of them becomes one vector."""
+
+    name: str
+    hidden: int
+    channels: int
+    frames: int
+    size: int
+    bias: bool = True
+
+    @property
+    def values(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.frames * self.size**2
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield names and shapes."""
+        yield f"{self.name}.weight", (self.hidden, self.channels, self.frames, self.size, self.size)
+        if self.bias:
+            yield f"{self.name}.bias", (self.hidden,)
+
+
 def declared(tree: Any) -> Iterator[tuple[str, Shape]]:
     """Yield name and shape of every tensor of a module, or of all modules in a dataclass's fields or in a sequence."""
     if hasattr(tree, "tensors"):

@@ -6,7 +6,7 @@ The frequencies follow transformers' `modeling_rope_utils` (5.24): default, line
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ class Rope:
 
     frequencies: Frequencies  # (head_dim / 2,)
     scale: float = 1.0
+    axes: tuple[int, ...] | None = None
+    """Which axis of the positions turns each pair of channels, `(head_dim / 2,)`; None where there is one axis."""
 
 
 def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context_length: int) -> Rope:
@@ -85,10 +87,34 @@ def _mscale(factor: float, mscale: float = 1) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def sectioned(sections: Sequence[int]) -> tuple[int, ...]:
+    """Return the axis of each frequency of Qwen2-VL's M-RoPE (https://arxiv.org/abs/2409.12191): axis after axis.
+
+    `sections` says how many frequencies each axis has.
+    """
+    return tuple(axis for axis, count in enumerate(sections) for _ in range(count))
+
+
+def interleaved(sections: Sequence[int]) -> tuple[int, ...]:
+    """Return the axis of each frequency of Qwen3-VL's M-RoPE (https://arxiv.org/abs/2511.21631): t, h, w, t, h, w, …
+
+    Each axis but the first has every third frequency, as many as its section says; the first has all others.
+    """
+    axes = np.zeros(sum(sections), np.int64)
+    for axis in range(1, len(sections)):
+        axes[axis : len(sections) * sections[axis] : len(sections)] = axis
+    return tuple(axes.tolist())
+
+
 def rotations(position_ids: Output, rope: Rope) -> tuple[ov.Node, ov.Node]:
-    """Return cosine and sine `(B, 1, S, head_dim)` of int64 position ids `(B, S)`."""
+    """Return cosine and sine `(B, 1, S, head_dim)` of int64 position ids `(B, S)`, of several axes `(axes, B, S)`."""
     opset = import_openvino().opset13
-    positions = opset.convert(opset.unsqueeze(position_ids, np.array([1, 3])), "f32")
+    if rope.axes is None:
+        positions = opset.unsqueeze(position_ids, np.array([1, 3]))
+    else:
+        each = opset.gather(position_ids, np.array(rope.axes), np.int64(0))  # (head_dim / 2, B, S)
+        positions = opset.unsqueeze(opset.transpose(each, np.array([1, 2, 0])), np.array([1]))
+    positions = opset.convert(positions, "f32")
     angles = opset.multiply(positions, rope.frequencies.reshape(1, 1, 1, -1))
     angles = opset.concat([angles, angles], -1)
     cos, sin = opset.cos(angles), opset.sin(angles)

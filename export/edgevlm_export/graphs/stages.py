@@ -52,7 +52,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Graph:
-    """One submodel: its inputs, its stages in order, and the value that is its output."""
+    """One submodel: its inputs, its stages in order, and the values that are its outputs."""
 
     inputs: Mapping[str, tuple[str, Sequence[int]]]
     """Name to element type and shape, -1 where it varies."""
@@ -64,6 +64,8 @@ class Graph:
     """Values that `finish` turns into state; no stage reads another's."""
     finish: Callable[[ov.Model, Mapping[str, Output]], ov.Model] = lambda model, _: model
     """Makes the whole submodel from the stitched model and its values."""
+    others: Sequence[str] = ()
+    """Values that are outputs, too, after the first and under their own names."""
 
     def tensors(self) -> dict[str, Shape]:
         """Return name and shape of every tensor that the stages read."""
@@ -143,7 +145,9 @@ def stitch(models: Sequence[ov.Model], graph: Graph, name: str) -> ov.Model:
         values |= {label: output.get_node().input_value(0) for label, output in outputs_of(model).items()}
     for label, value in values.items():
         value.get_tensor().set_names({label} if label in parameters else set())
-    end = values[graph.value]
-    end.get_tensor().set_names({graph.output})
+    ends = {graph.output: values[graph.value], **{label: values[label] for label in graph.others}}
+    for label, end in ends.items():
+        end.get_tensor().set_names({label})
+    results = [openvino.opset13.result(end) for end in ends.values()]
     order = [parameters[label] for label in graph.inputs]
-    return graph.finish(openvino.Model([openvino.opset13.result(end)], order, name), values)
+    return graph.finish(openvino.Model(results, order, name), values)

@@ -28,11 +28,21 @@ from edgevlm_export.calibration import verification_pairs, with_questions
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
 from edgevlm_export.graphs.constants import Constants
-from edgevlm_export.graphs.stages import outputs_of, partition, stitch
+from edgevlm_export.graphs.stages import Graph, outputs_of, partition, stitch
 from edgevlm_export.options import UNCOMPRESSED, VERIFY_TOKENS, Precision
 from edgevlm_export.output_folder import FILE_NAMES, Written, save_ir
 from edgevlm_export.routes.base import ExportJob, copy_small_files
-from edgevlm_export.samples import Sample, decoder_inputs, encoder_inputs, make_sample, pixel_values, vision_samples
+from edgevlm_export.samples import (
+    DECODER_INPUTS,
+    Sample,
+    decoder_inputs,
+    encoder_inputs,
+    make_sample,
+    other_inputs,
+    pixel_values,
+    prompt_inputs,
+    vision_samples,
+)
 from edgevlm_export.source.safetensors_reader import RawTensor, Weights
 from edgevlm_export.verify import Array, Arrays
 
@@ -42,6 +52,7 @@ if TYPE_CHECKING:
 LIBRARIES = ("nncf", "safetensors", "huggingface_hub")
 PARTITION_WEIGHTS = 64_000_000
 """Weights of a partition: 0.26 GB in float32, of which compiling and compressing hold several copies."""
+_DTYPES = {"f32": np.float32, "i64": np.int64}
 _FLOAT32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 
 
@@ -62,11 +73,14 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     is_w8a8 = options.part_precision(VISION) == "w8a8"
     calibration = vision_samples(processor, pairs, manifest.hidden_size) if is_w8a8 else []
     outputs = iter(writer.write(VISION, views, calibration))
-    encoded = {pair: [{IMAGE_EMBEDS: next(outputs)[0]} for _ in sample.views] for pair, sample in samples.items()}
+    encoded = {pair: [_features(next(outputs)) for _ in sample.views] for pair, sample in samples.items()}
     writer.write(TEXT_EMBEDDINGS, [], [])
 
     inputs = {
-        pair: decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair])
+        pair: {
+            **_zero_extras(architecture.graphs[LANGUAGE], len(sample.ids)),
+            **decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair]),
+        }
         for pair, sample in samples.items()
     }
     calibration = [inputs[pair] for pair in calibration_pairs]
@@ -77,7 +91,7 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     cases: dict[str, Array] = {}
     reference: dict[str, Array] = {}
     for (name, pair), scores in zip(verified.items(), logits, strict=True):
-        case, expected = as_case(samples[pair], embeds[pair], encoded[pair], scores)
+        case, expected = as_case(samples[pair], embeds[pair], encoded[pair], scores["logits"], inputs[pair])
         cases |= {f"{name}.{key}": array for key, array in case.items()}
         reference |= {f"{name}.{key}": array for key, array in expected.items()}
     precisions = {part: options.part_precision(part) for part in SUBMODELS}
@@ -101,15 +115,39 @@ def look_up(table: RawTensor, ids: Array) -> Array:
     return replace(table, array=table.array[ids]).float32()[None]
 
 
-def as_case(sample: Sample, embeds: Array, encoded: Sequence[Arrays], logits: Array) -> tuple[Arrays, Arrays]:
-    """Return inputs and outputs as `verify` takes them: logits `(compared, V)` of the last positions of the sample."""
+def _zero_extras(graph: Graph, count: int) -> Arrays:
+    """Return zeros for the inputs that this decoder alone has, `(1, count, ...)`: families leave them out for text."""
+    return {
+        name: np.zeros((1, count, *shape[2:]), _DTYPES[dtype])
+        for name, (dtype, shape) in graph.inputs.items()
+        if name not in DECODER_INPUTS
+    }
+
+
+def _features(outputs: Arrays) -> Arrays:
+    """Return a view's encoding as the runtime names it: the vision submodel's first output is `image_embeds`."""
+    first, *others = outputs
+    return {IMAGE_EMBEDS: outputs[first][0], **{name: outputs[name][0] for name in others}}
+
+
+def as_case(
+    sample: Sample, embeds: Array, encoded: Sequence[Arrays], logits: Array, inputs: Arrays
+) -> tuple[Arrays, Arrays]:
+    """Return inputs and outputs as `verify` takes them: logits `(compared, V)` of the last positions of the sample.
+
+    `inputs` are the decoder's.
+    """
     prompt = len(sample.ids) - compared(sample) + 1
     following = np.append(sample.ids[prompt:], logits[-1].argmax())
     case = {"input_ids": sample.ids[:prompt]}
     outputs = {"token_ids": following, "logits": logits, "text_embeds": embeds[0]}
     if sample.views:
         case[PIXEL_VALUES] = pixel_values(sample.views)
-        outputs[IMAGE_EMBEDS] = np.stack([each[IMAGE_EMBEDS] for each in encoded])
+        case |= {f"view.{name}": array for name, array in other_inputs(sample.views).items()}
+        outputs |= {name: np.stack([each[name] for each in encoded]) for name in encoded[0]}
+    if own := prompt_inputs(inputs):
+        case["positions"] = own.positions
+        case |= {f"extra.{name}": array for name, array in own.extras.items()}
     return case, outputs
 
 
@@ -126,8 +164,8 @@ class SubmodelWriter:
         inputs: Sequence[Arrays],
         calibration: Sequence[Arrays],
         last_positions: Sequence[int] | None = None,
-    ) -> list[Array]:
-        """Write one submodel; return its uncompressed float32 output for each of `inputs`.
+    ) -> list[dict[str, Array]]:
+        """Write one submodel; return its uncompressed float32 outputs for each of `inputs`, its main one first.
 
         Compression is calibrated on the inputs `calibration`. Of each output only so many of the last positions are
         kept, all where `last_positions` is None.
@@ -156,7 +194,7 @@ class SubmodelWriter:
         constants.release()
         for path in self._work.glob(f"{name}-*.*"):
             path.unlink()
-        return [values[graph.value] for values in reference]
+        return [{name: values[name] for name in (graph.value, *graph.others)} for values in reference]
 
     def _compress(
         self, model: ov.Model, precision: Precision, samples: Sequence[Arrays], *, is_last: bool, is_single: bool

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from copy import copy
 from typing import Any
 
 from edgevlm.errors import SourceError
@@ -189,6 +190,12 @@ class ConfigReader:
     def section(self, key: str, defaults: Mapping[str, Any] | None = None, **options: Any) -> ConfigReader:
         """Return an object within this one. Raises `SourceError`."""
         return ConfigReader(self.get(key), f"{self._prefix}{key}", defaults, file=self.file, **options)
+
+    def assuming(self, defaults: Mapping[str, Any]) -> ConfigReader:
+        """Return this object with more defaults; what is read through either counts as read."""
+        other = copy(self)
+        other._defaults = {**self._defaults, **defaults}
+        return other
 
     def note(self, key: str, text: str) -> None:
         """Report what became of a value."""

@@ -1,0 +1,236 @@
+"""A vision transformer on packed patches, as the Qwen-VL models have it.
+
+A picture comes in its own size, as a row of patches: `merge` x `merge` neighbours follow each other, so that every
+`merge`^2 rows become one image token at the end. Shapes: N patches, M = N / merge^2 image tokens, D channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.constants import Constants, Output, named
+from edgevlm_export.graphs.decoder import GatedMLP, deepstack_name, gated_mlp
+from edgevlm_export.graphs.layers import (
+    activation,
+    attention_bias,
+    dimension,
+    embedding,
+    from_heads,
+    layer_norm,
+    linear,
+    rms_norm,
+    split,
+    to_heads,
+)
+from edgevlm_export.graphs.modules import Embedding, FrameConvolution, Linear, Norm
+from edgevlm_export.graphs.rope import Rope, make_rope, rotate, rotations
+from edgevlm_export.graphs.stages import Stage, Values
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+@dataclass(frozen=True)
+class PlainMLP:
+    """fc2(act(fc1(x)))."""
+
+    fc1: Linear
+    fc2: Linear
+    hidden_act: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """Attention and MLP, each behind a norm and added to what came in."""
+
+    name: str
+    norm1: Norm
+    qkv: Linear
+    """Rows of q, then of k, then of v."""
+    proj: Linear
+    norm2: Norm
+    mlp: PlainMLP | GatedMLP
+    windowed: bool = False
+    """Patches attend to those of their window alone."""
+
+
+@dataclass(frozen=True)
+class Merger:
+    """Makes one image token of `merge`^2 patches: a norm, before or after they are joined, and an MLP of two layers."""
+
+    norm: Norm
+    mlp: PlainMLP
+    joins_first: bool = False
+
+
+@dataclass(frozen=True)
+class PackedTransformer:
+    """A vision transformer on packed patches, its merger, and mergers of earlier layers' outputs."""
+
+    patch_embedding: FrameConvolution
+    positions: Embedding | None
+    """A table of learned positions, of which each patch gets a weighted sum of four."""
+    blocks: tuple[Block, ...]
+    merger: Merger
+    deepstack: tuple[tuple[int, Merger], ...]
+    """After which blocks other mergers read the hidden states, in order."""
+    num_heads: int
+    merge: int
+    rope: Rope
+    """Its positions are a patch's row and column."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the hidden states."""
+        return self.patch_embedding.hidden
+
+    @property
+    def windowed(self) -> bool:
+        """Whether any block attends within windows."""
+        return any(block.windowed for block in self.blocks)
+
+    @property
+    def inputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The graph's inputs: name to element type and shape."""
+        inputs: dict[str, tuple[str, tuple[int, ...]]] = {
+            "pixel_values": ("f32", (-1, -1, self.patch_embedding.values)),
+            "patch_positions": ("i64", (-1, -1, 2)),
+        }
+        if self.positions:
+            inputs |= {"table_indices": ("i64", (-1, 4, -1)), "table_weights": ("f32", (-1, 4, -1))}
+        if self.windowed:
+            inputs |= {"window_index": ("i64", (-1, -1)), "window_ids": ("i64", (-1, -1))}
+        return inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the graph's outputs."""
+        return ("image_embeds", *(deepstack_name(number) for number in range(len(self.deepstack))))
+
+
+def axial_rope(head_dim: int, theta: float) -> Rope:
+    """Return the rotation of the first half of each head's pairs by the row, and of the second half by the column."""
+    quarter = head_dim // 4
+    frequencies = make_rope(head_dim // 2, theta, None, 0).frequencies
+    return Rope(np.concatenate([frequencies, frequencies]), axes=(0,) * quarter + (1,) * quarter)
+
+
+def packed_stages(vision: PackedTransformer) -> list[Stage]:
+    """Return the stages from pixel_values `(B, N, values of a patch)` to the outputs, each `(B, M, D)`."""
+    stages = [Stage(partial(embed_patches, vision), (vision.patch_embedding, vision.positions))]
+    stages.append(Stage(partial(place_patches, vision)))
+    mergers = {after: (deepstack_name(number), each) for number, (after, each) in enumerate(vision.deepstack)}
+    for index, block in enumerate(vision.blocks):
+        stages.append(Stage(partial(transformer_block, vision, block), (block,)))
+        if index in mergers:
+            name, merger = mergers[index]
+            stages.append(Stage(partial(merge_patches, vision, merger, name), (merger,)))
+    stages.append(Stage(partial(merge_patches, vision, vision.merger, "image_embeds"), (vision.merger,)))
+    return stages
+
+
+def embed_patches(vision: PackedTransformer, values: Values, constants: Constants) -> None:
+    """Set each patch as a vector, its learned position added."""
+    opset = import_openvino().opset13
+    patches = vision.patch_embedding
+    x = named(
+        opset.matmul(values["pixel_values"], constants.kernel(f"{patches.name}.weight"), False, True), patches.name
+    )
+    if patches.bias:
+        x = opset.add(x, constants.vector(f"{patches.name}.bias").reshape(1, 1, -1))
+    if vision.positions:
+        corners = embedding(values["table_indices"], constants, vision.positions)  # (B, 4, N, D)
+        weights = opset.unsqueeze(values["table_weights"], np.int64(-1))
+        x = opset.add(x, opset.reduce_sum(opset.multiply(corners, weights), np.array([1]), keep_dims=False))
+    values["hidden_states"] = x
+
+
+def place_patches(vision: PackedTransformer, values: Values, constants: Constants) -> None:  # noqa: ARG001
+    """Set what all blocks share, cosines and sines, and put the patches in the order of their windows."""
+    opset = import_openvino().opset13
+    positions = values["patch_positions"]
+    if vision.windowed:
+        index = values["window_index"]
+        values["hidden_states"] = permuted(values["hidden_states"], index, vision.hidden_size, vision.merge**2)
+        positions = permuted(positions, index, 2, vision.merge**2)
+    values["cos"], values["sin"] = rotations(opset.transpose(positions, np.array([2, 0, 1])), vision.rope)
+
+
+def window_bias(ids: Output) -> ov.Node:
+    """`(B, 1, N, N)`: each patch attends to those of its window, of ids `(B, N)`.
+
+    Blocks make it anew, and OpenVINO one of all: as a value between stages it would be held for every picture.
+    """
+    opset = import_openvino().opset13
+    return attention_bias(opset.equal(opset.unsqueeze(ids, np.array([1, 2])), opset.unsqueeze(ids, np.array([1, 3]))))
+
+
+def permuted(x: Output, index: Output, width: int, count: int = 1) -> ov.Node:
+    """Return groups of `count` rows of `x` `(B, count * M, width)` in the order of `index` `(B, M)`."""
+    opset = import_openvino().opset13
+    groups = opset.reshape(x, np.array([0, -1, count * width]), special_zero=True)
+    groups = opset.gather(groups, index, np.int64(1), 1)
+    return opset.reshape(groups, np.array([0, -1, width]), special_zero=True)
+
+
+def inverse(index: Output) -> ov.Node:
+    """Return the permutations `(B, M)` that undo those of `index`."""
+    opset = import_openvino().opset13
+    count = opset.range(np.int64(0), dimension(index, 1), np.int64(1), "i64")
+    return opset.scatter_elements_update(index, index, opset.broadcast(count, opset.shape_of(index)), np.int64(1))
+
+
+def transformer_block(vision: PackedTransformer, block: Block, values: Values, constants: Constants) -> None:
+    """Set `hidden_states` after one block."""
+    opset = import_openvino().opset13
+    x = values["hidden_states"]
+    x = opset.add(x, attention(norm(x, constants, block.norm1), vision, block, values, constants))
+    normal = norm(x, constants, block.norm2)
+    inner = (
+        gated_mlp(normal, block.mlp, constants)
+        if isinstance(block.mlp, GatedMLP)
+        else plain_mlp(normal, block.mlp, constants)
+    )
+    values["hidden_states"] = named(opset.add(x, inner), block.name)
+
+
+def norm(x: Output, constants: Constants, module: Norm) -> ov.Node:
+    """LayerNorm where the module has a bias, else RMSNorm."""
+    return (layer_norm if module.bias else rms_norm)(x, constants, module)
+
+
+def plain_mlp(x: Output, mlp: PlainMLP, constants: Constants) -> ov.Node:
+    """fc2(act(fc1(x)))."""
+    return linear(activation(linear(x, constants, mlp.fc1), mlp.hidden_act), constants, mlp.fc2)
+
+
+def attention(x: Output, vision: PackedTransformer, block: Block, values: Values, constants: Constants) -> ov.Node:
+    """Every patch attends to every patch, or to those of its window; q and k are rotated by row and column."""
+    opset = import_openvino().opset13
+    heads, width = vision.num_heads, vision.hidden_size
+    head_dim = width // heads
+    q, k, v = (to_heads(each, heads, head_dim) for each in split(linear(x, constants, block.qkv), [width] * 3))
+    q, k = (rotate(each, values["cos"], values["sin"], head_dim) for each in (q, k))
+    bias = window_bias(values["window_ids"]) if block.windowed else np.zeros((1, 1), np.float32)
+    mixed = opset.scaled_dot_product_attention(q, k, v, bias, np.float32(head_dim**-0.5), causal=False)
+    return linear(from_heads(mixed, width), constants, block.proj)
+
+
+def merge_patches(vision: PackedTransformer, merger: Merger, name: str, values: Values, constants: Constants) -> None:
+    """Set the value `name`: one image token for every `merge`^2 patches, in the order in which the patches came."""
+    opset = import_openvino().opset13
+    joined = np.array([0, -1, vision.hidden_size * vision.merge**2])
+    x = values["hidden_states"]
+    if merger.joins_first:
+        x = norm(opset.reshape(x, joined, special_zero=True), constants, merger.norm)
+    else:
+        x = opset.reshape(norm(x, constants, merger.norm), joined, special_zero=True)
+    x = plain_mlp(x, merger.mlp, constants)
+    if vision.windowed:
+        x = permuted(x, inverse(values["window_index"]), merger.mlp.fc2.rows)
+    values[name] = x
