@@ -26,6 +26,13 @@ _SLOT = re.compile(r"\{phrase\}|\{noun\}")
 _ARTICLE = re.compile(r"^(?:the|a|an)\s+(?=\S)", re.IGNORECASE)
 
 
+def grounding_of(family: Family) -> Grounding:
+    """Return how the models of a family write places. Raises `OptionError` where no convention is known."""
+    if family.grounding is None:
+        raise OptionError(f"this model has no known way of writing places; {LOCATING} have one")
+    return family.grounding
+
+
 @dataclass(frozen=True)
 class Search:
     """What is looked for, and how the model is asked for it and understood."""
@@ -38,9 +45,7 @@ class Search:
     @classmethod
     def of(cls, family: Family, phrase: str, max_locations: int) -> Search:
         """Return the search for a phrase. Raises `PromptError`, and `OptionError` for a model that cannot locate."""
-        grounding = family.grounding
-        if grounding is None:
-            raise OptionError(f"this model has no known way of writing places; {LOCATING} have one")
+        grounding = grounding_of(family)
         if not 1 <= max_locations <= MAX_LOCATIONS:
             raise OptionError(f"max_locations must be between 1 and {MAX_LOCATIONS}, not {max_locations}")
         return cls(family, grounding, _checked(phrase), min(max_locations, grounding.most or max_locations))

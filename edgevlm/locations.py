@@ -81,7 +81,11 @@ class Locations:
         return _draw(pixels, self.locations)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what `edgevlm locate --json` prints, coordinates rounded to hundredths of a pixel."""
+        """Return what `edgevlm locate --json` prints: the places, and the answer with its figures."""
+        return {**self.places(), **self.answer.to_dict()}
+
+    def places(self) -> dict[str, Any]:
+        """Return the places and the picture's size, coordinates rounded to hundredths of a pixel."""
         return {
             "phrase": self.phrase,
             "locations": [_as_json(*pair) for pair in zip(self.locations, self.stored(), strict=True)],
@@ -89,7 +93,6 @@ class Locations:
             "height": self.size[1],
             "orientation": self.orientation,
             "dropped": self.dropped,
-            **self.answer.to_dict(),
         }
 
     def _stored(self, location: Location) -> Location:
