@@ -51,9 +51,14 @@ class Search:
         return cls(family, grounding, _checked(phrase), min(max_locations, grounding.most or max_locations))
 
     @property
+    def noun(self) -> str:
+        """The phrase without its article."""
+        return _ARTICLE.sub("", self.phrase)
+
+    @property
     def messages(self) -> list[Message]:
         """The conversation: one question about one picture."""
-        words = {"{phrase}": self.phrase, "{noun}": _ARTICLE.sub("", self.phrase)}
+        words = {"{phrase}": self.phrase, "{noun}": self.noun}
         return [user_message(_SLOT.sub(lambda slot: words[slot[0]], self.grounding.question), 1)]
 
     def config(self, config: GenerationConfig, context_length: int) -> GenerationConfig:
@@ -90,7 +95,7 @@ class Search:
 
     def _literal(self, text: str) -> str:
         # llguidance makes a special token of its letters in a text that it fast-forwards: none may stand in the label.
-        label = json.dumps(self.phrase, ensure_ascii=False).replace("<", "\\u003c")
+        label = json.dumps(self.noun, ensure_ascii=False).replace("<", "\\u003c")
         return text.replace("{label}", label)
 
     def _lark(self, text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from edgevlm import (
     TokenLogprob,
 )
 from edgevlm.decoding.stream import collect
-from edgevlm.families import FAMILIES, LOCATING, Family, make_family
+from edgevlm.families import LOCATING, make_family
 from edgevlm.families.base import DETAILS
 from edgevlm.inputs.image import load_image, load_picture
 from edgevlm.locate import MAX_LOCATIONS, MAX_PHRASE, Search
@@ -39,7 +40,9 @@ from tests.conftest import F32, noise, photograph
 from tests.families.qwen_vl import BOX_TOKENS, TOKENS, make_checkpoint
 from tests.helpers.command import cli
 from tests.helpers.serving import data_url, request, serving
+from training.scenes.shapes import pointed_at
 
+ROOT = Path(__file__).parents[1]
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 RED, GROUND = (210, 30, 40), (228, 226, 220)
 PHRASE = "the red valve"
@@ -102,7 +105,7 @@ def said(kind: str, *boxes: Sequence[int]) -> str:
     """Return boxes as a model of one kind writes them."""
     if kind == "qwen2_vl":
         return "".join("<|box_start|>({},{}),({},{})<|box_end|>".format(*box) for box in boxes)
-    rows = ",".join(f'\n\t{{"bbox_2d": {[*box]}, "label": "{PHRASE}"}}' for box in boxes)
+    rows = ",".join(f'\n\t{{"bbox_2d": {[*box]}, "label": "red valve"}}' for box in boxes)
     return f"```json\n[{rows}\n]\n```" if boxes else "```json\n[]\n```"
 
 
@@ -267,7 +270,8 @@ def parsed(kind: str, text: str, phrase: str) -> list[list[int]]:
     fenced = re.fullmatch(r"```json\n(.*)\n?```", text, re.DOTALL)
     assert fenced, text
     rows = json.loads(fenced[1])
-    assert all(row["label"] == phrase and len(row["bbox_2d"]) == 4 and len(row) == 2 for row in rows)
+    label = re.sub("^(the|a) ", "", phrase)
+    assert all(row["label"] == label and len(row["bbox_2d"]) == 4 and len(row) == 2 for row in rows)
     return [row["bbox_2d"] for row in rows]
 
 
@@ -337,9 +341,21 @@ def test_a_model_without_a_convention_says_which_have_one(vlm: VLM) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_every_family_has_a_convention_or_none() -> None:
-    assert Family.grounding is None
-    assert set(QWEN) < set(FAMILIES)
+def test_what_a_model_is_asked(models: dict[str, VLM], panel: VLM) -> None:
+    """In the words of the published models' cookbooks, and of the bundled model's training."""
+
+    def asked(vlm: VLM, phrase: str) -> str:
+        [message] = Search.of(vlm.processor.family, phrase, 1).messages
+        assert [each["type"] for each in message["content"]] == ["image", "text"]
+        return str(message["content"][1]["text"])
+
+    told = asked(models["qwen2_5_vl"], "the  top right\nbrown cake")
+    assert told == "Locate the top right brown cake, output its bbox coordinates using JSON format."
+    assert asked(models["qwen3_vl"], "the {phrase}").startswith("Locate every instance")
+    assert '"{phrase}". Report bbox' in asked(models["qwen3_vl"], "the {phrase}")
+    assert asked(models["qwen2_vl"], PHRASE).endswith("sentence describes: the red valve")
+    for phrase in ("star", "the star", "A star"):
+        assert asked(panel, phrase) in pointed_at("star")
 
 
 def test_a_tokenizer_without_the_convention_s_tokens_is_an_error(tmp_path: Path) -> None:
@@ -477,6 +493,20 @@ def test_a_model_without_a_convention_on_the_command_line(exported: Path, pictur
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == f"Error: this model has no known way of writing places; {LOCATING} have one\n"
     assert not (tmp_path / "marked.png").exists()
+
+
+def test_the_example_of_the_page_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the last digits, in which CPUs differ."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs" / "locate.md").read_text(encoding="utf-8")
+    [(command, shown)] = re.findall(r"```console\n\$ edgevlm (.*)\n(.*\n)```", page)
+    result = cli(*shlex.split(command))
+    assert result.exit_code == 0, result.stderr
+    assert re.sub(r"[\d.]+", "#", result.stdout) == re.sub(r"[\d.]+", "#", shown)
+    [printed], [told] = (re.findall(r"point (\S+) (\S+)", each) for each in (result.stdout, shown))
+    with Image.open(ROOT / "examples" / "shape.png") as image:
+        for ours, theirs, side in zip(printed, told, image.size, strict=True):
+            assert abs(float(ours) - float(theirs)) <= 0.03 * side
 
 
 # Over HTTP

@@ -10,7 +10,8 @@ class Grounding:
     """A family's convention for places in a picture, in the words that its models were trained with.
 
     An answer is `opening`, the places with `separator` between them, and `closing`; or `opening` and `none`.
-    `{label}` in these texts stands for the phrase as a JSON string, `<|name|>` for a special token of the tokenizer.
+    `{label}` in these texts stands for what is looked for, without its article, as a JSON string; `<|name|>` is a
+    special token of the tokenizer.
     """
 
     question: str

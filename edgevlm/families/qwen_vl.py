@@ -49,7 +49,7 @@ GROUNDING = {
     ),
     "qwen2_5_vl": json_boxes("Locate {phrase}, output its bbox coordinates using JSON format.", None),
     "qwen3_vl": json_boxes(
-        'Locate every instance that belongs to the following categories: "{phrase}".'
+        'Locate every instance that belongs to the following categories: "{noun}".'
         " Report bbox coordinates in JSON format.",
         1000,
     ),
