@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +40,7 @@ from edgevlm.strict_json import read_json
 from edgevlm_export import ExportOptions, export
 from tests.conftest import F32, noise, photograph
 from tests.families.qwen_vl import BOX_TOKENS, TOKENS, make_checkpoint
-from tests.helpers.command import cli
+from tests.helpers.command import POSIX, cli
 from tests.helpers.serving import data_url, request, serving
 from training.scenes.shapes import pointed_at
 
@@ -431,6 +433,37 @@ def test_the_command_prints_json_and_draws(picture: Path, panel: VLM, tmp_path: 
         assert abs(rows - place.point[1]).max() < 40
     assert picture.read_bytes() == before
     assert {each.name for each in tmp_path.iterdir()} == {"star.png", "marked.png", "marked.jpg", "marked.webp"}
+
+
+FULL_DISK = """
+import resource, sys
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from edgevlm.cli.main import main
+
+main(sys.argv[1:])
+"""
+
+
+@POSIX
+def test_what_cannot_be_written_leaves_what_was_there(picture: Path, tmp_path: Path) -> None:
+    output = tmp_path / "marked.png"
+    output.write_bytes(b"of before")
+    command = [sys.executable, "-c", FULL_DISK, "locate", picture, "star", "-m", "panel", *EXACT, "-o", output]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("1  point ")
+    assert done.stderr == f"Error: cannot write {output}: File too large\n"
+    assert output.read_bytes() == b"of before"
+    assert {each.name for each in tmp_path.iterdir()} == {"star.png", "marked.png"}
+
+
+def test_a_picture_too_wide_for_the_format_is_an_error(tmp_path: Path) -> None:
+    Image.new("RGB", (17000, 40), GROUND).save(tmp_path / "wide.png")
+    result = cli("locate", tmp_path / "wide.png", "star", "-m", "panel", *EXACT, "-o", tmp_path / "marked.webp")
+    assert result.exit_code == 1
+    assert re.fullmatch(r"Error: cannot write .*marked.webp: .*\n", result.stderr)
+    assert [each.name for each in tmp_path.iterdir()] == ["wide.png"]
 
 
 def test_boxes_are_drawn_where_they_are(models: dict[str, VLM]) -> None:

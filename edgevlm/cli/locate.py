@@ -11,7 +11,7 @@ import click
 from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import chosen_model, image_budget, image_options, model_options, runtime_config
 from edgevlm.cli.run import read_picture
-from edgevlm.errors import OutputError
+from edgevlm.errors import OutputError, one_line
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def locate(image: str, phrase: str, output: Path | None, as_json: bool, max_loca
     """
     from edgevlm.cli.output import Progress, print_locations
 
+    runtime, budget = runtime_config(options), image_budget(options)
+    picture = read_picture(image)  # a bad picture is told before the model is loaded, and a bad name for the copy
     if output:
         _check_output(output, image)
-    runtime, budget = runtime_config(options), image_budget(options)
-    picture = read_picture(image)  # a bad picture is told before the model is loaded
     model = chosen_model(options["model"])
     with Progress() as progress:
         progress.stage("loading the model")
@@ -57,12 +57,12 @@ def locate(image: str, phrase: str, output: Path | None, as_json: bool, max_loca
 
         vlm, decoded = VLM(model, runtime), load_picture(picture)
         found = progress.follow(vlm.locate_events(decoded, phrase, None, budget, max_locations))
-    if output:
-        _save(found.draw(decoded), output)
     if as_json:
         click.echo(write_json(found.to_dict()))
     else:
         print_locations(found)
+    if output:
+        _save(found.draw(decoded), output)
 
 
 def _check_output(output: Path, image: str) -> None:
@@ -71,7 +71,7 @@ def _check_output(output: Path, image: str) -> None:
         raise OutputError(f"-o takes a name that ends in {', '.join(_FORMATS)}, not {output}")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise OutputError(f"cannot write {output}: {'it is a folder' if output.is_dir() else 'no such folder'}")
-    if image != "-" and output.exists() and Path(image).exists() and output.samefile(image):
+    if image != "-" and output.exists() and output.samefile(image):
         raise OutputError(f"{output} is the picture itself; name another file")
 
 
@@ -82,7 +82,7 @@ def _save(marked: Image.Image, output: Path) -> None:
         with draft.open("xb") as file:
             marked.save(file, _FORMATS[output.suffix.lower()], quality=90)
         draft.replace(output)
-    except OSError as error:
-        raise OutputError(f"cannot write {output}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # the latter from Pillow, for more pixels a side than a format has
+        raise OutputError(f"cannot write {output}: {getattr(error, 'strerror', None) or one_line(error)}") from None
     finally:
         draft.unlink(missing_ok=True)
