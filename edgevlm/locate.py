@@ -7,12 +7,12 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp
+from math import exp, isnan
 
 from edgevlm.answer import Answer, TokenLogprob
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.structured import Constraint
-from edgevlm.errors import OptionError, PromptError
+from edgevlm.errors import DeviceError, OptionError, PromptError
 from edgevlm.families import LOCATING, Family, ImageBudget
 from edgevlm.families.grounding import Grounding
 from edgevlm.inputs.chat_template import Message, user_message
@@ -77,9 +77,7 @@ class Search:
     def constraint(self) -> Constraint:
         """What the answer must satisfy: the family's convention, with `most` places at most."""
         given = self.grounding
-        place = " N ".join(filter(None, map(self._lark, given.place)))
-        if not given.place[-1]:
-            place += " N"
+        place = " N ".join(map(self._lark, given.place))
         more = f"({self._lark(given.separator)} place){{0,{self.most - 1}}}" if self.most > 1 else ""
         places = f"place {more} {self._lark(given.closing)}"
         if given.none is not None:
@@ -105,7 +103,10 @@ class Search:
         return " ".join(part if _SPECIAL.fullmatch(part) else each for part, each in zip(parts, quoted, strict=True))
 
     def read(self, answer: Answer, picture: Picture, budget: ImageBudget) -> Locations:
-        """Return the places of an answer that satisfies the constraint, in the pixels of the picture."""
+        """Return the places of an answer that satisfies the constraint, in the pixels of the picture.
+
+        Raises `DeviceError` where the model's logits overflow.
+        """
         height, width = picture.pixels.shape[:2]
         frame = self._frame(width, height, budget)
         locations: list[Location] = []
@@ -165,11 +166,17 @@ def _checked(phrase: str) -> str:
 
 
 def _score(tokens: Sequence[TokenLogprob], spans: Sequence[tuple[int, int]]) -> float:
-    """Return the geometric mean of the probabilities of the tokens that have a byte in one of the spans."""
+    """Return the geometric mean of the probabilities of the tokens that have a byte in one of the spans.
+
+    Raises `DeviceError` where the logits overflow.
+    """
     logprobs, start = [], 0
     for token in tokens:
         end = start + len(token.data)
         if any(start < last and first < end for first, last in spans):
             logprobs.append(token.logprob)
         start = end
-    return exp(sum(logprobs) / len(logprobs))
+    mean = sum(logprobs) / len(logprobs)
+    if isnan(mean):
+        raise DeviceError("the model's logits are no numbers on this device; try --inference-precision f32")
+    return exp(mean)

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from edgevlm import (
     VLM,
     Answer,
+    DeviceError,
     GenerationConfig,
     ImageBudget,
     ImageError,
@@ -231,6 +232,16 @@ def test_a_score_is_the_mean_over_the_tokens_of_coordinates(models: dict[str, VL
     expected = [math.exp(sum(each) / len(each)) for each in counted]
     assert [place.score for place in found.locations] == pytest.approx(expected, rel=1e-12)
     assert all(0 < place.score < 1 for place in found.locations)
+
+
+def test_logits_that_are_no_numbers_are_an_error(models: dict[str, VLM]) -> None:
+    vlm = models["qwen3_vl"]
+    answer = written(vlm, said("qwen3_vl", [1, 2, 3, 4]))
+    tokens = tuple(replace(token, logprob=math.nan) for token in answer.logprobs)
+    with pytest.raises(DeviceError, match="no numbers"):
+        Search.of(vlm.processor.family, PHRASE, 9).read(
+            replace(answer, logprobs=tokens), load_picture(noise(50, 50)), ImageBudget()
+        )
 
 
 # Under the grammar
