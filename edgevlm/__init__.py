@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from edgevlm.decoding.scoring import Scores
     from edgevlm.decoding.structured import Constraint
     from edgevlm.families.base import ImageBudget
+    from edgevlm.locations import Location, Locations
     from edgevlm.runtime.config import RuntimeConfig
     from edgevlm.vlm import VLM
 
@@ -62,6 +63,8 @@ __all__ = [
     "ImageError",
     "ImageTooLargeError",
     "IncompleteAnswerError",
+    "Location",
+    "Locations",
     "ModelError",
     "ModelNotFoundError",
     "OptionError",
@@ -81,6 +84,8 @@ __all__ = [
 _LAZY = {
     "Chat": "edgevlm.chat",
     "Constraint": "edgevlm.decoding.structured",
+    "Location": "edgevlm.locations",
+    "Locations": "edgevlm.locations",
     "Scores": "edgevlm.decoding.scoring",
     "TokenLogprob": "edgevlm.answer",
     "VLM": "edgevlm.vlm",

@@ -16,15 +16,17 @@ from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.scoring import Scores, log_likelihoods
-from edgevlm.decoding.stream import TextModel, collect, stream_answer
+from edgevlm.decoding.stream import TextModel, check_satisfied, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
-from edgevlm.errors import ContextLengthError, DeviceError
+from edgevlm.errors import ContextLengthError, DeviceError, ImageError
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
 from edgevlm.inputs.chat_template import Message, user_message
 from edgevlm.inputs.image import ImageInput, Images, as_list, load_picture
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
+from edgevlm.locate import Search
+from edgevlm.locations import Locations
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
@@ -201,6 +203,52 @@ class VLM:
             cached_views=prompt.cached_views,
             timings=watch.timings(self.load_s, 0),
         )
+
+    def locate(
+        self,
+        image: ImageInput,
+        phrase: str,
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        *,
+        max_locations: int = 20,
+        cache_salt: str = "",
+        **options: Any,
+    ) -> Locations:
+        """Return where in a picture `phrase` is, such as "the red valve": boxes or points in pixels, see `Locations`.
+
+        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the answer is greedy
+        under the grammar of the model's own convention. Raises `ImageError`, `PromptError`, `OptionError` for a model
+        without a known convention, and `IncompleteAnswerError` where the context is full before the answer ends.
+        """
+        config, image_budget = override(config, image_budget, options)
+        return result_of(self.locate_events(image, phrase, config, image_budget, max_locations, cache_salt))
+
+    def locate_events(
+        self,
+        image: ImageInput,
+        phrase: str,
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        max_locations: int = 20,
+        cache_salt: str = "",
+    ) -> Generator[Progress, None, Locations]:
+        """Yield the progress of `locate`; return the places."""
+        search = Search.of(self.processor.family, phrase, max_locations)
+        given = as_list(image)
+        if len(given) != 1:
+            raise ImageError(f"locate takes one picture, not {len(given)}")
+        picture, budget = load_picture(given[0]), image_budget or ImageBudget()
+        answer, config = None, search.config(config or GenerationConfig(), self.context_length)
+        with closing(self.events(search.messages, [picture], config, budget, cache_salt)) as events:
+            for event in events:
+                if isinstance(event, Progress):
+                    yield event
+                else:
+                    answer = event.answer
+        assert answer is not None
+        check_satisfied(answer)
+        return search.read(answer, picture, budget)
 
     def session(self, prompt: Prompt) -> AbstractContextManager[Session]:
         """Lend the session with the longest cached prefix of the prompt."""

@@ -152,7 +152,7 @@ def test_requests_made_from_the_server_s_own_openapi_document(server: Server) ->
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=server.url)
     operations = [found.ok() for found in schema.get_all_operations()]
-    paths = {"/healthz", "/readyz", "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/metrics"}
+    paths = {"/healthz", "/readyz", "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/locate", "/metrics"}
     assert {operation.path for operation in operations} == paths
     for operation in operations:
         statuses = exercise(operation, examples=EXAMPLES if operation.method == "post" else 3)

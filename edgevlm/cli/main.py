@@ -15,6 +15,7 @@ from edgevlm.errors import EdgeVLMError
 _GROUPS = {
     "Ask": {
         "run": ("edgevlm.cli.run", "Answer one question about pictures."),
+        "locate": ("edgevlm.cli.locate", "Find something in a picture: boxes and points in pixels."),
         "chat": ("edgevlm.cli.chat", "Ask question after question about pictures."),
     },
     "Serve and automate": {

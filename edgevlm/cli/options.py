@@ -90,6 +90,11 @@ def generation_options(command: Any) -> Any:
             help="Set a variable of the chat template, such as enable_thinking=false; repeat for several variables.",
         ),
     )(command)
+    return image_options(command)
+
+
+def image_options(command: Any) -> Any:
+    """Add the options that say how closely pictures are looked at."""
     return group(
         "Image",
         click.option(

@@ -19,6 +19,7 @@ from edgevlm.answer import Progress as ProgressEvent
 if TYPE_CHECKING:
     from edgevlm.bench.measure import Report
     from edgevlm.decoding.scoring import Scores
+    from edgevlm.locations import Locations
 
 T = TypeVar("T")
 _POINTS_ABREAST = 5
@@ -144,6 +145,20 @@ def print_scores(scores: Scores) -> None:
     """Print the choices with their probabilities, the likeliest first."""
     for choice, probability in sorted(scores.probabilities.items(), key=lambda each: -each[1]):
         Console().print(Text(f"{probability:7.2%}  {choice}"), soft_wrap=True)
+
+
+def print_locations(found: Locations) -> None:
+    """Print a line for each place, numbered as `-o` draws them, and on stderr what is not plain from them."""
+    for number, each in enumerate(found.locations, 1):
+        kind, coordinates = ("box", each.box) if each.box else ("point", each.point)
+        assert coordinates
+        places = " ".join(f"{value:.1f}" for value in coordinates)
+        Console().print(Text(f"{number}  {kind} {places}  score {each.score:.2f}"), soft_wrap=True)
+    told = Console(stderr=True)
+    if not found.locations:
+        told.print(Text(f"(found nothing: {found.phrase})"), soft_wrap=True)
+    if found.dropped:
+        told.print(f"(left out: {found.dropped} without area or named twice)", highlight=False)
 
 
 def print_bench(report: Report) -> None:

@@ -61,7 +61,7 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     generation, budget = replace(generation, constraint=output_format.constraint), image_budget(options)
     runtime = runtime_config(options)
     _check_question(question)
-    pictures = [_image(name) for name in images]  # a bad picture is told before the model is loaded
+    pictures = [read_picture(name) for name in images]  # a bad picture is told before the model is loaded
     request = _Request(question, chosen_model(options["model"]), runtime, generation, budget)
     if output_format.choices:
         _score(pictures, request, output_format.choices, as_json)
@@ -92,7 +92,8 @@ def _check_question(question: str) -> None:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
 
 
-def _image(name: str) -> ImageFile:
+def read_picture(name: str) -> ImageFile:
+    """Return a picture's file, or that which comes on stdin for -, its header checked. Raises `ImageError`."""
     from edgevlm.inputs.image import ImageFile, probe_image, probed_image
 
     if name != "-":

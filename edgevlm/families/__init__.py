@@ -12,6 +12,7 @@ from edgevlm.families.base import DecoderTraits, Detail, Family, ImageBudget, La
 
 __all__ = [
     "FAMILIES",
+    "LOCATING",
     "DecoderTraits",
     "Detail",
     "Family",
@@ -39,6 +40,8 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "qwen3_vl": partial(_load, "qwen_vl", "QwenVL"),
     "smolvlm": partial(_load, "idefics3", "Idefics3"),
 }
+LOCATING = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the bundled panel"
+"""The models whose families have a `grounding`, in words."""
 
 
 def make_family(name: str, facts: Mapping[str, Any]) -> Family:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import OptionError
+from edgevlm.families.grounding import Grounding
 
 RGB: TypeAlias = npt.NDArray[np.uint8]
 Array: TypeAlias = npt.NDArray[Any]
@@ -129,6 +130,8 @@ class Family:
     """Height and width of every view, for which the encoder is compiled; None where they differ."""
     constants: Arrays = MappingProxyType({})
     """Encoder inputs that are equal for every view, baked in at load."""
+    grounding: Grounding | None = None
+    """How the model writes places in a picture; None where no convention is known."""
 
     def budget_for(self, budget: ImageBudget, images: int) -> ImageBudget:  # noqa: ARG002
         """Return the budget of each picture of a prompt that has `images` of them."""
@@ -136,6 +139,10 @@ class Family:
 
     def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the views of `image` `(H, W, 3)`. Raises `OptionError` for a budget that allows not even one."""
+        raise NotImplementedError
+
+    def resized(self, height: int, width: int, budget: ImageBudget) -> tuple[int, int]:
+        """Return the height and width that a picture has for the encoder, where `grounding` counts its pixels."""
         raise NotImplementedError
 
     def max_views(self, budget: ImageBudget) -> int | None:

@@ -15,10 +15,14 @@ import numpy as np
 from PIL import Image
 
 from edgevlm.families.base import RGB, Arrays, Detail, Family, ImageBudget, Visual
+from edgevlm.families.grounding import Grounding
 from edgevlm.families.imaging import normalisation, pixel_view
 
 MAX_SIDE = 4096
 """No picture is resized beyond this side: `MAX_IMAGE_SIZE` of the reference."""
+
+POINTS = Grounding("Give the rough coordinates of the {noun} in percent.", ("x ", ", y ", ""), 100, most=1)
+"""How edgevlm's bundled model was taught to point; Idefics3 and SmolVLM themselves have no convention for places."""
 
 
 class Grid(NamedTuple):
@@ -50,6 +54,9 @@ class Idefics3(Family):
         self.global_token = str(facts["global_image_token"])
         self.tokens_per_view = int(facts["image_seq_len"])
         self.constants = self._constants()
+        # The bundled model, or one tuned from it: in no published Idefics3 each patch is an image token.
+        if self.tokens_per_view == (self.tile // self.patch_size) ** 2:
+            self.grounding = POINTS
 
     def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the tiles of a picture `(H, W, 3)`, and the global view after them.

@@ -33,12 +33,29 @@ from edgevlm.families.base import (
     View,
     Visual,
 )
+from edgevlm.families.grounding import Grounding, json_boxes
 from edgevlm.families.imaging import Lookup, normalisation
 
 AUTO_TOKENS, LOW_TOKENS = 1280, 256
 """Most image tokens at `detail="auto"`, the maximum of `Qwen2VLImageProcessor`'s own defaults, and at `"low"`."""
 MAX_ASPECT_RATIO = 200
 """Pictures with a longer side beyond this multiple of the shorter are refused, as in the reference's `smart_resize`."""
+
+GROUNDING = {
+    "qwen2_vl": Grounding(
+        "Please provide the bounding box coordinate of the region this sentence describes: {phrase}",
+        ("<|box_start|>(", ",", "),(", ",", ")<|box_end|>"),
+        1000,
+    ),
+    "qwen2_5_vl": json_boxes("Locate {phrase}, output its bbox coordinates using JSON format.", None),
+    "qwen3_vl": json_boxes(
+        'Locate every instance that belongs to the following categories: "{noun}".'
+        " Report bbox coordinates in JSON format.",
+        1000,
+    ),
+}
+"""Boxes by model type: per mille in tokens of their own (arXiv:2409.12191, section 2.2); pixels of the resized picture
+(Qwen2.5-VL, arXiv:2502.13923, section 2.2.2) and per mille (Qwen3-VL) in JSON, asked for as in Qwen's own cookbooks."""
 
 
 class Grid(NamedTuple):
@@ -71,6 +88,7 @@ class QwenVL(Family):
         self.window_size = int(facts["window_size"]) if model_type == "qwen2_5_vl" else None
         self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
+        self.grounding = GROUNDING[model_type]
         self.vision_start, self.vision_end = str(facts["vision_start"]), str(facts["vision_end"])
 
     def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
@@ -87,6 +105,11 @@ class QwenVL(Family):
         size = (grid.cols * self.unit, grid.rows * self.unit)
         pixels = np.asarray(Image.fromarray(image).resize(size, self.resample))
         return Visual([View(pixels, partial(self._encoder_inputs, pixels))], grid)
+
+    def resized(self, height: int, width: int, budget: ImageBudget) -> tuple[int, int]:
+        """Return the height and width of the one view of a picture. Raises `ImageError`."""
+        grid = self._grid(height, width, self._most_tokens(budget))
+        return grid.rows * self.unit, grid.cols * self.unit
 
     def image_text(self, layout: Hashable) -> str:
         """Return the picture's image tokens; those around them are the template's."""

@@ -67,6 +67,8 @@ class Picture:
     """A decoded picture, hashed once however often it is asked about."""
 
     pixels: RGB
+    orientation: int = 1
+    """The EXIF orientation that its file has, 1 to 8; in `pixels` the picture is upright."""
 
     @cached_property
     def digest(self) -> bytes:
@@ -83,7 +85,7 @@ def content_digest(pixels: RGB) -> bytes:
 
 def load_picture(source: ImageInput) -> Picture:
     """Return `source` decoded, as `load_image` does. Raises `ImageError`."""
-    return source if isinstance(source, Picture) else Picture(load_image(source))
+    return _load(source, MAX_PIXELS)
 
 
 def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
@@ -92,15 +94,19 @@ def load_image(source: ImageInput, max_pixels: int = MAX_PIXELS) -> RGB:
     `source` is a path, the bytes of an image file, a PIL image, a uint8 array `(H, W, 3)`, or what has been read or
     decoded before. Of an animation the first frame is taken. Raises `ImageError`.
     """
+    return _load(source, max_pixels).pixels
+
+
+def _load(source: ImageInput, max_pixels: int) -> Picture:
     if isinstance(source, Picture):
-        return source.pixels
+        return source
     if isinstance(source, ImageFile):
         return _decode(source.data, source.name, max_pixels)
     if isinstance(source, np.ndarray):
-        return _check_array(source, max_pixels)
+        return Picture(_check_array(source, max_pixels))
     if isinstance(source, Image.Image):
         with _quiet():
-            return _to_rgb(source, "the image", max_pixels)
+            return _upright(source, "the image", max_pixels)
     if isinstance(source, bytes):
         return _decode(source, "the image", max_pixels)
     if not isinstance(source, str | os.PathLike):
@@ -150,9 +156,9 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         )
 
 
-def _decode(data: bytes, name: str, max_pixels: int) -> RGB:
+def _decode(data: bytes, name: str, max_pixels: int) -> Picture:
     with _quiet(), _open(data, name, max_pixels) as image:
-        return _to_rgb(image, name, max_pixels)
+        return _upright(image, name, max_pixels)
 
 
 @contextmanager
@@ -181,26 +187,30 @@ def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name} cannot be opened as an image: {one_line(error)}") from None
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> RGB:
+def _upright(image: Image.Image, name: str, max_pixels: int) -> Picture:
     _check_size(*image.size, name, max_pixels)
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels")
     if image.mode == "F":
         raise ImageError(f"{name} has floating-point pixels; convert it to 8 bits a channel first")
     try:
+        # Pillow turns a TIFF as it loads it, and forgets how it was stored.
+        stored = _orientation(image) if image.format == "TIFF" else 1
         image.load()
-        return np.asarray(_flatten(_upright(image)))
+        orientation = _orientation(image)
+        turned = image.transpose(_TURNS[orientation]) if orientation > 1 else image
+        return Picture(np.asarray(_flatten(turned)), max(stored, orientation))
     except Exception as error:  # as above: truncated or hostile data
         raise ImageError(f"{name} cannot be decoded, it may be truncated: {one_line(error)}") from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Return the image turned as its EXIF orientation asks; `ImageOps.exif_transpose` fails where EXIF is broken."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 where there is none; `ImageOps.exif_transpose` fails where EXIF is broken."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # the pixels are good all the same
-        return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+        return 1
+    return int(orientation) if orientation in _TURNS else 1
 
 
 def _flatten(image: Image.Image) -> Image.Image:

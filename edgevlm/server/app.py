@@ -25,15 +25,17 @@ from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.structured import Constraint
+from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
 from edgevlm.server.completion import Completion
 from edgevlm.server.engine import Job, Worker
 from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, to_api_error, to_json
+from edgevlm.server.locate import LocatePlan, blame_image
 from edgevlm.server.messages import Conversation
 from edgevlm.server.metrics import Metrics
 from edgevlm.server.middleware import Guard
 from edgevlm.server.refusals import explain
-from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, JsonSchema, SchemaJson
+from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, JsonSchema, LocateAnswer, LocateRequest, SchemaJson
 from edgevlm.server.settings import ServeConfig
 from edgevlm.server.tools import Tools, choose_tools
 from edgevlm.vlm import VLM
@@ -110,6 +112,11 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
         summary="Continue a conversation",
         responses={200: {"description": "The answer.", "content": {"text/event-stream": {}, "application/json": {}}}},
     )(server.chat)
+    app.post(
+        "/v1/locate",
+        summary="Find something in a picture",
+        responses={200: {"description": "The places.", "model": LocateAnswer}},
+    )(server.locate)
 
     @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
     def prometheus() -> Response:
@@ -182,6 +189,21 @@ class _Server:
             async for piece, waited_s in pieces:
                 if piece.answer:
                     return Json(completion.whole(piece.answer, waited_s))
+        raise AssertionError("an answer's last piece carries it")
+
+    async def locate(self, request: LocateRequest, http: Request) -> Response:
+        vlm = self._ready()
+        self._check_name(request.model)
+        located = await asyncio.to_thread(LocatePlan, request, vlm, self._config)
+        plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
+        try:
+            async with aclosing(self._pieces(plan, http.receive)) as pieces:
+                async for piece, waited_s in pieces:
+                    if piece.answer:
+                        found = await asyncio.to_thread(located.read, piece.answer, waited_s)
+                        return Json({"object": "locations", "model": self._model, **found})
+        except EdgeVLMError as error:
+            raise blame_image(error) from None
         raise AssertionError("an answer's last piece carries it")
 
     def _ready(self) -> VLM:

@@ -33,6 +33,14 @@ class Conversation:
         self._details: set[Detail] = set()
         self.messages: list[Message] = [self._message(*each) for each in enumerate(messages)]
 
+    @classmethod
+    def about(cls, image: ImagePart, messages: list[Message], config: ServeConfig) -> Conversation:
+        """Return a conversation made by the server itself, about the picture in a request's `image`."""
+        conversation = cls((), config)
+        conversation._part("image", image)
+        conversation.messages = messages
+        return conversation
+
     @property
     def detail(self) -> Detail:
         """How closely all pictures are looked at."""

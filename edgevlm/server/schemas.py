@@ -252,6 +252,53 @@ class ChatRequest(Shape):
     """Not OpenAI's but vLLM's: the chat template's own variables, such as `enable_thinking`."""
 
 
+class LocateRequest(Shape):
+    """Something to be found in a picture."""
+
+    hints = refusals.REQUEST_HINTS
+    model: str | None = None
+    image: ImagePart
+    phrase: str = Field(min_length=1, max_length=500)
+    """What to look for, such as `the red valve`."""
+    max_locations: int | None = Field(None, ge=1, le=100)
+    max_image_tokens: int | None = Field(None, ge=1, le=2**20)
+    """At most this many image tokens for the picture."""
+
+
+class Place(BaseModel):
+    """A place in a picture, as a box or as a point, in pixels."""
+
+    box: list[float] | None
+    """Left, top, right and bottom, in the picture turned upright."""
+    point: list[float] | None
+    """x and y, in the picture turned upright."""
+    label: str
+    score: float
+    """Geometric mean of the probabilities of the tokens that write the coordinates."""
+    stored_box: list[float] | None
+    """The box in the pixels that the file stores, not turned by its EXIF orientation."""
+    stored_point: list[float] | None
+    """The point in the pixels that the file stores."""
+
+
+class LocateAnswer(BaseModel):
+    """The places that were found."""
+
+    object: str
+    model: str
+    phrase: str
+    locations: list[Place]
+    width: int
+    """Of the picture turned upright, in pixels."""
+    height: int
+    orientation: int
+    """EXIF orientation, 1 to 8."""
+    dropped: int
+    """Places without area in the picture, or named twice."""
+    usage: dict[str, Any]
+    timings: dict[str, Any]
+
+
 class ErrorObject(BaseModel):
     """What went wrong."""
 

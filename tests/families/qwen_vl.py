@@ -19,6 +19,7 @@ WINDOW = 2 * MERGE * PATCH
 NAMES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_start|>", "<|vision_end|>"]
 TOKENS += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+BOX_TOKENS = ["<|box_start|>", "<|box_end|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
@@ -72,15 +73,21 @@ def image_processor(**options: Any) -> Any:
 
 
 def make_checkpoint(
-    folder: Path, kind: str, *, tied: bool = False, held: bool = False, **sections: dict[str, Any]
+    folder: Path,
+    kind: str,
+    *,
+    tied: bool = False,
+    held: bool = False,
+    tokens: Sequence[str] = TOKENS,
+    **sections: dict[str, Any],
 ) -> Path:
     """Write a seeded checkpoint as transformers 5.24 saves it; `sections` change what config.json says in them.
 
-    `held` calls the tensors as transformers' classes do in memory.
+    `held` calls the tensors as transformers' classes do in memory; `tokens` are the tokenizer's special tokens.
     """
     import transformers
 
-    made = make_tokenizer(TOKENS, end="<|im_end|>")
+    made = make_tokenizer(tokens, end="<|im_end|>")
     config = getattr(transformers, f"{NAMES[kind]}Config")(
         **{
             f"{name}_token_id": made.convert_tokens_to_ids(f"<|{token}|>")

@@ -1,0 +1,53 @@
+"""`POST /v1/locate`: a request understood, and the places of its answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgevlm.answer import Answer
+from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.stream import check_satisfied
+from edgevlm.errors import EdgeVLMError, IncompleteAnswerError
+from edgevlm.families.base import ImageBudget
+from edgevlm.inputs.image import ImageFile, load_picture
+from edgevlm.locate import Search, grounding_of
+from edgevlm.server.completion import timings, usage
+from edgevlm.server.errors import ApiError, blaming, to_api_error
+from edgevlm.server.messages import Conversation
+from edgevlm.server.schemas import LocateRequest
+from edgevlm.server.settings import ServeConfig
+from edgevlm.vlm import VLM
+
+_MAX_LOCATIONS = 20
+"""Where the request names no other number."""
+
+
+class LocatePlan:
+    """A request, understood: what a job is made of, and how its answer is read."""
+
+    def __init__(self, request: LocateRequest, vlm: VLM, config: ServeConfig) -> None:
+        """Raises `ApiError` and `ImageError`."""
+        family = vlm.processor.family
+        with blaming("model"):
+            grounding_of(family)
+        with blaming("phrase"):
+            self._search = Search.of(family, request.phrase, request.max_locations or _MAX_LOCATIONS)
+        self.conversation = Conversation.about(request.image, self._search.messages, config)
+        self.image_budget = ImageBudget(self.conversation.detail, request.max_image_tokens)
+        self.config = self._search.config(GenerationConfig(), vlm.context_length)
+
+    def read(self, answer: Answer, waited_s: float) -> dict[str, Any]:
+        """Return the places, and what they took. Raises `ApiError`."""
+        try:
+            check_satisfied(answer)
+        except IncompleteAnswerError as error:
+            raise ApiError(400, "context_length_exceeded", str(error), param="image") from None
+        picture = load_picture(ImageFile(self.conversation.images[0], "the image"))
+        found = self._search.read(answer, picture, self.image_budget)
+        return {**found.places(), "usage": usage(answer), "timings": timings(answer, waited_s)}
+
+
+def blame_image(error: EdgeVLMError) -> ApiError:
+    """Return what a caller is told of an error of the answer, for whom there are no messages."""
+    told = to_api_error(error)
+    return ApiError(told.status, told.code, told.message, param="image" if told.param == "messages" else told.param)
