@@ -101,7 +101,8 @@ def test_not_an_image(tmp_path: Path) -> None:
 
 
 def test_a_folder_for_an_image(tmp_path: Path) -> None:
-    assert error("run", tmp_path, QUESTION) == f"{tmp_path} is a folder, not an image file"
+    reason = "is a folder without pictures; a video is a file, or a folder of its frames"
+    assert error("run", tmp_path, QUESTION) == f"{tmp_path} {reason}"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

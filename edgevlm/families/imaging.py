@@ -34,3 +34,16 @@ def normalisation(preprocessing: Mapping[str, Any]) -> Lookup:
         np.broadcast_to(np.asarray(preprocessing[name], np.float32), 3)[:, None] for name in ("image_mean", "image_std")
     )
     return np.asarray((levels[None, :] - mean) / std)
+
+
+def fused_normalisation(preprocessing: Mapping[str, Any]) -> Lookup:
+    """Return `(3, 256)` as the reference's torchvision-based processors compute it, all of those of videos.
+
+    They scale mean and standard deviation in float32 instead of the pixels: `_fuse_mean_std_and_rescale_factor`.
+    """
+    scale = np.float32(1.0 / float(preprocessing["rescale_factor"]))
+    mean, std = (
+        np.broadcast_to(np.asarray(preprocessing[name], np.float32), 3)[:, None] * scale
+        for name in ("image_mean", "image_std")
+    )
+    return np.asarray((np.arange(256, dtype=np.float32)[None, :] - mean) / std)
