@@ -29,6 +29,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def video(session: nox.Session) -> None:
+    """Videos, beside transformers' video processors, which need torchvision."""
+    session.install("--quiet", "-e", ".[dev]", "torchvision==0.28.0")
+    session.run("python", "-m", "pytest", str(TESTS / "test_video.py"), *session.posargs)
+
+
+@nox.session
 def optimum(session: nox.Session) -> None:
     """What goes through optimum-intel, which needs transformers 4."""
     session.install("--quiet", "-e", ".[export-torch]", "pytest>=8.4,<10", "scikit-learn>=1.7,<2")

@@ -176,7 +176,7 @@ def test_a_prompt_longer_than_the_context(exported: Path) -> None:
     assert tokens > 512
     assert error("run", question, "-m", exported) == (
         f"the prompt has {tokens:,} tokens and the model's context holds 512;"
-        " shorten the question, or use fewer pictures, a lower detail or max_image_tokens"
+        " shorten the question, or use fewer pictures or frames, a lower detail or max_image_tokens"
     )
 
 
