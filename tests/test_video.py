@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -27,6 +29,7 @@ from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from tests.conftest import F32, noise
 from tests.families import qwen_vl
+from tests.helpers.serving import request, serving
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 QUESTION = "What moves?"
@@ -477,3 +480,32 @@ def test_the_command_line_takes_videos(third: Pair, tmp_path: Path) -> None:
     assert result.exit_code != 0
     result = run(path, *options)
     assert result.exit_code != 0
+
+
+def test_the_server_takes_videos(third: Pair, exported: Path, tmp_path: Path) -> None:
+    data = make_clip(tmp_path / "clip.mkv", [static(seed, 24, 32) for seed in range(20)]).read_bytes()
+
+    def body(content: bytes = data, **fields: Any) -> dict[str, Any]:
+        url = "data:video/x-matroska;base64," + base64.b64encode(content).decode()
+        video = {"type": "video_url", "video_url": {"url": url, **fields}}
+        return {"messages": [{"role": "user", "content": [video, {"type": "text", "text": QUESTION}]}], "max_tokens": 2}
+
+    with serving(third.vlm) as server:
+        counts = []
+        for fields in ({}, {"frames": 8}, {"fps": 8}):
+            status, _, answer = request(server, "POST", "/v1/chat/completions", body(**fields))
+            assert status == 200, answer
+            counts.append(json.loads(answer)["usage"]["prompt_tokens_details"]["image_tokens"])
+        assert counts[0] < counts[1] < counts[2]
+        wrong = [({"frames": 0}, "frames"), ({"fps": 1, "frames": 1}, "exclude each other"), ({"tracks": 1}, "tracks")]
+        for fields, message in wrong:
+            status, _, answer = request(server, "POST", "/v1/chat/completions", body(**fields))
+            assert status == 400
+            assert message in json.loads(answer)["error"]["message"]
+        status, _, answer = request(server, "POST", "/v1/chat/completions", body(b"no clip"))
+        error = json.loads(answer)["error"]
+        assert (status, error["code"]) == (400, "invalid_video")
+        assert error["param"] == "messages.0.content.0.video_url"
+    with serving(VLM(exported, F32)) as server:
+        status, _, answer = request(server, "POST", "/v1/chat/completions", body())
+        assert (status, json.loads(answer)["error"]["code"]) == (400, "invalid_video")

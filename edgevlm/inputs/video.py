@@ -112,14 +112,14 @@ def kinds_of(images: Sequence[VisualInput]) -> list[str]:
     return ["video" if isinstance(each, Video) or getattr(each, "is_video", False) else "image" for each in images]
 
 
-def probe_video(video: Video) -> None:
+def probe_video(video: Video, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the `ImageError` or `VideoError` that a video calls for before a model is loaded; no frame is decoded."""
     if isinstance(video.source, str | os.PathLike | bytes | ImageFile):
         if (folder := _folder(video)) is not None:
             _names(folder, video.name)
         else:
             with _opened(video) as (_, stream):
-                _check_size(stream, video.name)
+                _check_size(stream, video.name, max_pixels)
 
 
 def load_frames(video: Video, family: Family, budget: ImageBudget) -> Frames:
@@ -285,10 +285,10 @@ def _pixels(frame: VideoFrame | None, place: int, total: int, name: str) -> RGB:
     return np.ascontiguousarray(np.rot90(pixels, turns)) if turns else pixels
 
 
-def _check_size(stream: VideoStream, name: str) -> None:
-    if stream.width * stream.height > MAX_PIXELS:
+def _check_size(stream: VideoStream, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    if stream.width * stream.height > max_pixels:
         raise ImageTooLargeError(
-            f"{name} has {stream.width}x{stream.height} pixels, more than the limit of {MAX_PIXELS:,}; shrink it first"
+            f"{name} has {stream.width}x{stream.height} pixels, more than the limit of {max_pixels:,}; shrink it first"
         )
 
 
