@@ -31,7 +31,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def video(session: nox.Session) -> None:
     """Videos, beside transformers' video processors, which need torchvision."""
-    session.install("--quiet", "-e", ".[dev]", "torchvision==0.28.0")
+    session.install("--quiet", "-e", ".[dev]", "num2words", "torchvision==0.28.0")
     session.run("python", "-m", "pytest", str(TESTS / "test_video.py"), *session.posargs)
 
 

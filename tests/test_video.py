@@ -22,13 +22,15 @@ from edgevlm import VLM, GenerationConfig, ImageBudget, Video, VideoError
 from edgevlm.cli.main import main
 from edgevlm.errors import ImageError, OptionError, PromptError
 from edgevlm.families.base import PIXEL_VALUES, Frames, FrameSampling
+from edgevlm.families.idefics3 import in_words
 from edgevlm.families.qwen_vl import Clip
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.video import as_visuals, load_frames, probe_video
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
-from tests.conftest import F32, noise
+from tests.conftest import F32, make_checkpoint, noise
 from tests.families import qwen_vl
+from tests.families.idefics3 import make_reference
 from tests.helpers.serving import request, serving
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -509,3 +511,108 @@ def test_the_server_takes_videos(third: Pair, exported: Path, tmp_path: Path) ->
     with serving(VLM(exported, F32)) as server:
         status, _, answer = request(server, "POST", "/v1/chat/completions", body())
         assert (status, json.loads(answer)["error"]["code"]) == (400, "invalid_video")
+
+
+class Smol:
+    """An export of a tiny SmolVLM2, and transformers on the same checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = make_checkpoint(folder / "saved", "smolvlm", max_position_embeddings=2048)
+        settings = qwen_vl.read_json(self.checkpoint / "preprocessor_config.json")
+        sampling = {"fps": 1, "max_frames": 12, "video_size": {"longest_edge": 96}}
+        qwen_vl.write_json(self.checkpoint / "preprocessor_config.json", settings | {"video_sampling": sampling})
+        out = export(self.checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder
+        self.vlm = VLM(out, F32)
+        self.reference = make_reference(self.checkpoint)
+
+    def video_processor(self) -> Any:
+        """Return the reference's video processor, from the checkpoint's file."""
+        return transformers.SmolVLMVideoProcessor.from_pretrained(self.checkpoint)
+
+    def prepare(self, video: Video) -> Any:
+        """Return the prompt of a question about a video."""
+        return self.vlm.prepare([user_message(QUESTION, ["video"])], [video], GenerationConfig(), Stopwatch(), HIGH)
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Smol:
+    return Smol(tmp_path_factory.mktemp("smol"))
+
+
+@needs_torchvision
+@pytest.mark.parametrize("size", [(64, 64), (70, 130), (40, 24)])
+def test_smolvlm2_s_prompt_and_pixels_equal_the_reference(smol: Smol, size: tuple[int, int], tmp_path: Path) -> None:
+    pytest.importorskip("num2words")
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+    from transformers.video_utils import VideoMetadata
+
+    frames = [static(seed, *size) for seed in range(40)]
+    path = make_clip(tmp_path / "clip.mkv", frames)
+    words = smol.reference.processor.tokenizer
+    pictures = smol.reference.processor.image_processor
+    processor = transformers.SmolVLMProcessor(pictures, words, smol.video_processor(), image_seq_len=4)
+    text = words.apply_chat_template(
+        [user_message(QUESTION, ["video"])],
+        chat_template=DEFAULT_CHAT_TEMPLATE,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    expected = processor(
+        text=[text],
+        videos=[torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)],
+        video_metadata=[VideoMetadata(total_num_frames=40, fps=float(RATE), duration=40 / RATE)],
+        do_sample_frames=True,
+        return_tensors="pt",
+    )
+    assert smol.prepare(Video(path)).ids == expected["input_ids"][0].tolist()
+    family: Any = smol.vlm.processor.family
+    visual = family.preprocess_video(load_frames(Video(path), family, HIGH))
+    found = np.concatenate([view.inputs()[PIXEL_VALUES] for view in visual.views])
+    wanted = expected["pixel_values"][0].numpy()
+    assert found.shape == wanted.shape == (5, 3, 64, 64)
+    level = float(np.diff(family.video_lookup).max())
+    assert np.abs(found - wanted).max() <= 2.001 * level
+    assert np.mean(found != wanted) < 0.05
+
+
+@needs_torchvision
+def test_smolvlm2_s_sampling_equals_the_reference(smol: Smol) -> None:
+    from transformers.video_utils import VideoMetadata
+
+    processor, family = smol.video_processor(), smol.vlm.processor.family
+    assert (processor.num_frames, processor.fps) == (12, 1)
+    for total in (1, 2, 5, 24, 61, 300, 1801, 20000):
+        for rate in (1.0, 8.0, 23.976, 30.0):
+            metadata = VideoMetadata(total_num_frames=total, fps=rate, duration=total / rate)
+            for fps in (None, 0.3, 1, 2, 5.5):
+                wanted = processor.sample_frames(metadata, fps=fps).tolist()
+                assert family.sample_frames(total, rate, FrameSampling(fps), HIGH) == wanted, (total, rate, fps)
+
+
+def test_smolvlm2_s_embeddings_and_tokens_equal_the_reference(smol: Smol, tmp_path: Path) -> None:
+    path = make_clip(tmp_path / "clip.mkv", [static(seed, 40, 56) for seed in range(40)])
+    video, family = Video(path), smol.vlm.processor.family
+    prompt = smol.prepare(video)
+    visual = family.preprocess_video(load_frames(video, family, HIGH))
+    values = torch.from_numpy(np.concatenate([view.inputs()[PIXEL_VALUES] for view in visual.views]))[None]
+    ids = torch.tensor([prompt.ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": values}
+    model = smol.reference.model
+    with torch.inference_mode():
+        features = np.concatenate([each.reshape(-1, 64) for each in model.get_image_features(values).pooler_output])
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)[0, len(prompt.ids) :].tolist()
+    rows = family.image_rows(np.asarray(prompt.ids))
+    np.testing.assert_allclose(prompt.inputs_embeds[0, rows], features, atol=1e-4)
+    answer = smol.vlm.generate(video, QUESTION, image_budget=HIGH, max_new_tokens=TOKENS)
+    assert list(answer.token_ids) == tokens[: len(answer.token_ids)]
+    assert answer.views == answer.cached_views == 5
+    later = Video([static(seed, 40, 56) for seed in (8, 16, 39, 40)], times_s=[1, 2, 5, 6])
+    sampled = family.sample_frames(40, RATE, video.sampling, HIGH)
+    known = len({8, 16, 39, 40} & {*sampled})
+    assert smol.vlm.generate(later, QUESTION, max_new_tokens=1).cached_views == known > 0
+
+
+def test_numbers_in_words() -> None:
+    written = {1: "one", 12: "twelve", 20: "twenty", 64: "sixty-four", 100: "one hundred"}
+    written |= {305: "three hundred and five", 768: "seven hundred and sixty-eight"}
+    assert {number: in_words(number) for number in written} == written

@@ -63,7 +63,7 @@ class FrameSampling:
     """Which frames of a video are looked at; at most one of the two is given."""
 
     fps: float | None = None
-    """This many for each second; None is 2, as Qwen's processors have it."""
+    """This many for each second; None is the family's own rate."""
     frames: int | None = None
     """This many, evenly spread."""
 
@@ -86,6 +86,8 @@ class Frames:
     """When each is shown, in seconds from the beginning."""
     rate: float
     """How many of them there are for each second."""
+    duration_s: float
+    """Of the whole video."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,10 @@ class Family:
     """The token whose positions take the image embeddings."""
     video_placeholder: str | None = None
     """The chat template's placeholder of a video; None for a family that takes none."""
+    video_template: str | None = None
+    """The chat template of prompts with videos, where it is not the checkpoint's own."""
     video_token_id: int | None = None
-    """The token whose positions take the embeddings of a video."""
+    """The token whose positions take the embeddings of a video; None if that is the image token."""
     tokens_per_view: int
     """Image tokens of a view, for a family whose views have equally many."""
     view_size: tuple[int, int] | None = None

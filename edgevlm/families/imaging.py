@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from edgevlm.families.base import PIXEL_VALUES, RGB, View
 
@@ -34,6 +35,16 @@ def normalisation(preprocessing: Mapping[str, Any]) -> Lookup:
         np.broadcast_to(np.asarray(preprocessing[name], np.float32), 3)[:, None] for name in ("image_mean", "image_std")
     )
     return np.asarray((levels[None, :] - mean) / std)
+
+
+def resized(image: RGB, size: tuple[int, int], resample: Image.Resampling) -> RGB:
+    """Return a frame `(H, W, 3)` at `size`, height and width.
+
+    Its rows are resampled before its columns, as by torchvision; Pillow takes the cheaper order.
+    """
+    height, width = size
+    rows = Image.fromarray(image).resize((width, image.shape[0]), resample)
+    return np.asarray(rows.resize((width, height), resample))
 
 
 def fused_normalisation(preprocessing: Mapping[str, Any]) -> Lookup:

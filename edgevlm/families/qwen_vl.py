@@ -38,7 +38,7 @@ from edgevlm.families.base import (
     View,
     Visual,
 )
-from edgevlm.families.imaging import Lookup, fused_normalisation, normalisation
+from edgevlm.families.imaging import Lookup, fused_normalisation, normalisation, resized
 
 AUTO_TOKENS, LOW_TOKENS = 1280, 256
 """Most image tokens at `detail="auto"`, the maximum of `Qwen2VLImageProcessor`'s own defaults, and at `"low"`."""
@@ -168,13 +168,8 @@ class QwenVL(Family):
         return grid.rows * self.unit, grid.cols * self.unit
 
     def resize_frame(self, image: RGB, size: tuple[int, int]) -> RGB:
-        """Return a frame `(H, W, 3)` at `size`, height and width.
-
-        Its rows are resampled before its columns, as by torchvision; Pillow takes the cheaper order.
-        """
-        height, width = size
-        rows = Image.fromarray(image).resize((width, image.shape[0]), self.video_resample)
-        return np.asarray(rows.resize((width, height), self.video_resample))
+        """Return a frame `(H, W, 3)` at `size`, height and width."""
+        return resized(image, size, self.video_resample)
 
     def preprocess_video(self, frames: Frames) -> Visual:
         """Return a view for each temporal patch; the last frame is repeated to fill one."""

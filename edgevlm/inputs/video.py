@@ -171,7 +171,7 @@ def _listed(video: Video, sources: Sequence[ImageInput], family: Family, budget:
         raise VideoError(f"{video.name} has {total:,} frames, more than {MAX_FRAMES}; say how many with frames")
     shown = (load_image(sources[place]) for place in places)
     pixels = _resized(shown, len(places), family, budget)
-    return Frames(pixels, [times[place] for place in places], len(places) / total * rate)
+    return Frames(pixels, [times[place] for place in places], len(places) / total * rate, times[-1])
 
 
 def _resized(shown: Iterator[RGB], count: int, family: Family, budget: ImageBudget) -> list[RGB]:
@@ -196,7 +196,8 @@ def _sampled(video: Video, family: Family, budget: ImageBudget) -> Frames:
     with _opened(video) as (container, stream):
         shown = _decoded(container, stream, index, places, video.name)
         pixels = _resized(shown, len(places), family, budget)
-    return Frames(pixels, [place / rate for place in places], len(places) / index.total * rate)
+    times = [place / rate for place in places]
+    return Frames(pixels, times, len(places) / index.total * rate, index.total / rate)
 
 
 @dataclass(frozen=True)
