@@ -348,6 +348,38 @@ def test_folders_gifs_bytes_and_lists_are_videos(third: Pair, tmp_path: Path) ->
     assert kinds == [Video, Video, str, np.ndarray]
 
 
+def test_frames_are_turned_as_the_file_asks(third: Pair, tmp_path: Path) -> None:
+    """A phone held upright writes rows as columns, and a matrix that turns them clockwise."""
+    path = make_clip(tmp_path / "clip.mp4", [moving_square(5)] * 3, "libx264", "yuv420p")
+    still, turned = (
+        b"".join(value.to_bytes(4, "big", signed=True) for value in (a, b, 0, c, d, 0))
+        for a, b, c, d in ((65536, 0, 0, 65536), (0, 65536, -65536, 0))
+    )
+    whole, track, rest = path.read_bytes().split(still)  # the file's own matrix, and the track's
+    path.write_bytes(whole + still + track + turned + rest)
+    frames = load_frames(Video(path), third.family, HIGH)
+    height, width = frames.pixels[0].shape[:2]
+    assert height > width
+    upright = np.rot90(frames.pixels[0], 1)
+    assert numbers(Frames([upright], [0], 1, 1)) == [5]
+
+
+def test_a_cover_picture_is_no_video(third: Pair, tmp_path: Path) -> None:
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sounds: Any = container.add_stream("aac", rate=8000)
+        cover: Any = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(moving_square(1), format="rgb24")))
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(sounds.encode(frame))
+        container.mux(sounds.encode())
+    with pytest.raises(VideoError, match="holds no video"):
+        load_frames(Video(path), third.family, HIGH)
+
+
 def test_one_frame_is_a_video_too(pair: Pair, tmp_path: Path) -> None:
     path = make_clip(tmp_path / "clip.mkv", [moving_square(1, 24, 32)])
     visual = pair.visual(Video(path))

@@ -116,10 +116,10 @@ def _input(name: str, sampling: FrameSampling) -> ImageFile | Video:
 
     said_so = sampling != FrameSampling() and (name == "-" or name.lower().endswith(".gif"))
     if said_so or names_video(name) or is_folder(name):
-        video = Video(_stdin() if name == "-" else name, sampling.fps, sampling.frames)
+        video = Video(_stdin("the video") if name == "-" else name, sampling.fps, sampling.frames)
         probe_video(video)
         return video
-    return probed_image(name) if name != "-" else _probed(_stdin())
+    return probed_image(name) if name != "-" else _probed(_stdin("the image"))
 
 
 def _probed(file: ImageFile) -> ImageFile:
@@ -129,13 +129,13 @@ def _probed(file: ImageFile) -> ImageFile:
     return file
 
 
-def _stdin() -> ImageFile:
+def _stdin(called: str) -> ImageFile:
     from edgevlm.inputs.image import ImageFile
 
     data = sys.stdin.buffer.read() if sys.stdin else b""  # None: started with stdin closed
     if not data:
         raise ImageError("no image came on stdin, where an IMAGE of - is read from")
-    return ImageFile(data, "the image")
+    return ImageFile(data, called)
 
 
 def _load(request: _Request, progress: Progress) -> VLM:

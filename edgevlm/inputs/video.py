@@ -61,17 +61,21 @@ class Video:
     """When each frame of a list is shown."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampling", FrameSampling(self.fps, self.frames))
+        sampled = self.sampling  # its own check
         if self.times_s is None:
             return
+        if sampled.fps is not None:
+            raise OptionError("fps and times_s exclude each other; give one of them")
         if isinstance(self.source, str | os.PathLike | bytes | ImageFile):
             raise OptionError("times_s are for a list of frames; a file has its own")
         rising = all(a < b for a, b in zip(self.times_s, self.times_s[1:], strict=False))
         if len(self.times_s) != len(self.source) or not rising or not np.isfinite(self.times_s).all():
             raise OptionError(_TIMELESS)
 
-    if TYPE_CHECKING:
-        sampling: FrameSampling = FrameSampling()
+    @property
+    def sampling(self) -> FrameSampling:
+        """Which frames are looked at."""
+        return FrameSampling(self.fps, self.frames)
 
     @property
     def name(self) -> str:
@@ -300,10 +304,14 @@ def _opened(video: Video) -> Iterator[tuple[InputContainer, VideoStream]]:
     with _source(video) as source:
         try:
             with av.open(source, metadata_errors="replace", options={"format_whitelist": DEMUXERS}) as container:
-                if not container.streams.video:
+                cover = av.stream.Disposition.attached_pic
+                streams = [each for each in container.streams.video if not each.disposition & cover]
+                if not streams:
                     raise VideoError(f"{name} holds no video, only sound or text")
-                yield container, container.streams.video[0]
-        except (av.FFmpegError, EOFError, UnicodeError) as error:
+                if streams[0].codec_context is None:
+                    raise VideoError(f"{name} has video of a codec that PyAV does not decode here")
+                yield container, streams[0]
+        except (av.FFmpegError, EOFError, UnicodeError, IndexError) as error:  # IndexError: PyAV, of broken packets
             raise VideoError(f"{name} cannot be read as a video, it may be damaged: {_reason(error)}") from None
 
 
