@@ -426,6 +426,13 @@ def emptied(path: Path) -> Path:
     return path
 
 
+def unknown(path: Path) -> Path:
+    """Write a clip in a codec that nobody knows."""
+    data = make_clip(path, [moving_square(number) for number in range(3)], "libvpx", "yuv420p").read_bytes()
+    path.write_bytes(data.replace(b"V_VP8", b"V_XY8"))
+    return path
+
+
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nhttp://127.0.0.1:9/part.ts\n#EXT-X-ENDLIST\n"
 BAD: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "missing": ("no.mp4", lambda path: path, "no such video file: "),
@@ -433,6 +440,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "text": ("clip.mp4", lambda path: written(path, b"Dear diary"), " cannot be read as a video, it may be damaged: "),
     "playlist": ("clip.ts", lambda path: written(path, PLAYLIST), " cannot be read as a video, it may be damaged: "),
     "without its end": ("clip.mp4", lambda path: cut(path, 2000), " cannot be read as a video, it may be damaged: "),
+    "unknown codec": ("clip.mkv", unknown, " has video of a codec that PyAV does not decode here"),
     "sound": ("clip.mp4", sound, " holds no video, only sound or text"),
     "empty folder": ("frames", emptied, " is a folder without pictures; "),
 }
