@@ -28,6 +28,13 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict", "--quiet", "--site-dir", "build/site", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
+@nox.session(default=False)
+def video(session: nox.Session) -> None:
+    """Videos, beside transformers' video processors, which need torchvision: gigabytes, so only when asked for."""
+    session.install("--quiet", "-e", ".[dev]", "num2words", "torchvision==0.28.0")
+    session.run("python", "-m", "pytest", str(TESTS / "test_video.py"), *session.posargs)
+
+
 @nox.session
 def optimum(session: nox.Session) -> None:
     """What goes through optimum-intel, which needs transformers 4."""

@@ -32,6 +32,7 @@ from edgevlm.errors import (
     SourceError,
     TuningError,
     VerificationError,
+    VideoError,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from edgevlm.decoding.scoring import Scores
     from edgevlm.decoding.structured import Constraint
     from edgevlm.families.base import ImageBudget
+    from edgevlm.inputs.video import Video
     from edgevlm.locations import Location, Locations
     from edgevlm.runtime.config import RuntimeConfig
     from edgevlm.vlm import VLM
@@ -79,6 +81,8 @@ __all__ = [
     "TokenLogprob",
     "TuningError",
     "VerificationError",
+    "Video",
+    "VideoError",
 ]
 
 _LAZY = {
@@ -95,6 +99,7 @@ _LAZY = {
     "Piece": "edgevlm.answer",
     "Progress": "edgevlm.answer",
     "ImageBudget": "edgevlm.families.base",
+    "Video": "edgevlm.inputs.video",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -12,7 +12,8 @@ from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.stream import collect
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import Message, text_message, user_message
-from edgevlm.inputs.image import Images, Picture, as_list, load_picture
+from edgevlm.inputs.image import ImageInput, Picture, load_picture
+from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of
 from edgevlm.inputs.vision_cache import PreprocessedImage
 
 
@@ -25,7 +26,7 @@ class Model(Protocol):
         ...
 
     def preprocess(
-        self, images: Sequence[Picture], image_budget: ImageBudget | None, cache_salt: str
+        self, images: Sequence[Picture | Video | PreprocessedImage], image_budget: ImageBudget | None, cache_salt: str
     ) -> list[PreprocessedImage]:
         """Resize and split the pictures of one prompt."""
         ...
@@ -50,10 +51,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its pictures, and the answer as far as it was generated."""
+    """A question, its pictures and videos, and the answer as far as it was generated."""
 
     question: str
-    images: tuple[Picture, ...]
+    images: tuple[Picture | PreprocessedImage, ...]
     answer: str
 
 
@@ -80,24 +81,24 @@ class Chat:
         """Drop all turns and their pictures."""
         self.turns = []
 
-    def ask(self, question: str, images: Images = None) -> Answer:
+    def ask(self, question: str, images: Visuals = None) -> Answer:
         """Return the answer to the next question, with new pictures if there are any.
 
         Errors as in `stream`, and `IncompleteAnswerError` for an answer cut short of its constraint.
         """
         return collect(self.stream(question, images))
 
-    def stream(self, question: str, images: Images = None) -> Generator[Piece, None, None]:
+    def stream(self, question: str, images: Visuals = None) -> Generator[Piece, None, None]:
         """Yield the answer piece by piece; errors as in `events`."""
         with closing(self.events(question, images)) as events:
             yield from (event for event in events if isinstance(event, Piece))
 
-    def events(self, question: str, images: Images = None) -> Generator[Event, None, None]:
+    def events(self, question: str, images: Visuals = None) -> Generator[Event, None, None]:
         """Yield the progress and the pieces of the answer; a closed one is kept in the conversation as far as it came.
 
         Raises `ImageError`, `PromptError` and `OptionError`; the conversation is then as it was before.
         """
-        turns = [*self.turns, Turn(question, tuple(load_picture(image) for image in as_list(images)), "")]
+        turns = [*self.turns, Turn(question, tuple(self._loaded(as_visuals(images))), "")]
         pictures = [picture for turn in turns for picture in turn.images]
         preprocessed = self._vlm.preprocess(pictures, self.image_budget, self._salt)
         turns = self._fit(turns, preprocessed)
@@ -114,6 +115,14 @@ class Chat:
             if answer:
                 self.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
 
+    def _loaded(self, images: Sequence[ImageInput | Video]) -> Iterator[Picture | PreprocessedImage]:
+        """Yield each picture decoded, each video sampled and sized: it is read once, however many turns follow."""
+        for image in images:
+            if isinstance(image, Video):
+                yield from self._vlm.preprocess([image], self.image_budget, self._salt)
+            else:
+                yield load_picture(image)
+
     def _fit(self, turns: list[Turn], images: Sequence[PreprocessedImage]) -> list[Turn]:
         """Drop the oldest turns until the prompt and its answer fit the context; pictures move to the next turn."""
         limit = self._vlm.context_length
@@ -126,7 +135,7 @@ class Chat:
     def _messages(self, turns: list[Turn]) -> list[Message]:
         messages: list[Message] = [] if self._system is None else [text_message("system", self._system)]
         for turn in turns:
-            messages.append(user_message(turn.question, len(turn.images)))
+            messages.append(user_message(turn.question, kinds_of(turn.images)))
             if turn.answer:
                 messages.append(text_message("assistant", turn.answer))
         return messages

@@ -2,7 +2,8 @@
 
 EdgeVLMError
 ├── ImageError             the picture: missing, unreadable, truncated
-│   └── ImageTooLargeError
+│   ├── ImageTooLargeError
+│   └── VideoError         the video: damaged, without frames, or not for this model
 ├── PromptError            the question: it holds the image placeholder, or is no text
 │   └── ContextLengthError
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
@@ -44,6 +45,7 @@ __all__ = [
     "SourceError",
     "TuningError",
     "VerificationError",
+    "VideoError",
 ]
 
 
@@ -57,6 +59,10 @@ class ImageError(EdgeVLMError):
 
 class ImageTooLargeError(ImageError):
     """The picture has more pixels than are taken."""
+
+
+class VideoError(ImageError):
+    """The video cannot be used."""
 
 
 class PromptError(EdgeVLMError):

@@ -21,9 +21,10 @@ from edgevlm.decoding.structured import GrammarTokenizer, check_choices
 from edgevlm.errors import ContextLengthError, DeviceError, ImageError
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
 from edgevlm.inputs.chat_template import Message, user_message
-from edgevlm.inputs.image import ImageInput, Images, as_list, load_picture
+from edgevlm.inputs.image import ImageInput, content_digest, load_picture
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
+from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
 from edgevlm.locate import Search
 from edgevlm.locations import Locations
@@ -90,7 +91,7 @@ class VLM:
 
     def generate(
         self,
-        images: Images,
+        images: Visuals,
         question: str,
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
@@ -98,7 +99,7 @@ class VLM:
         cache_salt: str = "",
         **options: Any,
     ) -> Answer:
-        """Return the whole answer to `question` about `images`: one, several, or none.
+        """Return the whole answer to `question` about `images`, pictures or videos: one, several, or none.
 
         `options` are fields of `GenerationConfig` and `ImageBudget`, such as `max_new_tokens=16` and `detail="low"`,
         and win over both. What was computed under one `cache_salt` is not used under another, so that neither the time
@@ -109,7 +110,7 @@ class VLM:
 
     def stream(
         self,
-        images: Images,
+        images: Visuals,
         question: str,
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
@@ -124,23 +125,23 @@ class VLM:
         fits, and for a constraint that the model's tokens cannot follow.
         """
         config, image_budget = override(config, image_budget, options)
-        pictures = as_list(images)
-        messages = [user_message(question, len(pictures))]
+        pictures = as_visuals(images)
+        messages = [user_message(question, kinds_of(pictures))]
         with closing(self.events(messages, pictures, config, image_budget, cache_salt)) as events:
             yield from (event for event in events if isinstance(event, Piece))
 
     def events(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput | PreprocessedImage],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
         cache_salt: str = "",
     ) -> Generator[Event, None, None]:
         """Yield the progress and the pieces of the answer to a conversation; closing this ends the answer.
 
-        The image placeholders of `messages` stand for `images`, in order. There is a `Progress` for every view that is
-        encoded and every token that is generated. Errors as in `stream`.
+        The placeholders of `messages`, parts of type `image` and `video`, stand for `images`, in order. There is a
+        `Progress` for every view that is encoded and every token that is generated. Errors as in `stream`.
         """
         config, watch = config or GenerationConfig(), Stopwatch()
         prompt = yield from self._prepare(messages, images, config, watch, image_budget, cache_salt)
@@ -157,7 +158,7 @@ class VLM:
 
     def score(
         self,
-        images: Images,
+        images: Visuals,
         question: str,
         choices: Sequence[str],
         config: GenerationConfig | None = None,
@@ -176,7 +177,7 @@ class VLM:
 
     def score_events(
         self,
-        images: Images,
+        images: Visuals,
         question: str,
         choices: Sequence[str],
         config: GenerationConfig | None = None,
@@ -186,8 +187,8 @@ class VLM:
         """Yield the progress of `score`; return the scores."""
         check_choices(choices)
         config, watch = config or GenerationConfig(), Stopwatch()
-        pictures = as_list(images)
-        messages = [user_message(question, len(pictures))]
+        pictures = as_visuals(images)
+        messages = [user_message(question, kinds_of(pictures))]
         prompt = yield from self._prepare(messages, pictures, config, watch, image_budget, cache_salt)
         prefix = self.processor.template.response_prefix(config.chat_template_kwargs)
         answers = [self.grammar_tokenizer.encode(prefix + choice) for choice in choices]
@@ -235,9 +236,9 @@ class VLM:
     ) -> Generator[Progress, None, Locations]:
         """Yield the progress of `locate`; return the places."""
         search = Search.of(self.processor.family, phrase, max_locations)
-        given = as_list(image)
-        if len(given) != 1:
-            raise ImageError(f"locate takes one picture, not {len(given)}")
+        given = as_visuals(image)
+        if len(given) != 1 or isinstance(given[0], Video):
+            raise ImageError(f"locate takes one picture, not {len(given) if len(given) != 1 else 'a video'}")
         picture, budget = load_picture(given[0]), image_budget or ImageBudget()
         answer, config = None, search.config(config or GenerationConfig(), self.context_length)
         with closing(self.events(search.messages, [picture], config, budget, cache_salt)) as events:
@@ -269,7 +270,7 @@ class VLM:
 
     def preprocess(
         self,
-        images: Sequence[ImageInput | PreprocessedImage],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
         image_budget: ImageBudget | None = None,
         cache_salt: str = "",
     ) -> list[PreprocessedImage]:
@@ -281,6 +282,8 @@ class VLM:
         budget = family.budget_for(image_budget or ImageBudget(), len(images))
         preprocessed = []
         for image in images:
+            if isinstance(image, Video):
+                image = self._preprocess_video(image, budget, cache_salt)  # noqa: PLW2901
             if not isinstance(image, PreprocessedImage):
                 picture = load_picture(image)
                 key = (picture.digest, budget, cache_salt)
@@ -289,10 +292,16 @@ class VLM:
             preprocessed.append(image)
         return preprocessed
 
+    def _preprocess_video(self, video: Video, budget: ImageBudget, cache_salt: str) -> PreprocessedImage:
+        frames = load_frames(video, self.processor.family, budget)
+        digests = tuple(content_digest(each) for each in frames.pixels)
+        key = (digests, tuple(frames.times_s), frames.rate, cache_salt)
+        return PreprocessedImage(key, self.processor.family.preprocess_video(frames), is_video=True)
+
     def count_tokens(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput | PreprocessedImage],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
     ) -> int:
@@ -304,7 +313,7 @@ class VLM:
     def prepare(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput | PreprocessedImage],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
         config: GenerationConfig,
         watch: Stopwatch,
         image_budget: ImageBudget | None = None,
@@ -316,7 +325,7 @@ class VLM:
     def _prepare(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageInput | PreprocessedImage],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
         config: GenerationConfig,
         watch: Stopwatch,
         image_budget: ImageBudget | None,
@@ -330,15 +339,16 @@ class VLM:
         self._check_length(len(ids))
         with watch.stage("vision"):
             encoded = yield from self._encode(preprocessed, cache_salt)
+        shown = family.image_rows(ids)
         features = [family.assemble(image.layout, [view.outputs for view in image.views]) for image in encoded]
         image_embeds = join([each[IMAGE_EMBEDS] for each in features], self.manifest.hidden_size)
         rows = [key for pair in zip(encoded, features, strict=True) for key in feature_keys(*pair)]
         return Prompt(
-            merge(self.language_model.embed(ids), ids, family.image_token_id, image_embeds),
+            merge(self.language_model.embed(ids), shown, image_embeds),
             ids=ids.tolist(),
-            prefix_keys=prefix_keys(ids, family.image_token_id, rows, cache_salt),
+            prefix_keys=prefix_keys(ids, shown, rows, cache_salt),
             inputs=family.language_inputs(ids, [image.layout for image in encoded], features),
-            images=image_places(ids, family.image_token_id, [len(each[IMAGE_EMBEDS]) for each in features]),
+            images=image_places(shown, [len(each[IMAGE_EMBEDS]) for each in features]),
             image_tokens=len(image_embeds),
             views=sum(map(len, encoded)),
             cached_views=sum(len(image) - image.encoded for image in encoded),
@@ -361,7 +371,7 @@ class VLM:
         if length >= limit:
             raise ContextLengthError(
                 f"the prompt has {length:,} tokens and the model's context holds {limit:,};"
-                " shorten the question, or use fewer pictures, a lower detail or max_image_tokens"
+                " shorten the question, or use fewer pictures or frames, a lower detail or max_image_tokens"
             )
 
 

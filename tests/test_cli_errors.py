@@ -101,7 +101,8 @@ def test_not_an_image(tmp_path: Path) -> None:
 
 
 def test_a_folder_for_an_image(tmp_path: Path) -> None:
-    assert error("run", tmp_path, QUESTION) == f"{tmp_path} is a folder, not an image file"
+    reason = "is a folder without pictures; a video is a file, or a folder of its frames"
+    assert error("run", tmp_path, QUESTION) == f"{tmp_path} {reason}"
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
@@ -175,7 +176,7 @@ def test_a_prompt_longer_than_the_context(exported: Path) -> None:
     assert tokens > 512
     assert error("run", question, "-m", exported) == (
         f"the prompt has {tokens:,} tokens and the model's context holds 512;"
-        " shorten the question, or use fewer pictures, a lower detail or max_image_tokens"
+        " shorten the question, or use fewer pictures or frames, a lower detail or max_image_tokens"
     )
 
 

@@ -280,7 +280,7 @@ def test_int4_answers_too(exported_int4: Path, china: Path) -> None:
             lambda vlm: vlm.generate([photograph("china.jpg")] * 12, QUESTION),
             PromptError,
             "the prompt has 1,014 tokens and the model's context holds 512;"
-            " shorten the question, or use fewer pictures, a lower detail or max_image_tokens",
+            " shorten the question, or use fewer pictures or frames, a lower detail or max_image_tokens",
         ),
     ],
 )

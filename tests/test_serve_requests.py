@@ -59,7 +59,7 @@ def image(**fields: object) -> dict[str, Any]:
 PART = "messages.0.content.1"
 CHOICES = 'must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
 PARTS = "must be a text or a list of parts"
-KINDS = "is not known; use 'text' or 'image_url'"
+KINDS = "is not known; use 'text', 'image_url' or 'video_url'"
 FORMATS = "is not known; use 'text', 'json_object' or 'json_schema'"
 NO_SCHEMA = "is missing; the JSON schema itself goes there"
 

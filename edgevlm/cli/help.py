@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import click
 
 Decorator: TypeAlias = Callable[[Any], Any]
-_GROUPS = ("Model", "Image", "Generation", "Output", "Access", "Limits", "INT4", "Advanced")
+_GROUPS = ("Model", "Image", "Video", "Generation", "Output", "Access", "Limits", "INT4", "Advanced")
 """In this order, after the options that have no group."""
 
 

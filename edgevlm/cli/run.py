@@ -21,14 +21,15 @@ from edgevlm.cli.options import (
     output_options,
     runtime_config,
 )
-from edgevlm.errors import ImageError
+from edgevlm.errors import ImageError, OptionError
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
     from edgevlm.cli.output import Progress
     from edgevlm.decoding.config import GenerationConfig
-    from edgevlm.families.base import ImageBudget
+    from edgevlm.families.base import FrameSampling, ImageBudget
     from edgevlm.inputs.image import ImageFile
+    from edgevlm.inputs.video import Video
     from edgevlm.runtime.config import RuntimeConfig
     from edgevlm.vlm import VLM
 
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
 @model_options
 @generation_options
+@group(
+    "Video",
+    click.option("--fps", type=float, help="Frames sampled for each second of a video; of a folder: that it has."),
+    click.option("--frames", type=int, help="Frames sampled of each video, evenly spread."),
+)
 @output_options
 @group(
     "Output",
@@ -46,22 +52,31 @@ if TYPE_CHECKING:
 def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) -> None:
     """Answer QUESTION about the IMAGEs; without an image, just answer it. An IMAGE of - is read from stdin.
 
+    An IMAGE may be a video, or a folder of its frames. With --fps or --frames a GIF and stdin are videos, too.
+
     Without -m the bundled model answers, for pictures of panels and parts alone.
 
     \b
     edgevlm run panel.png "Which lamp is lit?"
     edgevlm run photo.jpg "What is in this picture?" -m SmolVLM-256M-Instruct-int4
+    edgevlm run clip.mp4 "What happens?" --frames 8 -m ./my-qwen3-vl
     edgevlm run before.png after.png "What has changed?" -m ./my-model
     cat photo.jpg | edgevlm run - "Describe it." --json
     edgevlm run gauge.jpg "Read the gauge." --schema reading.json
     edgevlm run door.jpg "Is the door open?" --choices yes,no
     """
+    from edgevlm.families.base import FrameSampling
+    from edgevlm.inputs.video import Video
+
     *images, question = arguments
     output_format, generation = chosen_format(options), generation_config(options)
     generation, budget = replace(generation, constraint=output_format.constraint), image_budget(options)
     runtime = runtime_config(options)
     _check_question(question)
-    pictures = [read_picture(name) for name in images]  # a bad picture is told before the model is loaded
+    sampling = FrameSampling(options["fps"], options["frames"])
+    pictures = [_input(name, sampling) for name in images]  # a bad picture is told before the model is loaded
+    if sampling != FrameSampling() and not any(isinstance(each, Video) for each in pictures):
+        raise OptionError("--fps and --frames are for a video, and none is given")
     request = _Request(question, chosen_model(options["model"]), runtime, generation, budget)
     if output_format.choices:
         _score(pictures, request, output_format.choices, as_json)
@@ -83,27 +98,47 @@ class _Request:
 def _check_question(question: str) -> None:
     """Catch the likeliest slip: a picture and no question."""
     from edgevlm.inputs.image import image_suffixes
+    from edgevlm.inputs.video import names_video
     from edgevlm.model_store import is_there
 
     suffix = Path(question).suffix.lower()
-    names_image = suffix and len(question.split()) == 1 and suffix in image_suffixes()
+    names_image = suffix and len(question.split()) == 1 and (suffix in image_suffixes() or names_video(question))
     is_file = suffix and is_there(Path(question)) and Path(question).is_file()
     if question == "-" or names_image or is_file:
         raise ImageError(f"no question: {question} is an image; put the question after it, in quotes")
 
 
+def _input(name: str, sampling: FrameSampling) -> ImageFile | Video:
+    """Return a picture or a video whose header is sound."""
+    from edgevlm.families.base import FrameSampling
+    from edgevlm.inputs.video import Video, is_folder, names_video, probe_video
+
+    said_so = sampling != FrameSampling() and (name == "-" or name.lower().endswith(".gif"))
+    if said_so or names_video(name) or is_folder(name):
+        video = Video(_stdin("the video") if name == "-" else name, sampling.fps, sampling.frames)
+        probe_video(video)
+        return video
+    return read_picture(name)
+
+
 def read_picture(name: str) -> ImageFile:
     """Return a picture's file, or that which comes on stdin for -, its header checked. Raises `ImageError`."""
-    from edgevlm.inputs.image import ImageFile, probe_image, probed_image
+    from edgevlm.inputs.image import probe_image, probed_image
 
     if name != "-":
         return probed_image(name)
+    file = _stdin("the image")
+    probe_image(file)
+    return file
+
+
+def _stdin(called: str) -> ImageFile:
+    from edgevlm.inputs.image import ImageFile
+
     data = sys.stdin.buffer.read() if sys.stdin else b""  # None: started with stdin closed
     if not data:
         raise ImageError("no image came on stdin, where an IMAGE of - is read from")
-    file = ImageFile(data, "the image")
-    probe_image(file)
-    return file
+    return ImageFile(data, called)
 
 
 def _load(request: _Request, progress: Progress) -> VLM:
@@ -113,7 +148,7 @@ def _load(request: _Request, progress: Progress) -> VLM:
     return VLM(request.model, request.runtime)
 
 
-def _score(images: list[ImageFile], request: _Request, choices: Sequence[str], as_json: bool) -> None:
+def _score(images: list[ImageFile | Video], request: _Request, choices: Sequence[str], as_json: bool) -> None:
     from edgevlm.cli.output import Progress, print_scores
 
     with Progress() as progress:
@@ -127,16 +162,17 @@ def _score(images: list[ImageFile], request: _Request, choices: Sequence[str], a
         print_scores(scores)
 
 
-def _answer(images: list[ImageFile], request: _Request, as_json: bool, stats: bool) -> None:
+def _answer(images: list[ImageFile | Video], request: _Request, as_json: bool, stats: bool) -> None:
     from edgevlm.answer import Piece
     from edgevlm.cli.output import Progress, print_cut, print_stats
     from edgevlm.decoding.stream import check_satisfied
     from edgevlm.inputs.chat_template import user_message
+    from edgevlm.inputs.video import kinds_of
 
     with Progress() as progress:
         vlm = _load(request, progress)
         answer = None
-        messages = [user_message(request.question, len(images))]
+        messages = [user_message(request.question, kinds_of(images))]
         for event in vlm.events(messages, images, request.generation, request.image_budget):
             progress.show(event)
             if isinstance(event, Piece):

@@ -6,6 +6,7 @@ reads. The encoder's outputs for the views are assembled to features, one row fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -59,11 +60,43 @@ class ImageBudget:
 
 
 @dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video are looked at; at most one of the two is given."""
+
+    fps: float | None = None
+    """This many for each second; None is the family's own rate."""
+    frames: int | None = None
+    """This many, evenly spread."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.frames is not None:
+            raise OptionError("fps and frames exclude each other; give one of them")
+        if self.fps is not None and not (self.fps > 0 and math.isfinite(self.fps)):
+            raise OptionError(f"fps must be a number above 0, not {self.fps}")
+        if self.frames is not None and self.frames < 1:
+            raise OptionError(f"frames must be at least 1, not {self.frames}")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a video that are looked at."""
+
+    pixels: Sequence[RGB]
+    """Each `(H, W, 3)`, all of one size, which is that of the views."""
+    times_s: Sequence[float]
+    """When each is shown, in seconds from the beginning."""
+    rate: float
+    """How many of them there are for each second."""
+    duration_s: float
+    """Of the whole video."""
+
+
+@dataclass(frozen=True)
 class View:
-    """One call of the vision encoder: a tile, a thumbnail, or a whole picture."""
+    """One call of the vision encoder: a tile, a thumbnail, a whole picture, or a few frames of a video."""
 
     pixels: npt.NDArray[np.uint8]
-    """`(H, W, 3)`, hashed by the vision cache."""
+    """`(H, W, 3)`, or `(T, H, W, 3)` for T frames; hashed by the vision cache."""
     inputs: Callable[[], Arrays]
     """Makes the encoder's inputs, a batch of one, by the graph's names; called only where the view is not cached."""
 
@@ -124,6 +157,12 @@ class Family:
     """Placeholders of older templates, tried in order where a template lacks `placeholder`."""
     image_token_id: int
     """The token whose positions take the image embeddings."""
+    video_placeholder: str | None = None
+    """The chat template's placeholder of a video; None for a family that takes none."""
+    video_template: str | None = None
+    """The chat template of prompts with videos, where it is not the checkpoint's own."""
+    video_token_id: int | None = None
+    """The token whose positions take the embeddings of a video; None if that is the image token."""
     tokens_per_view: int
     """Image tokens of a view, for a family whose views have equally many."""
     view_size: tuple[int, int] | None = None
@@ -145,6 +184,31 @@ class Family:
         """Return the height and width that a picture has for the encoder, where `grounding` counts its pixels."""
         raise NotImplementedError
 
+    def sample_frames(self, total: int, rate: float, sampling: FrameSampling, budget: ImageBudget) -> Sequence[int]:
+        """Return which of the `total` frames of a video are looked at, rising; `rate` is how many a second has."""
+        raise NotImplementedError
+
+    def frame_size(self, height: int, width: int, count: int, budget: ImageBudget) -> tuple[int, int]:
+        """Return height and width that `count` frames of `height` x `width` are resized to. Raises `ImageError`."""
+        raise NotImplementedError
+
+    def resize_frame(self, image: RGB, size: tuple[int, int]) -> RGB:
+        """Return a frame `(H, W, 3)` at `size`, height and width."""
+        raise NotImplementedError
+
+    def preprocess_video(self, frames: Frames) -> Visual:
+        """Return the views of a video, one for each temporal patch."""
+        raise NotImplementedError
+
+    def is_video(self, layout: Hashable) -> bool:  # noqa: ARG002
+        """Tell whether a layout is that of a video."""
+        return False
+
+    def image_rows(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return `(n,)`: which tokens of a prompt take embeddings of pictures and videos."""
+        shown: npt.NDArray[np.bool_] = ids == self.image_token_id
+        return shown if self.video_token_id is None else shown | (ids == self.video_token_id)
+
     def max_views(self, budget: ImageBudget) -> int | None:
         """Return how many views a picture may have, for a family whose views have `tokens_per_view` each.
 
@@ -157,7 +221,7 @@ class Family:
         return views if budget.max_views is None else min(views, budget.max_views)
 
     def image_text(self, layout: Hashable) -> str:
-        """Return the text that replaces one placeholder in the rendered prompt, image tokens included."""
+        """Return the text that replaces one placeholder in the rendered prompt, its image or video tokens included."""
         raise NotImplementedError
 
     def block_text(self) -> str:

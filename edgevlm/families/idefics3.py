@@ -2,21 +2,23 @@
 
 Geometry, resampling and arithmetic follow transformers' Pillow-based `Idefics3ImageProcessor` step for step, and
 the prompt follows `Idefics3Processor` (both of transformers 5.24), so that `detail="high"` gives equal arrays and
-equal token ids.
+equal token ids. A video of SmolVLM2 is a global view for each frame, its time before it: `SmolVLMVideoProcessor` and
+`SmolVLMProcessor`, but for Pillow's resampling.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from edgevlm.families.base import RGB, Arrays, Detail, Family, ImageBudget, Visual
+from edgevlm.families.base import RGB, Arrays, Detail, Family, Frames, FrameSampling, ImageBudget, Visual
 from edgevlm.families.grounding import Grounding
-from edgevlm.families.imaging import normalisation, pixel_view
+from edgevlm.families.imaging import fused_normalisation, normalisation, pixel_view, resized
 
 MAX_SIDE = 4096
 """No picture is resized beyond this side: `MAX_IMAGE_SIZE` of the reference."""
@@ -32,7 +34,28 @@ class Grid(NamedTuple):
     cols: int
 
 
+class Clip(NamedTuple):
+    """When each frame of a video is shown, and how long the whole is."""
+
+    times_s: tuple[float, ...]
+    duration_s: float
+
+
 _LARGEST = Grid(16, 16)
+MAX_FRAMES = 768
+"""Most frames of a video that may be asked for."""
+VIDEO_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'] is string %}{{': ' + message['content']}}{% else %}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}"
+    "{% endfor %}{% endif %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""The reference's `DEFAULT_CHAT_TEMPLATE`, which it renders prompts with videos with, whatever the checkpoint's is."""
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 class Idefics3(Family):
@@ -57,6 +80,19 @@ class Idefics3(Family):
         # The bundled model, or one tuned from it: in no published Idefics3 each patch is an image token.
         if self.tokens_per_view == (self.tile // self.patch_size) ** 2:
             self.grounding = POINTS
+        if "video" in facts:
+            self._set_up_video(facts["video"])
+
+    def _set_up_video(self, video: Mapping[str, Any]) -> None:
+        """Take the facts about videos, which SmolVLM2 alone has."""
+        self.video_placeholder = str(video["token"])
+        self.video_template = VIDEO_TEMPLATE.replace("<image>", self.image_token).replace(
+            "<video>", self.video_placeholder
+        )
+        self.video_edge = int(video["longest_edge"])
+        self.video_fps, self.video_frames = float(video["fps"]), int(video["max_frames"])
+        self.video_resample = Image.Resampling(int(video["resample"]))
+        self.video_lookup = fused_normalisation(video)
 
     def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the tiles of a picture `(H, W, 3)`, and the global view after them.
@@ -86,8 +122,61 @@ class Idefics3(Family):
         ]
         return self._visual([*crops, self._resize(gridded, self.tile, self.tile)], Grid(rows, cols))
 
+    def sample_frames(self, total: int, rate: float, sampling: FrameSampling, budget: ImageBudget) -> Sequence[int]:
+        """Return which of `total` frames are looked at, by the reference's `sample_frames`.
+
+        Of a long video the first and last second are left out. `sampling.frames` are spread from the first frame to the
+        last, however short the video is.
+        """
+        most = MAX_FRAMES if sampling.frames is not None else self.video_frames
+        if budget.max_views is not None:
+            most = min(most, budget.max_views)
+        first, last, duration = 0, total - 1, total / rate
+        if sampling.frames is not None:
+            count = min(sampling.frames, most, total)
+        else:
+            fps = sampling.fps or self.video_fps
+            count = max(1, min(round(fps * duration), most))
+            if duration - 2 > most * fps:
+                first, last = int(rate), min(int(total - rate), last)
+        if first >= last:
+            first, last = 0, total - 1
+        places: list[int] = np.unique(np.linspace(first, last, count, dtype=np.int64)).tolist()
+        return places
+
+    def frame_size(self, height: int, width: int, count: int, budget: ImageBudget) -> tuple[int, int]:  # noqa: ARG002
+        """Return the size of the one tile that each frame is."""
+        budget.check(self.tokens_per_view)
+        return self.tile, self.tile
+
+    def resize_frame(self, image: RGB, size: tuple[int, int]) -> RGB:
+        """Return a frame `(H, W, 3)` at `size`; the reference resizes twice, first to the longest edge of videos."""
+        height, width = _fit(image.shape[0], image.shape[1], min(self.video_edge, MAX_SIDE))
+        return resized(resized(image, (height, width), self.video_resample), size, self.video_resample)
+
+    def preprocess_video(self, frames: Frames) -> Visual:
+        """Return a view for each frame."""
+        views = [pixel_view(pixels, self.video_lookup) for pixels in frames.pixels]
+        return Visual(views, Clip(tuple(frames.times_s), frames.duration_s))
+
+    def is_video(self, layout: Hashable) -> bool:
+        """Tell whether a layout is that of a video."""
+        return isinstance(layout, Clip)
+
+    def _video_text(self, clip: Clip) -> str:
+        """Return the block of a video: `replace_video_token` of the reference."""
+        frames = "".join(
+            f"\nFrame from {int(time // 60):02d}:{int(time % 60):02d}:{self.image_text(Grid(0, 0))}"
+            for time in clip.times_s
+        )
+        count, duration = in_words(len(clip.times_s)), timedelta(seconds=int(clip.duration_s))
+        intro = f"You are provided the following series of {count} frames from a {duration} [H:MM:SS] video.\n"
+        return f"{intro}{frames}\n\n"
+
     def image_text(self, layout: Hashable) -> str:
         """Return the image block of the prompt: each tile named by row and column, the global view last."""
+        if isinstance(layout, Clip):
+            return self._video_text(layout)
         assert isinstance(layout, tuple)
         grid = Grid(*layout)
         image_tokens = self.image_token * self.tokens_per_view
@@ -144,6 +233,17 @@ class Idefics3(Family):
 
     def _visual(self, tiles: list[Image.Image], grid: Grid) -> Visual:
         return Visual([pixel_view(np.asarray(tile), self.lookup) for tile in tiles], grid)
+
+
+def in_words(number: int) -> str:
+    """Return a number below 1000 in English, as num2words writes it."""
+    if number < 20:
+        return _ONES[number]
+    tens, ones = divmod(number, 10)
+    if number < 100:
+        return _TENS[tens - 2] + (f"-{_ONES[ones]}" if ones else "")
+    hundreds, rest = divmod(number, 100)
+    return f"{_ONES[hundreds]} hundred" + (f" and {in_words(rest)}" if rest else "")
 
 
 def _fit(height: int, width: int, longest_edge: int) -> tuple[int, int]:

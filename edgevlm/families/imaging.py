@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from edgevlm.families.base import PIXEL_VALUES, RGB, View
 
@@ -34,3 +35,26 @@ def normalisation(preprocessing: Mapping[str, Any]) -> Lookup:
         np.broadcast_to(np.asarray(preprocessing[name], np.float32), 3)[:, None] for name in ("image_mean", "image_std")
     )
     return np.asarray((levels[None, :] - mean) / std)
+
+
+def resized(image: RGB, size: tuple[int, int], resample: Image.Resampling) -> RGB:
+    """Return a frame `(H, W, 3)` at `size`, height and width.
+
+    Its rows are resampled before its columns, as by torchvision; Pillow takes the cheaper order.
+    """
+    height, width = size
+    rows = Image.fromarray(image).resize((width, image.shape[0]), resample)
+    return np.asarray(rows.resize((width, height), resample))
+
+
+def fused_normalisation(preprocessing: Mapping[str, Any]) -> Lookup:
+    """Return `(3, 256)` as the reference's torchvision-based processors compute it, all of those of videos.
+
+    They scale mean and standard deviation in float32 instead of the pixels: `_fuse_mean_std_and_rescale_factor`.
+    """
+    scale = np.float32(1.0 / float(preprocessing["rescale_factor"]))
+    mean, std = (
+        np.broadcast_to(np.asarray(preprocessing[name], np.float32), 3)[:, None] * scale
+        for name in ("image_mean", "image_std")
+    )
+    return np.asarray((np.arange(256, dtype=np.float32)[None, :] - mean) / std)

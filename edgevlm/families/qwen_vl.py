@@ -1,5 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a picture at its own shape is one view, positions lie on three axes.
 
+A video is one view for each temporal patch of `frames` frames. Which frames, their sizes and arithmetic follow
+`Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`, resampling Pillow, one level from torchvision's at the most.
+
 Sizes, resampling and arithmetic follow transformers' Pillow-based `Qwen2VLImageProcessor`, the prompt follows
 `Qwen2VLProcessor`, the encoder's index inputs `vision_utils.py`, and positions `get_rope_index` (all of transformers
 5.24), so that `detail="high"` gives equal arrays, token ids and positions.
@@ -28,16 +31,24 @@ from edgevlm.families.base import (
     Arrays,
     Detail,
     Family,
+    Frames,
+    FrameSampling,
     ImageBudget,
     LanguageInputs,
     View,
     Visual,
 )
 from edgevlm.families.grounding import Grounding, json_boxes
-from edgevlm.families.imaging import Lookup, normalisation
+from edgevlm.families.imaging import Lookup, fused_normalisation, normalisation, resized
 
 AUTO_TOKENS, LOW_TOKENS = 1280, 256
 """Most image tokens at `detail="auto"`, the maximum of `Qwen2VLImageProcessor`'s own defaults, and at `"low"`."""
+AUTO_VIDEO_TOKENS, LOW_VIDEO_TOKENS = 256, 64
+"""Most image tokens of a temporal patch at `detail="auto"` and `"low"`."""
+SAMPLED_FPS = 2.0
+"""Frames sampled for each second: `fps` of `Qwen3VLVideoProcessor`, and of qwen-vl-utils for all three models."""
+MIN_FRAMES, MAX_FRAMES, AUTO_FRAMES = 4, 768, 64
+"""Fewest and most frames sampled by rate, as in both video processors, and most unless `detail="high"` or asked for."""
 MAX_ASPECT_RATIO = 200
 """Pictures with a longer side beyond this multiple of the shorter are refused, as in the reference's `smart_resize`."""
 
@@ -70,6 +81,28 @@ class Grid(NamedTuple):
         return self.rows * self.cols
 
 
+class Clip(NamedTuple):
+    """Grid of each temporal patch of a video, and when they are shown."""
+
+    grid: Grid
+    times_s: tuple[float, ...]
+    """The middle of each temporal patch."""
+    interval_s: float
+    """From one temporal patch to the next."""
+
+
+class Block(NamedTuple):
+    """Image tokens that positions are counted for at once: a grid for each place on the axis of time."""
+
+    grid: Grid
+    times: tuple[int, ...] = (0,)
+
+    @property
+    def tokens(self) -> int:
+        """How many image tokens there are."""
+        return self.grid.tokens * len(self.times)
+
+
 class QwenVL(Family):
     """The family's rules, from the facts that the exporter took from the checkpoint."""
 
@@ -90,6 +123,19 @@ class QwenVL(Family):
         self.image_token_id = int(facts["image_token_id"])
         self.grounding = GROUNDING[model_type]
         self.vision_start, self.vision_end = str(facts["vision_start"]), str(facts["vision_end"])
+        self.has_timestamps = model_type == "qwen3_vl"
+        """A video's temporal patches are told apart by text, and its bounds of pixels hold for all frames together."""
+        if "video" in facts:
+            self._set_up_video(facts["video"])
+
+    def _set_up_video(self, video: Mapping[str, Any]) -> None:
+        """Take the facts about videos, which exports of older versions lack."""
+        self.video_placeholder = self.video_token = str(video["token"])
+        self.video_token_id = int(video["token_id"])
+        self.video_pixels = max(1, int(video["min_pixels"])), int(video["max_pixels"])
+        self.video_resample = Image.Resampling(int(video["resample"]))
+        self.video_lookup = fused_normalisation(video)
+        self.tokens_per_second = float(video["tokens_per_second"]) if "tokens_per_second" in video else None
 
     def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the one view of a picture `(H, W, 3)`, its sides multiples of `unit`.
@@ -104,7 +150,60 @@ class QwenVL(Family):
         grid = self._grid(height, width, self._most_tokens(budget))
         size = (grid.cols * self.unit, grid.rows * self.unit)
         pixels = np.asarray(Image.fromarray(image).resize(size, self.resample))
-        return Visual([View(pixels, partial(self._encoder_inputs, pixels))], grid)
+        return Visual([View(pixels, partial(self._encoder_inputs, pixels, self.lookup))], grid)
+
+    def sample_frames(self, total: int, rate: float, sampling: FrameSampling, budget: ImageBudget) -> Sequence[int]:
+        """Return which of `total` frames are looked at, by the reference's `sample_frames`.
+
+        Where that takes none, or more than there are, all are taken. `max_views` bounds the temporal patches.
+        """
+        most = MAX_FRAMES if budget.detail == "high" or sampling != FrameSampling() else AUTO_FRAMES
+        if budget.max_views is not None:
+            most = min(most, budget.max_views * self.frames)
+        sample = sample_evenly if self.has_timestamps else partial(sample_by_step, step=self.frames)
+        seconds = total / rate
+        count = seconds * (sampling.fps or SAMPLED_FPS) if sampling.frames is None else min(sampling.frames, most)
+        return sample(total, count, most, asked=sampling.frames is not None)
+
+    def frame_size(self, height: int, width: int, count: int, budget: ImageBudget) -> tuple[int, int]:
+        """Return height and width of the views of `count` frames, by the reference's `smart_resize` of videos.
+
+        Every temporal patch has at most `AUTO_VIDEO_TOKENS` or `LOW_VIDEO_TOKENS`, unless `detail="high"`, and at most
+        `max_image_tokens`.
+        """
+        count = max(count, self.frames)
+        min_pixels, max_pixels = self.video_pixels
+        shared = count if self.has_timestamps else 1
+        least = math.ceil(min_pixels / shared / self.unit**2)
+        budget.check(least)
+        bound = {"auto": AUTO_VIDEO_TOKENS, "low": LOW_VIDEO_TOKENS, "high": None}[budget.detail]
+        bounds = [each for each in (bound, budget.max_image_tokens) if each is not None]
+        most = max(least, min(bounds)) if bounds else None
+        grid = self._video_grid(height, width, count, max_pixels)
+        if most is not None and grid.tokens > most:
+            grid = self._video_grid(height, width, count, most * self.unit**2 * shared)
+            grid = grid if least <= grid.tokens <= most else nearest_grid(height, width, least, most)
+        return grid.rows * self.unit, grid.cols * self.unit
+
+    def resize_frame(self, image: RGB, size: tuple[int, int]) -> RGB:
+        """Return a frame `(H, W, 3)` at `size`, height and width."""
+        return resized(image, size, self.video_resample)
+
+    def preprocess_video(self, frames: Frames) -> Visual:
+        """Return a view for each temporal patch; the last frame is repeated to fill one."""
+        missing = -len(frames.pixels) % self.frames
+        pixels = [*frames.pixels, *[frames.pixels[-1]] * missing]
+        times = [*frames.times_s, *[frames.times_s[-1]] * missing]
+        starts = range(0, len(pixels), self.frames)
+        patches = [np.stack(pixels[start : start + self.frames]) for start in starts]
+        middles = tuple((times[start] + times[start + self.frames - 1]) / 2 for start in starts)
+        height, width = pixels[0].shape[:2]
+        clip = Clip(Grid(height // self.unit, width // self.unit), middles, self.frames / frames.rate)
+        return Visual([View(patch, partial(self._encoder_inputs, patch, self.video_lookup)) for patch in patches], clip)
+
+    def is_video(self, layout: Hashable) -> bool:
+        """Tell whether a layout is that of a video."""
+        return isinstance(layout, Clip)
 
     def resized(self, height: int, width: int, budget: ImageBudget) -> tuple[int, int]:
         """Return the height and width of the one view of a picture. Raises `ImageError`."""
@@ -112,13 +211,23 @@ class QwenVL(Family):
         return grid.rows * self.unit, grid.cols * self.unit
 
     def image_text(self, layout: Hashable) -> str:
-        """Return the picture's image tokens; those around them are the template's."""
-        assert isinstance(layout, tuple)
-        return self.image_token * Grid(*layout).tokens
+        """Return the image tokens of a picture or a video; those around them are the template's.
+
+        Qwen3-VL has the time of each temporal patch before it: `replace_video_token` of its processor.
+        """
+        if isinstance(layout, Clip):
+            tokens = self.video_token * layout.grid.tokens
+            if not self.has_timestamps:
+                return tokens * len(layout.times_s)
+            block = self.vision_start + tokens + self.vision_end
+            return "".join(f"<{time:.1f} seconds>{block}" for time in layout.times_s)
+        assert isinstance(layout, Grid)
+        return self.image_token * layout.tokens
 
     def block_text(self) -> str:
         """Return all that an image block may be made of."""
-        return self.vision_start + self.image_token + self.vision_end
+        video = self.video_token if self.video_placeholder is not None else ""
+        return self.vision_start + self.image_token + video + self.vision_end
 
     def language_inputs(
         self, ids: npt.NDArray[np.int64], layouts: Sequence[Hashable], features: Sequence[Arrays]
@@ -127,13 +236,36 @@ class QwenVL(Family):
 
         The latter are the encoder's outputs besides `image_embeds`, zero at text.
         """
-        shown = ids == self.image_token_id
+        shown = self.image_rows(ids)
         extras: dict[str, Array] = {}
         for name in (name for name in (features[0] if features else {}) if name != IMAGE_EMBEDS):
             rows = np.concatenate([each[name] for each in features])
             extras[name] = np.zeros((len(ids), *rows.shape[1:]), rows.dtype)
             extras[name][shown] = rows
-        return LanguageInputs(mrope_positions(shown, list(_grids(layouts))), extras)
+        blocks = [block for layout in layouts for block in self._blocks(layout)]
+        return LanguageInputs(mrope_positions(shown, blocks), extras)
+
+    def _blocks(self, layout: Hashable) -> Iterator[Block]:
+        """Yield the blocks of a picture or a video, whose places in time only Qwen2.5-VL counts in seconds."""
+        if isinstance(layout, Grid):
+            yield Block(layout)
+            return
+        assert isinstance(layout, Clip)
+        if self.has_timestamps:
+            yield from [Block(layout.grid)] * len(layout.times_s)
+            return
+        interval = np.float32(1)
+        if self.tokens_per_second is not None:
+            interval = np.float32(self.tokens_per_second) * np.float32(layout.interval_s)
+        times = (np.arange(len(layout.times_s), dtype=np.float32) * interval).astype(np.int64)
+        yield Block(layout.grid, tuple(times.tolist()))
+
+    def _video_grid(self, height: int, width: int, count: int, max_pixels: int) -> Grid:
+        """Return the grid of each temporal patch of `count` frames, within the checkpoint's bounds or `max_pixels`."""
+        min_pixels = self.video_pixels[0]
+        if not self.has_timestamps:
+            return smart_grid(height, width, self.unit, min_pixels, max_pixels)
+        return smart_video_grid((count, height, width), self.frames, self.unit, min_pixels, max_pixels)
 
     def _most_tokens(self, budget: ImageBudget) -> int | None:
         """Return how many image tokens a picture may have beside what the checkpoint allows; None is no bound."""
@@ -155,16 +287,18 @@ class QwenVL(Family):
             return grid
         return nearest_grid(height, width, self.least_tokens, most)
 
-    def _encoder_inputs(self, pixels: RGB) -> dict[str, Array]:
-        """Return the encoder's inputs for a view `(H, W, 3)` of N patches and M image tokens, a batch of one.
+    def _encoder_inputs(self, pixels: RGB, lookup: Lookup) -> dict[str, Array]:
+        """Return the encoder's inputs for a view of N patches and M image tokens, a batch of one.
+
+        The view is a picture `(H, W, 3)`, or T frames `(T, H, W, 3)`.
 
         All have `pixel_values` `(1, N, C * T * P * P)` and `patch_positions` `(1, N, 2)`. Qwen3-VL has `table_indices`
         and `table_weights` `(1, 4, N)` besides, Qwen2.5-VL `window_index` `(1, M)` and `window_ids` `(1, N)`.
         """
-        rows, cols = (side // self.patch_size for side in pixels.shape[:2])
+        rows, cols = (side // self.patch_size for side in pixels.shape[-3:-1])
         order = packed_order(rows, cols, self.merge_size)
         inputs: dict[str, Array] = {
-            PIXEL_VALUES: packed_pixels(pixels, order, self.patch_size, self.frames, self.lookup),
+            PIXEL_VALUES: packed_pixels(pixels, order, self.patch_size, self.frames, lookup),
             "patch_positions": np.stack(np.divmod(order, cols), axis=-1),
         }
         if self.table_side is not None:
@@ -177,23 +311,13 @@ class QwenVL(Family):
         return {name: array[None] for name, array in inputs.items()}
 
 
-def _grids(layouts: Sequence[Hashable]) -> Iterator[Grid]:
-    for layout in layouts:
-        assert isinstance(layout, tuple)
-        yield Grid(*layout)
-
-
 def smart_grid(height: int, width: int, unit: int, min_pixels: int, max_pixels: int) -> Grid:
     """Return the grid of squares of `unit` pixels that a picture is resized to, by the reference's `smart_resize`.
 
     Each side is rounded, halves to even. Where that makes too many pixels, the sides are scaled to have `max_pixels`
     and rounded down; where too few, to have `min_pixels` and rounded up. Raises `ImageError`.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ImageError(
-            f"the picture is {width} x {height} pixels, and this model takes none that is more than {MAX_ASPECT_RATIO}"
-            " times longer in one direction than in the other; crop it"
-        )
+    _check_shape(height, width)
     rows, cols = round(height / unit), round(width / unit)
     pixels = rows * cols * unit**2
     if pixels > max_pixels:
@@ -203,6 +327,61 @@ def smart_grid(height: int, width: int, unit: int, min_pixels: int, max_pixels: 
         scale = math.sqrt(min_pixels / (height * width))
         return Grid(*(math.ceil(side * scale / unit) for side in (height, width)))
     return Grid(rows, cols)
+
+
+def _check_shape(height: int, width: int) -> None:
+    """Raise `ImageError` for a picture that is too long for its width."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ImageError(
+            f"the picture is {width} x {height} pixels, and this model takes none that is more than {MAX_ASPECT_RATIO}"
+            " times longer in one direction than in the other; crop it"
+        )
+
+
+def smart_video_grid(shape: tuple[int, int, int], frames: int, unit: int, min_pixels: int, max_pixels: int) -> Grid:
+    """Return the grid of each temporal patch of a video `shape`, frames by height by width: Qwen3-VL's `smart_resize`.
+
+    As `smart_grid`, but a frame of less than `unit` is enlarged first, and the bounds hold for all frames together.
+    """
+    count, height, width = shape
+    if min(height, width) < unit:
+        scale = max(unit / height, unit / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_shape(height, width)
+    grid = Grid(round(height / unit), round(width / unit))
+    pixels = round(count / frames) * frames * grid.tokens * unit**2
+    if pixels > max_pixels:
+        scale = math.sqrt(count * height * width / max_pixels)
+        return Grid(*(max(1, math.floor(side / scale / unit)) for side in (height, width)))
+    if pixels < min_pixels:
+        scale = math.sqrt(min_pixels / (count * height * width))
+        return Grid(*(math.ceil(side * scale / unit) for side in (height, width)))
+    return grid
+
+
+def sample_by_step(total: int, count: float, most: int, *, asked: bool, step: int) -> list[int]:
+    """Return the places of about `count` of `total` frames: `Qwen2VLVideoProcessor.sample_frames`.
+
+    A multiple of `step` are taken, and `MIN_FRAMES` at least, unless they are `asked` for or there are fewer.
+    """
+    if asked:
+        taken = round(count / step) * step
+    else:
+        taken = math.floor(min(max(count, MIN_FRAMES), most // step * step, total) / step) * step
+    taken = min(max(taken, step), total)
+    stride = total / taken
+    places = (np.arange(math.ceil(total / stride)) * stride).astype(np.float32).astype(np.int64)
+    return [place for place in places.tolist() if place < total]
+
+
+def sample_evenly(total: int, count: float, most: int, *, asked: bool) -> list[int]:
+    """Return the places of `count` of `total` frames, first and last among them: `Qwen3VLVideoProcessor`'s.
+
+    `MIN_FRAMES` are taken at least, unless they are `asked` for or there are fewer.
+    """
+    taken = min(int(count) if asked else max(int(count), MIN_FRAMES), most, total)
+    places: list[int] = np.linspace(0, total - 1, taken).round().astype(np.int64).tolist()
+    return places
 
 
 def nearest_grid(height: int, width: int, least: int, most: int) -> Grid:
@@ -228,13 +407,17 @@ def packed_order(rows: int, cols: int, merge_size: int) -> npt.NDArray[np.int64]
 def packed_pixels(
     pixels: RGB, order: npt.NDArray[np.int64], patch_size: int, frames: int, lookup: Lookup
 ) -> npt.NDArray[np.float32]:
-    """Return `(N, C * T * P * P)`: the patches of `(H, W, 3)`, normalised, a still for each of T = `frames` frames."""
-    rows, cols = (side // patch_size for side in pixels.shape[:2])
-    grid = pixels.reshape(rows, patch_size, cols, patch_size, 3).transpose(0, 2, 4, 1, 3)
-    patches = grid.reshape(-1, 3, patch_size, patch_size)[order]
+    """Return `(N, C * T * P * P)`: the patches of T = `frames` frames `(T, H, W, 3)`, normalised.
+
+    A picture `(H, W, 3)` is a still, the same for each of them.
+    """
+    shown = pixels.reshape(-1, *pixels.shape[-3:])
+    rows, cols = (side // patch_size for side in shown.shape[1:3])
+    grid = shown.reshape(-1, rows, patch_size, cols, patch_size, 3).transpose(1, 3, 5, 0, 2, 4)
+    patches = grid.reshape(-1, 3, len(shown), patch_size, patch_size)[order]
     values = np.empty((len(order), 3, frames, patch_size, patch_size), np.float32)
     for channel in range(3):
-        values[:, channel] = lookup[channel][patches[:, channel]][:, None]
+        values[:, channel] = lookup[channel][patches[:, channel]]
     return values.reshape(len(order), -1)
 
 
@@ -274,17 +457,20 @@ def windows(grid: Grid, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[n
     return index, numbers[index]
 
 
-def mrope_positions(shown: npt.NDArray[np.bool_], grids: Sequence[Grid]) -> npt.NDArray[np.int64]:
+def mrope_positions(shown: npt.NDArray[np.bool_], blocks: Sequence[Block]) -> npt.NDArray[np.int64]:
     """Return positions on the axes of time, height and width, `(3, n)`, where image tokens are where `shown` `(n,)`.
 
     Text counts on, equally on every axis. A picture stands still in time, its image tokens differ by row and column,
-    and what follows it is `max(rows, cols)` after its first (M-RoPE, arXiv:2409.12191, section 2.1).
+    and what follows it is `max(rows, cols)` after its first (M-RoPE, arXiv:2409.12191, section 2.1). That holds
+    after a video, too, whose temporal patches differ in time.
     """
     places = np.flatnonzero(shown)
-    ends = np.cumsum([grid.tokens for grid in grids], dtype=np.int64)
+    ends = np.cumsum([block.tokens for block in blocks], dtype=np.int64)
     steps = np.where(shown, 0, 1)
-    steps[places[ends - 1]] = [max(grid) for grid in grids]
+    steps[places[ends - 1]] = [max(block.grid) for block in blocks]
     positions = np.tile(np.cumsum(steps) - steps, (3, 1))
-    for grid, end in zip(grids, ends, strict=True):
-        positions[1:, places[end - grid.tokens : end]] += np.indices(grid).reshape(2, -1)
+    for block, end in zip(blocks, ends, strict=True):
+        own = places[end - block.tokens : end]
+        positions[0, own] += np.repeat(np.asarray(block.times, np.int64), block.grid.tokens)
+        positions[1:, own] += np.tile(np.indices(block.grid).reshape(2, -1), len(block.times))
     return positions

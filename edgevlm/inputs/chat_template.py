@@ -18,9 +18,13 @@ Message: TypeAlias = Mapping[str, Any]
 """`{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`, as in Hugging Face chats."""
 
 
-def user_message(question: str, images: int) -> Message:
-    """Return one user turn: the images first, then the question."""
-    content: list[dict[str, str]] = [{"type": "image"} for _ in range(images)]
+def user_message(question: str, images: int | Sequence[str]) -> Message:
+    """Return one user turn: the images first, then the question.
+
+    `images` are how many, or `image` or `video` for each.
+    """
+    kinds = ["image"] * images if isinstance(images, int) else images
+    content: list[dict[str, str]] = [{"type": kind} for kind in kinds]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 

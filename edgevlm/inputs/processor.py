@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ class Processor:
         self.template = ChatTemplate(source, manifest.special_tokens)
         known = (self.family.placeholder, *self.family.other_placeholders)
         self._placeholder = next((each for each in known if each in source), self.family.placeholder)
+        video = self.family.video_placeholder
+        self._video_template = self.template
+        if self.family.video_template is not None:
+            source = self.family.video_template
+            self._video_template = ChatTemplate(source, manifest.special_tokens)
+        self._video_placeholder = video if video is not None and video in source else None
+        placeholders = [each for each in (self._placeholder, self._video_placeholder) if each is not None]
+        self._placeholders = re.compile("|".join(re.escape(each) for each in placeholders))
         self._vocab_size = manifest.vocab_size
         self._bos_token = manifest.special_tokens.get("bos_token")
 
@@ -45,18 +54,29 @@ class Processor:
         letters. A template that begins with the BOS token gets no second one, as in transformers.
         """
         said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
-        first, *rest = self.template.render(said, given).split(self._placeholder)
-        if len(rest) != len(pictures):
-            raise PromptError(f"the prompt has {len(rest)} image placeholders for {len(pictures)} images")
+        videos = [self.family.is_video(each.layout) for each in pictures]
+        rendered = (self._video_template if any(videos) else self.template).render(said, given)
+        first, *rest = self._placeholders.split(rendered)
+        self._check_placeholders(self._placeholders.findall(rendered), videos)
         blocks = [self.family.image_text(each.layout) for each in pictures]
         prompt = first + "".join(block + text for block, text in zip(blocks, rest, strict=True))
         has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
         return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)
 
+    def _check_placeholders(self, placeholders: Sequence[str], videos: Sequence[bool]) -> None:
+        """Raise `PromptError` unless a prompt's placeholders are those of its pictures and `videos`, in order."""
+        if any(videos) and self._video_placeholder is None:
+            raise PromptError("the model's chat template has no place for a video; give it single frames as pictures")
+        if len(placeholders) != len(videos):
+            raise PromptError(f"the prompt has {len(placeholders)} image placeholders for {len(videos)} images")
+        if [each == self._video_placeholder for each in placeholders] != videos:
+            raise PromptError("the prompt's placeholders are not in the order of its pictures and videos")
+
     def _escaped(self, value: Any) -> Any:
         """Return a text, or a structure of texts, with control tokens and placeholders escaped."""
         if isinstance(value, str):
-            return self.tokenizer.escape(value, self._placeholder)
+            video = () if self._video_placeholder is None else (self._video_placeholder,)
+            return self.tokenizer.escape(value, self._placeholder, *video)
         if isinstance(value, Mapping):
             return {key: self._escaped(each) for key, each in value.items()}
         return [self._escaped(each) for each in value] if isinstance(value, list | tuple) else value

@@ -58,36 +58,34 @@ def feature_keys(picture: EncodedImage, features: Arrays) -> list[Hashable]:
 
 
 def prefix_keys(
-    ids: npt.NDArray[np.int64], image_token_id: int, rows: Sequence[Hashable], salt: str = ""
+    ids: npt.NDArray[np.int64], shown: npt.NDArray[np.bool_], rows: Sequence[Hashable], salt: str = ""
 ) -> list[Hashable]:
     """Return the key of each position: a token id, or the key of the row of image embeddings in its place.
 
-    The first key holds the salt, so that prompts of different salts share no prefix.
+    The rows are where `shown` `(n,)`. The first key holds the salt, so that prompts of different salts share no prefix.
     """
     keys: list[Hashable] = ids.tolist()
-    for place, key in zip(np.flatnonzero(ids == image_token_id), rows, strict=True):
+    for place, key in zip(np.flatnonzero(shown), rows, strict=True):
         keys[place] = key
     if salt:
         keys[0] = (salt, keys[0])
     return keys
 
 
-def image_places(ids: npt.NDArray[np.int64], image_token_id: int, counts: Sequence[int]) -> list[range]:
-    """Return the range of positions of each picture's rows in the prompt."""
-    places = np.flatnonzero(ids == image_token_id)
+def image_places(shown: npt.NDArray[np.bool_], counts: Sequence[int]) -> list[range]:
+    """Return the range of positions of each picture's rows in the prompt, which lie where `shown` `(n,)`."""
+    places = np.flatnonzero(shown)
     ends = np.cumsum(counts)
     return [range(int(places[end - n]), int(places[end - 1]) + 1) for n, end in zip(counts, ends, strict=True) if n]
 
 
 def merge(
     inputs_embeds: npt.NDArray[np.float32],
-    ids: npt.NDArray[np.int64],
-    image_token_id: int,
+    shown: npt.NDArray[np.bool_],
     image_embeds: npt.NDArray[np.float32],
 ) -> npt.NDArray[np.float32]:
-    """Put `image_embeds` `(n, hidden)` into `inputs_embeds` `(1, S, hidden)` at the n positions of the image token."""
-    places = ids == image_token_id
-    if places.sum() != len(image_embeds):
-        raise PromptError(f"the prompt has {places.sum()} image tokens for {len(image_embeds)} image embeddings")
-    inputs_embeds[0, places] = image_embeds
+    """Put `image_embeds` `(n, hidden)` into `inputs_embeds` `(1, S, hidden)` at the n places where `shown` `(S,)`."""
+    if shown.sum() != len(image_embeds):
+        raise PromptError(f"the prompt has {shown.sum()} image tokens for {len(image_embeds)} image embeddings")
+    inputs_embeds[0, shown] = image_embeds
     return inputs_embeds

@@ -52,6 +52,7 @@ class PreprocessedImage:
     key: Hashable
     """Names its content, and how closely it is looked at for whom."""
     image: Visual | EncodedImage
+    is_video: bool = False
 
     @property
     def layout(self) -> Hashable:

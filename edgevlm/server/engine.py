@@ -19,6 +19,7 @@ from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import Message
 from edgevlm.inputs.image import ImageInput
+from edgevlm.inputs.video import Video
 from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, StoppingError
 from edgevlm.vlm import VLM
 
@@ -31,7 +32,7 @@ class Job:
     """One conversation to be answered."""
 
     messages: Sequence[Message]
-    images: Sequence[ImageInput]
+    images: Sequence[ImageInput | Video]
     config: GenerationConfig
     image_budget: ImageBudget
     caller: str

@@ -15,6 +15,7 @@ from edgevlm.errors import (
     ModelError,
     OptionError,
     PromptError,
+    VideoError,
 )
 from edgevlm.strict_json import write_json
 
@@ -73,6 +74,7 @@ def _type(status: int) -> str:
 
 _STATUS: tuple[tuple[type[EdgeVLMError], int, str, str | None], ...] = (
     (ImageTooLargeError, 413, "image_too_large", "messages"),
+    (VideoError, 400, "invalid_video", "messages"),
     (ImageError, 400, "invalid_image", "messages"),
     (ContextLengthError, 400, "context_length_exceeded", "messages"),
     (PromptError, 400, "invalid_prompt", "messages"),

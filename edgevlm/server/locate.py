@@ -42,7 +42,9 @@ class LocatePlan:
             check_satisfied(answer)
         except IncompleteAnswerError as error:
             raise ApiError(400, "context_length_exceeded", str(error), param="image") from None
-        picture = load_picture(ImageFile(self.conversation.images[0], "the image"))
+        [image] = self.conversation.images
+        assert isinstance(image, bytes)
+        picture = load_picture(ImageFile(image, "the image"))
         found = self._search.read(answer, picture, self.image_budget)
         return {**found.places(), "usage": usage(answer), "timings": timings(answer, waited_s)}
 

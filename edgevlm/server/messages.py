@@ -14,8 +14,9 @@ from urllib.request import url2pathname
 from edgevlm.families.base import Detail
 from edgevlm.inputs.chat_template import Message, check_variables
 from edgevlm.inputs.image import ImageFile, probe_image
+from edgevlm.inputs.video import Video, probe_video
 from edgevlm.server.errors import ApiError, blaming
-from edgevlm.server.schemas import ChatMessage, ImagePart, TextPart
+from edgevlm.server.schemas import ChatMessage, ImagePart, Part, TextPart, VideoPart, VideoUrl
 from edgevlm.server.settings import ServeConfig
 from edgevlm.strict_json import write_json
 
@@ -24,12 +25,12 @@ _ROLES = {"developer": "system", "tool": "user"}
 
 
 class Conversation:
-    """A request's messages and pictures in edgevlm's form. Raises `ApiError` and `ImageError`."""
+    """A request's messages, pictures and videos in edgevlm's form. Raises `ApiError` and `ImageError`."""
 
     def __init__(self, messages: Sequence[ChatMessage], config: ServeConfig) -> None:
         self._config = config
         self._room = config.max_prompt_chars
-        self.images: list[bytes] = []
+        self.images: list[bytes | Video] = []
         self._details: set[Detail] = set()
         self.messages: list[Message] = [self._message(*each) for each in enumerate(messages)]
 
@@ -74,12 +75,16 @@ class Conversation:
             raise ApiError(400, "empty_message", f"{place}: a {message.role} message has no content", param=place)
         return {"role": _ROLES.get(message.role, message.role), "content": said}
 
-    def _part(self, place: str, part: TextPart | ImagePart) -> dict[str, str]:
+    def _part(self, place: str, part: Part) -> dict[str, str]:
         if isinstance(part, TextPart):
             return self._text(part.text)
         if len(self.images) == self._config.max_images:
             limit = self._config.max_images
             raise ApiError(413, "too_many_images", f"a request may have at most {limit} pictures", param="messages")
+        if isinstance(part, VideoPart):
+            with blaming(f"{place}.video_url"):
+                self.images.append(read_video(part.video_url, self._config))
+            return {"type": "video"}
         with blaming(f"{place}.image_url"):
             data = read_picture(part.image_url.url, self._config)
             probe_image(ImageFile(data, "the image"), self._config.max_pixels)
@@ -93,6 +98,13 @@ class Conversation:
             limit = self._config.max_prompt_chars
             raise ApiError(413, "prompt_too_long", f"the texts have more than {limit:,} characters", param="messages")
         return {"type": "text", "text": text}
+
+
+def read_video(part: VideoUrl, config: ServeConfig) -> Video:
+    """Return the video that a part holds or names, its header sound. Raises `ApiError` and `VideoError`."""
+    video = Video(ImageFile(read_picture(part.url, config), "the video"), part.fps, part.frames)
+    probe_video(video, config.max_pixels)
+    return video
 
 
 def call_text(name: str, arguments: str) -> str:

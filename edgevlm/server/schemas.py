@@ -80,7 +80,24 @@ class ImagePart(Shape):
     image_url: Annotated[ImageUrl, BeforeValidator(_as_image, json_schema_input_type=ImageUrl | str)]
 
 
-Part: TypeAlias = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+class VideoUrl(Shape):
+    """A video: a `data:` URL, or, where the server allows it, a file. `fps` and `frames` are not vLLM's."""
+
+    hints = refusals.IMAGE_HINTS
+    url: str
+    fps: float | None = Field(None, gt=0, le=1000)
+    frames: int | None = Field(None, ge=1, le=2**20)
+
+
+class VideoPart(Shape):
+    """A video within a message: not OpenAI's but vLLM's."""
+
+    hints = refusals.PART_HINTS
+    type: Literal["video_url"]
+    video_url: Annotated[VideoUrl, BeforeValidator(_as_image, json_schema_input_type=VideoUrl | str)]
+
+
+Part: TypeAlias = Annotated[TextPart | ImagePart | VideoPart, Field(discriminator="type")]
 
 
 def _as_parts(value: object) -> object:

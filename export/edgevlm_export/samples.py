@@ -68,7 +68,7 @@ def decoder_inputs(
     image_embeds = join([each[IMAGE_EMBEDS] for each in features], inputs_embeds.shape[-1])
     inputs = family.language_inputs(ids, [visual.layout for visual in visuals], features)
     return {
-        "inputs_embeds": merge(inputs_embeds.copy(), ids, family.image_token_id, image_embeds),
+        "inputs_embeds": merge(inputs_embeds.copy(), family.image_rows(ids), image_embeds),
         "attention_mask": np.ones((1, len(ids)), np.int64),
         "position_ids": inputs.positions if len(inputs.positions) == 1 else inputs.positions[:, None],
         **{name: array[None] for name, array in inputs.extras.items()},

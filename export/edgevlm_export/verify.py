@@ -94,7 +94,7 @@ def _prompt_inputs(cases: Arrays, name: str) -> LanguageInputs | None:
 def _logits(vlm: VLM, ids: Array, image_embeds: Array, count: int, inputs: LanguageInputs | None) -> Array:
     """Return the logits of the last `count` positions, in one pass over prompt and answer."""
     session = vlm.language_model.session()
-    inputs_embeds = merge(session.embed(ids), ids, vlm.processor.family.image_token_id, image_embeds)
+    inputs_embeds = merge(session.embed(ids), vlm.processor.family.image_rows(ids), image_embeds)
     return session.prefill(inputs_embeds, count, inputs=inputs)
 
 

@@ -79,8 +79,37 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
             "do_image_splitting": preprocessor.flag("do_image_splitting"),
             **read_arithmetic(preprocessor),
         },
+        **_video(checkpoint, tile),
     }
     return facts, preprocessor
+
+
+def _video(checkpoint: Checkpoint, tile: int) -> dict[str, Any]:
+    """Return the facts about videos as `video`, none where the checkpoint does not say how they are sampled.
+
+    SmolVLM2's files have `video_sampling`, but for its `video_size`, which `size` beside it goes before, as in the
+    reference; transformers 5 saves what it read from there.
+    """
+    if checkpoint.model_type != "smolvlm":
+        return {}
+    video = checkpoint.video_processor(_PREPROCESSOR_DEFAULTS, ())
+    sampling, frames, size = video, "num_frames", video.section("size")
+    if "video_sampling" in video:
+        sampling, frames = video.section("video_sampling"), "max_frames"
+        size = size if "size" in video else sampling.section("video_size")
+    if "fps" not in sampling or frames not in sampling:
+        return {}
+    check_always_done(video)
+    if (stated := video.section("max_image_size").size("longest_edge")) != tile:
+        raise SourceError(f"the checkpoint contradicts itself: frames of videos are {stated} pixels, tiles {tile}")
+    facts = {
+        "token": checkpoint.named_tokens.get("video_token", "<video>"),
+        "fps": sampling.number("fps"),
+        "max_frames": sampling.size(frames),
+        "longest_edge": size.size("longest_edge"),
+        **read_arithmetic(video),
+    }
+    return {"video": facts}
 
 
 def _token_names(checkpoint: Checkpoint) -> dict[str, str]:

@@ -42,6 +42,12 @@ _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "do_rescale": True,
     "do_normalize": True,
 }
+_VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
+    kind: {**_PREPROCESSOR_DEFAULTS, "size": {"shortest_edge": 128 * unit**2, "longest_edge": 768 * unit**2}}
+    for kind, unit in (("qwen2_vl", 28), ("qwen2_5_vl", 28), ("qwen3_vl", 32))
+}
+_VIDEO_DEFAULTS["qwen3_vl"] |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+"""Of `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`."""
 _VISION: dict[str, Any] = {
     "depth": 32,
     "num_heads": 16,
@@ -59,6 +65,7 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
         "out_hidden_size": 3584,
         "hidden_act": "silu",
         "window_size": 112,
+        "tokens_per_second": 4,
         "fullatt_block_indexes": [7, 15, 23, 31],
     },
     "qwen3_vl": _VISION
@@ -116,6 +123,7 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
         **{name: preprocessor.size(name) for name in _SIZES},
         **_pixels(preprocessor),
         **read_arithmetic(preprocessor),
+        **_video(checkpoint, vision),
     }
     if kind == "qwen3_vl":
         facts["table_side"] = _table_side(vision)
@@ -160,6 +168,27 @@ def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
         if (held := checkpoint.added_tokens.get(token, {}).get("id", ids[key])) != ids[key]:
             raise SourceError(f"the checkpoint contradicts itself: {token} is {held}, {key} of config.json {ids[key]}")
     return {**names, "image_token_id": ids["image_token_id"], "vision_start_token_id": ids["vision_start_token_id"]}
+
+
+def _video(checkpoint: Checkpoint, vision: ConfigReader) -> dict[str, Any]:
+    """Return the facts about videos as `video`, none for a tokenizer without their token. Raises `SourceError`."""
+    kind = checkpoint.model_type
+    token = checkpoint.named_tokens.get("video_token", "<|video_pad|>")
+    token_id = checkpoint.added_tokens.get(token, {}).get("id")
+    if token_id is None or token_id != read_image_token_id(checkpoint, 151656, "video_token_id"):
+        return {}
+    processor = checkpoint.video_processor(_VIDEO_DEFAULTS[kind], ())
+    check_always_done(processor)
+    for name, other in _SIZES.items():
+        if name in processor and processor.size(name) != vision.size(other):
+            raise SourceError(
+                f"the checkpoint contradicts itself: {name} of {processor.file} is {processor.size(name)},"
+                f" {vision.name_of(other)} is {vision.size(other)}"
+            )
+    facts = {"token": token, "token_id": token_id, **_pixels(processor), **read_arithmetic(processor)}
+    if kind == "qwen2_5_vl":
+        facts["tokens_per_second"] = vision.number("tokens_per_second")
+    return {"video": facts}
 
 
 def _pixels(preprocessor: ConfigReader) -> dict[str, int]:

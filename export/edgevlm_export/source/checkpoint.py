@@ -18,6 +18,7 @@ from edgevlm_export.options import Route
 from edgevlm_export.source.config_reader import ConfigReader
 
 _PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+_VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _DOCTAG = re.compile(r"</?[a-z][a-z0-9_]*>?")
 _PLACE = re.compile(r"<(loc|seg)_?\d+>")
@@ -67,6 +68,18 @@ class Checkpoint:
         if not (self.folder / _PREPROCESSOR).is_file():
             raise SourceError(f"{self.folder} has no {_PREPROCESSOR}, and no image_processor in {_PROCESSOR}")
         return ConfigReader(self.read(_PREPROCESSOR), "", defaults, file=_PREPROCESSOR, harmless=harmless)
+
+    def video_processor(self, defaults: Mapping[str, Any], harmless: Collection[str]) -> ConfigReader:
+        """Return the video processor's settings, from the first place of transformers' that has them.
+
+        These are processor_config.json, video_preprocessor_config.json, and the image processor's own file. Raises
+        `SourceError`.
+        """
+        nested = self.read(_PROCESSOR).get("video_processor")
+        if nested is not None:
+            return ConfigReader(nested, "video_processor", defaults, file=_PROCESSOR, harmless=harmless)
+        file = next((each for each in (_VIDEO_PREPROCESSOR, _PREPROCESSOR) if (self.folder / each).is_file()), None)
+        return ConfigReader(self.read(file) if file else {}, "", defaults, file=file or _PROCESSOR, harmless=harmless)
 
     def chat_template(self, name: str = "default") -> str:
         """Return the Jinja source of the template called so, from the first place that has one. Raises `SourceError`.
