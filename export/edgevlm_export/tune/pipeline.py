@@ -200,10 +200,12 @@ class _Session:
                 tell(TuneProgress("learning", self._seconds - spent, now, best and best[0]))
                 if spent < due:
                     continue
-                now = self._score()
+                perfect, now = bool(now and now.right == now.asked), self._score()
                 asked = monotonic() - started
                 due = asked + max(self._seconds / EVALUATIONS, (asked - spent) / ASKING)
                 best = self._better(best, now, float(np.mean(losses[-20:])))
+                if perfect and now.right == now.asked:
+                    return self._learner.state(), False  # twice in a row: there is no more to tell
             best = self._better(best, self._score(), 0.0)
         except KeyboardInterrupt:
             if best is None:
