@@ -22,9 +22,9 @@ from edgevlm_export.tune.rows import Example
 WHOLE = 60_000_000
 """Weights of a checkpoint up to which all of it learns; of a larger one, LoRA on the text part does."""
 RANK, LORA_RATE = 16, 1e-3
-"""LoRA's rank (Hu et al. 2021) and its highest rate."""
+"""LoRA's rank (Hu et al. 2021) and its highest rate; not compared with others yet."""
 RATE = 1e-3
-"""AdamW's highest rate. Of 3e-4, 1e-3 and 2e-3 the best on the little factories of benchmarks/factories.py."""
+"""AdamW's highest rate; not compared with others yet."""
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.06
 """Share of the time over which the rate rises; it falls along a cosine after that (Loshchilov and Hutter 2017)."""

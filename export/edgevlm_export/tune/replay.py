@@ -1,4 +1,4 @@
-"""Pictures that the bundled model learned from, so that tuning it makes it forget nothing."""
+"""Pictures that the bundled model learned from, so that tuning it makes it forget less."""
 
 from __future__ import annotations
 
