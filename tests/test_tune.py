@@ -271,3 +271,14 @@ def test_a_checkpoint_that_cannot_be_tuned(tmp_path: Path) -> None:
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"model_type": "llava"}), "utf-8")
     with pytest.raises(TuningError, match="is of family 'llava'; Idefics3 and SmolVLM are tuned"):
         tune(rows, tmp_path / "out", tmp_path / "other")
+
+
+def test_a_checkpoint_that_is_too_large_is_told_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgevlm_export.tune.pipeline.LARGEST", 1_000_000)
+    rows = write(tmp_path, draw(tmp_path, 12))
+    told: list[TuneProgress] = []
+    with pytest.raises(TuningError, match="the checkpoint has 7 million weights; 1 million are tuned at most"):
+        tune(rows, tmp_path / "out", PANEL, on_progress=told.append)
+    assert not told

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ import numpy as np
 from rich.progress import Progress
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
+from edgevlm_export.tune.scores import Scored, is_right
 from training import second, third
 from training.degrade import photographed
 from training.scene import QA, Scene
@@ -38,7 +37,6 @@ TARGETS = {
 }
 """What the model is meant to reach, by task; descriptions have no target and are not part of the whole."""
 OVERALL = "overall"
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,13 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval (Wilson's score interval)."""
-        n, p, z = self.asked, self.share, 1.959964
-        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+        """The 95 % interval."""
+        return Scored(self.right, self.asked).interval
 
 
 def judge(pair: QA, answer: str) -> bool:
     """Tell whether `answer` is right: the exact text, or the text with its numbers within the tolerance."""
-    answer = answer.strip()
-    if pair.tolerance is None:
-        return answer == pair.answer
-    if _NUMBER.sub("#", answer) != _NUMBER.sub("#", pair.answer):
-        return False
-    wanted, found = _NUMBER.findall(pair.answer), _NUMBER.findall(answer)
-    return all(abs(float(w) - float(f)) <= pair.tolerance + 1e-9 for w, f in zip(wanted, found, strict=True))
+    return is_right(answer, pair.answer, pair.tolerance)
 
 
 def held_out(name: str, index: int) -> Scene:

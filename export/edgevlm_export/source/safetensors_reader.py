@@ -6,6 +6,7 @@ The format: 8 bytes of header length, a JSON header with each tensor's type, sha
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -65,6 +66,11 @@ class Weights:
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
+
+    @property
+    def count(self) -> int:
+        """How many numbers all tensors together hold, by the files' headers."""
+        return sum(math.prod(entry["shape"]) for _, _, entry in self._entries.values())
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
         """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from edgevlm_export.tune.pipeline import Scored, TuneOptions, TuneProgress, TuneReport, tune
+from edgevlm_export.tune.pipeline import TuneOptions, TuneProgress, TuneReport, tune
+from edgevlm_export.tune.scores import Scored
 
 __all__ = ["Scored", "TuneOptions", "TuneProgress", "TuneReport", "tune"]

@@ -15,17 +15,19 @@ import numpy as np
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.errors import TuningError
+from edgevlm.jobs.jsonl import append_rows
 from edgevlm.manifest import load_manifest
 from edgevlm.model_store import default_model
-from edgevlm.strict_json import write_json
 from edgevlm_export.atomic_folder import atomic_folder, check_target
 from edgevlm_export.options import ExportOptions
 from edgevlm_export.pipeline import export
-from edgevlm_export.source.checkpoint import open_checkpoint
+from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
+from edgevlm_export.source.safetensors_reader import Weights
 from edgevlm_export.tune.augment import augmented
 from edgevlm_export.tune.learner import Encoded, Learner
-from edgevlm_export.tune.replay import REPLAY, replayed
+from edgevlm_export.tune.replay import replayed
 from edgevlm_export.tune.rows import Example, read_examples, split
+from edgevlm_export.tune.scores import Scored
 
 PANEL = Path(__file__).parent.parent / "panel"
 """The checkpoint of the bundled model."""
@@ -38,7 +40,6 @@ LORA_BATCH, DAYS = 4, 4
 """Rows of a batch where LoRA learns, and how many days' pictures of each row are encoded and kept."""
 EVALUATIONS, ASKING = 10, 0.1
 """How often the pictures kept apart are asked about while it learns, and at most which share of the time that takes."""
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
@@ -56,28 +57,6 @@ class TuneOptions:
     save_checkpoint: Path | None = None
     """Where the checkpoint goes, in BF16, if it is to be tuned further."""
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Right answers."""
-
-    right: int
-    asked: int
-
-    @property
-    def share(self) -> float:
-        """Share of right answers; 0 of none."""
-        return self.right / self.asked if self.asked else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval (Wilson 1927, the score interval)."""
-        if not self.asked:
-            return 0.0, 1.0
-        n, p, z = self.asked, self.share, 1.959964
-        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
 @dataclass(frozen=True)
@@ -133,22 +112,20 @@ def tune(
     check_target(output, source, force=options.force)
     if options.save_checkpoint:
         check_target(options.save_checkpoint, source, force=False)
-    if checkpoint:
-        check_checkpoint(checkpoint)
+    files = checked(source)
     tell(TuneProgress("reading the rows"))
     learned, held = split(read_examples(rows, options.question), options.seed)
-    known, known_held = replayed() if checkpoint is None and REPLAY.is_file() else ([], [])
+    known, known_held = replayed() if checkpoint is None else ([], [])
     with tempfile.TemporaryDirectory(dir=_parent(output), prefix=f".{output.name}.tune-") as scratch:
         work = Path(scratch)
         first = default_model() if checkpoint is None else _exported(source, work / "before", None, tell)
         tell(TuneProgress("asking the model as it is"))
         before, known_before = _scored(first, held), _scored(first, known_held)
         learner = Learner(source, first, load_manifest(first))
-        _check_size(learner.size)
         session = _Session(learner, learned, known, held, options)
         best, interrupted = session.run(tell)
         learner.load(best)
-        tuned = _checkpoint(learner, source, work / "checkpoint")
+        tuned = _checkpoint(learner, files, work / "checkpoint")
         made = _exported(tuned, work / "after", _calibration(learned, work), tell)
         tell(TuneProgress("asking the tuned model"))
         after, known_after = _scored(made, held), _scored(made, known_held)
@@ -266,18 +243,18 @@ def _calibration(examples: Sequence[Example], work: Path) -> Path:
     path = work / "calibration.jsonl"
     chosen = examples[:: max(1, len(examples) // 24)]
     rows = [{"image": str(each.path.resolve()), "question": each.question, "answer": each.answer} for each in chosen]
-    path.write_text("".join(write_json(row) + "\n" for row in rows), encoding="utf-8")
+    append_rows(path, rows)
     return path
 
 
-def _checkpoint(learner: Learner, source: Path, folder: Path) -> Path:
+def _checkpoint(learner: Learner, source: Checkpoint, folder: Path) -> Path:
     """Write a checkpoint: the weights that were learned, all other files as they were."""
     from safetensors import SafetensorError
 
     try:
         folder.mkdir()
-        for pattern in _SMALL_FILES:
-            for path in source.glob(pattern):
+        for path in source.small_files():
+            if path.suffix != ".md":  # the model card tells of other weights
                 shutil.copyfile(path, folder / path.name)
         learner.save(folder)
     except (OSError, SafetensorError) as error:
@@ -300,15 +277,15 @@ def _parent(output: Path) -> Path:
     return output.parent
 
 
-def _check_size(weights: int) -> None:
+def checked(folder: Path) -> Checkpoint:
+    """Return the checkpoint in `folder`. Raises `TuningError` for one that cannot be tuned, before it is loaded."""
+    checkpoint = open_checkpoint(folder)
+    kind = checkpoint.model_type
+    if kind not in {"idefics3", "smolvlm"}:
+        raise TuningError(f"{folder} is of family {kind!r}; Idefics3 and SmolVLM are tuned")
+    weights = Weights(checkpoint).count
     if weights > LARGEST:
         raise TuningError(
             f"the checkpoint has {weights / 1e6:,.0f} million weights; {LARGEST / 1e6:,.0f} million are tuned at most"
         )
-
-
-def check_checkpoint(folder: Path) -> None:
-    """Raise `TuningError` for a checkpoint that cannot be tuned, before anything is read."""
-    kind = open_checkpoint(folder).model_type
-    if kind not in {"idefics3", "smolvlm"}:
-        raise TuningError(f"{folder} is of family {kind!r}; Idefics3 and SmolVLM are tuned")
+    return checkpoint

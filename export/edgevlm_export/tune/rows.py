@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 from PIL import Image
 
 from edgevlm.errors import ImageError, TuningError
 from edgevlm.inputs.image import Picture, load_picture
+from edgevlm.jobs.spec import Row as BatchRow
 from edgevlm.strict_json import read_json, write_json
+from edgevlm_export.tune.scores import is_right
 
 FEWEST_PICTURES = 10
 HELD_OUT = 0.2
@@ -26,21 +27,14 @@ HELD_OUT = 0.2
 TWINS = 1.5
 """Mean difference, of 255 levels, below which two thumbnails are of one scene: frames of a camera that stands still."""
 _THUMBNAIL = 48
-_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Row(BatchRow, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The fields of a row: those of a row of `edgevlm batch`, the right answer, and how far a number may be off."""
 
     image: str
     answer: str | int | float | bool | dict[str, Any] | list[Any]
-    id: Any = UNSET
-    question: str | UnsetType = UNSET
     tolerance: float = 0.0
-    schema: str | dict[str, Any] | UnsetType = UNSET
-    choices: list[str] | UnsetType = UNSET
-    regex: str | UnsetType = UNSET
-    max_new_tokens: int | UnsetType = UNSET
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +51,7 @@ class Example:
 
     def is_right(self, answer: str) -> bool:
         """Tell whether `answer` is the text asked for, its numbers within the tolerance."""
-        answer = answer.strip()
-        if not self.tolerance:
-            return answer == self.answer
-        if _NUMBER.sub("#", answer) != _NUMBER.sub("#", self.answer):
-            return False
-        pairs = zip(_NUMBER.findall(self.answer), _NUMBER.findall(answer), strict=True)
-        return all(abs(float(wanted) - float(found)) <= self.tolerance + 1e-9 for wanted, found in pairs)
+        return is_right(answer, self.answer, self.tolerance or None)
 
 
 def read_examples(source: Path, question: str | None = None) -> list[Example]:
