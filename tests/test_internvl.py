@@ -31,10 +31,9 @@ from tests.families.internvl import (
     as_published,
     image_processor,
     make_checkpoint,
-    read_json,
-    write_json,
 )
 from tests.helpers.graphs import check_fused, runtime_kinds
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.published import published_folder
 
 QUESTION = "What does the display of unit 12 show? Größe 42.7"

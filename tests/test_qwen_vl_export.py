@@ -36,10 +36,9 @@ from tests.families.qwen_vl import (
     QwenReference,
     as_published,
     make_checkpoint,
-    read_json,
-    write_json,
 )
 from tests.helpers.graphs import runtime_kinds
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.published import published_folder
 
 KINDS = tuple(NAMES)

@@ -31,6 +31,7 @@ from edgevlm_export import ExportOptions, export
 from tests.conftest import F32, make_checkpoint, noise
 from tests.families import qwen_vl
 from tests.families.idefics3 import make_reference
+from tests.helpers.json_files import read_json, write_json
 from tests.helpers.serving import request, serving
 
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -95,7 +96,7 @@ class Pair:
         self.kind = kind
         self.checkpoint = qwen_vl.make_checkpoint(folder / "saved", kind)
         self.sizes = {"shortest_edge": 256, "longest_edge": 64 * (200 if kind == "qwen3_vl" else 24)}
-        qwen_vl.write_json(
+        write_json(
             self.checkpoint / "video_preprocessor_config.json",
             {"size": self.sizes, "patch_size": qwen_vl.PATCH, "temporal_patch_size": 2, "merge_size": qwen_vl.MERGE},
         )
@@ -558,9 +559,9 @@ class Smol:
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = make_checkpoint(folder / "saved", "smolvlm", max_position_embeddings=2048)
-        settings = qwen_vl.read_json(self.checkpoint / "preprocessor_config.json")
+        settings = read_json(self.checkpoint / "preprocessor_config.json")
         sampling = {"fps": 1, "max_frames": 12, "video_size": {"longest_edge": 96}}
-        qwen_vl.write_json(self.checkpoint / "preprocessor_config.json", settings | {"video_sampling": sampling})
+        write_json(self.checkpoint / "preprocessor_config.json", settings | {"video_sampling": sampling})
         out = export(self.checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder
         self.vlm = VLM(out, F32)
         self.reference = make_reference(self.checkpoint)

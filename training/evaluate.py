@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeAlias
@@ -17,7 +18,7 @@ from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm_export.tune.scores import Scored, is_right
 from training import second, third
 from training.degrade import photographed
-from training.scene import QA, Scene
+from training.scene import QA, Random, Scene
 from training.scenes import SCENES
 
 HELD_OUT_SEED = 20_001
@@ -71,20 +72,15 @@ def held_out(name: str, index: int) -> Scene:
     return photographed(SCENES[name], np.random.default_rng((HELD_OUT_SEED, list(SCENES).index(name), index)))
 
 
-def second_style(name: str, index: int) -> Scene:
-    """Return the second renderer's picture `index` of one kind, undamaged."""
-    return second.SCENES[name](np.random.default_rng((HELD_OUT_SEED, 100 + list(SCENES).index(name), index)))
-
-
-def third_style(name: str, index: int) -> Scene:
-    """Return the third renderer's picture `index` of one kind: a device laid over a photograph."""
-    return third.SCENES[name](np.random.default_rng((HELD_OUT_SEED, 200 + list(third.SCENES).index(name), index)))
+def other_style(scenes: Mapping[str, Callable[[Random], Scene]], first: int, name: str, index: int) -> Scene:
+    """Return another renderer's picture `index` of one kind, as it draws it; `first` tells its seeds from others'."""
+    return scenes[name](np.random.default_rng((HELD_OUT_SEED, first + list(scenes).index(name), index)))
 
 
 STYLES: dict[str, tuple[Callable[[str, int], Scene], tuple[str, ...]]] = {
-    "third renderer, over photographs": (third_style, tuple(third.SCENES)),
+    "third renderer, over photographs": (partial(other_style, third.SCENES, 200), tuple(third.SCENES)),
     "held-out": (held_out, tuple(SCENES)),
-    "second renderer": (second_style, tuple(SCENES)),
+    "second renderer": (partial(other_style, second.SCENES, 100), tuple(second.SCENES)),
 }
 """Where pictures come from, the hardest first, and the kinds of each."""
 

@@ -9,15 +9,10 @@ import re
 from dataclasses import replace
 
 from training.scene import QA, Random, chance, pick
-from training.scenes import displays, gauges, labels
+from training.scenes import displays, gauges, labels, lights
 
 SHARE = 0.65
 """Share of the questions that are worded anew."""
-LIT = (
-    "Which stack light is on?",
-    "Which lamp of the stack light is lit?",
-    "What colour is the tower light showing?",
-)
 READ_DISPLAY = (
     *("What's on the display?", "Read the screen.", "What does the screen say?", "What does the display show?"),
     *(
@@ -125,7 +120,7 @@ def _other(question: str, random: Random) -> str:
     for known, others in (
         (displays.QUESTIONS, READ_DISPLAY),
         (gauges.QUESTIONS, READ_GAUGE),
-        (LIT, WHICH_LIT),
+        (lights.QUESTIONS, WHICH_LIT),
         (labels.QUESTIONS, READ_LABEL),
     ):
         if question in known:

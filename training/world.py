@@ -18,8 +18,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 from training import grounds
 from training.draw import Colour, keyed
 from training.scene import Mark, Random, Scene, between, chance, pick
-from training.scenes import displays, gauges, labels
-from training.scenes.towers import QUESTIONS as LIGHT_QUESTIONS
+from training.scenes import displays, gauges, labels, lights
 
 Draw: TypeAlias = Callable[[Random], Scene]
 NOT_VISIBLE = "not visible"
@@ -32,7 +31,7 @@ ON_CARDS = {"chart": 1.0, "label": 0.4, "missing": 0.5, "count": 0.5, "shape": 0
 ASKED = {
     "display": displays.QUESTIONS,
     "gauge": gauges.QUESTIONS,
-    "light": LIGHT_QUESTIONS,
+    "light": lights.QUESTIONS,
     "label": labels.QUESTIONS,
     "chart": ("Which bar is the highest?", "Which category has the highest value?"),
 }

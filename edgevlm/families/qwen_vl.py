@@ -176,9 +176,7 @@ class QwenVL(Family):
         shared = count if self.has_timestamps else 1
         least = math.ceil(min_pixels / shared / self.unit**2)
         budget.check(least)
-        bound = {"auto": AUTO_VIDEO_TOKENS, "low": LOW_VIDEO_TOKENS, "high": None}[budget.detail]
-        bounds = [each for each in (bound, budget.max_image_tokens) if each is not None]
-        most = max(least, min(bounds)) if bounds else None
+        most = most_tokens(budget, AUTO_VIDEO_TOKENS, LOW_VIDEO_TOKENS, least)
         grid = self._video_grid(height, width, count, max_pixels)
         if most is not None and grid.tokens > most:
             grid = self._video_grid(height, width, count, most * self.unit**2 * shared)
@@ -268,10 +266,7 @@ class QwenVL(Family):
         return smart_video_grid((count, height, width), self.frames, self.unit, min_pixels, max_pixels)
 
     def _most_tokens(self, budget: ImageBudget) -> int | None:
-        """Return how many image tokens a picture may have beside what the checkpoint allows; None is no bound."""
-        most: dict[Detail, int | None] = {"auto": AUTO_TOKENS, "low": LOW_TOKENS, "high": None}
-        bounds = [each for each in (most[budget.detail], budget.max_image_tokens) if each is not None]
-        return max(self.least_tokens, min(bounds)) if bounds else None
+        return most_tokens(budget, AUTO_TOKENS, LOW_TOKENS, self.least_tokens)
 
     def _grid(self, height: int, width: int, most: int | None) -> Grid:
         """Return the grid of a picture: the reference's with the checkpoint's bounds, or with `most` image tokens.
@@ -311,31 +306,36 @@ class QwenVL(Family):
         return {name: array[None] for name, array in inputs.items()}
 
 
-def smart_grid(height: int, width: int, unit: int, min_pixels: int, max_pixels: int) -> Grid:
+def most_tokens(budget: ImageBudget, auto: int, low: int, least: int) -> int | None:
+    """Return how many image tokens a view may have beside what the checkpoint allows, `least` at least; None: any."""
+    by_detail: dict[Detail, int | None] = {"auto": auto, "low": low, "high": None}
+    bounds = [each for each in (by_detail[budget.detail], budget.max_image_tokens) if each is not None]
+    return max(least, min(bounds)) if bounds else None
+
+
+def smart_grid(
+    height: int, width: int, unit: int, min_pixels: int, max_pixels: int, count: int = 1, frames: int = 1
+) -> Grid:
     """Return the grid of squares of `unit` pixels that a picture is resized to, by the reference's `smart_resize`.
 
     Each side is rounded, halves to even. Where that makes too many pixels, the sides are scaled to have `max_pixels`
-    and rounded down; where too few, to have `min_pixels` and rounded up. Raises `ImageError`.
+    and rounded down; where too few, to have `min_pixels` and rounded up. The bounds hold for `count` pictures together,
+    `frames` of which make a temporal patch. Raises `ImageError` for a picture that is too long for its width.
     """
-    _check_shape(height, width)
-    rows, cols = round(height / unit), round(width / unit)
-    pixels = rows * cols * unit**2
-    if pixels > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
-        return Grid(*(max(1, math.floor(side / scale / unit)) for side in (height, width)))
-    if pixels < min_pixels:
-        scale = math.sqrt(min_pixels / (height * width))
-        return Grid(*(math.ceil(side * scale / unit) for side in (height, width)))
-    return Grid(rows, cols)
-
-
-def _check_shape(height: int, width: int) -> None:
-    """Raise `ImageError` for a picture that is too long for its width."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ImageError(
             f"the picture is {width} x {height} pixels, and this model takes none that is more than {MAX_ASPECT_RATIO}"
             " times longer in one direction than in the other; crop it"
         )
+    grid = Grid(round(height / unit), round(width / unit))
+    pixels = round(count / frames) * frames * grid.tokens * unit**2
+    if pixels > max_pixels:
+        scale = math.sqrt(count * height * width / max_pixels)
+        return Grid(*(max(1, math.floor(side / scale / unit)) for side in (height, width)))
+    if pixels < min_pixels:
+        scale = math.sqrt(min_pixels / (count * height * width))
+        return Grid(*(math.ceil(side * scale / unit) for side in (height, width)))
+    return grid
 
 
 def smart_video_grid(shape: tuple[int, int, int], frames: int, unit: int, min_pixels: int, max_pixels: int) -> Grid:
@@ -347,16 +347,7 @@ def smart_video_grid(shape: tuple[int, int, int], frames: int, unit: int, min_pi
     if min(height, width) < unit:
         scale = max(unit / height, unit / width)
         height, width = int(height * scale), int(width * scale)
-    _check_shape(height, width)
-    grid = Grid(round(height / unit), round(width / unit))
-    pixels = round(count / frames) * frames * grid.tokens * unit**2
-    if pixels > max_pixels:
-        scale = math.sqrt(count * height * width / max_pixels)
-        return Grid(*(max(1, math.floor(side / scale / unit)) for side in (height, width)))
-    if pixels < min_pixels:
-        scale = math.sqrt(min_pixels / (count * height * width))
-        return Grid(*(math.ceil(side * scale / unit) for side in (height, width)))
-    return grid
+    return smart_grid(height, width, unit, min_pixels, max_pixels, count, frames)
 
 
 def sample_by_step(total: int, count: float, most: int, *, asked: bool, step: int) -> list[int]:

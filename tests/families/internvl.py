@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from tests.conftest import make_tokenizer, seed_weights
 from tests.families.base import Builder, Reference
+from tests.helpers.json_files import read_json, write_json
 
 TILE, PATCH = 32, 4
 IMAGE_SEQ_LEN = (TILE // PATCH // 2) ** 2
@@ -172,14 +172,3 @@ BUILDER = Builder(
     },
     make_reference,
 )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from tests.conftest import make_tokenizer, seed_weights
 from tests.families.base import Builder, Reference
+from tests.helpers.json_files import read_json, write_json
 
 PATCH, MERGE = 4, 2
 WINDOW = 2 * MERGE * PATCH
@@ -242,14 +242,3 @@ def builder(kind: str) -> Builder:
         },
         QwenReference,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON object."""
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")

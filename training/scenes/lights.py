@@ -9,6 +9,12 @@ from training.draw import canvas, fit, ink, named, panel, shade, text
 from training.scene import Random, Scene, between, chance, pick
 
 STACK = ("red", "yellow", "green", "blue", "white")
+QUESTIONS = (
+    "Which stack light is on?",
+    "Which lamp of the stack light is lit?",
+    "What colour is the tower light showing?",
+)
+LAMP_QUESTIONS = ("How many lamps does the stack light have?", "How many segments has the tower light?")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 
 
@@ -63,17 +69,13 @@ def stack_light(random: Random, several: float = 0.0) -> Scene:
     on = [name for index, name in enumerate(names) if index in lit]
     result.ask(
         "light",
-        (
-            "Which stack light is on?",
-            "Which lamp of the stack light is lit?",
-            "What colour is the tower light showing?",
-        ),
+        QUESTIONS,
         listed(on),
         random,
     )
     result.ask(
         "light",
-        ("How many lamps does the stack light have?", "How many segments has the tower light?"),
+        LAMP_QUESTIONS,
         str(count),
         random,
     )

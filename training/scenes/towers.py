@@ -6,13 +6,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from training.draw import Box, Colour, Pen, canvas, jitter, named, shade
 from training.scene import Random, Scene, between, chance, pick
-from training.scenes.lights import STACK, listed
-
-QUESTIONS = (
-    "Which stack light is on?",
-    "Which lamp of the stack light is lit?",
-    "What colour is the tower light showing?",
-)
+from training.scenes.lights import LAMP_QUESTIONS, QUESTIONS, STACK, listed
 
 
 def scene(random: Random) -> Scene:
@@ -46,8 +40,7 @@ def scene(random: Random) -> Scene:
         answer = "yes" if name in on else "no"
         result.ask("presence", (f"Is the {name} light on?", f"Is the {name} lamp lit?"), answer, random)
     if chance(random, 0.3):
-        asked = ("How many lamps does the stack light have?", "How many segments has the tower light?")
-        result.ask("light", asked, str(count), random)
+        result.ask("light", LAMP_QUESTIONS, str(count), random)
     return result
 
 
