@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,8 +26,6 @@ from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
-from edgevlm.locate import Search
-from edgevlm.locations import Locations
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
@@ -36,6 +34,9 @@ from edgevlm.runtime.core import first_line, resolve_device
 from edgevlm.runtime.kv_pool import SessionPool
 from edgevlm.runtime.kv_session import Session
 from edgevlm.runtime.loader import ModelLoader
+
+if TYPE_CHECKING:
+    from edgevlm.locations import Locations
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -235,6 +236,8 @@ class VLM:
         cache_salt: str = "",
     ) -> Generator[Progress, None, Locations]:
         """Yield the progress of `locate`; return the places."""
+        from edgevlm.locate import Search
+
         search = Search.of(self.processor.family, phrase, max_locations)
         given = as_visuals(image)
         if len(given) != 1 or isinstance(given[0], Video):
