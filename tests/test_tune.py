@@ -171,7 +171,7 @@ def test_what_is_replayed_is_known_to_the_bundled_model() -> None:
 def test_a_model_learns_what_it_never_knew(tmp_path: Path) -> None:
     rows, kept = write(tmp_path, draw(tmp_path, 40)), tmp_path / "kept"
     told: list[TuneProgress] = []
-    report = tune(rows, tmp_path / "woods", options=TuneOptions(2.5, save_checkpoint=kept), on_progress=told.append)
+    report = tune(rows, tmp_path / "woods", options=TuneOptions(8, save_checkpoint=kept), on_progress=told.append)
     assert (report.before.right, report.after.asked) == (0, report.before.asked)
     assert report.after.share > 0.6 and report.steps > 2 and not report.interrupted
     assert report.known_after.share > 0.6 * report.known_before.share
