@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from edgevlm_export.routes.optimum_worker import greedy
 from edgevlm_export.samples import pixel_values, vision_samples
 from edgevlm_export.verify import check, scales, verify
 from tests.conftest import F32, photograph
+from tests.helpers.command import POSIX
 from tests.helpers.exports import says_the_same_with_optimum_intel
 
 
@@ -257,3 +260,25 @@ def test_a_hub_id_is_taken_from_the_local_cache(idefics3: Path, home: Path, tmp_
     (repo / "refs" / "main").write_text(revision, encoding="utf-8")
     report = export("someone/tiny", tmp_path / "out", ExportOptions("int8", verify=False))
     assert (report.manifest.source, report.manifest.revision) == ("someone/tiny", revision)
+
+
+_INTERRUPTED = """
+import os, signal, sys
+from pathlib import Path
+from edgevlm_export import ExportOptions, export
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+export(Path(sys.argv[1]), Path(sys.argv[2]), ExportOptions("int4", via="native"))
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@POSIX
+def test_a_signal_after_an_export_is_handled(idefics3: Path, tmp_path: Path) -> None:
+    """NNCF's many cores must not leave the thread without the stack that it handles signals on."""
+    arguments = [sys.executable, "-c", _INTERRUPTED, str(idefics3), str(tmp_path / "out")]
+    ended = subprocess.run(arguments, capture_output=True, encoding="utf-8", check=False)
+    assert (ended.returncode, ended.stdout) == (0, "interrupted\n"), ended.stderr

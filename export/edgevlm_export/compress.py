@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgevlm.runtime.core import import_openvino
 from edgevlm_export.options import UNCOMPRESSED, Int4Recipe, Precision
+from edgevlm_export.signal_stack import signal_stack_kept
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -32,7 +33,7 @@ def compress(
     if samples:
         asked = {name for each in model.inputs for name in each.get_names()}
         samples = [{name: value for name, value in sample.items() if name in asked} for sample in samples]
-    with redirect_stdout(StringIO()):  # NNCF draws progress bars and tables there
+    with signal_stack_kept(), redirect_stdout(StringIO()):  # NNCF draws progress bars and tables there
         return _compress(model, precision, recipe, samples)
 
 
