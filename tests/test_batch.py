@@ -19,6 +19,7 @@ from PIL import Image
 from edgevlm import VLM, GenerationConfig, OptionError, OutputError
 from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.families.base import ImageBudget
+from edgevlm.inputs.image import load_image
 from edgevlm.jobs.batch import Batch, run_batch
 from edgevlm.jobs.spec import Defaults, read_jobs
 from edgevlm.jobs.work_queue import CHUNK, Row, WorkQueue
@@ -53,6 +54,7 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
         {"image": "2.png", "question": QUESTION, "choices": ["yes", "no"]},
         {"image": "2.png", "question": QUESTION, "regex": "[0-9]{3}"},
         {"image": "2.png"},
+        {"image": "2.png", "question": QUESTION, "crop": [4, 8, 44, 38]},
     ]
     jobs = write(folder / "jobs.jsonl", rows)
     batch = Batch(
@@ -64,9 +66,9 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
     )
     progress: list[tuple[int, int]] = []
     tally = run_batch(batch, on_progress=lambda *each: progress.append(each))
-    assert tally.to_dict() == {"jobs": 8, "answered": 8, "failed": 0, "resumed": 0}
+    assert tally.to_dict() == {"jobs": 9, "answered": 9, "failed": 0, "resumed": 0}
     found = read(folder / "out.jsonl")
-    assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9]
+    assert [row["line"] for row in found] == [1, 3, 4, 5, 6, 7, 8, 9, 10]
     assert found[0]["id"] == "first"
     assert found[0]["answer"] == vlm.generate(folder / "0.png", QUESTION, SHORT, LOW).text
     assert found[1]["answer"] == vlm.generate([folder / "0.png", folder / "1.png"], "Compare.", SHORT, LOW).text
@@ -78,8 +80,10 @@ def test_answers_are_those_of_the_model_in_the_order_of_the_jobs(vlm: VLM, expor
     )
     assert found[6]["answer"].isdigit()
     assert found[7]["answer"] == vlm.generate(folder / "2.png", "The default question?", SHORT, LOW).text
-    assert progress[0] == (0, 8)
-    assert progress[-1] == (8, 8)
+    part = load_image(folder / "2.png")[8:38, 4:44]
+    assert (found[8]["answer"], found[8]["crop"]) == (vlm.generate(part, QUESTION, SHORT, LOW).text, [4, 8, 44, 38])
+    assert progress[0] == (0, 9)
+    assert progress[-1] == (9, 9)
     assert sorted(path.name for path in folder.glob("out*")) == ["out.jsonl"]
 
 
@@ -107,6 +111,10 @@ BAD = [
     ({"question": QUESTION, "regex": "a", "choices": ["a"]}, "exclude each other"),
     ({"question": QUESTION, "regex": "[a-z]{100}"}, "the answer is not whole"),
     ({"question": QUESTION, "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    ({"image": "0.png", "question": QUESTION, "crop": [5, 5, 5, 9]}, "the crop [5, 5, 5, 9] is empty"),
+    ({"image": "0.png", "question": QUESTION, "crop": [-1, 0, 5, 9]}, "the crop [-1, 0, 5, 9] reaches outside"),
+    ({"image": "0.png", "question": QUESTION, "crop": [0, 0, 5]}, "`array` of length 4, got 3 - at `$.crop`"),
+    ({"question": QUESTION, "crop": [0, 0, 5, 9]}, 'a row with a "crop" has one "image", not 0'),
 ]
 
 

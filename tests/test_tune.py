@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from edgevlm.model_store import default_model
 from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, tune
 from edgevlm_export.tune.augment import augmented
 from edgevlm_export.tune.learner import Learner
-from edgevlm_export.tune.pipeline import PANEL
+from edgevlm_export.tune.pipeline import PANEL, _calibration
 from edgevlm_export.tune.replay import replayed
 from edgevlm_export.tune.rows import Example, read_examples, split
 from tests.helpers.command import COMMAND, POSIX, cli
@@ -68,6 +69,15 @@ BAD: dict[str, tuple[Change, str]] = {
     "an empty answer": (lambda rows: rows[2].update(answer=" "), "line 3: the answer is empty"),
     "no question": (lambda rows: rows[2].pop("question"), 'line 3: no "question", and --question gives none'),
     "an unknown field": (lambda rows: rows[2].update(colour="red"), "line 3: .*`colour`"),
+    "a crop without area": (
+        lambda rows: rows[2].update(crop=[9, 9, 9, 40]),
+        r"line 3: the crop \[9, 9, 9, 40\] is empty",
+    ),
+    "a crop outside": (
+        lambda rows: rows[2].update(crop=[0, 0, 161, 40]),
+        r"line 3: the crop \[0, 0, 161, 40\] reaches outside the picture, whose pixels are 160x120",
+    ),
+    "a crop of three": (lambda rows: rows[2].update(crop=[0, 0, 9]), r"line 3: .* length 4, got 3 - at `\$.crop`"),
     "a tolerance below 0": (lambda rows: rows[2].update(tolerance=-1), "line 3: the tolerance must be 0 or more"),
 }
 
@@ -106,14 +116,42 @@ def test_a_folder_with_a_table(tmp_path: Path) -> None:
     ]
 
 
+def test_a_crop_is_what_is_learned_from_and_asked(tmp_path: Path) -> None:
+    rows = draw(tmp_path, 12)
+    rows += [row | {"crop": [20, 10, 140, 90], "question": "And inside?"} for row in rows]
+    examples = read_examples(write(tmp_path, rows))
+    whole, part = examples[0], examples[12]
+    assert (part.picture.pixels == whole.picture.pixels[10:90, 20:140]).all()
+    assert part.is_cropped and not whole.is_cropped
+    learned, held = split(examples)
+    assert {each.path for each in learned}.isdisjoint(each.path for each in held) and len(held) >= 4
+    [*first, _, _] = [json.loads(line) for line in _calibration(examples, tmp_path).read_text().splitlines()]
+    assert first[0]["image"] == str(whole.path.resolve())
+    assert load_picture(tmp_path / "calibration-12.png").digest == part.picture.digest
+
+
+def test_a_table_has_crops_too(tmp_path: Path) -> None:
+    lines = [
+        "image,answer,crop",
+        *(f'{row["image"]},{row["answer"]},"0, 0, 80, {60 + i}"' for i, row in enumerate(draw(tmp_path, 12))),
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert [each.picture.pixels.shape[:2] for each in read_examples(tmp_path, QUESTION)] == [
+        (60 + i, 80) for i in range(12)
+    ]
+
+
 def test_an_object_is_written_as_structured_output_writes_it(tmp_path: Path) -> None:
     rows = draw(tmp_path, 12)
     rows[0]["answer"] = {"wood": "oak", "boards": 2}
     assert read_examples(write(tmp_path, rows))[0].answer == '{"wood": "oak", "boards": 2}'
 
 
+NUMBERS = count()
+
+
 def example(pixels: np.ndarray, answer: str = "12.5 bar", tolerance: float = 0.0) -> Example:
-    return Example(load_picture(pixels), Path("x.png"), QUESTION, answer, tolerance)
+    return Example(load_picture(pixels), Path(f"{next(NUMBERS)}.png"), QUESTION, answer, tolerance)
 
 
 def test_a_number_may_be_off_by_its_tolerance() -> None:

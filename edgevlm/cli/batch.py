@@ -41,7 +41,8 @@ def batch(
     """Answer the JOBS, a JSON Lines file, into another, in the same order.
 
     A row is {"image": "a.png", "question": "…"}, where image may also be a list or left out; it may have an id, schema
-    (an object or a file), choices or regex, and max_new_tokens. Paths are relative to the file of jobs.
+    (an object or a file), choices or regex, max_new_tokens, and a crop [x0, y0, x1, y1] of its one image, in pixels of
+    the upright picture, to be asked about in its place. Paths are relative to the file of jobs.
 
     Killed or run again, it goes on where it was: nothing is lost and nothing answered twice. Run it several times at
     once, also on machines that share the folder, and they share the work. --ray puts the workers on a Ray cluster (pip

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from io import BytesIO
@@ -28,6 +28,9 @@ from edgevlm.families.base import MAX_PIXELS, RGB
 
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[Any] | ImageFile | Picture"
 Images: TypeAlias = "ImageInput | Sequence[ImageInput] | None"
+
+Crop: TypeAlias = tuple[int, int, int, int]
+"""A box `x0, y0, x1, y1` in pixels of the upright picture, from its upper left corner; x1 and y1 are not in it."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "JPEG2000", "PPM", "TGA")
 """Pixel formats only: Pillow would also take, say, PostScript, and run an interpreter on a stranger's program."""
@@ -74,6 +77,15 @@ class Picture:
     def digest(self) -> bytes:
         """A 16-byte hash of its pixels and their shape."""
         return content_digest(self.pixels)
+
+    def cropped(self, crop: Crop) -> Picture:
+        """Return the part of the picture in a box. Raises `ImageError` for one that is empty or reaches outside."""
+        (left, top, right, bottom), (height, width) = crop, self.pixels.shape[:2]
+        if left >= right or top >= bottom:
+            raise ImageError(f"the crop {list(crop)} is empty: give x0, y0, x1, y1 with x0 below x1 and y0 below y1")
+        if left < 0 or top < 0 or right > width or bottom > height:
+            raise ImageError(f"the crop {list(crop)} reaches outside the picture, whose pixels are {width}x{height}")
+        return replace(self, pixels=self.pixels[top:bottom, left:right].copy())
 
 
 def content_digest(pixels: RGB) -> bytes:

@@ -17,7 +17,7 @@ from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
 from edgevlm.families.base import ImageBudget
-from edgevlm.inputs.image import Picture, load_picture, read_image
+from edgevlm.inputs.image import Crop, Picture, load_picture, read_image
 from edgevlm.manifest import hash_file
 from edgevlm.model_store import MANIFEST, find_model
 from edgevlm.strict_json import read_json
@@ -50,6 +50,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     choices: list[str] | UnsetType = UNSET
     regex: str | UnsetType = UNSET
     max_new_tokens: int | UnsetType = UNSET
+    crop: Crop | UnsetType = UNSET
 
     def given(self, *names: str) -> dict[str, Any]:
         """Return those of the fields that the row has."""
@@ -108,7 +109,7 @@ class RowRunner:
         row: dict[str, Any] = {"line": job.line, "job": job.key}
         try:
             task = _parse(job.data)
-            row |= task.given("id", "image")
+            row |= task.given("id", "image", "crop")
             return row | self._ask(task)
         except ROW_ERRORS as error:
             return row | {"error": str(error)}
@@ -123,7 +124,11 @@ class RowRunner:
         output_format = OutputFormat.of(**own) if own else self._defaults.output_format
         config, budget = override(self._defaults.config, self._defaults.image_budget, task.given("max_new_tokens"))
         names = [] if task.image is UNSET else [task.image] if isinstance(task.image, str) else task.image
+        if task.crop is not UNSET and len(names) != 1:
+            raise OptionError(f'a row with a "crop" has one "image", not {len(names)}; give each crop a row of its own')
         images = [JobImage.of(read_image(self._folder / name)) for name in names]
+        if task.crop is not UNSET:
+            images = [images[0].cropped(task.crop)]
         return ask(self._vlm, images, question, config, budget, output_format)
 
 
@@ -142,6 +147,10 @@ class JobImage:
     def decoded(self) -> JobImage:
         """Return the picture decoded. Raises `ImageError`."""
         return replace(self, image=load_picture(self.image))
+
+    def cropped(self, crop: Crop) -> JobImage:
+        """Return the part of the picture in a box, decoded. Raises `ImageError`."""
+        return replace(self, image=load_picture(self.image).cropped(crop))
 
 
 def ask(

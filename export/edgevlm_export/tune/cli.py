@@ -56,8 +56,9 @@ def tune(
     """Teach a small model your own pictures: the labelled ROWS, on this machine's CPU.
 
     A row is {"image": "a.png", "question": "…", "answer": "…"}, as `batch` has it, with the right answer, and a
-    "tolerance" where a number may be off; ROWS is a .jsonl file, a .csv file with such columns, or a folder that holds
-    rows.jsonl or labels.csv. A hundred labelled pictures are a good beginning.
+    "tolerance" where a number may be off, or a "crop" [x0, y0, x1, y1] of the picture; ROWS is a .jsonl file, a .csv
+    file with such columns, or a folder that holds rows.jsonl or labels.csv. A hundred labelled pictures are
+    a good beginning.
 
     A fifth of the pictures is kept apart, and what is saved is what answers these best; a model that is no better is
     not saved. Ctrl-C keeps the best so far. Of a checkpoint of more than 60 million weights, such as SmolVLM-256M's,

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.errors import TuningError
@@ -242,7 +243,13 @@ def _calibration(examples: Sequence[Example], work: Path) -> Path:
     """Write the pictures that activations are calibrated on: the user's own."""
     path = work / "calibration.jsonl"
     chosen = examples[:: max(1, len(examples) // 24)]
-    rows = [{"image": str(each.path.resolve()), "question": each.question, "answer": each.answer} for each in chosen]
+    rows = []
+    for index, each in enumerate(chosen):
+        image = each.path.resolve()
+        if each.is_cropped:
+            image = work / f"calibration-{index}.png"
+            Image.fromarray(each.picture.pixels).save(image)
+        rows.append({"image": str(image), "question": each.question, "answer": each.answer})
     append_rows(path, rows)
     return path
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from PIL import Image
 
 from edgevlm.errors import ImageError, TuningError
-from edgevlm.inputs.image import Picture, load_picture
+from edgevlm.inputs.image import Crop, Picture, load_picture
 from edgevlm.jobs.spec import Row as BatchRow
 from edgevlm.strict_json import read_json, write_json
 from edgevlm_export.tune.scores import is_right
@@ -42,12 +42,14 @@ class Example:
     """A picture, a question about it and the right answer."""
 
     picture: Picture
+    """What the model sees of it: the crop, where the row has one."""
     path: Path
     question: str
     answer: str
     tolerance: float = 0.0
     where: str = ""
     """The row's file and line, for errors."""
+    is_cropped: bool = False
 
     def is_right(self, answer: str) -> bool:
         """Tell whether `answer` is the text asked for, its numbers within the tolerance."""
@@ -64,7 +66,7 @@ def read_examples(source: Path, question: str | None = None) -> list[Example]:
         if not found:
             raise TuningError(f"{source} holds no rows.jsonl and no labels.csv with the right answers")
         source = found[0]
-    pictures: dict[Path, Picture] = {}
+    pictures: dict[tuple[Path, Crop | UnsetType], Picture] = {}
     examples = []
     for line, fields in _lines(source):
         where = f"{source}, line {line}"
@@ -74,12 +76,20 @@ def read_examples(source: Path, question: str | None = None) -> list[Example]:
             raise TuningError(f'{where}: no "question", and --question gives none')
         path = source.parent / row.image
         try:
-            picture = pictures.get(path) or pictures.setdefault(path, load_picture(path))
+            seen = path, row.crop
+            picture = pictures.get(seen) or pictures.setdefault(seen, _picture(path, row.crop))
         except ImageError as error:
             raise TuningError(f"{where}: {error}") from None
-        examples.append(Example(picture, path, asked, _written(row.answer), row.tolerance, where))
+        is_cropped = row.crop is not UNSET
+        examples.append(Example(picture, path, asked, _written(row.answer), row.tolerance, where, is_cropped))
     _check(examples, source)
     return examples
+
+
+def _picture(path: Path, crop: Crop | UnsetType) -> Picture:
+    """Return a file's picture, or the part of it that the row's box tells. Raises `ImageError`."""
+    picture = load_picture(path)
+    return picture if crop is UNSET else picture.cropped(crop)
 
 
 def _lines(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -93,7 +103,10 @@ def _lines(source: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         try:
             for fields in reader:
-                yield reader.line_num, {name: value for name, value in fields.items() if value not in (None, "")}
+                given: dict[str, Any] = {name: value for name, value in fields.items() if value not in (None, "")}
+                if "crop" in given:
+                    given["crop"] = given["crop"].strip("[] ").replace(",", " ").split()
+                yield reader.line_num, given
         except csv.Error as error:
             raise TuningError(f"{source}, line {reader.line_num}: {error}") from None
         return
@@ -157,14 +170,19 @@ def split(examples: Sequence[Example], seed: int = 0) -> tuple[list[Example], li
 
 
 def _twins(examples: Sequence[Example]) -> list[list[Example]]:
-    """Return the examples in groups: those of one picture, or of pictures that hardly differ, together."""
+    """Return the examples in groups: those of one file, or of pictures that hardly differ, together."""
     small = np.stack([_thumbnail(each.picture) for each in examples])
     group = list(range(len(examples)))
     for index in range(1, len(examples)):
         near = np.flatnonzero(np.abs(small[:index] - small[index]).mean(1) < TWINS)
         if len(near):
             group[index] = group[int(near[0])]
-    return [[examples[i] for i, of in enumerate(group) if of == first] for first in sorted(set(group))]
+    first: dict[Path, int] = {}
+    for index, each in enumerate(examples):
+        one, other = group[first.setdefault(each.path, index)], group[index]
+        if one != other:  # two crops of one file
+            group = [one if of == other else of for of in group]
+    return [[examples[i] for i, of in enumerate(group) if of == one] for one in sorted(set(group))]
 
 
 def _thumbnail(picture: Picture) -> np.ndarray:
