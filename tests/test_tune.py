@@ -176,8 +176,13 @@ def test_near_twins_are_on_one_side() -> None:
 
 def test_pictures_that_are_all_alike_are_refused() -> None:
     grey = np.full((40, 40, 3), 90, np.uint8)
-    learned, held = split([example(grey + index % 2, str(index)) for index in range(20)])
-    assert len(learned) == 20 and not held
+    with pytest.raises(TuningError, match='nearly the same; give pictures that differ, or a "crop" of what differs'):
+        split([example(grey + index % 2, str(index)) for index in range(20)])
+    black = np.zeros((40, 40, 3), np.uint8)
+    frames = [*[example(grey + index % 2, "1") for index in range(19)], example(black, "0")]
+    for seed in range(6):
+        learned, held = split(frames, seed)
+        assert (len(learned), len(held)) == (19, 1)  # never the many
 
 
 def test_another_day_is_the_same_for_the_same_seed() -> None:

@@ -156,16 +156,20 @@ def _check(examples: Sequence[Example], source: Path) -> None:
 
 
 def split(examples: Sequence[Example], seed: int = 0) -> tuple[list[Example], list[Example]]:
-    """Return the examples to learn from and those kept apart: a fifth of the pictures, near-twins on one side."""
+    """Return the examples to learn from and those kept apart: a fifth of the pictures, near-twins on one side.
+
+    Raises `TuningError` where all are near-twins, since none could be kept apart.
+    """
     groups = _twins(examples)
+    if len(groups) < 2:
+        raise TuningError('all pictures are nearly the same; give pictures that differ, or a "crop" of what differs')
     order = np.random.default_rng(seed).permutation(len(groups))
     wanted = max(2, round(HELD_OUT * sum(map(len, groups))))
     held: list[Example] = []
     kept: list[Example] = []
     for index in order:
-        (held if len(held) < wanted and len(groups) > 1 else kept).extend(groups[index])
-    if not kept:
-        raise TuningError("all pictures are nearly the same; give pictures that differ")
+        is_held = len(held) < wanted and len(held) + len(groups[index]) <= len(examples) / 2
+        (held if is_held else kept).extend(groups[index])
     return kept, held
 
 
