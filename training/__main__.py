@@ -123,7 +123,7 @@ def average(one: Path, other: Path, output: Path, share: float) -> None:
 @click.option("--processes", default=2, help="Processes that ask, one thread each.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the figures as JSON lines.")
 def evaluate(exports: tuple[Path, ...], pictures: int, processes: int, output: Path | None) -> None:
-    """Print how often the EXPORTS answer right, by task, on held-out pictures and on the second renderer's.
+    """Print how often the EXPORTS answer right, by task, on photographs, held-out pictures and two other renderers'.
 
     \b
     python -m training evaluate build/panel-fp32 build/panel-int8 build/panel-int4

@@ -1,4 +1,4 @@
-"""How often exported models answer right, by task, with 95 % intervals, on the pictures of three renderers."""
+"""How often exported models answer right, by task, with 95 % intervals: photographs and three renderers' pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm_export.tune.scores import Scored, is_right
-from training import second, third
+from training import real, second, third
 from training.degrade import photographed
 from training.scene import QA, Random, Scene
 from training.scenes import SCENES
@@ -77,12 +77,24 @@ def other_style(scenes: Mapping[str, Callable[[Random], Scene]], first: int, nam
     return scenes[name](np.random.default_rng((HELD_OUT_SEED, first + list(scenes).index(name), index)))
 
 
-STYLES: dict[str, tuple[Callable[[str, int], Scene], tuple[str, ...]]] = {
-    "third renderer, over photographs": (partial(other_style, third.SCENES, 200), tuple(third.SCENES)),
-    "held-out": (held_out, tuple(SCENES)),
-    "second renderer": (partial(other_style, second.SCENES, 100), tuple(second.SCENES)),
+@dataclass(frozen=True)
+class Style:
+    """Where pictures come from."""
+
+    draw: Callable[[str, int], Scene]
+    """Returns picture `index` of a kind."""
+    kinds: tuple[str, ...]
+    most: int | None = None
+    """How many pictures of a kind there are; None for as many as are asked for."""
+
+
+STYLES = {
+    "real photographs": Style(real.scene, real.names(), most=1),
+    "third renderer, over photographs": Style(partial(other_style, third.SCENES, 200), tuple(third.SCENES)),
+    "held-out": Style(held_out, tuple(SCENES)),
+    "second renderer": Style(partial(other_style, second.SCENES, 100), tuple(second.SCENES)),
 }
-"""Where pictures come from, the hardest first, and the kinds of each."""
+"""The hardest first."""
 
 
 Outcome: TypeAlias = tuple[QA, str]
@@ -93,8 +105,9 @@ def ask(exports: list[Path], style: str, name: str, pictures: int) -> list[list[
     models = [VLM(export, RuntimeConfig(threads=1)) for export in exports]
     config = GenerationConfig(max_new_tokens=64)
     outcomes: list[list[Outcome]] = [[] for _ in exports]
-    for index in range(pictures):
-        scene = STYLES[style][0](name, index)
+    chosen = STYLES[style]
+    for index in range(min(pictures, chosen.most or pictures)):
+        scene = chosen.draw(name, index)
         image = np.asarray(scene.image)
         for vlm, found in zip(models, outcomes, strict=True):
             found += [(pair, vlm.generate(image, pair.question, config).text.strip()) for pair in scene.pairs]
@@ -103,7 +116,7 @@ def ask(exports: list[Path], style: str, name: str, pictures: int) -> list[list[
 
 def evaluate(exports: list[Path], pictures: int, processes: int) -> dict[tuple[str, str], list[Score]]:
     """Return the scores of every export in every style, by task, the last one over all."""
-    jobs = [(style, name) for style, (_, names) in STYLES.items() for name in names]
+    jobs = [(style, name) for style, each in STYLES.items() for name in each.kinds]
     outcomes: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
     with get_context("spawn").Pool(processes) as pool, Progress() as progress:
         step = progress.add_task("asking", total=len(jobs))
@@ -152,7 +165,7 @@ def _cell(score: Score | None) -> str:
 def run(exports: list[Path], pictures: int, processes: int, output: Path | None) -> None:
     """Evaluate every export in every style, print the tables, and write the figures as JSON lines."""
     results = evaluate(exports, pictures, processes)
-    for style in STYLES:
+    for style in dict.fromkeys(style for _, style in results):
         print(table(style, {export: each for (export, other), each in results.items() if other == style}), end="\n\n")
     if output:
         rows = [{"export": e, "style": s, **asdict(score)} for (e, s), each in results.items() for score in each]
