@@ -247,7 +247,7 @@ def _calibration(examples: Sequence[Example], work: Path) -> Path:
     for index, each in enumerate(chosen):
         image = each.path.resolve()
         if each.is_cropped:
-            image = work / f"calibration-{index}.png"
+            image = work.resolve() / f"calibration-{index}.png"
             Image.fromarray(each.picture.pixels).save(image)
         rows.append({"image": str(image), "question": each.question, "answer": each.answer})
     append_rows(path, rows)
