@@ -311,7 +311,8 @@ def test_every_format_is_watched_and_what_is_passed_over_is_told_once(
     assert sorted(set(told) - {first}) == [
         "'odd\\n.xyz', .xyz is no format that edgevlm reads; further such files are not told",
         "README, it has no suffix; further such files are not told",
-        "late.mp4, .mp4 is no format that edgevlm reads; further such files are not told",
+        "late.mp4, this model takes pictures, not video; give it single frames as pictures;"
+        " further such files are not told",
         "photo.heic, .heic is no format that edgevlm reads; further such files are not told",
         "scan.pdf, .pdf is no format that edgevlm reads; further such files are not told",
     ]

@@ -12,12 +12,14 @@ from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
     chosen_format,
     chosen_model,
+    frame_sampling,
     generation_config,
     generation_options,
     image_budget,
     model_options,
     output_options,
     runtime_config,
+    video_options,
 )
 from edgevlm.strict_json import write_json
 
@@ -30,6 +32,7 @@ from edgevlm.strict_json import write_json
 @click.option("--ray", metavar="ADDRESS", help="Run the workers on a Ray cluster; local starts one on this machine.")
 @model_options
 @generation_options
+@video_options
 @output_options
 @group(
     "Output",
@@ -42,12 +45,13 @@ def batch(
 
     A row is {"image": "a.png", "question": "…"}, where image may also be a list or left out; it may have an id, schema
     (an object or a file), choices or regex, max_new_tokens, and a crop [x0, y0, x1, y1] of its one image, in pixels of
-    the upright picture, to be asked about in its place. Paths are relative to the file of jobs.
+    the upright picture, to be asked about in its place. In place of image it may have a video, a file or a folder of
+    its frames, with fps or frames, which win over --fps and --frames. Paths are relative to the file of jobs.
 
     Killed or run again, it goes on where it was: nothing is lost and nothing answered twice. Run it several times at
     once, also on machines that share the folder, and they share the work. --ray puts the workers on a Ray cluster (pip
-    install 'edgevlm[ray]'), where the model and the pictures must be at the same paths. A row that cannot be answered
-    has an error in place of its answer, and the exit code is then 1.
+    install 'edgevlm[ray]'), where the model, the pictures and the videos must be at the same paths. A row that cannot
+    be answered has an error in place of its answer, and the exit code is then 1.
 
     \b
     edgevlm batch jobs.jsonl -o answers.jsonl
@@ -58,7 +62,13 @@ def batch(
     from edgevlm.jobs.batch import Batch, run_batch
     from edgevlm.jobs.spec import Defaults
 
-    defaults = Defaults(question, chosen_format(options), generation_config(options), image_budget(options))
+    defaults = Defaults(
+        question,
+        chosen_format(options),
+        generation_config(options),
+        image_budget(options),
+        frame_sampling(options),
+    )
     what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:
         executor = None

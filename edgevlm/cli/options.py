@@ -14,7 +14,7 @@ from edgevlm.cli.help import group
 if TYPE_CHECKING:
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.decoding.output_format import OutputFormat
-    from edgevlm.families.base import ImageBudget
+    from edgevlm.families.base import FrameSampling, ImageBudget
     from edgevlm.runtime.config import RuntimeConfig
 
 
@@ -107,6 +107,22 @@ def image_options(command: Any) -> Any:
         click.option("--max-image-tokens", type=int, help="At most this many image tokens for each picture."),
         click.option("--max-tiles", "max_views", type=int, hidden=True),
     )(command)
+
+
+def video_options(command: Any) -> Any:
+    """Add the options that say which frames of a video are looked at."""
+    return group(
+        "Video",
+        click.option("--fps", type=float, help="Frames sampled for each second of a video; of a folder: that it has."),
+        click.option("--frames", type=int, help="Frames sampled of each video, evenly spread."),
+    )(command)
+
+
+def frame_sampling(options: dict[str, Any]) -> FrameSampling:
+    """Return what `video_options` say."""
+    from edgevlm.families.base import FrameSampling
+
+    return FrameSampling(options["fps"], options["frames"])
 
 
 def output_options(command: Any) -> Any:

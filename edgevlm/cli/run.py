@@ -14,12 +14,14 @@ from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
     chosen_format,
     chosen_model,
+    frame_sampling,
     generation_config,
     generation_options,
     image_budget,
     model_options,
     output_options,
     runtime_config,
+    video_options,
 )
 from edgevlm.errors import ImageError, OptionError
 from edgevlm.strict_json import write_json
@@ -38,11 +40,7 @@ if TYPE_CHECKING:
 @click.argument("arguments", nargs=-1, required=True, metavar="[IMAGE]... QUESTION")
 @model_options
 @generation_options
-@group(
-    "Video",
-    click.option("--fps", type=float, help="Frames sampled for each second of a video; of a folder: that it has."),
-    click.option("--frames", type=int, help="Frames sampled of each video, evenly spread."),
-)
+@video_options
 @output_options
 @group(
     "Output",
@@ -73,7 +71,7 @@ def run(arguments: tuple[str, ...], as_json: bool, stats: bool, **options: Any) 
     generation, budget = replace(generation, constraint=output_format.constraint), image_budget(options)
     runtime = runtime_config(options)
     _check_question(question)
-    sampling = FrameSampling(options["fps"], options["frames"])
+    sampling = frame_sampling(options)
     pictures = [_input(name, sampling) for name in images]  # a bad picture is told before the model is loaded
     if sampling != FrameSampling() and not any(isinstance(each, Video) for each in pictures):
         raise OptionError("--fps and --frames are for a video, and none is given")

@@ -1,4 +1,4 @@
-"""`edgevlm watch`: a folder of pictures, answered as they come."""
+"""`edgevlm watch`: a folder of pictures and videos, answered as they come."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from edgevlm.cli.options import (
     LONG_RUNNING_DEFAULTS,
     chosen_format,
     chosen_model,
+    frame_sampling,
     generation_config,
     generation_options,
     image_budget,
     model_options,
     output_options,
     runtime_config,
+    video_options,
 )
 from edgevlm.strict_json import write_json
 
 
 @click.command(cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--question", required=True, help="Question about each picture.")
+@click.option("--question", required=True, help="Question about each picture and video.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="JSON Lines file of answers.")
 @click.option("--sqlite", type=click.Path(path_type=Path), help="SQLite database (a local disk): its table `answers`.")
 @click.option("--recursive", is_flag=True, help="Look into folders within the folder too.")
@@ -38,6 +40,7 @@ from edgevlm.strict_json import write_json
 @click.option("--patience", default=30.0, show_default=True, help="Seconds after which an unreadable file is reported.")
 @model_options
 @generation_options
+@video_options
 @output_options
 @group(
     "Output",
@@ -54,12 +57,13 @@ def watch(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Answer --question about each picture in FOLDER, and about each that comes, until Ctrl-C or SIGTERM.
+    """Answer --question about each picture and video in FOLDER, and about each that comes, until Ctrl-C or SIGTERM.
 
-    Each picture is answered once, also across restarts; a row holds its path, SHA-256, and the answer or the error. A
-    file that is still being written is waited for. Of files whose suffix is that of no format edgevlm reads, the first
-    of each suffix is told on stderr, and none is answered. What is in a JSON Lines file is held in memory (some hundred
-    bytes a picture): for years of pictures, take --sqlite. Needs pip install 'edgevlm[watch]'.
+    Each file is answered once, also across restarts; a row holds its path, SHA-256, and the answer or the error. A file
+    that is still being written is waited for. With --fps or --frames a GIF is a video, too. Of files whose suffix is
+    that of no format edgevlm reads, and of videos where the model takes none, the first of each suffix is told on
+    stderr, and none is answered. What is in a JSON Lines file is held in memory (some hundred bytes a picture): for
+    years of pictures, take --sqlite. Needs pip install 'edgevlm[watch]', for videos also 'edgevlm[video]'.
 
     \b
     edgevlm watch ./camera --question "Is the door open?" --choices yes,no --sqlite door.db
@@ -72,7 +76,13 @@ def watch(
 
     if (output is None) == (sqlite is None):
         raise click.UsageError("name one place for the answers: -o FILE or --sqlite DB")
-    defaults = Defaults(question, chosen_format(options), generation_config(options), image_budget(options))
+    defaults = Defaults(
+        question,
+        chosen_format(options),
+        generation_config(options),
+        image_budget(options),
+        frame_sampling(options),
+    )
     runtime = runtime_config(options)
     what = Watch(folder, defaults, recursive, settle, patience)
     with SqliteSink(sqlite) if sqlite else JsonlSink(output) as sink:  # type: ignore[arg-type]

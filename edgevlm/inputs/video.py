@@ -126,19 +126,36 @@ def probe_video(video: Video, max_pixels: int = MAX_PIXELS) -> None:
                 _check_size(stream, video.name, max_pixels)
 
 
+def video_files(video: Video) -> list[Path]:
+    """Return the file of a video, or those of a folder's frames in order. Raises `VideoError` for a folder of none."""
+    assert isinstance(video.source, str | os.PathLike)
+    folder = _folder(video)
+    return [Path(video.source)] if folder is None else _names(folder, video.name)
+
+
+def check_takes_video(family: Family) -> None:
+    """Raise `VideoError` for a family that takes pictures alone, and where there is no PyAV."""
+    _check_family(family)
+    _import_av()
+
+
 def load_frames(video: Video, family: Family, budget: ImageBudget) -> Frames:
     """Return the frames of a video that the family samples, at the size of its views.
 
     Raises `ImageError`, `VideoError` and `OptionError`.
     """
-    if family.video_placeholder is None:
-        raise VideoError("this model takes pictures, not video; give it single frames as pictures")
+    _check_family(family)
     if isinstance(video.source, str | os.PathLike | bytes | ImageFile):
         folder = _folder(video)
         if folder is None:
             return _sampled(video, family, budget)
         return _listed(video, _names(folder, video.name), family, budget)
     return _listed(video, video.source, family, budget)
+
+
+def _check_family(family: Family) -> None:
+    if family.video_placeholder is None:
+        raise VideoError("this model takes pictures, not video; give it single frames as pictures")
 
 
 def _folder(video: Video) -> Path | None:

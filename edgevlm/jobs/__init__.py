@@ -1,1 +1,1 @@
-"""Many pictures: batch and watch, their rows, queues and sinks."""
+"""Many pictures and videos: batch and watch, their rows, queues and sinks."""

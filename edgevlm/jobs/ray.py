@@ -37,7 +37,7 @@ class RayWorker:
 def work_on_ray(address: str, batch: Batch, queue: WorkQueue, on_change: Callable[[], object]) -> None:
     """Answer a batch's jobs with `batch.workers` models on the cluster at `address`; `local` starts one here.
 
-    The machines need edgevlm, and the model and the pictures at the same paths as here. Raises `OptionError` where
+    The machines need edgevlm, and the model, pictures and videos at the same paths as here. Raises `OptionError` where
     there is no Ray or no such cluster, else as `run_batch`.
     """
     if find_spec("ray") is None:

@@ -15,9 +15,10 @@ from msgspec import UNSET, UnsetType
 
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.output_format import OutputFormat
-from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError
-from edgevlm.families.base import ImageBudget
+from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError, VideoError
+from edgevlm.families.base import Family, FrameSampling, ImageBudget
 from edgevlm.inputs.image import Crop, Picture, load_picture, read_image
+from edgevlm.inputs.video import Video, check_takes_video, probe_video, video_files
 from edgevlm.manifest import hash_file
 from edgevlm.model_store import MANIFEST, find_model
 from edgevlm.strict_json import read_json
@@ -51,6 +52,16 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     regex: str | UnsetType = UNSET
     max_new_tokens: int | UnsetType = UNSET
     crop: Crop | UnsetType = UNSET
+    video: str | UnsetType = UNSET
+    fps: float | UnsetType = UNSET
+    frames: int | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` for fields that exclude each other, which msgspec reports as it does a wrong type."""
+        if self.video is not UNSET and self.image is not UNSET:
+            raise ValueError("image and video exclude each other")
+        if self.video is UNSET and (self.fps is not UNSET or self.frames is not UNSET):
+            raise ValueError("fps and frames are for a video, and the row has none")
 
     def given(self, *names: str) -> dict[str, Any]:
         """Return those of the fields that the row has."""
@@ -65,6 +76,8 @@ class Defaults:
     output_format: OutputFormat = field(default_factory=OutputFormat)
     config: GenerationConfig = field(default_factory=GenerationConfig)
     image_budget: ImageBudget = field(default_factory=ImageBudget)
+    sampling: FrameSampling = field(default_factory=FrameSampling)
+    """Which frames of a video are looked at."""
 
     def config_digest(self, model: str | None) -> str:
         """Return a digest of the model (SHA-256 of its manifest) and these defaults, part of every job's key.
@@ -78,7 +91,10 @@ class Defaults:
             known = ""
         except OSError as error:
             raise ModelError(f"{manifest} cannot be read: {error.strerror or error}") from None
-        return json.dumps([known, asdict(self)], sort_keys=True, default=str)
+        options = asdict(self)
+        if self.sampling == FrameSampling():
+            del options["sampling"]  # the digest of outputs that are older than videos
+        return json.dumps([known, options], sort_keys=True, default=str)
 
 
 def read_jobs(path: Path, config_digest: str) -> list[Job]:
@@ -109,7 +125,7 @@ class RowRunner:
         row: dict[str, Any] = {"line": job.line, "job": job.key}
         try:
             task = _parse(job.data)
-            row |= task.given("id", "image", "crop")
+            row |= task.given("id", "image", "crop", "video", "fps", "frames")
             return row | self._ask(task)
         except ROW_ERRORS as error:
             return row | {"error": str(error)}
@@ -123,57 +139,78 @@ class RowRunner:
             own["schema"] = self._folder / task.schema
         output_format = OutputFormat.of(**own) if own else self._defaults.output_format
         config, budget = override(self._defaults.config, self._defaults.image_budget, task.given("max_new_tokens"))
+        return ask(self._vlm, self._visuals(task), question, config, budget, output_format)
+
+    def _visuals(self, task: Row) -> list[JobVisual]:
+        """Return the pictures or the video of a row. Raises `ImageError` and `OptionError`."""
+        if task.video is not UNSET:
+            own = task.given("fps", "frames")
+            sampling = FrameSampling(**own) if own else self._defaults.sampling
+            return [JobVisual.of_video(self._folder / task.video, sampling, self._vlm.processor.family)]
         names = [] if task.image is UNSET else [task.image] if isinstance(task.image, str) else task.image
         if task.crop is not UNSET and len(names) != 1:
             raise OptionError(f'a row with a "crop" has one "image", not {len(names)}; give each crop a row of its own')
-        images = [JobImage.of(read_image(self._folder / name)) for name in names]
-        if task.crop is not UNSET:
-            images = [images[0].cropped(task.crop)]
-        return ask(self._vlm, images, question, config, budget, output_format)
+        visuals = [JobVisual.of_image(read_image(self._folder / name)) for name in names]
+        return visuals if task.crop is UNSET else [visuals[0].cropped(task.crop)]
 
 
 @dataclass(frozen=True)
-class JobImage:
-    """A picture of a job, read once: its file's SHA-256 goes into the row, its content to the model."""
+class JobVisual:
+    """A picture or a video of a job: the SHA-256 of its files goes into the row, its content to the model."""
 
-    sha256: str
-    image: bytes | Picture
+    sha256: tuple[str, ...]
+    """One, or for a folder of frames one for each."""
+    source: bytes | Picture | Video
+    """A picture is read once; of a video the path is kept, and its file may be larger than the memory."""
 
     @classmethod
-    def of(cls, data: bytes) -> JobImage:
-        """Return the picture of a file's bytes, not decoded yet."""
-        return cls(hashlib.sha256(data).hexdigest(), data)
+    def of_image(cls, data: bytes) -> JobVisual:
+        """Return the picture of a file's bytes, not decoded."""
+        return cls((hashlib.sha256(data).hexdigest(),), data)
 
-    def decoded(self) -> JobImage:
-        """Return the picture decoded. Raises `ImageError`."""
-        return replace(self, image=load_picture(self.image))
+    @classmethod
+    def decoded(cls, data: bytes) -> JobVisual:
+        """Return the picture of a file's bytes, decoded. Raises `ImageError`."""
+        return replace(cls.of_image(data), source=load_picture(data))
 
-    def cropped(self, crop: Crop) -> JobImage:
+    @classmethod
+    def of_video(cls, path: Path, sampling: FrameSampling, family: Family) -> JobVisual:
+        """Return a video whose header is sound; no frame is decoded. Raises `ImageError` and `VideoError`."""
+        check_takes_video(family)
+        video = Video(path, sampling.fps, sampling.frames)
+        probe_video(video)
+        try:
+            return cls(tuple(map(hash_file, video_files(video))), video)
+        except OSError as error:
+            raise VideoError(f"cannot read {video.name}: {error.strerror or error}") from None
+
+    def cropped(self, crop: Crop) -> JobVisual:
         """Return the part of the picture in a box, decoded. Raises `ImageError`."""
-        return replace(self, image=load_picture(self.image).cropped(crop))
+        assert not isinstance(self.source, Video)
+        return replace(self, source=load_picture(self.source).cropped(crop))
 
 
 def ask(
     vlm: VLM,
-    images: Sequence[JobImage],
+    visuals: Sequence[JobVisual],
     question: str,
     config: GenerationConfig,
     image_budget: ImageBudget,
     output_format: OutputFormat,
 ) -> dict[str, Any]:
-    """Answer a question about pictures; return the fields of the row.
+    """Answer a question about pictures or a video; return the fields of the row.
 
     Raises `ImageError`, `PromptError`, `OptionError` and `IncompleteAnswerError`.
     """
     started = perf_counter()
-    row: dict[str, Any] = {"sha256": [image.sha256 for image in images], "question": question}
-    pictures = [image.image for image in images]
+    row: dict[str, Any] = {"sha256": [sha256 for each in visuals for sha256 in each.sha256], "question": question}
+    sources = [each.source for each in visuals]
     if output_format.choices:
-        scores = vlm.score(pictures, question, output_format.choices, config, image_budget)
+        scores = vlm.score(sources, question, output_format.choices, config, image_budget)
         row |= {"answer": scores.best, "probabilities": {key: round(p, 6) for key, p in scores.probabilities.items()}}
     else:
         config = replace(config, constraint=output_format.constraint)
-        answer = vlm.generate(pictures, question, config, image_budget)
+        answer = vlm.generate(sources, question, config, image_budget)
         row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
         if output_format.constraint and output_format.constraint.is_json:
             row["value"] = _value(answer.text)

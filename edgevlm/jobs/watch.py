@@ -1,8 +1,7 @@
-"""Watch: a folder whose pictures are answered once each, as they arrive."""
+"""Watch: a folder whose pictures and videos are answered once each, as they arrive."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,12 +12,15 @@ from threading import Event
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from edgevlm.errors import ImageError, OptionError
+from edgevlm.errors import ImageError, OptionError, VideoError
+from edgevlm.families.base import Family, FrameSampling
 from edgevlm.inputs.image import image_suffixes, printable, read_image
+from edgevlm.inputs.video import check_takes_video, names_video
 from edgevlm.jobs.jsonl import Row
 from edgevlm.jobs.sinks import AnswerSink
-from edgevlm.jobs.spec import ROW_ERRORS, Defaults, JobImage, ask, job_key
+from edgevlm.jobs.spec import ROW_ERRORS, Defaults, JobVisual, ask, job_key
 from edgevlm.jobs.work_queue import noop
+from edgevlm.manifest import hash_file
 
 if TYPE_CHECKING:
     from edgevlm.vlm import VLM
@@ -32,7 +34,7 @@ _TEMPORARY = (".tmp", ".temp", ".part", ".partial", ".filepart", ".crdownload", 
 
 @dataclass(frozen=True)
 class Watch:
-    """The folder to watch, and the question about each picture."""
+    """The folder to watch, and the question about each picture and video."""
 
     folder: Path
     defaults: Defaults
@@ -87,6 +89,10 @@ class Watcher:
         self._waiting: dict[Path, _Waiting] = {}
         self._done: dict[Path, tuple[int, int]] = {}
         self._own = sink.path.resolve()
+        self._sampled = watch.defaults.sampling != FrameSampling()
+        self._no_video = _no_video(vlm.processor.family)
+        if self._no_video and self._sampled:
+            raise VideoError(self._no_video)
         self._passed: set[str] = set()
 
     def run(self, stop: Event) -> None:
@@ -128,7 +134,7 @@ class Watcher:
         _check_folder(self._folder, f"the folder {self._folder} is gone")
         found = []
         for path in self._folder.glob(pattern):
-            if not _is_picture(path):
+            if not self._is_read(path):
                 self._pass_over(path)
             elif stat := _stat(path):
                 found.append((stat.st_mtime_ns, path))
@@ -136,7 +142,7 @@ class Watcher:
 
     def _on_event(self, path: Path) -> None:
         """Start or restart a file's stability timer, unless this version of it has been answered."""
-        if not _is_picture(path):
+        if not self._is_read(path):
             self._pass_over(path)
             return
         stat = _stat(path)
@@ -159,8 +165,20 @@ class Watcher:
             return
         self._passed.add(kind)
         why = f"{kind} is no format that edgevlm reads" if kind else "it has no suffix"
+        if self._no_video and names_video(path):
+            why = self._no_video
         others = "such files" if len(self._passed) < _MOST_KINDS else "such files, and of more kinds,"
         self._on_passed(f"passed over: {printable(self._name(path))}, {why}; further {others} are not told")
+
+    def _is_read(self, path: Path) -> bool:
+        """Tell whether a file is called like a picture, or like a video and the model takes videos."""
+        if path.name.startswith("."):
+            return False
+        return path.suffix.lower() in image_suffixes() or (self._no_video is None and names_video(path))
+
+    def _is_video(self, path: Path) -> bool:
+        """Tell whether a file is looked at as a video: with `fps` or `frames` a GIF is, too."""
+        return names_video(path) or (self._sampled and path.suffix.lower() == ".gif")
 
     def _is_nobodys(self, path: Path) -> bool:
         """Tell whether a file is hidden, temporary, or the sink's own."""
@@ -183,27 +201,39 @@ class Watcher:
         if age < (self._watch.give_up_after_s if waiting.broken else self._watch.stable_for_s):
             return
         try:
-            data = read_image(path)
-            image = JobImage.of(data).decoded()
+            visual = self._read(path, waiting.size)
+            if visual is not None:
+                self._answer(path, waiting, visual)
         except ImageError as error:
             if waiting.broken:
                 self._add(path, waiting, {"sha256": _hashes_of(path), "question": self._question, "error": str(error)})
             waiting.broken = True
-            return
-        if len(data) == waiting.size:  # otherwise it grew while it was read
-            self._answer(path, waiting, image)
 
-    def _answer(self, path: Path, waiting: _Waiting, image: JobImage) -> None:
-        if self._sink.seen_content(self._job, self._name(path), image.sha256):
+    def _read(self, path: Path, size: int) -> JobVisual | None:
+        """Return a file's picture or video, None for one that is no longer of `size`. Raises `ImageError`."""
+        if self._is_video(path):
+            video = JobVisual.of_video(path, self._watch.defaults.sampling, self._vlm.processor.family)
+            stat = _stat(path)
+            return video if stat and stat.st_size == size else None
+        data = read_image(path)
+        picture = JobVisual.decoded(data)
+        return picture if len(data) == size else None
+
+    def _answer(self, path: Path, waiting: _Waiting, visual: JobVisual) -> None:
+        """Answer a file, unless these bytes have been. Raises `VideoError` for frames that cannot be decoded."""
+        [sha256] = visual.sha256
+        if self._sink.seen_content(self._job, self._name(path), sha256):
             self._mark_done(path, waiting.size, waiting.mtime_ns)
             return
         defaults = self._watch.defaults
         try:
             row = ask(
-                self._vlm, [image], self._question, defaults.config, defaults.image_budget, defaults.output_format
+                self._vlm, [visual], self._question, defaults.config, defaults.image_budget, defaults.output_format
             )
+        except VideoError:  # it may still be written to, which its header does not show
+            raise
         except ROW_ERRORS as error:
-            row = {"sha256": [image.sha256], "question": self._question, "error": str(error)}
+            row = {"sha256": [sha256], "question": self._question, "error": str(error)}
         self._add(path, waiting, row)
 
     def _add(self, path: Path, waiting: _Waiting, row: Row) -> None:
@@ -223,8 +253,13 @@ class Watcher:
         return path.relative_to(self._folder).as_posix()
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
+def _no_video(family: Family) -> str | None:
+    """Return why videos cannot be answered, None if they can."""
+    try:
+        check_takes_video(family)
+    except VideoError as error:
+        return str(error)
+    return None
 
 
 def _check_folder(folder: Path, gone: str) -> None:
@@ -247,8 +282,8 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _hashes_of(path: Path) -> list[str]:
-    """Return the SHA-256 of a file that is no picture, none where it cannot be read either."""
+    """Return the SHA-256 of a file that is no picture or video, none where it cannot be read either."""
     try:
-        return [hashlib.sha256(read_image(path)).hexdigest()]
-    except ImageError:
+        return [hash_file(path)]
+    except OSError:
         return []
