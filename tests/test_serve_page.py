@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
+from edgevlm_export import ExportOptions, export
+from tests.conftest import F32
+from tests.families import qwen_vl
 from tests.helpers.serving import Braked, request, serving, wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -51,6 +55,20 @@ def browser() -> Iterator[Any]:
 def server(vlm: VLM) -> Iterator[Server]:
     with serving(vlm) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def panel() -> VLM:
+    """The bundled model, which writes points."""
+    return VLM("panel")
+
+
+@pytest.fixture(scope="module")
+def boxes(tmp_path_factory: pytest.TempPathFactory) -> VLM:
+    """A tiny Qwen2.5-VL, which writes boxes."""
+    folder = tmp_path_factory.mktemp("boxes")
+    checkpoint = qwen_vl.make_checkpoint(folder / "saved", "qwen2_5_vl")
+    return VLM(export(checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder, F32)
 
 
 @pytest.fixture
@@ -282,10 +300,82 @@ def test_no_other_page_may_frame_it_or_read_from_it(browser: Any, server: Server
     context.close()
 
 
-def test_the_bundled_model_s_answers_are_true(browser: Any) -> None:
-    with serving(VLM("panel"), model_name="panel") as server:
+def test_the_bundled_model_s_answers_are_true(browser: Any, panel: VLM) -> None:
+    with serving(panel, model_name="panel") as server:
         for page in open_page(browser, server):
             sync_api.expect(page.locator("#model")).to_have_text("panel")
             page.locator("#file").set_input_files(ROOT / "examples" / "light.png")
             assert ask(page, "What colour is the tower light showing?") == "green"
             assert ask(page, "Is the red lamp lit?", answers=2) == "no"
+
+
+BOXES = "document.querySelectorAll('#places :not(.halo):not(text)')"
+PLACES = f"Array.from({BOXES}, shape => [shape.tagName, shape.getBoundingClientRect().toJSON()])"
+
+
+def middles(page: Any) -> list[tuple[float, float]]:
+    """Return the middle of each place that is drawn, as shares of the picture's sides as they are shown."""
+    shown = page.locator("#picture").bounding_box()
+    return [
+        (
+            (place["x"] + place["width"] / 2 - shown["x"]) / shown["width"],
+            (place["y"] + place["height"] / 2 - shown["y"]) / shown["height"],
+        )
+        for _, place in page.evaluate(PLACES)
+    ]
+
+
+@pytest.mark.parametrize("size", [(1280, 860), (390, 844), (320, 480)], ids=["desktop", "phone", "small"])
+def test_a_point_is_drawn_where_it_is(browser: Any, panel: VLM, tmp_path: Path, size: tuple[int, int]) -> None:
+    image = Image.open(ROOT / "examples" / "shape.png").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the file is turned, the page shows it upright
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    [place] = panel.locate(tmp_path / "turned.jpg", "the green square").locations
+    with serving(panel, model_name="panel") as server:
+        for page in open_page(browser, server, viewport={"width": size[0], "height": size[1]}):
+            sync_api.expect(page.locator("#model")).to_have_text("panel")
+            button = page.get_by_role("button", name="Locate")
+            sync_api.expect(button).to_be_hidden()  # there is no picture yet
+            page.locator("#file").set_input_files(tmp_path / "turned.jpg")
+            page.locator("#question").fill("the green square")
+            button.click()
+            x, y = place.point or (0, 0)
+            assert whole_answer(page) == f"1  point {x:.1f} {y:.1f}  score {place.score:.2f}"
+            [(across, down)] = middles(page)
+            assert (across, down) == pytest.approx((x / image.width, y / image.height), abs=0.01)
+            sync_api.expect(page.get_by_role("img", name="the green square: 1 marked")).to_be_visible()
+            sync_api.expect(page.locator("#places circle").last).to_be_in_viewport(ratio=0.9)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            sync_api.expect(page.locator("#send")).to_be_in_viewport(ratio=1)
+            assert ask(page, "What colour is the square?", 2)  # a conversation goes on beside it
+            assert page.evaluate("messages.length") == 2
+            page.get_by_role("button", name="Start over").click()
+            assert middles(page) == []
+
+
+def test_boxes_are_drawn_and_errors_told(browser: Any, boxes: VLM, tmp_path: Path) -> None:
+    noise = np.random.default_rng(3).integers(0, 256, (80, 120, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    phrase = "the <red> valve"
+    found = boxes.locate(tmp_path / "noise.png", phrase).locations
+    with serving(boxes) as server:
+        for page in open_page(browser, server):
+            ready(page)
+            page.locator("#file").set_input_files(tmp_path / "noise.png")
+            page.locator("#question").fill(phrase)
+            page.get_by_role("button", name="Locate").click()
+            assert whole_answer(page).count("box") == len(found)
+            expected = [((b[0] + b[2]) / 240, (b[1] + b[3]) / 160) for each in found if (b := each.box)]
+            assert [pytest.approx(middle, abs=0.02) for middle in middles(page)] == expected
+            page.locator("#question").fill("valve " * 100)
+            page.get_by_role("button", name="Locate").click()
+            sync_api.expect(page.get_by_role("alert")).to_contain_text("phrase")
+            assert middles(page) == []
+
+
+def test_a_model_that_cannot_locate_has_no_button(page: Any, picture: Path) -> None:
+    ready(page)
+    page.locator("#file").set_input_files(picture)
+    sync_api.expect(page.get_by_alt_text("Your picture: red.png")).to_be_visible()
+    sync_api.expect(page.get_by_role("button", name="Locate")).to_be_hidden()

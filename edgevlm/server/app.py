@@ -217,7 +217,14 @@ class _Server:
             raise ApiError(404, "model_not_found", f"this server's model is called {self._model}", param="model")
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self._model, "object": "model", "created": self._worker.started_at, "owned_by": "edgevlm"}
+        card = {"id": self._model, "object": "model", "created": self._worker.started_at, "owned_by": "edgevlm"}
+        if self._worker.vlm is not None:
+            family = self._worker.vlm.processor.family
+            card["capabilities"] = {
+                "locate": family.grounding is not None,
+                "video": family.video_placeholder is not None,
+            }
+        return card
 
     async def _pieces(self, plan: Plan, receive: Receive) -> Pieces:
         """Yield the answer's pieces, each with the seconds that the job had waited.
