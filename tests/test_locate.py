@@ -33,6 +33,7 @@ from edgevlm import (
 from edgevlm.decoding.stream import collect
 from edgevlm.families import LOCATING, make_family
 from edgevlm.families.base import DETAILS
+from edgevlm.inputs import image as image_module
 from edgevlm.inputs.image import load_image, load_picture
 from edgevlm.locate import MAX_LOCATIONS, MAX_PHRASE, Search
 from edgevlm.locations import unturned
@@ -583,6 +584,17 @@ def test_the_server_answers_as_the_api_does(server: Server, panel: VLM, picture:
     assert again == 200
     assert expected.places() == places(same)
     assert b'edgevlm_requests_total{path="/v1/locate",status="200"}' in request(server, "GET", "/metrics")[2]
+
+
+def test_the_server_decodes_the_picture_once(
+    server: Server, panel: VLM, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, decode, decoded = panel.locate(picture, "the red star"), image_module._decode, []
+    monkeypatch.setattr(image_module, "_decode", lambda *given: decoded.append(given) or decode(*given))
+    status, answer = locate(server, image=part(picture), phrase="the red star")
+    assert status == 200, answer
+    assert expected.places() == places(answer)
+    assert len(decoded) == 1
 
 
 def test_the_server_gives_boxes_with_a_limit(models: dict[str, VLM]) -> None:

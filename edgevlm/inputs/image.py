@@ -88,6 +88,16 @@ class Picture:
         return replace(self, pixels=self.pixels[top:bottom, left:right].copy())
 
 
+@dataclass(frozen=True, eq=False)
+class KeptImage(ImageFile):
+    """An image file that is decoded when its picture is first asked for, and then kept with it."""
+
+    @cached_property
+    def picture(self) -> Picture:
+        """The picture. Raises `ImageError`."""
+        return _decode(self.data, self.name, MAX_PIXELS)
+
+
 def content_digest(pixels: RGB) -> bytes:
     """Return a 16-byte hash of an array's content and shape."""
     digest = blake2b(repr(pixels.shape).encode(), digest_size=16)
@@ -113,7 +123,7 @@ def _load(source: ImageInput, max_pixels: int) -> Picture:
     if isinstance(source, Picture):
         return source
     if isinstance(source, ImageFile):
-        return _decode(source.data, source.name, max_pixels)
+        return source.picture if isinstance(source, KeptImage) else _decode(source.data, source.name, max_pixels)
     if isinstance(source, np.ndarray):
         return Picture(_check_array(source, max_pixels))
     if isinstance(source, Image.Image):

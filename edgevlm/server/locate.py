@@ -9,7 +9,7 @@ from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.stream import check_satisfied
 from edgevlm.errors import EdgeVLMError, IncompleteAnswerError
 from edgevlm.families.base import ImageBudget
-from edgevlm.inputs.image import ImageFile, load_picture
+from edgevlm.inputs.image import KeptImage
 from edgevlm.locate import Search, grounding_of
 from edgevlm.server.completion import timings, usage
 from edgevlm.server.errors import ApiError, blaming, to_api_error
@@ -33,6 +33,10 @@ class LocatePlan:
         with blaming("phrase"):
             self._search = Search.of(family, request.phrase, request.max_locations or _MAX_LOCATIONS)
         self.conversation = Conversation.about(request.image, self._search.messages, config)
+        [data] = self.conversation.images
+        assert isinstance(data, bytes)
+        self._image = KeptImage(data, "the image")  # decoded when its turn has come, and read once more with the answer
+        self.conversation.images = [self._image]
         self.image_budget = ImageBudget(self.conversation.detail, request.max_image_tokens)
         self.config = self._search.config(GenerationConfig(), vlm.context_length)
 
@@ -42,10 +46,7 @@ class LocatePlan:
             check_satisfied(answer)
         except IncompleteAnswerError as error:
             raise ApiError(400, "context_length_exceeded", str(error), param="image") from None
-        [image] = self.conversation.images
-        assert isinstance(image, bytes)
-        picture = load_picture(ImageFile(image, "the image"))
-        found = self._search.read(answer, picture, self.image_budget)
+        found = self._search.read(answer, self._image.picture, self.image_budget)
         return {**found.places(), "usage": usage(answer), "timings": timings(answer, waited_s)}
 
 

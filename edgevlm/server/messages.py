@@ -30,7 +30,7 @@ class Conversation:
     def __init__(self, messages: Sequence[ChatMessage], config: ServeConfig) -> None:
         self._config = config
         self._room = config.max_prompt_chars
-        self.images: list[bytes | Video] = []
+        self.images: list[bytes | ImageFile | Video] = []
         self._details: set[Detail] = set()
         self.messages: list[Message] = [self._message(*each) for each in enumerate(messages)]
 
