@@ -92,9 +92,7 @@ class Search:
         return f"0|[1-9][0-9]{{0,{digits - 1}}}|{self.grounding.scale}"
 
     def _literal(self, text: str) -> str:
-        # llguidance makes a special token of its letters in a text that it fast-forwards: none may stand in the label.
-        label = json.dumps(self.noun, ensure_ascii=False).replace("<", "\\u003c")
-        return text.replace("{label}", label)
+        return text.replace("{label}", json.dumps(self.noun, ensure_ascii=False))
 
     def _lark(self, text: str) -> str:
         """Return a text of the convention as a sequence of terminals."""

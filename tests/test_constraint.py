@@ -13,6 +13,7 @@ import pytest
 from edgevlm import VLM, Constraint, GenerationConfig, IncompleteAnswerError, OptionError
 from edgevlm.decoding.sampling import log_softmax
 from edgevlm.inputs.chat_template import ChatTemplate, user_message
+from tests.conftest import SPECIAL_TOKENS
 
 QUESTION = "What is in this picture?"
 METER = {
@@ -194,11 +195,63 @@ def test_a_bad_form_is_one_line(make, message: str) -> None:  # type: ignore[no-
     assert "\n" not in str(error.value)
 
 
-def test_a_form_that_spells_a_special_token_s_name_is_refused(vlm: VLM) -> None:
-    with pytest.raises(OptionError, match="the constraint cannot be followed") as error:
-        vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices(["an <image>"])))
-    assert "\n" not in str(error.value)
-    assert vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=3)).generated_tokens == 3
+SPELLED = {
+    "const": (
+        Constraint.json_schema({"const": "a <|im_end|><image> b<end_of_utterance>"}),
+        r'"a <\|im_end\|><image> b<end_of_utterance>"',
+    ),
+    "enum": (
+        Constraint.json_schema({"enum": ["a <|im_end|> b", "a <|im_start|> c"]}),
+        r'"a <\|im_(end\|> b|start\|> c)"',
+    ),
+    "key": (
+        Constraint.json_schema(
+            {
+                "type": "object",
+                "properties": {"<image>": {"const": "<|im_end|>"}},
+                "required": ["<image>"],
+                "additionalProperties": False,
+            }
+        ),
+        r'\{"<image>": "<\|im_end\|>"\}',
+    ),
+    "one choice": (Constraint.choices(["an <image>"]), "an <image>"),
+    "choices": (
+        Constraint.choices(["an <image>", "a <image>", "<end_of_utterance>"]),
+        "an? <image>|<end_of_utterance>",
+    ),
+    "regex": (Constraint.regex("x<image>[a-z]{3}<end_of_utterance>"), "x<image>[a-z]{3}<end_of_utterance>"),
+    "lark": (
+        Constraint.lark('start: "<|im_end|>" ("<image>" | "<global-img>") "!"'),
+        r"<\|im_end\|><(image|global-img)>!",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", SPELLED)
+def test_a_special_token_s_name_in_a_form_is_its_letters(vlm: VLM, form: str) -> None:
+    constraint, pattern = SPELLED[form]
+    special = {vlm.processor.tokenizer.encode(token)[0] for token in SPECIAL_TOKENS}
+    for seed in range(3):
+        config = GenerationConfig(temperature=1.0, seed=seed, constraint=constraint, skip_special_tokens=False)
+        answer = vlm.generate(None, QUESTION, config)
+        assert re.fullmatch(pattern, answer.text), answer.text
+        assert (answer.satisfied, answer.finish_reason) == (True, "stop")
+        assert not special & set(answer.token_ids)
+        letters = vlm.processor.tokenizer.decode(list(answer.token_ids), skip_special_tokens=True)
+        assert letters.strip() == answer.text.strip()
+
+
+def test_a_special_token_that_a_grammar_asks_for_is_that_token(vlm: VLM) -> None:
+    image, end = (vlm.processor.tokenizer.encode(token)[0] for token in ("<image>", "<end_of_utterance>"))
+    for text, tokens in (
+        ('<image> "<image>" <image>', [image, image]),
+        ('<image> "x" <end_of_utterance>', [image, end]),
+    ):
+        config = GenerationConfig(constraint=Constraint.lark(f"start: {text}"), skip_special_tokens=False)
+        answer = vlm.generate(None, QUESTION, config)
+        assert [each for each in answer.token_ids if each in (image, end)] == tokens
+        assert answer.satisfied
 
 
 def test_what_is_no_constraint_is_refused() -> None:

@@ -148,24 +148,41 @@ class GrammarTokenizer:
         size = max(self._size, self._source.size)  # a tokenizer may know tokens that the model has no logits for
         return LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._eos)
 
+    @cached_property
+    def _plain_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(self._source.to_plain_json(), n_vocab=self._tokenizer.vocab_size, eos_token=self._eos)
+
     def _get(self) -> LLTokenizer:
         with self._lock:
             return self._tokenizer
+
+    def _get_plain(self) -> LLTokenizer:
+        """Return the tokenizer that makes no special token of any text."""
+        with self._lock:
+            return self._plain_tokenizer
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token; those of a special token are its name."""
         return self._get().decode_bytes([token_id])
 
+    def spelled(self, token_id: int) -> list[int]:
+        """Return the tokens of the letters that a special token is called by."""
+        return self._get_plain().tokenize_bytes(self.token_bytes(token_id))
+
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` as an answer would hold it, with no special token. Raises `OptionError`."""
+        """Return the ids of `text` as an answer would hold it: a special token's name is its letters.
+
+        Raises `OptionError`.
+        """
         tokenizer = self._get()
         try:
             ids = tokenizer.tokenize_str(text)
         except UnicodeEncodeError:
             raise OptionError("a choice is not valid Unicode text; write it in UTF-8") from None
-        special = [each for each in ids if tokenizer.is_special_token(each)]
-        if special:
-            raise OptionError(f"a choice may not contain {self.token_bytes(special[0]).decode()}, a special token")
+        if any(map(tokenizer.is_special_token, ids)):
+            return self._get_plain().tokenize_str(text)
         return ids
 
     def matcher(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> GrammarMatcher:
@@ -175,7 +192,7 @@ class GrammarTokenizer:
         # As set by llguidance, they end an answer at an object of five hundred optional properties.
         limits = LLParserLimits(max_items_in_row=100_000, step_max_items=1_000_000)
         matcher = LLMatcher(self._get(), constraint.after(lead), log_level=0, limits=limits)
-        return GrammarMatcher(matcher, sampler, self._eos)
+        return GrammarMatcher(matcher, sampler, self._eos, self.spelled)
 
 
 class GrammarMatcher(TokenSelector):
@@ -185,9 +202,16 @@ class GrammarMatcher(TokenSelector):
     processes all of them.
     """
 
-    def __init__(self, matcher: LLMatcher, sampler: Sampler, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        sampler: Sampler,
+        eos_token_ids: Sequence[int],
+        spelled: Callable[[int], list[int]],
+    ) -> None:
+        """`spelled` returns the tokens of the letters that a special token is called by."""
         super().__init__(sampler)
-        self._matcher = matcher
+        self._matcher, self._spelled = matcher, spelled
         self._eos = frozenset(eos_token_ids)
         self._pending: deque[int] = deque()
         self._look_ahead()
@@ -232,9 +256,26 @@ class GrammarMatcher(TokenSelector):
 
     def _look_ahead(self) -> None:
         forced = self._matcher.compute_ff_tokens()
-        self._matcher.consume_tokens(forced)
-        self._pending.extend(forced)
+        while forced:
+            valid = self._matcher.validate_tokens(forced)
+            self._take(forced[:valid])
+            if valid < len(forced):
+                self._take(self._as_asked(forced[valid]))
+            forced = forced[valid + 1 :]
         self._check()
+
+    def _as_asked(self, token: int) -> list[int]:
+        """Return the letters of a special token's name, or the token where the grammar asks for the token itself.
+
+        llguidance makes the token of its name in a text, which its own parser then refuses. The end token it never
+        calls valid, though it takes it where the grammar asks for it.
+        """
+        letters = self._spelled(token)
+        return letters if self._matcher.validate_tokens(letters) == len(letters) else [token]
+
+    def _take(self, tokens: Sequence[int]) -> None:
+        self._matcher.consume_tokens(list(tokens))
+        self._pending.extend(tokens)
 
     def _check(self) -> None:
         if self._matcher.is_error():

@@ -71,6 +71,10 @@ class Tokenizer:
         """Return the tokenizer in the format of `tokenizer.json`."""
         return str(self._fast.to_str())
 
+    def to_plain_json(self) -> str:
+        """Return the tokenizer in that format, without its control tokens' own names: no text is one of them."""
+        return str(self._with_named_controls.to_str())
+
     @property
     def size(self) -> int:
         """How many tokens there are, added ones included."""
