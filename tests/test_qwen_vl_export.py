@@ -324,6 +324,15 @@ def test_what_is_not_built_is_refused(
         ("Qwen3-VL-Embedding-2B", "", "", "embedding"),
         ("Qwen3-VL-Reranker-2B", "", "", "reranker"),
         ("mine", "modules.json", "[]", "embedding or reranker"),
+        ("mine", "1_LogitScore/config.json", "{}", "reranker"),
+        ("mine", "1_Pooling/config.json", "{}", "embedding"),
+        ("mine", "README.md", "---\ntags: [rerank]\n---\n\n# Qwen3-VL-Reranker-2B\n", "reranker"),
+        (
+            "mine",
+            "additional_chat_templates/reranker.jinja",
+            "Judge whether the Document meets the requirements" + TEMPLATE,
+            "reranker",
+        ),
         (
             "mine",
             "chat_template.jinja",
@@ -333,15 +342,23 @@ def test_what_is_not_built_is_refused(
         ("mine", "chat_template.jinja", "Judge whether the Document meets the requirements" + TEMPLATE, "reranker"),
     ],
 )
-def test_embedding_and_reranker_checkpoints_are_refused_by_name(
+def test_embedding_and_reranker_checkpoints_are_refused(
     name: str, file: str, content: str, what: str, folder: Path, tmp_path: Path
 ) -> None:
     """Their config.json is that of Qwen3-VL."""
     checkpoint = Path(shutil.copytree(saved(folder, "qwen3_vl"), tmp_path / name))
     if file:
+        (checkpoint / file).parent.mkdir(exist_ok=True)
         (checkpoint / file).write_text(content, encoding="utf-8")
     with pytest.raises(SourceError, match=f"{name} is a Qwen3-VL {what} checkpoint, which writes no answers"):
         read(checkpoint)
+
+
+def test_a_card_that_speaks_of_retrieval_is_that_of_a_model_that_answers(folder: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(saved(folder, "qwen3_vl"), tmp_path / "mine"))
+    card = "# Qwen3-VL-2B-Instruct\n\nSee also Qwen3-VL-Embedding and Qwen3-VL-Reranker.\n\n# Qwen3-VL-Reranker\n"
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    read(checkpoint)
 
 
 def test_text_keys_that_are_there_twice(folder: Path, tmp_path: Path) -> None:

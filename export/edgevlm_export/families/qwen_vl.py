@@ -99,6 +99,13 @@ _NO_CHAT_TEMPLATES = {
     "Judge whether the Document meets the requirements": "reranker",
 }
 """What the chat templates of Qwen3-VL-Embedding and Qwen3-VL-Reranker say where Qwen3-VL's say nothing."""
+_RETRIEVAL_FILES = {
+    "1_LogitScore/config.json": "reranker",
+    "1_Pooling/config.json": "embedding",
+    "modules.json": "embedding or reranker",
+    "config_sentence_transformers.json": "embedding or reranker",
+}
+"""The files of sentence-transformers."""
 
 
 def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]:
@@ -135,7 +142,8 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
 def _refuse_retrieval(checkpoint: Checkpoint) -> None:
     """Raise `SourceError` for Qwen3-VL-Embedding and Qwen3-VL-Reranker, whose config.json is that of Qwen3-VL.
 
-    They are known by their name, by the files of sentence-transformers, or by what their chat templates say.
+    They are known by their name, that in the title of their model card included, by the files of sentence-transformers,
+    or by what their chat templates say; the reranker's own is not its default one.
     """
     if checkpoint.model_type == "qwen3_vl" and (kind := _retrieval_kind(checkpoint)):
         raise SourceError(
@@ -146,16 +154,28 @@ def _refuse_retrieval(checkpoint: Checkpoint) -> None:
 def _retrieval_kind(checkpoint: Checkpoint) -> str | None:
     """Return what a checkpoint for retrieval is called, None for one that answers."""
     cached = [part for part in checkpoint.folder.parts if part.startswith("models--")]  # in the Hugging Face cache
-    names = [checkpoint.source, str(checkpoint.config.get("_name_or_path", "")), *cached]
+    names = [checkpoint.source, str(checkpoint.config.get("_name_or_path", "")), *cached, _title(checkpoint)]
     if found := next((found for name in names if (found := _NO_CHAT.search(name))), None):
         return found[1].lower()
-    if any((checkpoint.folder / name).is_file() for name in ("modules.json", "config_sentence_transformers.json")):
-        return "embedding or reranker"
+    for name, kind in _RETRIEVAL_FILES.items():
+        if (checkpoint.folder / name).is_file():
+            return kind
+    templates = [_template(checkpoint, name) for name in ("default", "reranker")]
+    return next((kind for said, kind in _NO_CHAT_TEMPLATES.items() if any(said in each for each in templates)), None)
+
+
+def _title(checkpoint: Checkpoint) -> str:
+    """Return the first heading of the model card; further ones may be comments in its code."""
+    card = checkpoint.folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return next((line for line in text.splitlines() if line.startswith("# ")), "")
+
+
+def _template(checkpoint: Checkpoint, name: str) -> str:
     try:
-        template = checkpoint.chat_template()
+        return checkpoint.chat_template(name)
     except SourceError:
-        return None
-    return next((kind for said, kind in _NO_CHAT_TEMPLATES.items() if said in template), None)
+        return ""
 
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
