@@ -2,11 +2,13 @@
 
     python -m benchmarks.export_memory --like CHECKPOINT --scratch DIR [--layers 4 12 24] [--routes native optimum]
         [--hidden 2048] [--options="--no-scale-estimation"] [--output FILE.json] [--plot FILE.png]
+    python -m benchmarks.export_memory --checkpoint CHECKPOINT --scratch DIR [--routes native] [--output FILE.json]
 
 For each number of layers a seeded checkpoint is written under DIR: SmolVLM-2.2B's widths (text 2048 wide, 8192 in the
 MLP; vision 1152 wide, 27 layers), BF16, in shards, with CHECKPOINT's tokenizer and preprocessing. Each route exports
-it in a process of its own. Memory is the process tree's, sampled every 0.1 s: `anonymous` is what was allocated,
-`resident` also counts pages of mapped files, which the system takes back whenever it needs them.
+it in a process of its own. With `--checkpoint` that one is exported as it is, and the exports stay in DIR. Memory is
+the process tree's, sampled every 0.1 s: `anonymous` is what was allocated, `resident` also counts pages of mapped
+files, which the system takes back whenever it needs them.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -43,10 +45,7 @@ def config(like: Path, layers: int, hidden: int) -> dict[str, Any]:
 
 
 def make_checkpoint(folder: Path, like: Path, layers: int, hidden: int) -> int:
-    """Write a seeded checkpoint, a shard for each gigabyte; return its number of weights."""
-    import torch
-    from safetensors.torch import save_file
-
+    """Write a seeded checkpoint; return its number of weights."""
     from edgevlm_export.families import architecture
     from edgevlm_export.source.checkpoint import Checkpoint
 
@@ -61,6 +60,14 @@ def make_checkpoint(folder: Path, like: Path, layers: int, hidden: int) -> int:
     (folder / "processor_config.json").write_text(json.dumps(processor), encoding="utf-8")
     checkpoint = Checkpoint(folder, folder.name, None, config(like, layers, hidden))
     shapes = architecture(checkpoint, {"preprocessing": {"tile": IMAGE}}, ("lm_head.weight",)).shapes
+    return write_shards(folder, shapes)
+
+
+def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Write seeded weights in BF16, a shard for each gigabyte, and their index; return their number."""
+    import torch
+    from safetensors.torch import save_file
+
     generator = torch.Generator().manual_seed(SEED)
     weight_map: dict[str, str] = {}
     shard: dict[str, Any] = {}
@@ -145,7 +152,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--like", type=Path, required=True, help="a checkpoint whose tokenizer is used")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--like", type=Path, help="a checkpoint whose tokenizer is used")
+    source.add_argument("--checkpoint", type=Path, help="a checkpoint to export as it is")
     parser.add_argument("--scratch", type=Path, required=True, help="where checkpoints and exports are made")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 12, 24])
     parser.add_argument("--hidden", type=int, default=2048)
@@ -155,19 +164,25 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for layers in arguments.layers:
+
+    def export(checkpoint: Path, output: Path, route: str, **size: int) -> None:
+        found = measure(command(route, checkpoint, output, arguments.options.split()))
+        rows.append({**size, "route": route, "options": arguments.options, **found})
+        print(json.dumps({name: value for name, value in rows[-1].items() if name != "export"}), flush=True)
+
+    if arguments.checkpoint:
+        for route in arguments.routes:
+            export(arguments.checkpoint, arguments.scratch / f"{arguments.checkpoint.name}-{route}", route)
+    for layers in arguments.layers if arguments.like else ():
         checkpoint, output = arguments.scratch / f"seeded-{layers}", arguments.scratch / "export"
         weights = make_checkpoint(checkpoint, arguments.like, layers, arguments.hidden)
         for route in arguments.routes:
-            found = measure(command(route, checkpoint, output, arguments.options.split()))
-            rows.append({"layers": layers, "weights": weights, "route": route, "options": arguments.options, **found})
-            shown = {name: value for name, value in rows[-1].items() if name != "export"}
-            print(json.dumps(shown), flush=True)
+            export(checkpoint, output, route, layers=layers, weights=weights)
             shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(checkpoint)
     kept = [{name: value for name, value in row.items() if name != "export"} for row in rows]
     write_result(arguments.output, {"benchmark": "export_memory", "rows": kept})
-    if arguments.plot:
+    if arguments.plot and arguments.like:
         plot(rows, arguments.plot)
 
 

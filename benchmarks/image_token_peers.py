@@ -1,0 +1,153 @@
+"""One system of `benchmarks.image_tokens` in a process of its own: a JSON line for each size of picture on stdout.
+
+    python -m benchmarks.image_token_peers SYSTEM MODEL TOKENS THREADS WARM_UP,PICTURE [WARM_UP,PICTURE ...]
+
+Every system makes exactly TOKENS tokens, greedily. The first line is of the start: the first answer after loading. Then
+for each pair of pictures of one size an answer to warm up, and two questions about the other picture. edgevlm and
+optimum-intel get the second as a prompt of its own, OpenVINO GenAI in a chat, where it keeps its KV cache. Imports no
+edgevlm but in its own system, so that each runs in its own environment. Memory is read from /proc, so Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+QUESTIONS = ("Describe this picture in detail.", "Which colours are in it?")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer; seconds from the picture still a file."""
+
+    ttft_s: float
+    tpot_s: float
+    prompt_tokens: int
+
+
+Asker: TypeAlias = Callable[[Path, bool], list[Answer]]
+"""Answers one question about a picture, or both."""
+
+
+def timed(started: float, marks: list[float], prompt_tokens: int) -> Answer:
+    """Return the figures of an answer that began at `started` and whose tokens came at `marks`."""
+    return Answer(marks[0] - started, (marks[-1] - marks[0]) / max(len(marks) - 1, 1), prompt_tokens)
+
+
+def edgevlm(model: Path, tokens: int, threads: int) -> Asker:
+    """edgevlm with its defaults: vision cache and prefix reuse."""
+    from edgevlm import VLM, RuntimeConfig
+    from edgevlm.bench.measure import ask
+    from edgevlm.families.base import ImageBudget
+
+    vlm = VLM(model, RuntimeConfig(threads=threads))
+
+    def answer(picture: Path, both: bool) -> list[Answer]:
+        answers = []
+        for question in QUESTIONS[: 1 + both]:
+            sample = ask(vlm, picture, question, ImageBudget("high"), tokens)
+            answers.append(Answer(sample.timings.ttft_s, sample.timings.tpot_s or 0.0, len(sample.prompt)))
+        return answers
+
+    return answer
+
+
+def optimum(model: Path, tokens: int, threads: int) -> Asker:
+    """optimum-intel; image processor and tokenizer apart, because the processor as a whole needs torchvision."""
+    from optimum.intel import OVModelForVisualCausalLM
+    from transformers import AutoTokenizer, Qwen2VLImageProcessor
+
+    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": str(model / "cache")}
+    loaded = OVModelForVisualCausalLM.from_pretrained(model, ov_config=config)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    processor = Qwen2VLImageProcessor.from_pretrained(model)
+    marks: list[float] = []
+
+    def mark(*_: Any, **__: Any) -> bool:
+        marks.append(time.perf_counter())
+        return False
+
+    def once(picture: Path, question: str) -> Answer:
+        marks.clear()
+        started = time.perf_counter()
+        with Image.open(picture) as opened:
+            inputs = processor(images=[opened.convert("RGB")], return_tensors="pt")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        count = int(inputs["image_grid_thw"].prod()) // processor.merge_size**2
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
+        inputs = {**inputs, **tokenizer([text], return_tensors="pt")}
+        counts = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        loaded.generate(**inputs, **counts, do_sample=False, stopping_criteria=[mark])
+        return timed(started, marks, inputs["input_ids"].shape[1])
+
+    return lambda picture, both: [once(picture, question) for question in QUESTIONS[: 1 + both]]
+
+
+def genai(model: Path, tokens: int, threads: int) -> Asker:
+    """OpenVINO GenAI on optimum-intel's export."""
+    import openvino
+    import openvino_genai
+
+    config = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "CACHE_DIR": str(model / "cache-genai")}
+    pipeline = openvino_genai.VLMPipeline(str(model), "CPU", **config)
+    options = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
+
+    def once(picture: Path | None, question: str) -> Answer:
+        started = time.perf_counter()
+        images = []
+        if picture is not None:
+            with Image.open(picture) as opened:
+                images = [openvino.Tensor(np.asarray(opened.convert("RGB"))[None])]
+        found = pipeline.generate(question, images=images, generation_config=options).perf_metrics
+        # its streamer gets text, which a token need not end: its own clocks count tokens
+        generated = time.perf_counter() - started - found.get_generate_duration().mean / 1000
+        ttft_s = generated + found.get_ttft().mean / 1000
+        return Answer(ttft_s, found.get_tpot().mean / 1000, found.get_num_input_tokens())
+
+    def answer(picture: Path, both: bool) -> list[Answer]:
+        pipeline.start_chat()
+        answers = [once(picture, QUESTIONS[0])] + ([once(None, QUESTIONS[1])] if both else [])
+        pipeline.finish_chat()
+        return answers
+
+    return answer
+
+
+SYSTEMS: dict[str, Callable[[Path, int, int], Asker]] = {"edgevlm": edgevlm, "optimum": optimum, "genai": genai}
+
+
+def memory() -> dict[str, int]:
+    """Return the process's resident memory now and at its peak, and how much of that now is no mapped file; bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    names = {"rss_bytes": "VmRSS", "peak_rss_bytes": "VmHWM", "anonymous_bytes": "RssAnon"}
+    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
+
+
+def main() -> None:
+    system, model, tokens, threads, *pairs = sys.argv[1:]
+    answer = SYSTEMS[system](Path(model), int(tokens), int(threads))
+    for number, pair in enumerate(pairs):
+        warm_up, picture = (Path(path) for path in pair.split(","))
+        began = time.time()
+        (first,) = answer(warm_up, False)
+        if not number:
+            print(json.dumps({"first_token_at": began + first.ttft_s, **memory()}), flush=True)
+        one, two = answer(picture, True)
+        figures = {"ttft_s": one.ttft_s, "tokens_per_s": 1 / one.tpot_s, "second_ttft_s": two.ttft_s}
+        figures |= {"prompt_tokens": one.prompt_tokens, "cold_ttft_s": first.ttft_s}
+        print(json.dumps({**figures, **memory()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
