@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -212,8 +213,8 @@ def test_inputs_and_outputs_are_what_the_runtime_expects(kind: str, folder: Path
 def test_the_parts_run_fused(kind: str, folder: Path) -> None:
     """Of both parts every attention is one node, every norm, every rotation of q and of k.
 
-    In the decoder attention holds the KV cache, too; in the encoder it is a `Subgraph`, its mask of windows included.
-    Not fused are the angles (a gather by axis and a product, once for all layers) and the windows' permutations.
+    In the decoder attention holds the KV cache, too; in the encoder it is a `Subgraph`, windows included.
+    Not fused are the angles (a gather by axis and a product, once for all layers) and what puts patches into windows.
     """
     model = Model(saved(folder, kind))
     vision, language = runtime_kinds(model.compiled[VISION]), runtime_kinds(model.compiled[LANGUAGE])
@@ -228,6 +229,34 @@ def test_the_parts_run_fused(kind: str, folder: Path) -> None:
     assert language["MemoryInput"] == language["MemoryOutput"] == 3 * 2
     assert language["FullyConnected"] == 3 * 4 + 1
     assert language["RMS"] == 3 * (4 if kind == "qwen3_vl" else 2) + 1
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 9), (2, 2), (3, 4), (4, 6)])
+def test_windows_of_every_shape_are_those_of_transformers(rows: int, cols: int, folder: Path) -> None:
+    """Less than one window, a strip, one window, cut windows, whole ones."""
+    import torch
+
+    checkpoint = saved(folder, "qwen2_5_vl")
+    model, reference = Model(checkpoint), QwenReference(checkpoint)
+    values = noise(4 * rows * cols, 3 * 2 * PATCH**2 // 3).reshape(4 * rows * cols, -1) / 128 - 1
+    grid = torch.tensor([[1, 2 * rows, 2 * cols]])
+    inputs = {"pixel_values": torch.from_numpy(values.astype(np.float32)), "image_grid_thw": grid}
+    [view], [[expected]] = reference.views(inputs), reference.features(inputs)
+    [found] = model.encode(view)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_windows_take_no_memory_of_the_square_of_the_patches(folder: Path) -> None:
+    checkpoint, patches = saved(folder, "qwen2_5_vl"), 4096
+    found, weights = read(checkpoint)
+    graph, constants = found.graphs[VISION], Constants(weights, upcast=True)
+    model = stitch([*partition(graph, constants, PARTITION_WEIGHTS)], graph, VISION)
+    shapes = {"pixel_values": [1, patches, 96], "patch_positions": [1, patches, 2]}
+    model.reshape({**shapes, "window_index": [1, patches // 4], "window_ids": [1, patches]})
+    outputs = [output.get_partial_shape() for node in model.get_ops() for output in node.outputs()]
+    known = [shape.to_shape() for shape in outputs if shape.is_static]
+    assert patches * 96 in [math.prod(shape) for shape in known]
+    assert max(math.prod(shape) for shape in known) < patches**2 // 8
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -307,11 +307,11 @@ class _VisionReader:
             heads,
             merge,
             axial_rope(hidden // heads, self._theta()),
+            (_window_size(section) // merge // patch * merge) ** 2 if windowed else 0,
         )
 
     def _windowed(self, depth: int) -> set[int]:
         """Return the blocks whose attention stays within windows."""
-        _window_size(self.section)  # the runtime's, which has it as a fact
         windowed = {*range(depth)} - {*self._indexes("fullatt_block_indexes", depth)}
         if not windowed:
             raise UnsupportedError("the native route builds no vision transformer of Qwen2.5-VL without windows")

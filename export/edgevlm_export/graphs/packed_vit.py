@@ -83,6 +83,8 @@ class PackedTransformer:
     merge: int
     rope: Rope
     """Its positions are a patch's row and column."""
+    window: int = 0
+    """Patches of a whole window, of a transformer with windowed blocks."""
 
     @property
     def hidden_size(self) -> int:
@@ -152,22 +154,66 @@ def embed_patches(vision: PackedTransformer, values: Values, constants: Constant
 
 def place_patches(vision: PackedTransformer, values: Values, constants: Constants) -> None:  # noqa: ARG001
     """Set what all blocks share, cosines and sines, and put the patches in the order of their windows."""
-    opset = import_openvino().opset13
     positions = values["patch_positions"]
     if vision.windowed:
         index = values["window_index"]
         values["hidden_states"] = permuted(values["hidden_states"], index, vision.hidden_size, vision.merge**2)
         positions = permuted(positions, index, 2, vision.merge**2)
-    values["cos"], values["sin"] = rotations(opset.transpose(positions, np.array([2, 0, 1])), vision.rope)
+        fill_windows(vision, values)
+        padded = in_windows(positions, vision, values, 2)
+        values["window_cos"], values["window_sin"] = axial_rotations(padded, vision.rope)
+    values["cos"], values["sin"] = axial_rotations(positions, vision.rope)
 
 
-def window_bias(ids: Output) -> ov.Node:
-    """`(B, 1, N, N)`: each patch attends to those of its window, of ids `(B, N)`.
+def axial_rotations(positions: Output, rope: Rope) -> tuple[ov.Node, ov.Node]:
+    """Return cosine and sine `(B, 1, N, head_dim)` of rows and columns `(B, N, 2)`."""
+    return rotations(import_openvino().opset13.transpose(positions, np.array([2, 0, 1])), rope)
 
-    Blocks make it anew, and OpenVINO one of all: as a value between stages it would be held for every picture.
+
+def fill_windows(vision: PackedTransformer, values: Values) -> None:
+    """Set where patches lie once every window is filled up to W = `window` places, so that windows make a batch.
+
+    Of V windows a picture has P = V * W places. `window_patches` `(B, P)` is the patch at each place, the first where
+    there is none, `window_places` `(B, N)` the place of each patch, and `window_bias` `(B * V, 1, 1, W)` hides places
+    without one. A mask of all patches by all would have the square of N values.
     """
     opset = import_openvino().opset13
-    return attention_bias(opset.equal(opset.unsqueeze(ids, np.array([1, 2])), opset.unsqueeze(ids, np.array([1, 3]))))
+    ids = values["window_ids"]
+    shape = opset.shape_of(ids)
+    patches = opset.broadcast(opset.range(np.int64(0), dimension(ids, 1), np.int64(1), "i64"), shape)
+    axis = np.int64(1)
+    firsts = opset.scatter_elements_update(patches, ids, patches, axis, reduction="min", use_init_val=False)
+    within = opset.subtract(patches, opset.gather(firsts, ids, axis, 1))
+    places = opset.add(opset.multiply(ids, np.int64(vision.window)), within)
+    count = opset.add(opset.reduce_max(ids, np.array([0, 1]), keep_dims=False), np.int64(1))
+    length = opset.multiply(count, np.int64(vision.window))
+    nothing = opset.broadcast(np.int64(0), stacked(dimension(ids, 0), length))
+    filled = opset.scatter_elements_update(nothing, places, opset.broadcast(np.int64(1), shape), axis)
+    values["window_patches"] = opset.scatter_elements_update(nothing, places, patches, axis)
+    values["window_places"] = places
+    filled = opset.reshape(filled, np.array([-1, 1, 1, vision.window]), special_zero=False)
+    values["window_bias"] = attention_bias(opset.equal(filled, np.int64(1)))
+
+
+def stacked(*lengths: Output | np.int64) -> ov.Node:
+    """Return scalars as a shape."""
+    opset = import_openvino().opset13
+    return opset.concat([opset.unsqueeze(each, np.int64(0)) for each in lengths], 0)
+
+
+def in_windows(x: Output, vision: PackedTransformer, values: Values, width: int) -> ov.Node:
+    """`(B, N, width)` -> `(B * V, W, width)`, each window a row of the batch."""
+    opset = import_openvino().opset13
+    padded = permuted(x, values["window_patches"], width)
+    return opset.reshape(padded, np.array([-1, vision.window, width]), special_zero=False)
+
+
+def out_of_windows(x: Output, values: Values, width: int) -> ov.Node:
+    """`(B * V, W, width)` -> `(B, N, width)`."""
+    opset = import_openvino().opset13
+    places = values["window_places"]
+    joined = opset.reshape(x, stacked(dimension(places, 0), np.int64(-1), np.int64(width)), special_zero=False)
+    return opset.gather(joined, places, np.int64(1), 1)
 
 
 def permuted(x: Output, index: Output, width: int, count: int = 1) -> ov.Node:
@@ -214,11 +260,15 @@ def attention(x: Output, vision: PackedTransformer, block: Block, values: Values
     opset = import_openvino().opset13
     heads, width = vision.num_heads, vision.hidden_size
     head_dim = width // heads
-    q, k, v = (to_heads(each, heads, head_dim) for each in split(linear(x, constants, block.qkv), [width] * 3))
-    q, k = (rotate(each, values["cos"], values["sin"], head_dim) for each in (q, k))
-    bias = window_bias(values["window_ids"]) if block.windowed else np.zeros((1, 1), np.float32)
+    x, prefix, bias = linear(x, constants, block.qkv), "", np.zeros((1, 1), np.float32)
+    if block.windowed:
+        x, prefix, bias = in_windows(x, vision, values, 3 * width), "window_", values["window_bias"]
+    q, k, v = (to_heads(each, heads, head_dim) for each in split(x, [width] * 3))
+    cos, sin = values[f"{prefix}cos"], values[f"{prefix}sin"]
+    q, k = (rotate(each, cos, sin, head_dim) for each in (q, k))
     mixed = opset.scaled_dot_product_attention(q, k, v, bias, np.float32(head_dim**-0.5), causal=False)
-    return linear(from_heads(mixed, width), constants, block.proj)
+    x = from_heads(mixed, width)
+    return linear(out_of_windows(x, values, width) if block.windowed else x, constants, block.proj)
 
 
 def merge_patches(vision: PackedTransformer, merger: Merger, name: str, values: Values, constants: Constants) -> None:
