@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from openvino import PartialShape
 
+from edgevlm import VLM, RuntimeConfig
 from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
@@ -257,6 +258,21 @@ def test_windows_take_no_memory_of_the_square_of_the_patches(folder: Path) -> No
     known = [shape.to_shape() for shape in outputs if shape.is_static]
     assert patches * 96 in [math.prod(shape) for shape in known]
     assert max(math.prod(shape) for shape in known) < patches**2 // 8
+
+
+def test_pictures_of_all_sizes_share_one_compiled_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the kernels that it keeps for sizes met before are fewer than OpenVINO would keep."""
+    monkeypatch.setenv("EDGEVLM_HOME", str(tmp_path / "home"))
+    config, options = RuntimeConfig(device="CPU"), ExportOptions(precision="fp32", verify=False)
+    vlm = VLM(export(str(saved(folder, "qwen3_vl")), tmp_path / "model", options).folder, config)
+    assert config.properties("CPU")["CPU_RUNTIME_CACHE_CAPACITY"] < 1000
+    compiled = sorted((tmp_path / "home").rglob("*.blob"))
+    assert len(compiled) == 3
+    counts = {vlm.generate(noise(side, 40), "?", max_new_tokens=1).image_tokens for side in range(16, 48, 8)}
+    assert len(counts) == 4
+    assert sorted((tmp_path / "home").rglob("*.blob")) == compiled
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,9 +15,10 @@ KVCache = Literal["paged", "stateful"]
 KV_CACHES = ("paged", "stateful")
 
 CPU_KERNEL_CACHE = 256
-"""Kernels for shapes met before that a submodel keeps on a CPU: some for each length of prompt, and a length never met
-costs about 8 ms more. With OpenVINO's own 5,000 a process that meets prompts of many lengths grows for thousands of
-requests; on SmolVLM-256M's shape 16 suffice to keep the next token as fast."""
+"""Kernels for shapes met before that a submodel keeps on a CPU: some for each length of prompt, or each number of
+patches of pictures at their own shape, and one never met costs about 8 ms more. With OpenVINO's own 5,000 a process
+that meets prompts of many lengths grows for thousands of requests; on SmolVLM-256M's shape 16 suffice to keep the next
+token as fast."""
 
 
 @dataclass(frozen=True)
