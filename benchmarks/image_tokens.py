@@ -4,7 +4,6 @@
     edgevlm export build/qwen3-vl-2b --int4 --vision-precision int8 -o build/edgevlm
     optimum-cli export openvino -m build/qwen3-vl-2b --task image-text-to-text --weight-format int4 --group-size 64 \
         build/optimum
-    convert_tokenizer build/qwen3-vl-2b -o build/optimum --with-detokenizer
     python -m benchmarks.image_tokens FILE.jsonl --system optimum build/optimum PYTHON \
         --system genai build/optimum PYTHON --system edgevlm build/edgevlm PYTHON [--rounds 3]
 
