@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from edgevlm.inputs.image import load_picture
 from edgevlm.manifest import load_manifest
 from edgevlm.model_store import default_model
 from edgevlm_export.calibration import load_pairs
-from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, tune
+from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, attention, tune
 from edgevlm_export.tune.augment import augmented
 from edgevlm_export.tune.learner import Learner
 from edgevlm_export.tune.pipeline import PANEL, _calibration
@@ -205,6 +207,38 @@ def test_the_learner_sees_what_the_runtime_sees() -> None:
     told = [vlm.generate(each.picture.pixels, each.question, max_new_tokens=64).text for each in examples]
     same = sum(one == other for one, other in zip(told, learner.answers(examples), strict=True))
     assert same >= 0.9 * len(examples)  # the runtime's weights are INT8
+
+
+def test_the_learner_learns_what_transformers_own_attention_would(tmp_path: Path) -> None:
+    """Of prompts of several lengths, so that rows are filled up."""
+    examples = read_examples(write(tmp_path, draw(tmp_path, 12)))[:3]
+    examples[1] = replace(examples[1], question="What is it?", answer="walnut")
+    losses = []
+    for implementation in ("sdpa", None):
+        learner = Learner(PANEL, default_model(), load_manifest(default_model()))
+        if implementation:
+            learner.model.set_attn_implementation(implementation)
+        batch = [learner.encode(each) for each in examples]
+        losses.append([learner.step(batch, 0.1) for _ in range(3)])
+    assert losses[0][0] != losses[0][2]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attend", [attention.look, attention.read])
+def test_attention_in_bf16_is_near_pytorch_s_own(attend: Callable[..., Any]) -> None:
+    random = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(2, heads, 30, 16, generator=random) for heads in (4, 2, 2))
+    if attend is attention.look:
+        key, value = (each.repeat_interleave(2, 1) for each in (key, value))
+    seen, grads = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        given = [each.detach().to(dtype).requires_grad_() for each in (query, key, value)]
+        seen.append(attend(None, *given, None, scaling=0.25)[0].float())
+        seen[-1].square().sum().backward()
+        grads.append([each.grad.float() for each in given if each.grad is not None])
+    torch.testing.assert_close(*seen, atol=0.02, rtol=0.02)
+    for exact, near in zip(*grads, strict=True):
+        assert float(torch.nn.functional.cosine_similarity(exact.flatten(), near.flatten(), 0)) > 0.999
 
 
 def test_what_is_replayed_is_known_to_the_bundled_model() -> None:

@@ -1,9 +1,8 @@
 """Attention as training needs it: nothing that a mask throws away, and weights only for those who are told by them.
 
 At 576 image tokens transformers' own attention takes more of a step than all matrix products together: it scores every
-position against every other, in float32, and multiplies most of it by nothing. Where nobody asks for weights, PyTorch's
-fused attention is twice as fast in float32, and what a GPU wants; in BF16 its backward pass on a CPU is slower than
-plain products.
+position against every other, in float32, and multiplies most of it by nothing. Where nobody asks for weights, tuning's
+attention is taken.
 """
 
 from __future__ import annotations
@@ -11,51 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm
 from transformers import AttentionInterface
 
-BLOCKS = 4
-"""Into how many blocks of rows the prefix is parted: each is scored against what lies before its end."""
-
-
-class _Attend(torch.autograd.Function):  # type: ignore[misc]
-    """`softmax(query @ key.T) @ value` of `(N, R, D)`, `(N, S, D)` and `(N, S, D)`, which keeps its weights alone."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Any, key: Any, value: Any, rows: int) -> Any:
-        """Return `(N, R, D)`; of every `rows` queries, if not 0, the last stands where the last key does."""
-        scores = torch.bmm(query, key.transpose(1, 2))
-        if rows:
-            later = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-            scores.unflatten(1, (-1, rows))[..., -rows:].masked_fill_(later, -torch.inf)
-        weights = torch.softmax(scores, -1)
-        ctx.save_for_backward(query, key, value, weights)
-        return torch.bmm(weights, value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Return the gradients of query, key and value."""
-        query, key, value, weights = ctx.saved_tensors
-        (grad,) = grads
-        scores = torch._softmax_backward_data(torch.bmm(grad, value.transpose(1, 2)), weights, -1, weights.dtype)
-        return (
-            torch.bmm(scores, key),
-            torch.bmm(scores.transpose(1, 2), query),
-            torch.bmm(weights.transpose(1, 2), grad),
-            None,
-        )
-
-
-def _fused(query: Any) -> bool:
-    return bool(query.is_cuda) or query.dtype == torch.float32
-
-
-def look(_module: Any, query: Any, key: Any, value: Any, _mask: Any, scaling: float, **_: Any) -> tuple[Any, None]:
-    """Let every patch `(B, H, S, D)` see every other; return `(B, S, H, D)`."""
-    if _fused(query):
-        return scaled_dot_product_attention(query, key, value, scale=scaling).transpose(1, 2).contiguous(), None
-    seen = _Attend.apply(*(each.flatten(0, 1) for each in (query * scaling, key, value)), 0)
-    return seen.unflatten(0, query.shape[:2]).transpose(1, 2).contiguous(), None
+from edgevlm_export.tune.attention import causal, look
 
 
 def read(
@@ -77,24 +35,8 @@ def read(
     if module.layer_idx == module.config.num_hidden_layers - 1:
         before = answers.new_zeros(batch, heads, prefix, size)
     else:
-        before = _prefix(query[..., :prefix, :], key, value).reshape(batch, heads, prefix, size)
+        before = causal(query[..., :prefix, :], key, value).reshape(batch, heads, prefix, size)
     return torch.cat([before, answers], 2).transpose(1, 2), weights
-
-
-def _prefix(query: Any, key: Any, value: Any) -> Any:
-    """Return what the prefix' queries `(B, KV, G, P, D)` see of themselves and what lies before them."""
-    if _fused(query):
-        keys, values = (each[:, :, None, : query.shape[3]].expand_as(query).flatten(1, 2) for each in (key, value))
-        seen = scaled_dot_product_attention(query.flatten(1, 2), keys, values, is_causal=True, scale=1.0)
-        return seen.unflatten(1, query.shape[1:3])
-    queries, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
-    blocks, first = [], 0
-    for rows in (len(each) for each in torch.arange(query.shape[3]).tensor_split(BLOCKS)):
-        last = first + rows
-        seen = _Attend.apply(queries[:, :, first:last].flatten(1, 2), key[:, :last], value[:, :last], rows)
-        blocks.append(seen.unflatten(1, (-1, rows)))
-        first = last
-    return torch.cat(blocks, 2).unflatten(0, query.shape[:2])
 
 
 def _rms(norm: Any) -> Any:

@@ -53,11 +53,14 @@ class Learner:
         from transformers import AutoModelForImageTextToText
         from transformers.utils import logging
 
+        from edgevlm_export.tune.attention import install
+
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
+        install(self.model)
         self.size = sum(weight.numel() for weight in self.model.parameters())
         self.has_lora = self.size > WHOLE
         if self.has_lora:

@@ -32,7 +32,7 @@ from edgevlm_export.tune.scores import Scored
 
 PANEL = Path(__file__).parent.parent / "panel"
 """The checkpoint of the bundled model."""
-BATCH = 16
+BATCH = 8
 REPLAYED = 0.3
 """Share of a batch that the model knows already."""
 LARGEST = 600_000_000
