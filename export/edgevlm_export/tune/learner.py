@@ -23,8 +23,9 @@ WHOLE = 60_000_000
 """Weights of a checkpoint up to which all of it learns; of a larger one, LoRA on the text part does."""
 RANK, LORA_RATE = 16, 1e-3
 """LoRA's rank (Hu et al. 2021) and its highest rate; not compared with others yet."""
-RATE = 1e-3
-"""AdamW's highest rate; not compared with others yet."""
+RATE = 5e-4
+"""AdamW's highest rate. At 1e-3 in batches of 8 a model that learned two woods had 27 of 62 known scenes right, 51
+before; at this rate it has over 30. What each gives on new pictures was not compared."""
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.06
 """Share of the time over which the rate rises; it falls along a cosine after that (Loshchilov and Hutter 2017)."""

@@ -33,8 +33,11 @@ from edgevlm_export.tune.scores import Scored
 PANEL = Path(__file__).parent.parent / "panel"
 """The checkpoint of the bundled model."""
 BATCH = 8
-REPLAYED = 0.3
+REPLAYED = 0.375
 """Share of a batch that the model knows already."""
+COOLING = 0.15
+"""Share of the time over which the rate falls where all pictures kept apart are right early: a state of a high rate has
+forgotten more than it has to."""
 LARGEST = 600_000_000
 """Weights of a checkpoint that is tuned at most: more would take a CPU hours."""
 LORA_BATCH, DAYS = 4, 4
@@ -171,25 +174,35 @@ class _Session:
         started, due, losses = monotonic(), self._seconds / EVALUATIONS, [math.inf]
         best: tuple[Scored, float, dict[str, Any]] | None = None
         now: Scored | None = None
+        cooled: float | None = None
         try:
             while (spent := monotonic() - started) < self._seconds:
-                losses.append(self._learner.step(next(batches), spent / self._seconds))
+                done = spent / self._seconds
+                if cooled is not None:
+                    done = cooled + (1 - cooled) * (done - cooled) / COOLING
+                if done >= 1:
+                    break
+                losses.append(self._learner.step(next(batches), done))
                 self.steps += 1
-                tell(TuneProgress("learning", self._seconds - spent, now, best and best[0]))
-                if spent < due:
+                tell(TuneProgress("learning", self._left(spent, cooled), now, best and best[0]))
+                if spent < due or cooled is not None:
                     continue
                 perfect, now = bool(now and now.right == now.asked), self._score()
                 asked = monotonic() - started
                 due = asked + max(self._seconds / EVALUATIONS, (asked - spent) / ASKING)
                 best = self._better(best, now, float(np.mean(losses[-20:])))
-                if perfect and now.right == now.asked:
-                    return self._learner.state(), False  # twice in a row: there is no more to tell
+                if perfect and now.right == now.asked:  # twice in a row: they tell no more
+                    cooled = min(asked / self._seconds, 1 - COOLING)
             best = self._better(best, self._score(), 0.0)
         except KeyboardInterrupt:
             if best is None:
                 raise
             return best[2], True
         return best[2], False
+
+    def _left(self, spent: float, cooled: float | None) -> float:
+        """Return the seconds that are left."""
+        return self._seconds * (1 if cooled is None else cooled + COOLING) - spent
 
     def _better(
         self, best: tuple[Scored, float, dict[str, Any]] | None, now: Scored, loss: float
