@@ -17,11 +17,8 @@ from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, SUBMODELS, VISION, hash_file, load_manifest
 from edgevlm.metrics import Stopwatch
-from edgevlm.runtime.core import core, import_openvino
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.compress import compress
 from edgevlm_export.graphs.rope import make_rope
-from edgevlm_export.options import Int4Recipe
 from edgevlm_export.routes import native as native_route
 from edgevlm_export.samples import pixel_views
 from tests.conftest import F32, make_checkpoint, photograph
@@ -249,32 +246,3 @@ def test_16_bit_weights_compress_like_float32(precision: Any, idefics3: Path, tm
         for each in (checkpoint, wide)
     ]
     assert np.corrcoef(logits[0].ravel(), logits[1].ravel())[0, 1] > 0.999
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32"])
-@pytest.mark.parametrize("kind", ["embeddings", "head"])
-def test_a_table_is_compressed_some_rows_at_a_time(dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In INT8 each row has a scale of its own, so that the parts are those of the whole."""
-    table = RANDOM.normal(size=(101, 64)).astype(np.float32)
-    table = {"bf16": (table.view(np.uint32) >> 16).astype(np.uint16), "f16": table.astype(np.float16)}.get(dtype, table)
-    inputs = np.arange(101)[None] if kind == "embeddings" else np.eye(64, dtype=np.float32)[None]
-    found = []
-    for rows in (101, 20):
-        monkeypatch.setattr("edgevlm_export.compress.TABLE_ROWS", rows)
-        compressed = compress(table_model(table, dtype, kind), "int8", Int4Recipe())
-        assert "i8" in {node.get_element_type().get_type_name() for node in compressed.get_ops()}
-        found.append(core().compile_model(compressed, "CPU", F32.language_properties("CPU"))(inputs)[0])
-    np.testing.assert_array_equal(*found)
-
-
-def table_model(table: np.ndarray, dtype: str, kind: str) -> Any:
-    """Return a graph of one table `(V, D)`: of embeddings, or of an LM head."""
-    openvino = import_openvino()
-    opset = openvino.opset13
-    weight = openvino.op.Constant(openvino.Tensor(table, [*table.shape], getattr(openvino.Type, dtype)))
-    weight = weight if dtype == "f32" else opset.convert(weight, "f32")
-    if kind == "head":
-        x = opset.parameter([1, -1, table.shape[1]], np.float32)
-        return openvino.Model([opset.matmul(x, weight, False, True)], [x])
-    ids = opset.parameter([1, -1], np.int64)
-    return openvino.Model([opset.gather(weight, opset.convert(ids, "i32"), np.int32(0))], [ids])

@@ -8,8 +8,6 @@ from contextlib import redirect_stdout
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from edgevlm.runtime.core import import_openvino
 from edgevlm_export.options import UNCOMPRESSED, Int4Recipe, Precision
 from edgevlm_export.signal_stack import signal_stack_kept
@@ -25,9 +23,6 @@ pictures the bundled model loses 0.7 points of right answers, on 24 with 0.5 non
 squared error of 0.4 to 0.5 % of their square with the one, 0.04 % with the other (on 24 and 0.95, 0.06 to 0.07 %).
 """
 
-TABLE_ROWS = 16_384
-"""Rows of an embedding table or an LM head that NNCF is given at once: it holds several float32 copies of them."""
-
 
 def compress(
     model: ov.Model, precision: Precision, recipe: Int4Recipe, samples: Sequence[Mapping[str, Any]] | None = None
@@ -39,39 +34,7 @@ def compress(
         asked = {name for each in model.inputs for name in each.get_names()}
         samples = [{name: value for name, value in sample.items() if name in asked} for sample in samples]
     with signal_stack_kept(), redirect_stdout(StringIO()):  # NNCF draws progress bars and tables there
-        if precision == "int8" and (table := _table(model)):
-            return _compress_table(model, table, recipe)
         return _compress(model, precision, recipe, samples)
-
-
-def _table(model: ov.Model) -> Any:
-    """Return the constant of a model's one matrix `(V, D)`, None if it has several or `TABLE_ROWS` rows at most."""
-    constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
-    matrices = [node for node in constants if len(node.shape) == 2 and min(node.shape) > 1]
-    return matrices[0] if len(matrices) == 1 and matrices[0].shape[0] > TABLE_ROWS else None
-
-
-def _compress_table(model: ov.Model, table: Any, recipe: Int4Recipe) -> ov.Model:
-    """Return `model` with its one matrix in INT8, compressed some rows at a time: each has a scale of its own."""
-    openvino = import_openvino()
-    opset, (rows, width), view = openvino.opset13, table.shape, table.get_tensor_view()
-    is_float32 = view.element_type == openvino.Type.f32
-    weights, scales = np.empty((rows, width), np.int8), np.empty((rows, 1), np.float16)
-    for first in range(0, rows, TABLE_ROWS):
-        last = min(first + TABLE_ROWS, rows)
-        some = openvino.op.Constant(openvino.Tensor(view, [first, 0], [last, width]), True)
-        ids = opset.parameter([1, 1], np.int32)
-        looked_up = opset.gather(some if is_float32 else opset.convert(some, "f32"), ids, np.int32(0))
-        compressed = _compress(openvino.Model([looked_up], [ids]), "int8", recipe, None)
-        nodes = {node.get_type_name(): node for node in compressed.get_ops()}
-        quantized, scale = (each.get_node() for each in nodes["Multiply"].input_values())
-        weights[first:last], scales[first:last] = quantized.input_value(0).get_node().data, scale.data
-    product = opset.multiply(opset.convert(weights, "f16"), opset.constant(scales), name=table.get_friendly_name())
-    whole = opset.convert(product, "f32") if is_float32 else product  # else the model converts to float32 itself
-    for target in table.output(0).get_target_inputs():
-        target.replace_source_output(whole.output(0))
-    model.validate_nodes_and_infer_types()
-    return model
 
 
 def _compress(
