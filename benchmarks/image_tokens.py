@@ -34,6 +34,7 @@ from PIL import Image, ImageOps
 
 from benchmarks.image_token_peers import SYSTEMS
 from edgevlm.bench.measure import describe_machine, sample_picture
+from edgevlm.jobs.jsonl import append_rows, read_rows
 
 COLUMNS = {
     "ttft_s": "TTFT s",
@@ -149,21 +150,19 @@ def main() -> None:
     if wrong := [name for name, *_ in arguments.system if name not in SYSTEMS]:
         parser.error(f"--system {wrong[0]}: there are {', '.join(SYSTEMS)}")
     systems = [System(*each) for each in arguments.system]
-    rows = (
-        [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.is_file() else []
-    )
+    rows = [row for row, _ in read_rows(arguments.output)]
     done = max((row.get("round", 0) for row in rows), default=0)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     options = [str(arguments.tokens), str(arguments.threads)]
-    with tempfile.TemporaryDirectory() as scratch, arguments.output.open("a", encoding="utf-8") as file:
+    with tempfile.TemporaryDirectory() as scratch:
         if not rows:
-            print(json.dumps({"machine": describe_machine(), "options": options}), file=file, flush=True)
+            append_rows(arguments.output, [{"machine": describe_machine(), "options": options}])
         pairs = pictures(Path(scratch), arguments.image_tokens, arguments.unit)
         for number in range(done + 1, done + arguments.rounds + 1):
             for system in systems if number % 2 else reversed(systems):
                 for row in measure(system, number, pairs, options, arguments.timeout_s):
                     rows.append(row)
-                    print(json.dumps(row), file=file, flush=True)
+                    append_rows(arguments.output, [row])
                     print(json.dumps(row), file=sys.stderr, flush=True)
     print(table(rows))
 

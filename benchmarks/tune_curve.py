@@ -11,7 +11,6 @@ and appended to FOLDER/curve.jsonl as soon as it is done; the same command skips
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,8 +26,10 @@ from benchmarks.factories import FACTORIES, write
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.bench.measure import describe_machine
 from edgevlm.cli.doctor import cpu_features
+from edgevlm.jobs.jsonl import append_rows, read_rows
 from edgevlm.model_store import default_model
 from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, tune
+from edgevlm_export.tune.learner import RATE
 from edgevlm_export.tune.rows import Example, read_examples
 
 LABELLED_SEED, TEST_SEED = 1, 2
@@ -132,12 +133,6 @@ def told(scored: Scored) -> Row:
     return asdict(scored) | {"interval": [round(bound, 4) for bound in scored.interval]}
 
 
-def read(results: Path) -> list[Row]:
-    """Return the rows of the results that there are."""
-    lines = results.read_text(encoding="utf-8").splitlines() if results.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def line(row: Row) -> str:
     """Return what a run gave, in a line."""
     ended = f", ended early ({row['minutes'] * 60:.0f} s were given)" if row["ended_early"] else ""
@@ -230,7 +225,7 @@ def chosen_factories(_: click.Context, __: click.Parameter, value: str) -> list[
 @click.option("--labels", "counts", default="30,100,300", show_default=True, callback=numbers, help="At least 10.")
 @click.option("--minutes", default=10.0, show_default=True, help="How long a run learns at most.")
 @click.option("--test", default=200, show_default=True, help="Other pictures that are asked about; at least 10.")
-@click.option("--rate", default=5e-4, show_default=True, help="AdamW's highest rate.")
+@click.option("--rate", default=RATE, show_default=True, help="AdamW's highest rate.")
 @click.option("--seed", default=0, show_default=True, help="Of the split and the order of learning.")
 @click.option("--results", type=click.Path(path_type=Path), help="A file of rows.  [default: FOLDER/curve.jsonl]")
 @click.option("--plot", "plot_to", type=click.Path(path_type=Path), help="Draw the runs that there are; tune nothing.")
@@ -249,7 +244,7 @@ def main(
 ) -> None:
     """Tune on few and on many labelled pictures of each factory, and ask about others; all goes into FOLDER."""
     results = results or folder / "curve.jsonl"
-    rows = read(results)
+    rows = [row for row, _ in read_rows(results)]
     if plot_to or as_table:
         if not rows:
             raise click.ClickException(f"no runs in {results}; run it without --plot and --table first")
@@ -268,8 +263,7 @@ def main(
             continue
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             row = pool.submit(measure, folder, run).result()
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_rows(results, [row])
         click.echo(line(row))
 
 

@@ -15,8 +15,6 @@ from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
-from edgevlm_export import ExportOptions, export
-from tests.conftest import F32
 from tests.families import qwen_vl
 from tests.helpers.serving import Braked, request, serving, wait_until
 
@@ -66,9 +64,7 @@ def panel() -> VLM:
 @pytest.fixture(scope="module")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     """A tiny Qwen2.5-VL, which writes boxes."""
-    folder = tmp_path_factory.mktemp("boxes")
-    checkpoint = qwen_vl.make_checkpoint(folder / "saved", "qwen2_5_vl")
-    return VLM(export(checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder, F32)
+    return qwen_vl.tiny_vlm(tmp_path_factory.mktemp("boxes"), "qwen2_5_vl")
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from edgevlm.jobs.batch import Batch, run_batch
 from edgevlm.jobs.sinks import JsonlSink, SqliteSink
 from edgevlm.jobs.spec import Defaults
 from edgevlm.jobs.watch import Watch, Watcher
-from edgevlm_export import ExportOptions, export
 from tests.conftest import F32
 from tests.families import qwen_vl
 from tests.helpers.batches import QUESTION, read, write
@@ -36,9 +35,7 @@ FRAMES = [moving_square(number, 24, 32) for number in range(20)]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     """A tiny Qwen3-VL, which takes videos."""
-    folder = tmp_path_factory.mktemp("qwen3_vl")
-    checkpoint = qwen_vl.make_checkpoint(folder / "saved", "qwen3_vl")
-    return VLM(export(checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder, F32)
+    return qwen_vl.tiny_vlm(tmp_path_factory.mktemp("qwen3_vl"), "qwen3_vl")
 
 
 @pytest.fixture

@@ -10,14 +10,11 @@ import click
 
 from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
-    chosen_format,
     chosen_model,
-    frame_sampling,
-    generation_config,
     generation_options,
-    image_budget,
     model_options,
     output_options,
+    row_defaults,
     runtime_config,
     video_options,
 )
@@ -60,15 +57,8 @@ def batch(
     """
     from edgevlm.cli.output import Bar
     from edgevlm.jobs.batch import Batch, run_batch
-    from edgevlm.jobs.spec import Defaults
 
-    defaults = Defaults(
-        question,
-        chosen_format(options),
-        generation_config(options),
-        image_budget(options),
-        frame_sampling(options),
-    )
+    defaults = row_defaults(question, options)
     what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:
         executor = None

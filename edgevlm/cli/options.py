@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.decoding.output_format import OutputFormat
     from edgevlm.families.base import FrameSampling, ImageBudget
+    from edgevlm.jobs.spec import Defaults
     from edgevlm.runtime.config import RuntimeConfig
 
 
@@ -191,3 +192,11 @@ def _template_variable(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+
+
+def row_defaults(question: str | None, options: dict[str, Any]) -> Defaults:
+    """Return what `batch` and `watch` ask of each row that says nothing else."""
+    from edgevlm.jobs.spec import Defaults
+
+    output_format, config = chosen_format(options), generation_config(options)
+    return Defaults(question, output_format, config, image_budget(options), frame_sampling(options))

@@ -14,14 +14,11 @@ import click
 from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
     LONG_RUNNING_DEFAULTS,
-    chosen_format,
     chosen_model,
-    frame_sampling,
-    generation_config,
     generation_options,
-    image_budget,
     model_options,
     output_options,
+    row_defaults,
     runtime_config,
     video_options,
 )
@@ -71,18 +68,11 @@ def watch(
     """
     from edgevlm.cli.output import Progress, print_row
     from edgevlm.jobs.sinks import JsonlSink, SqliteSink
-    from edgevlm.jobs.spec import Defaults
     from edgevlm.jobs.watch import Watch, Watcher
 
     if (output is None) == (sqlite is None):
         raise click.UsageError("name one place for the answers: -o FILE or --sqlite DB")
-    defaults = Defaults(
-        question,
-        chosen_format(options),
-        generation_config(options),
-        image_budget(options),
-        frame_sampling(options),
-    )
+    defaults = row_defaults(question, options)
     runtime = runtime_config(options)
     what = Watch(folder, defaults, recursive, settle, patience)
     with SqliteSink(sqlite) if sqlite else JsonlSink(output) as sink:  # type: ignore[arg-type]

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tests.conftest import make_tokenizer, seed_weights
+from edgevlm import VLM
+from edgevlm_export import ExportOptions, export
+from tests.conftest import F32, make_tokenizer, seed_weights
 from tests.families.base import Builder, Reference
 from tests.helpers.json_files import read_json, write_json
 
@@ -112,6 +114,12 @@ def make_checkpoint(
     made.save_pretrained(folder)
     image_processor().save_pretrained(folder)
     return folder
+
+
+def tiny_vlm(folder: Path, kind: str) -> VLM:
+    """Return a tiny checkpoint of a kind, exported into `folder` without compression and loaded."""
+    checkpoint = make_checkpoint(folder / "saved", kind)
+    return VLM(export(checkpoint, folder / "out", ExportOptions("fp32", via="native", verify=False)).folder, F32)
 
 
 def as_published(checkpoint: Path, folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """Attention as a CPU trains it in BF16: plain products, whose backward pass is faster than that of PyTorch's fused one.
 
-At 576 image tokens a head the fused attention takes two thirds of a step, nearly all of it in its backward pass.
+At 576 image tokens the fused attention took 64 % of a step of 2.7 s, its backward pass alone 46 %; with plain products
+the step takes 1.65 s (the bundled model, 16 rows, two cores of an AMD EPYC with AVX512-BF16, quiet).
 """
 
 from __future__ import annotations

@@ -171,38 +171,30 @@ class _Session:
         seconds = self._learner.choose_arithmetic(next(batches)[:4])
         each = seconds / min(4, self._batch)
         tell(TuneProgress(f"a pass over the rows takes about {each * len(self._learned):,.0f} s"))
-        started, due, losses = monotonic(), self._seconds / EVALUATIONS, [math.inf]
+        started, due, losses = monotonic(), 1 / EVALUATIONS, [math.inf]
         best: tuple[Scored, float, dict[str, Any]] | None = None
         now: Scored | None = None
         cooled: float | None = None
         try:
-            while (spent := monotonic() - started) < self._seconds:
-                done = spent / self._seconds
-                if cooled is not None:
-                    done = cooled + (1 - cooled) * (done - cooled) / COOLING
-                if done >= 1:
-                    break
+            while (done := _done(share := (monotonic() - started) / self._seconds, cooled)) < 1:
                 losses.append(self._learner.step(next(batches), done))
                 self.steps += 1
-                tell(TuneProgress("learning", self._left(spent, cooled), now, best and best[0]))
-                if spent < due or cooled is not None:
+                end = 1 if cooled is None else cooled + COOLING
+                tell(TuneProgress("learning", (end - share) * self._seconds, now, best and best[0]))
+                if share < due or cooled is not None:
                     continue
                 perfect, now = bool(now and now.right == now.asked), self._score()
-                asked = monotonic() - started
-                due = asked + max(self._seconds / EVALUATIONS, (asked - spent) / ASKING)
+                asked = (monotonic() - started) / self._seconds
+                due = asked + max(1 / EVALUATIONS, (asked - share) / ASKING)
                 best = self._better(best, now, float(np.mean(losses[-20:])))
                 if perfect and now.right == now.asked:  # twice in a row: they tell no more
-                    cooled = min(asked / self._seconds, 1 - COOLING)
+                    cooled = min(asked, 1 - COOLING)
             best = self._better(best, self._score(), 0.0)
         except KeyboardInterrupt:
             if best is None:
                 raise
             return best[2], True
         return best[2], False
-
-    def _left(self, spent: float, cooled: float | None) -> float:
-        """Return the seconds that are left."""
-        return self._seconds * (1 if cooled is None else cooled + COOLING) - spent
 
     def _better(
         self, best: tuple[Scored, float, dict[str, Any]] | None, now: Scored, loss: float
@@ -236,6 +228,11 @@ class _Session:
         if key not in self._encoded:
             self._encoded[key] = self._learner.encode(example, augmented(example.picture.pixels, self._random))
         return self._encoded[key]
+
+
+def _done(share: float, cooled: float | None) -> float:
+    """Return how far the rate's course is, by the share of the time that is over and the one at which cooling began."""
+    return share if cooled is None else cooled + (1 - cooled) * (share - cooled) / COOLING
 
 
 def _scored(folder: Path, examples: Sequence[Example]) -> Scored:
