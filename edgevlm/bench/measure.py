@@ -133,9 +133,7 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
     del vlm
     settings = product(sweep.devices, sweep.threads, sweep.inference_precisions, sweep.vision_arithmetics)
     for device, threads, precision, vision in settings:
-        config = RuntimeConfig(
-            device=device, threads=threads, inference_precision=precision, vision_arithmetic=vision
-        )
+        config = RuntimeConfig(device=device, threads=threads, inference_precision=precision, vision_arithmetic=vision)
         cold = VLM(model, replace(config, image_cache_bytes=0, kept_sessions=0))
         warm = VLM(model, config)
         for detail, limit, length in product(sweep.details, sweep.max_image_tokens, sweep.prompt_tokens):

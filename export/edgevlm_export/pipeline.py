@@ -31,9 +31,7 @@ from edgevlm_export.source.config_reader import UnsupportedError, overlooked, ov
 from edgevlm_export.source.safetensors_reader import Weights
 from edgevlm_export.verify import Verification, check, scales, verify
 
-_REFERENCE_CONFIG = RuntimeConfig(
-    device="CPU", inference_precision="f32", vision_arithmetic="exported", cache=False
-)
+_REFERENCE_CONFIG = RuntimeConfig(device="CPU", inference_precision="f32", vision_arithmetic="exported", cache=False)
 
 
 @dataclass(frozen=True)
