@@ -268,13 +268,14 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cell(mine: Mapping[int, Any], base: Mapping[int, Any], figure: str) -> str:
     ratios = [ms[figure] / base[number][figure] for number, ms in mine.items() if number in base]
-    return f"{_spread([ms[figure] for ms in mine.values()], '.4g')} | {_spread(ratios, '.2f') if ratios else ''}"
+    return f"{_spread([ms[figure] for ms in mine.values()])} | {_spread(ratios) if ratios else ''}"
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def _spread(values: Sequence[float]) -> str:
     """Return median and quartiles."""
-    low, _, high = quantiles(values, method="inclusive") if len(values) > 1 else (values[0], 0, values[0])
-    return f"{median(values):{form}} ({low:{form}} to {high:{form}})"
+    low, _, high = quantiles(values, method="inclusive") if len(values) > 1 else values * 3
+    middle, low, high = (f"{each:,.0f}" if each >= 100 else f"{each:.3g}" for each in (median(values), low, high))
+    return f"{middle} ({low} to {high})"
 
 
 def main() -> None:
