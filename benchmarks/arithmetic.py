@@ -4,11 +4,11 @@
     python -m benchmarks.arithmetic FILE.jsonl --table
 
 Each candidate runs in a process of its own that stays and waits for its turn; the order turns round every other round.
-The same command goes on from the rounds that FILE.jsonl has. The table has medians and quartiles of the times, and of
-each round's ratio to `default`, what edgevlm does today. Drift is the distance of the outputs from those of `f32`,
-which computes all in float32: of the language model's logits along a text (mean KL divergence in nats, share of
-positions with the same likeliest token), of the vision encoder's image embeddings (cosine; its `f32` leaves activations
-unquantized, too).
+The same command goes on until each candidate has its rounds in FILE.jsonl. The table has medians and quartiles of the
+times, and of each round's ratio to `default`, what edgevlm does today. Drift is the distance of the outputs from those
+of `f32`, which computes all in float32: of the language model's logits along a text (cosine, mean KL divergence in
+nats, share of positions with the same likeliest token), of the vision encoder's image embeddings (cosine; its `f32`
+leaves activations unquantized, too).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -283,7 +284,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="JSON Lines, added to")
     parser.add_argument("export", type=Path, nargs="?")
     parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument("--only", nargs="+", default=[], metavar="CANDIDATE", help="beside the default")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="CANDIDATE", help="beside the default; such as 'f32, dynamic 32'"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--minutes", type=float, default=60.0, help="for each part; no turn begins later")
     parser.add_argument("--prefill", type=int, nargs="+", default=[64, 900])
@@ -294,7 +297,7 @@ def main() -> None:
     arguments = parser.parse_args()
     known = list(dict.fromkeys(name for candidates in PARTS.values() for name in candidates))
     if wrong := [name for name in arguments.only if name not in known]:
-        parser.error(f"--only {wrong[0]!r}: there are {', '.join(known)}")
+        parser.error(f"--only {wrong[0]!r}: there are {', '.join(map(repr, known))}")
     if not arguments.table:
         if arguments.export is None:
             parser.error("name an EXPORT, or --table")
@@ -317,12 +320,13 @@ def run(arguments: argparse.Namespace) -> None:
             if not arguments.only or name in {DEFAULT, *arguments.only}
         }
         own = [row for row in rows if (row.get("model"), row.get("part")) == (arguments.export.name, part)]
-        done = max((row.get("round", 0) for row in own), default=0)
-        rounds = range(done + 1, arguments.rounds + 1)
-        if rounds:
-            for row in measure(job, candidates, rounds, 60 * arguments.minutes):
+        last = max((row.get("round", 0) for row in own), default=0)
+        had = Counter(row["candidate"] for row in own if "round" in row)
+        missing = arguments.rounds - min(had[name] for name in candidates)
+        if missing > 0:
+            for row in measure(job, candidates, range(last + 1, last + 1 + missing), 60 * arguments.minutes):
                 append_rows(arguments.output, [row])
-                print(json.dumps(row), file=sys.stderr)
+                print(json.dumps(row), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
