@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from archspec.cpu import TARGETS
 
 from edgevlm import VLM, RuntimeConfig
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
@@ -20,7 +21,7 @@ from edgevlm.manifest import VISION, Submodel
 from edgevlm.runtime.arithmetic import FACTOR, ChosenArithmetic, choose_arithmetic
 from edgevlm.runtime.config import VisionArithmetic
 from edgevlm.runtime.core import core, import_openvino, read_ir
-from edgevlm.runtime.cpu import available_memory, cgroup_rooms
+from edgevlm.runtime.cpu import available_memory, cgroup_rooms, cpu_features
 from edgevlm.runtime.graph_passes import decompress_weights, drop_activation_quantization
 from edgevlm_export.output_folder import FILE_NAMES
 from tests.conftest import F32, export_tiny, photograph
@@ -222,6 +223,22 @@ def test_on_a_cpu_without_vnni_the_sums_of_w8a8_saturate(
     assert cosine(quantized, wanted) <= cosine(here, wanted)
     for each in others:
         assert cosine(each, wanted) > max(0.999, cosine(quantized, wanted))
+
+
+WITHOUT, WITH = ("haswell", "zen3", "skylake_avx512"), ("cascadelake", "icelake", "alderlake", "sapphirerapids", "zen4")
+
+
+@pytest.mark.parametrize("cpu", [*WITHOUT, *WITH])
+def test_the_features_of_a_cpu_decide(cpu: str, w8a8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is loaded as if archspec had found another CPU, as its tables describe that."""
+    monkeypatch.setattr("archspec.cpu.detect.detected_info", lambda: TARGETS[cpu])
+    cpu_features.cache_clear()
+    try:
+        vlm = VLM(w8a8, F32)
+    finally:
+        cpu_features.cache_clear()
+    assert vlm.vision_arithmetic.graph == ("float32" if cpu in WITHOUT else "exported")
+    assert ("i8" in runtime_constants(vlm)) == (cpu in WITH)
 
 
 def test_doctor_tells_it_of_each_model(w8a8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
