@@ -90,7 +90,7 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
     answers = [ask(vlm, perturb(image, number), QUESTION, budget, 33).timings for number in range(6)][1:]
     tile_s, token_s = median(each.vision_s for each in answers), median(each.tpot_s or 0.0 for each in answers)
     operations, weights = matmul_operations(vision), parts[LANGUAGE].size_bytes
-    quantized = parts[VISION].precision == "w8a8"
+    quantized = vlm.vision_arithmetic.name == "W8A8"
     peak, bandwidth = matmul_peak(threads, quantized), memory_bandwidth(threads)
     return {
         "memory bandwidth, GB/s": bandwidth / 1e9,

@@ -25,9 +25,9 @@ import click
 from benchmarks.factories import FACTORIES, write
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.bench.measure import describe_machine
-from edgevlm.cli.doctor import cpu_features
 from edgevlm.jobs.jsonl import append_rows, read_rows
 from edgevlm.model_store import default_model
+from edgevlm.runtime.cpu import cpu_features
 from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, tune
 from edgevlm_export.tune.learner import RATE
 from edgevlm_export.tune.rows import Example, read_examples

@@ -35,7 +35,8 @@ from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.image import ImageInput
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.metrics import Stopwatch, Timings, peak_memory
-from edgevlm.runtime.config import InferencePrecision, RuntimeConfig
+from edgevlm.runtime.arithmetic import ChosenArithmetic
+from edgevlm.runtime.config import InferencePrecision, RuntimeConfig, VisionArithmetic
 from edgevlm.runtime.core import core
 from edgevlm.vlm import VLM
 
@@ -51,6 +52,7 @@ class Sweep:
     devices: tuple[str, ...] = ("AUTO",)
     threads: tuple[int | None, ...] = (None,)
     inference_precisions: tuple[InferencePrecision, ...] = ("auto",)
+    vision_arithmetics: tuple[VisionArithmetic, ...] = ("auto",)
     details: tuple[Detail, ...] = ("auto",)
     max_image_tokens: tuple[int | None, ...] = (None,)
     prompt_tokens: tuple[int | None, ...] = (None,)
@@ -88,6 +90,8 @@ class Point:
     device: str
     threads: int | None
     inference_precision: str
+    vision: ChosenArithmetic
+    """What the vision encoder computed with, and why."""
     detail: str
     views: int
     image_tokens: int
@@ -127,13 +131,15 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
     precisions = {name: part.precision for name, part in vlm.manifest.submodels.items()}
     report = Report(model.name, precisions, describe_machine(), load)
     del vlm
-    for device, threads, precision in product(sweep.devices, sweep.threads, sweep.inference_precisions):
-        config = RuntimeConfig(device=device, threads=threads, inference_precision=precision)
+    settings = product(sweep.devices, sweep.threads, sweep.inference_precisions, sweep.vision_arithmetics)
+    for device, threads, precision, vision in settings:
+        config = RuntimeConfig(device=device, threads=threads, inference_precision=precision, vision_arithmetic=vision)
         cold = VLM(model, replace(config, image_cache_bytes=0, kept_sessions=0))
         warm = VLM(model, config)
         for detail, limit, length in product(sweep.details, sweep.max_image_tokens, sweep.prompt_tokens):
             budget = ImageBudget(detail, limit)
-            announce(f"{cold.device}, {threads or 'all'} threads, {precision}, {detail}, image tokens {limit or 'any'}")
+            how = f"{threads or 'all'} threads, {precision}, vision {cold.vision_arithmetic.name}"
+            announce(f"{cold.device}, {how}, {detail}, image tokens {limit or 'any'}")
             question = pad_prompt(cold, image, budget, length, sweep.new_tokens)
             report.points.append(measure(cold, warm, image, budget, question, sweep))
     return report
@@ -160,6 +166,7 @@ def measure(cold: VLM, warm: VLM, image: RGB, budget: ImageBudget, question: str
         cold.device,
         cold.config.threads,
         cold.config.inference_precision,
+        cold.vision_arithmetic,
         budget.detail,
         prompt.views,
         prompt.image_tokens,
