@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
 from edgevlm.model_store import cache_dir
 from edgevlm.runtime.compile_cache import compile_cached
 from edgevlm.runtime.config import RuntimeConfig
-from edgevlm.runtime.core import read_ir
+from edgevlm.runtime.core import first_line, read_ir
 from edgevlm.runtime.graph_passes import keep_last_logits
 from edgevlm.runtime.kv_paged import with_paged_attention
+from edgevlm.runtime.kv_session import Session
 from edgevlm.runtime.language_model import LanguageModel, TextEmbeddings
 from edgevlm.runtime.vision_encoder import VisionEncoder, make_static
 
@@ -45,10 +47,15 @@ class ModelLoader:
         return TextEmbeddings(self._compile(TEXT_EMBEDDINGS, model, self.config.properties(self.device)))
 
     def language_model(self) -> LanguageModel:
-        """Return the language model with its embedding table."""
+        """Return the language model with its embedding table, warmed up. Raises `DeviceError`."""
         embeddings = self.text_embeddings()
         compiled = self._paged() or self._compile(LANGUAGE, keep_last_logits(self._read(LANGUAGE)), self._properties)
-        return LanguageModel(compiled, embeddings, self.manifest.decoder_traits)
+        language_model = LanguageModel(compiled, embeddings, self.manifest.decoder_traits)
+        try:
+            language_model.warm_up()
+        except RuntimeError as error:  # a device may compile a model that it cannot run
+            raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
+        return language_model
 
     @property
     def _properties(self) -> dict[str, Any]:
@@ -75,3 +82,41 @@ class ModelLoader:
     def _compile(self, part: str, model: ov.Model, properties: dict[str, Any]) -> ov.CompiledModel:
         entry = cache_dir() / "compiled" / f"{self.manifest.fingerprint}-{part}" if self.config.cache else None
         return compile_cached(model, self.device, properties, entry, self.config.cache_limit_bytes)
+
+
+class Submodels:
+    """The submodels of one folder while they load and afterwards; whoever needs one waits for it.
+
+    Loading and compiling a submodel uses one core, so each has a thread, which ends when its submodel is loaded.
+    """
+
+    def __init__(self, loader: ModelLoader, family: Family) -> None:
+        threads = ThreadPoolExecutor(2, "edgevlm-load")
+        self._vision = threads.submit(loader.vision, family)
+        self._language_model = threads.submit(loader.language_model)
+        threads.shutdown(wait=False)
+
+    @property
+    def vision(self) -> VisionEncoder:
+        """The vision encoder. Raises `DamagedModelError` and `DeviceError`."""
+        return self._vision.result()
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The language model. Raises `DamagedModelError` and `DeviceError`."""
+        return self._language_model.result()
+
+    def session(self) -> Session:
+        """Return a new session of the language model."""
+        return self.language_model.session()
+
+    def settle(self) -> None:
+        """Wait until nothing is loading any more, whether it was loaded or not."""
+        self._vision.exception()
+        self._language_model.exception()
+
+    def wait(self) -> None:
+        """Wait until both are loaded. Raises what kept one of them from being loaded, when the other is done, too."""
+        self.settle()
+        self._language_model.result()
+        self._vision.result()
