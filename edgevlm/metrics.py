@@ -15,8 +15,10 @@ class Timings:
     """Wall times of one answer, in seconds."""
 
     load_s: float
-    """Waiting for the model to be read and compiled: in the constructor and, with `wait=False`, in the first answer. Not
-    part of `ttft_s` and `total_s`."""
+    """Waiting for the model to be read and compiled: in the constructor and, with `wait=False`, in the first answer.
+
+    Not part of `ttft_s` and `total_s`.
+    """
     preprocess_s: float
     vision_s: float
     prefill_s: float
