@@ -37,7 +37,7 @@ class RuntimeConfig:
     kv_cache: KVCache = "stateful"
     """`stateful` leaves it to OpenVINO's own state. `paged` keeps it in blocks that paged attention reads, on a CPU and
     where the graph allows it: quicker answers after a slower start, for a process that stays, because OpenVINO 2026.4
-    cannot import a compiled model with paged attention (docs/upstream/openvino-paged-attention-import.md) and compiles it
+    cannot import a compiled model with paged attention (docs/upstream/openvino-paged-attention-import.md): it is compiled
     at every start."""
     cache: bool = True
     """Keep compiled models on disk, so that the next start is fast."""

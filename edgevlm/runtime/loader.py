@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from inspect import getsource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +16,15 @@ from edgevlm.errors import DeviceError
 from edgevlm.families import Family
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
 from edgevlm.model_store import cache_dir
+from edgevlm.runtime import graph_passes
 from edgevlm.runtime.compile_cache import compile_cached
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import first_line, read_ir
-from edgevlm.runtime.graph_passes import keep_last_logits
+from edgevlm.runtime.graph_passes import keep_last_logits, make_static
 from edgevlm.runtime.kv_paged import with_paged_attention
 from edgevlm.runtime.kv_session import Session
 from edgevlm.runtime.language_model import LanguageModel, TextEmbeddings
-from edgevlm.runtime.vision_encoder import VisionEncoder, make_static
+from edgevlm.runtime.vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -38,18 +43,21 @@ class ModelLoader:
 
     def vision(self, family: Family) -> VisionEncoder:
         """Return the vision encoder, static where all views of the family have one size."""
-        model = make_static(self._read(VISION), family.constants, family.view_size)
-        return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)))
+        read = partial(self._read, VISION, lambda model: make_static(model, family.constants, family.view_size))
+        baked = {name: [str(array.dtype), array.tolist()] for name, array in family.constants.items()}
+        compiled = self._compile(VISION, read, self.config.properties(self.device), f"{baked} {family.view_size}")
+        return VisionEncoder(compiled)
 
     def text_embeddings(self) -> TextEmbeddings:
         """Return the embedding table."""
-        model = self._read(TEXT_EMBEDDINGS)
-        return TextEmbeddings(self._compile(TEXT_EMBEDDINGS, model, self.config.properties(self.device)))
+        read = partial(self._read, TEXT_EMBEDDINGS)
+        return TextEmbeddings(self._compile(TEXT_EMBEDDINGS, read, self.config.properties(self.device)))
 
     def language_model(self) -> LanguageModel:
         """Return the language model with its embedding table, warmed up. Raises `DeviceError`."""
         embeddings = self.text_embeddings()
-        compiled = self._paged() or self._compile(LANGUAGE, keep_last_logits(self._read(LANGUAGE)), self._properties)
+        read = partial(self._read, LANGUAGE, keep_last_logits)
+        compiled = self._paged() or self._compile(LANGUAGE, read, self._properties)
         language_model = LanguageModel(compiled, embeddings, self.manifest.decoder_traits)
         try:
             language_model.warm_up()
@@ -71,17 +79,21 @@ class ModelLoader:
             return None
         model = with_paged_attention(self._read(LANGUAGE))
         try:
-            return model and compile_cached(model, self.device, self._properties, None, 0)
+            return model and compile_cached(lambda: model, self.device, self._properties, None, 0)
         except DeviceError as error:
             logger.info("no paged attention: %s", error)
             return None
 
-    def _read(self, part: str) -> ov.Model:
-        return read_ir(self.folder / self.manifest.submodels[part].file)
+    def _read(self, part: str, change: Callable[[ov.Model], ov.Model] = lambda model: model) -> ov.Model:
+        return change(read_ir(self.folder / self.manifest.submodels[part].file))
 
-    def _compile(self, part: str, model: ov.Model, properties: dict[str, Any]) -> ov.CompiledModel:
+    def _compile(
+        self, part: str, read: Callable[[], ov.Model], properties: dict[str, Any], baked: str = ""
+    ) -> ov.CompiledModel:
+        """Compile a submodel; `baked` names what `read` puts into it besides its IR and the changes of its graph."""
         entry = cache_dir() / "compiled" / f"{self.manifest.fingerprint}-{part}" if self.config.cache else None
-        return compile_cached(model, self.device, properties, entry, self.config.cache_limit_bytes)
+        made_of = sha256(f"{getsource(graph_passes)} {baked}".encode()).hexdigest() if entry else ""
+        return compile_cached(read, self.device, properties, entry, self.config.cache_limit_bytes, made_of)
 
 
 class Submodels:
