@@ -22,7 +22,7 @@ from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.runtime.compile_cache import SUMS, compile_cached, folder_size, prune
 from edgevlm.runtime.core import read_ir
 from tests.conftest import F32
-from tests.helpers.damage import truncate
+from tests.helpers.damage import copy_export, edit_manifest, truncate
 
 QUESTION = "What is in this picture?"
 LIMIT = 2**30
@@ -121,6 +121,22 @@ def test_what_a_blob_was_made_of_is_compared(exported: Path, entry: Path) -> Non
     np.testing.assert_array_equal(embedding(again), embedding(double))
     the_blob(entry)
     assert not from_cache(load(""))
+
+
+def test_what_the_family_puts_into_the_graph_is_compared(exported: Path, own_home: Path, tmp_path: Path) -> None:
+    folder = copy_export(exported, tmp_path / "tiny")
+    config = RuntimeConfig(device="CPU")
+
+    def load() -> list[bool]:
+        vlm = VLM(folder, config)
+        return [from_cache(each._compiled) for each in (vlm.vision, vlm.language_model)]
+
+    assert load() == [False, False]
+    assert load() == [True, True]
+    edit_manifest(
+        folder, lambda data: data["family_config"].update(position_grid=data["family_config"]["position_grid"] - 1)
+    )
+    assert load() == [False, True]
 
 
 def test_options_have_blobs_of_their_own(exported: Path, entry: Path) -> None:

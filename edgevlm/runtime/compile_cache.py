@@ -2,8 +2,9 @@
 
 OpenVINO writes a blob into the folder it is given. It notices a truncated one by itself, but not one whose pages a
 power cut left as zeros; so each blob's size and CRC-32 are kept beside it and checked before OpenVINO may read it.
-OpenVINO would tell by the weights whether a blob is the model's; here names tell, so that neither weights nor graph are
-read: an entry's folder has that of one submodel of one export, and `made_of` that of all else.
+OpenVINO by itself would hash graph and weights at every start to find a blob. Here names tell instead, so that a warm
+start reads no IR: the entry's folder is named for one submodel of one export, `made_of` for all else that the graph is
+made of, and the blob for the device and the options.
 A lock keeps processes that start at once from reading what another of them is still writing.
 """
 
@@ -45,8 +46,8 @@ def compile_cached(
     """Return the model that `read` returns, compiled, with `entry` as its cache folder.
 
     `made_of` names what the model depends on: where it was compiled and cached under the same name before, that is
-    imported, and nothing is read. Without an entry, or if it cannot be written, there is no cache. Raises `DeviceError`,
-    and what `read` raises.
+    imported, and nothing is read. None, or a folder that cannot be written, means no cache. Raises `DeviceError`, and
+    what `read` raises.
     """
     if entry is not None:
         try:
@@ -89,9 +90,14 @@ def _compile_through(
 
 
 def _blob_id(device: str, properties: dict[str, Any]) -> int:
-    """Return a number for the options of a compiled model, and for the device as OpenVINO's own numbers have it."""
-    names = ("DEVICE_ARCHITECTURE", *core().get_property(device, "CACHING_PROPERTIES"))
-    facts = {name: str(core().get_property(device, name)) for name in names}
+    """Return a number for the options of a compiled model and for the device, as OpenVINO's own numbers are."""
+    names = {"DEVICE_ARCHITECTURE", "FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES"}
+    facts = {}
+    with suppress(RuntimeError):
+        names |= set(core().get_property(device, "CACHING_PROPERTIES"))  # such as the version of a GPU's driver
+    for name in names:
+        with suppress(RuntimeError):  # not every device has every property
+            facts[name] = str(core().get_property(device, name))
     text = json.dumps([device, facts, properties], sort_keys=True, default=str)
     return int.from_bytes(sha256(text.encode()).digest()[:8], "big") >> 1  # OpenVINO's Python takes 63 bits
 

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from inspect import getsource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgevlm import __version__
 from edgevlm.errors import DeviceError
 from edgevlm.families import Family
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
@@ -90,10 +91,23 @@ class ModelLoader:
     def _compile(
         self, part: str, read: Callable[[], ov.Model], properties: dict[str, Any], baked: str = ""
     ) -> ov.CompiledModel:
-        """Compile a submodel; `baked` names what `read` puts into it besides its IR and the changes of its graph."""
+        """Compile a submodel.
+
+        `baked` names all that the graph depends on besides the export and the code of `graph_passes`: a compiled model
+        is found again by these three.
+        """
         entry = cache_dir() / "compiled" / f"{self.manifest.fingerprint}-{part}" if self.config.cache else None
-        made_of = sha256(f"{getsource(graph_passes)} {baked}".encode()).hexdigest() if entry else ""
+        made_of = sha256(f"{_passes()} {baked}".encode()).hexdigest()
         return compile_cached(read, self.device, properties, entry, self.config.cache_limit_bytes, made_of)
+
+
+@cache
+def _passes() -> str:
+    """Name the code that changes graphs: by its source or, where a program was frozen without it, by the version."""
+    try:
+        return getsource(graph_passes)
+    except OSError:
+        return __version__
 
 
 class Submodels:
