@@ -76,7 +76,7 @@ class VLM:
         self.grammar_tokenizer = GrammarTokenizer(
             self.processor.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids
         )
-        if self.config.device.upper() == "AUTO" and self.device != "CPU":
+        if self.config.device.upper() == "AUTO" and self.device != "CPU":  # a GPU that may not run the model
             try:
                 self._submodels.wait()
             except DeviceError:
