@@ -79,7 +79,7 @@ def matmul_operations(model: Any) -> int:
 
 def measure(folder: Path, threads: int) -> dict[str, Any]:
     """Return the machine's limits, what the model needs and reaches, and the shares."""
-    from edgevlm.runtime.vision_encoder import make_static
+    from edgevlm.runtime.graph_passes import make_static
 
     vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
     family, parts = vlm.processor.family, vlm.manifest.submodels

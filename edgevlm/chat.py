@@ -11,8 +11,8 @@ from edgevlm.answer import Answer, Event, Piece
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.stream import collect
 from edgevlm.families.base import ImageBudget
-from edgevlm.inputs.chat_template import Message, text_message, user_message
 from edgevlm.inputs.image import ImageInput, Picture, load_picture
+from edgevlm.inputs.messages import Message, text_message, user_message
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of
 from edgevlm.inputs.vision_cache import PreprocessedImage
 

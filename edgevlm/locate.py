@@ -15,8 +15,8 @@ from edgevlm.decoding.structured import Constraint
 from edgevlm.errors import DeviceError, OptionError, PromptError
 from edgevlm.families import LOCATING, Family, ImageBudget
 from edgevlm.families.grounding import Grounding
-from edgevlm.inputs.chat_template import Message, user_message
 from edgevlm.inputs.image import Picture
+from edgevlm.inputs.messages import Message, user_message
 from edgevlm.locations import Location, Locations, sorted_box
 
 MAX_LOCATIONS, MAX_PHRASE = 100, 500

@@ -15,7 +15,10 @@ class Timings:
     """Wall times of one answer, in seconds."""
 
     load_s: float
-    """Reading and compiling the model, once per process; not part of `ttft_s`."""
+    """Waiting for the model to be read and compiled: in the constructor and, with `wait=False`, in the first answer.
+
+    Not part of `ttft_s` and `total_s`.
+    """
     preprocess_s: float
     vision_s: float
     prefill_s: float
@@ -57,14 +60,16 @@ class Stopwatch:
         """Return the figures after `tokens` tokens."""
         now = perf_counter()
         first = self.first_token or now
+        loading = self.stages.get("load", 0.0)
+        started = self.started + loading
         return Timings(
-            load_s=load_s,
+            load_s=load_s + loading,
             preprocess_s=self.stages.get("preprocess", 0.0),
             vision_s=self.stages.get("vision", 0.0),
             prefill_s=self.stages.get("prefill", 0.0),
-            ttft_s=first - self.started,
+            ttft_s=first - started,
             tpot_s=(now - first) / (tokens - 1) if tokens > 1 else None,
-            total_s=now - self.started,
+            total_s=now - started,
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,11 +17,11 @@ from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.scoring import Scores, log_likelihoods
 from edgevlm.decoding.stream import TextModel, check_satisfied, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
-from edgevlm.errors import ContextLengthError, DeviceError, ImageError
+from edgevlm.errors import ContextLengthError, DamagedModelError, DeviceError, ImageError
+from edgevlm.families import Family, make_family
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
-from edgevlm.inputs.chat_template import Message, user_message
 from edgevlm.inputs.image import ImageInput, content_digest, load_picture
-from edgevlm.inputs.processor import Processor
+from edgevlm.inputs.messages import Message, user_message
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
@@ -31,10 +30,12 @@ from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
 from edgevlm.runtime.arithmetic import ChosenArithmetic
 from edgevlm.runtime.config import RuntimeConfig
-from edgevlm.runtime.core import first_line, resolve_device
+from edgevlm.runtime.core import resolve_device
 from edgevlm.runtime.kv_pool import SessionPool
 from edgevlm.runtime.kv_session import Session
-from edgevlm.runtime.loader import ModelLoader
+from edgevlm.runtime.language_model import LanguageModel
+from edgevlm.runtime.loader import ModelLoader, Submodels
+from edgevlm.runtime.vision_encoder import VisionEncoder
 
 if TYPE_CHECKING:
     from edgevlm.locations import Locations
@@ -48,10 +49,14 @@ class VLM:
 
     `model` is an exported folder or a short name under edgevlm's models folder; None means the bundled model, which
     is for displays, gauges, lights, labels, parts and simple charts, and says so once through `logging`.
+    With `wait=False` it returns while the submodels still load, for a process that asks at once: pictures are encoded
+    before the language model is loaded. What keeps a submodel from being loaded is raised where it is first needed.
     Safe to use from several threads: each answer has its own state. Raises `ModelError` and `DeviceError`.
     """
 
-    def __init__(self, model: str | os.PathLike[str] | None = None, config: RuntimeConfig | None = None) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] | None = None, config: RuntimeConfig | None = None, *, wait: bool = True
+    ) -> None:
         started = perf_counter()
         if model is None:
             logger.warning(DEFAULT_NOTICE)
@@ -59,32 +64,43 @@ class VLM:
         self.config = config or RuntimeConfig()
         self.manifest = load_manifest(self.folder)
         check_files(self.folder, self.manifest)
-        self.processor = Processor(self.folder, self.manifest)
+        family = make_family(self.manifest.family, self.manifest.family_config)
+        self.device = resolve_device(self.config.device)
+        self._submodels = self._load(family)
+        from edgevlm.inputs.processor import Processor  # tokenizers and Jinja, imported while the submodels load
+
+        try:
+            self.processor = Processor(self.folder, self.manifest, family)
+        except DamagedModelError:
+            self._submodels.settle()
+            raise
         self.grammar_tokenizer = GrammarTokenizer(
             self.processor.tokenizer, self.manifest.vocab_size, self.manifest.eos_token_ids
         )
-        self.device = resolve_device(self.config.device)
-        try:
-            self._load()
-        except DeviceError:
-            if self.config.device.upper() != "AUTO" or self.device == "CPU":
-                raise
-            self.device = "CPU"
-            self._load()
+        if self.config.device.upper() == "AUTO" and self.device != "CPU":  # a GPU that may not run the model
+            try:
+                self._submodels.wait()
+            except DeviceError:
+                self.device = "CPU"
+                self._submodels = self._load(family)
+        if wait:
+            self._submodels.wait()
+        self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
+        self._sessions = SessionPool(self._submodels.session, self.config.kept_sessions)
         self.load_s = perf_counter() - started
 
-    def _load(self) -> None:
-        loader = ModelLoader(self.folder, self.manifest, self.config, self.device)
-        with ThreadPoolExecutor(1) as pool:  # loading and compiling a submodel uses one core
-            vision = pool.submit(loader.vision, self.processor.family)
-            self.language_model = loader.language_model()
-            try:
-                self.language_model.warm_up()
-            except RuntimeError as error:  # a device may compile a model that it cannot run
-                raise DeviceError(f"{self.device} cannot run this model: {first_line(error)}") from None
-            self.vision = vision.result()
-        self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
-        self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
+    def _load(self, family: Family) -> Submodels:
+        return Submodels(ModelLoader(self.folder, self.manifest, self.config, self.device), family)
+
+    @property
+    def vision(self) -> VisionEncoder:
+        """The vision submodel; waits where it is still loading, and raises what kept it from being loaded."""
+        return self._submodels.vision
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """The language model; waits where it is still loading, and raises what kept it from being loaded."""
+        return self._submodels.language_model
 
     @property
     def vision_arithmetic(self) -> ChosenArithmetic:
@@ -346,14 +362,18 @@ class VLM:
             ids = np.asarray(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs), np.int64)
         self.processor.check_known(ids)
         self._check_length(len(ids))
+        with watch.stage("load"):
+            vision = self.vision
         with watch.stage("vision"):
-            encoded = yield from self._encode(preprocessed, cache_salt)
+            encoded = yield from self._encode(vision, preprocessed, cache_salt)
+        with watch.stage("load"):
+            language_model = self.language_model
         shown = family.image_rows(ids)
         features = [family.assemble(image.layout, [view.outputs for view in image.views]) for image in encoded]
         image_embeds = join([each[IMAGE_EMBEDS] for each in features], self.manifest.hidden_size)
         rows = [key for pair in zip(encoded, features, strict=True) for key in feature_keys(*pair)]
         return Prompt(
-            merge(self.language_model.embed(ids), shown, image_embeds),
+            merge(language_model.embed(ids), shown, image_embeds),
             ids=ids.tolist(),
             prefix_keys=prefix_keys(ids, shown, rows, cache_salt),
             inputs=family.language_inputs(ids, [image.layout for image in encoded], features),
@@ -364,13 +384,13 @@ class VLM:
         )
 
     def _encode(
-        self, images: Sequence[PreprocessedImage], cache_salt: str
+        self, vision: VisionEncoder, images: Sequence[PreprocessedImage], cache_salt: str
     ) -> Generator[Progress, None, list[EncodedImage]]:
         """Encode the views that are not in the vision cache; return the pictures' embeddings."""
         total = sum(len(image.image) for image in images if isinstance(image.image, Visual))
         before, encoded = 0, []
         for image in images:
-            steps = self._vision_cache.encode(image, self.vision.encode, cache_salt)
+            steps = self._vision_cache.encode(image, vision.encode, cache_salt)
             encoded.append((yield from as_progress(steps, before, total)))
             before += len(image.image) if isinstance(image.image, Visual) else 0
         return encoded

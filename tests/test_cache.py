@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
@@ -21,7 +22,7 @@ from edgevlm import VLM, GenerationConfig, RuntimeConfig
 from edgevlm.runtime.compile_cache import SUMS, compile_cached, folder_size, prune
 from edgevlm.runtime.core import read_ir
 from tests.conftest import F32
-from tests.helpers.damage import truncate
+from tests.helpers.damage import copy_export, edit_manifest, truncate
 
 QUESTION = "What is in this picture?"
 LIMIT = 2**30
@@ -44,7 +45,7 @@ def entry(tmp_path: Path) -> Path:
 def load(exported: Path, entry: Path) -> Callable[[], ov.CompiledModel]:
     """What compiles the embedding table with the entry as its cache."""
     path = exported / "openvino_text_embeddings_model.xml"
-    return lambda: compile_cached(read_ir(path), "CPU", {}, entry, LIMIT)
+    return lambda: compile_cached(lambda: read_ir(path), "CPU", {}, entry, LIMIT)
 
 
 def embedding(compiled: ov.CompiledModel) -> np.ndarray:
@@ -83,6 +84,75 @@ def test_the_second_load_reads_what_the_first_wrote(load: Callable[[], ov.Compil
     assert state(entry) == written
     assert json.loads((entry / SUMS).read_text()).keys() == {the_blob(entry).name}
     np.testing.assert_array_equal(embedding(first), embedding(second))
+
+
+def test_a_warm_load_reads_no_model(load: Callable[[], ov.CompiledModel], entry: Path) -> None:
+    wanted = embedding(load())
+
+    def refuse() -> ov.Model:
+        raise AssertionError("read")
+
+    found = compile_cached(refuse, "CPU", {}, entry, LIMIT)
+    assert from_cache(found)
+    np.testing.assert_array_equal(embedding(found), wanted)
+    with pytest.raises(AssertionError, match="read"):
+        compile_cached(refuse, "CPU", {}, entry, LIMIT, "another graph")
+
+
+def test_what_a_blob_was_made_of_is_compared(exported: Path, entry: Path) -> None:
+    """A blob of another graph is rebuilt in its place, and is then the other graph's."""
+    path = exported / "openvino_text_embeddings_model.xml"
+
+    def doubled() -> ov.Model:
+        model = read_ir(path)
+        result = model.get_results()[0]
+        twice = ov.opset13.multiply(result.input_value(0), np.float32(2))
+        result.input(0).replace_source_output(twice.output(0))
+        return model
+
+    def load(made_of: str) -> ov.CompiledModel:
+        return compile_cached(doubled if made_of else lambda: read_ir(path), "CPU", {}, entry, LIMIT, made_of)
+
+    single, double = embedding(load("")), load("doubled")
+    assert not from_cache(double)
+    np.testing.assert_allclose(embedding(double), 2 * single, rtol=1e-2)
+    again = load("doubled")
+    assert from_cache(again)
+    np.testing.assert_array_equal(embedding(again), embedding(double))
+    the_blob(entry)
+    assert not from_cache(load(""))
+
+
+def test_what_the_family_puts_into_the_graph_is_compared(exported: Path, own_home: Path, tmp_path: Path) -> None:
+    folder = copy_export(exported, tmp_path / "tiny")
+    config = RuntimeConfig(device="CPU")
+
+    def load() -> list[bool]:
+        vlm = VLM(folder, config)
+        return [from_cache(each._compiled) for each in (vlm.vision, vlm.language_model)]
+
+    assert load() == [False, False]
+    assert load() == [True, True]
+    edit_manifest(
+        folder, lambda data: data["family_config"].update(position_grid=data["family_config"]["position_grid"] - 1)
+    )
+    assert load() == [False, True]
+
+
+def test_options_have_blobs_of_their_own(exported: Path, entry: Path) -> None:
+    path = exported / "openvino_text_embeddings_model.xml"
+    options: list[dict[str, Any]] = [{}, {"INFERENCE_PRECISION_HINT": "f32"}, {"INFERENCE_NUM_THREADS": 1}]
+
+    def load() -> list[bool]:
+        return [from_cache(compile_cached(lambda: read_ir(path), "CPU", each, entry, LIMIT)) for each in options]
+
+    assert load() == [False] * 3
+    assert load() == [True] * 3
+    blobs = sorted(entry.glob("*.blob"))
+    assert len(blobs) == 3
+    cut(blobs[0])
+    assert sorted(load()) == [False, True, True]
+    assert load() == [True] * 3
 
 
 def cut(blob: Path) -> None:
@@ -162,7 +232,7 @@ def test_a_blob_of_another_openvino_is_rebuilt_once(load: Callable[[], ov.Compil
     assert version in data
     replace(blob, data.replace(version, older))
     (entry / SUMS).unlink()
-    sums = {blob.name: [len(data), zlib.crc32(blob.read_bytes())]}
+    sums = {blob.name: [len(data), zlib.crc32(blob.read_bytes()), ""]}
     (entry / SUMS).write_text(json.dumps(sums), encoding="utf-8")
     rebuilt = load()
     assert not from_cache(rebuilt)
@@ -241,7 +311,7 @@ def test_a_load_marks_its_entry_as_used_and_prunes_the_rest(
     make_entry(entry.parent, "unused", 10, 100)
     os.utime(entry, (1_600_000_000, 1_600_000_000))
     path = exported / "openvino_text_embeddings_model.xml"
-    compiled = compile_cached(read_ir(path), "CPU", {}, entry, folder_size(entry))
+    compiled = compile_cached(lambda: read_ir(path), "CPU", {}, entry, folder_size(entry))
     assert from_cache(compiled)
     assert [path.name for path in entry.parent.iterdir() if path.is_dir()] == ["entry"]
     assert entry.stat().st_mtime > 1_700_000_000

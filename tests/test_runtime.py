@@ -68,7 +68,7 @@ def test_an_answer_adds_up(vlm: VLM, china: Path) -> None:
     assert (answer.views, answer.image_tokens) == (26, 26 * 4)
     assert answer.generated_tokens == len(answer.token_ids) == 16
     timings = answer.timings
-    assert timings.load_s == vlm.load_s
+    assert timings.load_s >= vlm.load_s
     assert timings.preprocess_s + timings.vision_s + timings.prefill_s <= timings.ttft_s <= timings.total_s
     assert timings.tpot_s is not None
     assert timings.ttft_s + 15 * timings.tpot_s == pytest.approx(timings.total_s)

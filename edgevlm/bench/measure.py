@@ -31,8 +31,8 @@ from edgevlm.decoding.stream import stream_tokens
 from edgevlm.errors import BenchmarkError, OptionError
 from edgevlm.families import Detail, ImageBudget
 from edgevlm.families.base import RGB
-from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.image import ImageInput
+from edgevlm.inputs.messages import user_message
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.metrics import Stopwatch, Timings, peak_memory
 from edgevlm.runtime.arithmetic import ChosenArithmetic

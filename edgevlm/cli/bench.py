@@ -86,7 +86,7 @@ def _bench(model: str | None, image: Path | None, options: dict[str, Any]) -> Re
 
     from edgevlm.bench.measure import Sweep, sample_picture
     from edgevlm.bench.measure import bench as measure
-    from edgevlm.cli.output import Progress
+    from edgevlm.cli.progress import Progress
     from edgevlm.inputs.image import load_image
     from edgevlm.model_store import find_model
 

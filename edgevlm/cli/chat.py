@@ -31,7 +31,7 @@ def chat(images: tuple[str, ...], system: str | None, **options: Any) -> None:
     edgevlm chat photo.jpg
     edgevlm chat photo.jpg -m SmolVLM-256M-Instruct-int4 --system "Answer in one sentence."
     """
-    from edgevlm.cli.output import Progress
+    from edgevlm.cli.progress import Progress
     from edgevlm.cli.repl import talk
     from edgevlm.inputs.image import probed_image
 

@@ -43,7 +43,7 @@ def locate(image: str, phrase: str, output: Path | None, as_json: bool, max_loca
     edgevlm locate plant.jpg "the red valve" -m ./qwen2.5-vl -o marked.png
     edgevlm locate plant.jpg "valves" -m ./qwen2.5-vl --json
     """
-    from edgevlm.cli.output import Progress, print_locations
+    from edgevlm.cli.progress import Progress
 
     runtime, budget = runtime_config(options), image_budget(options)
     picture = read_picture(image)  # a bad picture is told before the model is loaded, and a bad name for the copy
@@ -55,11 +55,13 @@ def locate(image: str, phrase: str, output: Path | None, as_json: bool, max_loca
         from edgevlm.inputs.image import load_picture
         from edgevlm.vlm import VLM
 
-        vlm, decoded = VLM(model, runtime), load_picture(picture)
+        vlm, decoded = VLM(model, runtime, wait=False), load_picture(picture)
         found = progress.follow(vlm.locate_events(decoded, phrase, None, budget, max_locations))
     if as_json:
         click.echo(write_json(found.to_dict()))
     else:
+        from edgevlm.cli.output import print_locations
+
         print_locations(found)
     if output:
         _save(found.draw(decoded), output)

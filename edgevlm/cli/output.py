@@ -1,78 +1,26 @@
-"""Terminal output: progress on stderr, tables on stdout; programs use `--json`."""
+"""Terminal output through Rich: tables on stdout, a bar on stderr; programs use `--json`."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from edgevlm.answer import Answer, Event, Piece
-from edgevlm.answer import Progress as ProgressEvent
+from edgevlm.answer import Answer
 
 if TYPE_CHECKING:
     from edgevlm.bench.measure import Report
     from edgevlm.decoding.scoring import Scores
     from edgevlm.locations import Locations
 
-T = TypeVar("T")
 _POINTS_ABREAST = 5
 """Points of a benchmark that fit beside each other in a terminal of 80 columns."""
-
-
-class Progress:
-    """A status line on stderr; silent when stderr is no terminal."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._status: Status | None = Status("", console=console) if console.is_terminal else None
-
-    def __enter__(self) -> Progress:
-        if self._status:
-            self._status.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.clear()
-
-    def stage(self, name: str) -> None:
-        """Show what is being done now."""
-        if self._status:
-            self._status.update(f"{name} …")
-
-    def show(self, event: Event) -> None:
-        """Show the progress of an answer; its first text removes the line."""
-        if isinstance(event, Piece):
-            self.clear()
-        elif event.stage == "decode":
-            self.stage(f"generated {event.done} of {event.total} tokens")
-        elif event.done < event.total:
-            self.stage(f"encoding view {event.done + 1} of {event.total}")
-        else:
-            self.stage("reading the prompt")
-
-    def follow(self, steps: Generator[ProgressEvent, None, T]) -> T:
-        """Show the steps of a generator; return what it returns."""
-        while True:
-            try:
-                self.show(next(steps))
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
-
-    def clear(self) -> None:
-        """Remove the line."""
-        if self._status:
-            self._status.stop()
-            self._status = None
 
 
 class Bar:
@@ -112,13 +60,6 @@ class Bar:
 def print_row(row: Mapping[str, Any]) -> None:
     """Print a picture's name and what was answered about it, or what was wrong with it."""
     Console().print(Text(f"{row['path']}  {row.get('answer', row.get('error'))}"), soft_wrap=True)
-
-
-def print_cut(answer: Answer) -> None:
-    """Say on stderr why an answer ended before the model did."""
-    if answer.finish_reason != "stop":
-        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
-        Console(stderr=True).print(f"(cut: {why})", highlight=False)
 
 
 def print_stats(answer: Answer) -> None:

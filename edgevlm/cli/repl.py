@@ -12,7 +12,8 @@ import click
 
 from edgevlm.answer import Piece
 from edgevlm.chat import Chat
-from edgevlm.cli.output import Progress, print_cut, print_stats
+from edgevlm.cli.output import print_stats
+from edgevlm.cli.progress import Progress, print_cut
 from edgevlm.errors import EdgeVLMError
 from edgevlm.inputs.image import ImageFile, probed_image
 

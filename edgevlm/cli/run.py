@@ -27,7 +27,7 @@ from edgevlm.errors import ImageError, OptionError
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
-    from edgevlm.cli.output import Progress
+    from edgevlm.cli.progress import Progress
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.families.base import FrameSampling, ImageBudget
     from edgevlm.inputs.image import ImageFile
@@ -143,11 +143,11 @@ def _load(request: _Request, progress: Progress) -> VLM:
     progress.stage("loading the model")
     from edgevlm.vlm import VLM
 
-    return VLM(request.model, request.runtime)
+    return VLM(request.model, request.runtime, wait=False)
 
 
 def _score(images: list[ImageFile | Video], request: _Request, choices: Sequence[str], as_json: bool) -> None:
-    from edgevlm.cli.output import Progress, print_scores
+    from edgevlm.cli.progress import Progress
 
     with Progress() as progress:
         vlm = _load(request, progress)
@@ -157,14 +157,16 @@ def _score(images: list[ImageFile | Video], request: _Request, choices: Sequence
     if as_json:
         click.echo(write_json(scores.to_dict()))
     else:
+        from edgevlm.cli.output import print_scores
+
         print_scores(scores)
 
 
 def _answer(images: list[ImageFile | Video], request: _Request, as_json: bool, stats: bool) -> None:
     from edgevlm.answer import Piece
-    from edgevlm.cli.output import Progress, print_cut, print_stats
+    from edgevlm.cli.progress import Progress, print_cut
     from edgevlm.decoding.stream import check_satisfied
-    from edgevlm.inputs.chat_template import user_message
+    from edgevlm.inputs.messages import user_message
     from edgevlm.inputs.video import kinds_of
 
     with Progress() as progress:
@@ -185,5 +187,7 @@ def _answer(images: list[ImageFile | Video], request: _Request, as_json: bool, s
         if answer.satisfied is not False:
             print_cut(answer)
         if stats:
+            from edgevlm.cli.output import print_stats
+
             print_stats(answer)
     check_satisfied(answer)

@@ -66,7 +66,8 @@ def watch(
     edgevlm watch ./camera --question "Is the door open?" --choices yes,no --sqlite door.db
     edgevlm watch ./gauges --question "Read the gauge." --schema reading.json -o readings.jsonl
     """
-    from edgevlm.cli.output import Progress, print_row
+    from edgevlm.cli.output import print_row
+    from edgevlm.cli.progress import Progress
     from edgevlm.jobs.sinks import JsonlSink, SqliteSink
     from edgevlm.jobs.watch import Watch, Watcher
 

@@ -11,7 +11,7 @@ from edgevlm.decoding.sampling import make_sampler
 from edgevlm.decoding.structured import Constraint
 from edgevlm.errors import OptionError
 from edgevlm.families.base import ImageBudget
-from edgevlm.inputs.chat_template import check_variables
+from edgevlm.inputs.messages import check_variables
 
 _OLD_NAMES = {"max_tiles": "max_views"}
 """Options by names that they had before."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,9 +17,11 @@ from edgevlm.decoding.stop_text import StopText
 from edgevlm.decoding.structured import GrammarTokenizer
 from edgevlm.errors import IncompleteAnswerError
 from edgevlm.inputs.prompt import Prompt
-from edgevlm.inputs.tokenizer import Tokenizer
 from edgevlm.metrics import Stopwatch, peak_memory
 from edgevlm.runtime.kv_session import Session
+
+if TYPE_CHECKING:
+    from edgevlm.inputs.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -5,44 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from edgevlm.errors import DamagedModelError, OptionError, PromptError, one_line
-
-Message: TypeAlias = Mapping[str, Any]
-"""`{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`, as in Hugging Face chats."""
-
-
-def user_message(question: str, images: int | Sequence[str]) -> Message:
-    """Return one user turn: the images first, then the question.
-
-    `images` are how many, or `image` or `video` for each.
-    """
-    kinds = ["image"] * images if isinstance(images, int) else images
-    content: list[dict[str, str]] = [{"type": kind} for kind in kinds]
-    return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
-
-
-def text_message(role: str, text: str) -> Message:
-    """Return one turn of `role` ("system", "assistant") without pictures."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
-
-
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-
-
-def check_variables(variables: Mapping[str, Any]) -> None:
-    """Raise `OptionError` for template variables that no template could be given."""
-    for name in variables:
-        if not isinstance(name, str) or not name.isidentifier():
-            raise OptionError(f"a template variable needs a name such as enable_thinking, not {name!r}")
-        if name in _RESERVED:
-            raise OptionError(f"{name} is no template variable: edgevlm sets it itself")
+from edgevlm.errors import DamagedModelError, PromptError, one_line
+from edgevlm.inputs.messages import Message, text_message, user_message
 
 
 class _Generation(Extension):

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.errors import DamagedModelError, PromptError
-from edgevlm.families import Visual, make_family
+from edgevlm.families import Family, Visual, make_family
 from edgevlm.families.base import ImageBudget, LaidOut
-from edgevlm.inputs.chat_template import ChatTemplate, Message
+from edgevlm.inputs.chat_template import ChatTemplate
 from edgevlm.inputs.image import ImageInput, load_image
+from edgevlm.inputs.messages import Message
 from edgevlm.inputs.tokenizer import Tokenizer
 from edgevlm.manifest import Manifest
 
@@ -22,8 +23,8 @@ from edgevlm.manifest import Manifest
 class Processor:
     """Family, tokenizer and chat template of one exported folder."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.family = make_family(manifest.family, manifest.family_config)
+    def __init__(self, folder: Path, manifest: Manifest, family: Family | None = None) -> None:
+        self.family = family or make_family(manifest.family, manifest.family_config)
         self.tokenizer = Tokenizer(folder, manifest.text_tokens)
         source = _read_text(folder / manifest.chat_template)
         self.template = ChatTemplate(source, manifest.special_tokens)

@@ -44,7 +44,8 @@ class RuntimeConfig:
     kv_cache: KVCache = "stateful"
     """`stateful` leaves it to OpenVINO's own state. `paged` keeps it in blocks that paged attention reads, on a CPU and
     where the graph allows it: quicker answers after a slower start, for a process that stays, because OpenVINO 2026.4
-    cannot load a compiled model with paged attention again and compiles it at every start."""
+    cannot import a compiled model with paged attention, which is so compiled at every start
+    (docs/upstream/openvino-paged-attention-import.md)."""
     cache: bool = True
     """Keep compiled models on disk, so that the next start is fast."""
     cache_limit_bytes: int = 2 * 2**30

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +14,37 @@ from edgevlm.errors import DamagedModelError, DeviceError
 if TYPE_CHECKING:
     import openvino as ov
 
+_CONVERTER = "openvino.tools.ovc"
+
 
 def import_openvino() -> Any:
     """Import OpenVINO without its telemetry, which would otherwise try the network at every import.
 
-    OpenVINO and NNCF take a missing `openvino_telemetry` for "none installed".
+    OpenVINO and NNCF take a missing `openvino_telemetry` for "none installed". OpenVINO's model converter, more than
+    half of the import, is imported when somebody asks for `openvino.convert_model`.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    if "openvino" not in sys.modules and _CONVERTER not in sys.modules:
+        sys.modules[_CONVERTER] = None  # type: ignore[assignment]
+        try:
+            import openvino
+        finally:
+            sys.modules.pop(_CONVERTER, None)
+        if not hasattr(openvino, "convert_model"):
+            openvino.__getattr__ = _convert_model
     import openvino
 
     return openvino
+
+
+def _convert_model(name: str) -> Any:
+    """Return what OpenVINO's package has only from now on, as the `__getattr__` of the package."""
+    if name != "convert_model":
+        raise AttributeError(f"module 'openvino' has no attribute {name!r}")
+    import openvino
+
+    openvino.convert_model = import_module(_CONVERTER).convert_model
+    return openvino.convert_model
 
 
 @cache

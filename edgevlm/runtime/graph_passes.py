@@ -1,4 +1,7 @@
-"""What is changed in a submodel's graph as it is loaded."""
+"""What is changed in a submodel's graph as it is read, before it is compiled.
+
+The compile cache takes this module's source as a part of what a compiled model was made of.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgevlm.families.base import PIXEL_VALUES, Arrays
 from edgevlm.runtime.core import import_openvino
 
 if TYPE_CHECKING:
@@ -34,6 +38,20 @@ def keep_last_logits(model: ov.Model, axis: int = 1) -> ov.Model:
     head.input(0).replace_source_output(kept.output(0))
     model.add_parameters([keep])
     model.validate_nodes_and_infer_types()
+    return model
+
+
+def make_static(model: ov.Model, constants: Arrays, view_size: tuple[int, int] | None) -> ov.Model:
+    """Replace inputs by `constants`, and make shapes static where all views have one `(height, width)`."""
+    opset = import_openvino().opset13
+    for parameter in model.get_parameters():
+        names = parameter.output(0).get_names()
+        for name in names & set(constants):
+            constant = opset.constant(constants[name], dtype=parameter.get_element_type())
+            parameter.output(0).replace(constant.output(0))
+            model.remove_parameter(parameter)
+    if view_size:
+        model.reshape({PIXEL_VALUES: [1, 3, *view_size]})
     return model
 
 

@@ -7,26 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Arrays, View
+from edgevlm.families.base import IMAGE_EMBEDS, View
 from edgevlm.runtime.arithmetic import ChosenArithmetic
-from edgevlm.runtime.core import import_openvino
 
 if TYPE_CHECKING:
     import openvino as ov
-
-
-def make_static(model: ov.Model, constants: Arrays, view_size: tuple[int, int] | None) -> ov.Model:
-    """Replace inputs by `constants`, and make shapes static where all views have one `(height, width)`."""
-    opset = import_openvino().opset13
-    for parameter in model.get_parameters():
-        names = parameter.output(0).get_names()
-        for name in names & set(constants):
-            constant = opset.constant(constants[name], dtype=parameter.get_element_type())
-            parameter.output(0).replace(constant.output(0))
-            model.remove_parameter(parameter)
-    if view_size:
-        model.reshape({PIXEL_VALUES: [1, 3, *view_size]})
-    return model
 
 
 class VisionEncoder:

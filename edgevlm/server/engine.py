@@ -17,8 +17,8 @@ from edgevlm.answer import Piece
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
-from edgevlm.inputs.chat_template import Message
 from edgevlm.inputs.image import ImageInput
+from edgevlm.inputs.messages import Message
 from edgevlm.inputs.video import Video
 from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, StoppingError
 from edgevlm.vlm import VLM

@@ -12,8 +12,8 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
 from edgevlm.families.base import Detail
-from edgevlm.inputs.chat_template import Message, check_variables
 from edgevlm.inputs.image import ImageFile, probe_image
+from edgevlm.inputs.messages import Message, check_variables
 from edgevlm.inputs.video import Video, probe_video
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatMessage, ImagePart, Part, TextPart, VideoPart, VideoUrl

@@ -92,7 +92,7 @@ def export(source: str, output: Path | None, as_json: bool, **options: Any) -> N
     missing = [name for name in ("nncf", "safetensors", "huggingface_hub") if find_spec(name) is None]
     if missing:
         raise ExportError(f"exporting needs {', '.join(missing)}; install it with: pip install 'edgevlm[export]'")
-    from edgevlm.cli.output import Progress
+    from edgevlm.cli.progress import Progress
 
     with Progress() as progress:
         progress.stage("starting")

@@ -18,7 +18,7 @@ from edgevlm.families.base import (
     View,
     Visual,
 )
-from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.messages import user_message
 from edgevlm.inputs.processor import Processor
 from edgevlm.inputs.prompt import join, merge
 from edgevlm.runtime.loader import ModelLoader

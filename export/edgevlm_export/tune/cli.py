@@ -72,7 +72,7 @@ def tune(
     missing = [name for name in ("torch", "transformers", "peft", "nncf", "safetensors") if find_spec(name) is None]
     if missing:
         raise TuningError(f"tuning needs {', '.join(missing)}; install it with: pip install 'edgevlm[tune]'")
-    from edgevlm.cli.output import Progress
+    from edgevlm.cli.progress import Progress
 
     with Progress() as progress:
         progress.stage("starting")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.families.base import ImageBudget
-from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.messages import user_message
 from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import Manifest
 from edgevlm_export.samples import pixel_values
