@@ -1,6 +1,6 @@
-"""One system in a process of its own: load, warm up, answer; a JSON line for each answer on stdout.
+"""One system in a process of its own: load, warm up, answer; JSON lines for its start and the answer on stdout.
 
-    python -m benchmarks.peers SYSTEM MODEL PICTURE [--question Q] [--tokens 32] [--answers 2] [--threads 2]
+    python -m benchmarks.peers SYSTEM MODEL PICTURE [--question Q] [--tokens 32] [--threads 2]
 
 `side_by_side` calls it for each system in turn. Every system gets the same picture file and question and makes exactly
 as many tokens as asked for, greedily; the time to the first token begins with the picture still a file. Systems that
@@ -22,8 +22,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from benchmarks.child import tell_case, tell_start
 from benchmarks.peer_models import VISION_ONNX
-from edgevlm.metrics import peak_memory
+from edgevlm.bench.conditions import Meter
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class Job:
     picture: Path
     question: str
     tokens: int
-    answers: int
     threads: int
     prompt_tokens: int
     tiles: int
@@ -51,8 +51,12 @@ class Measured:
     text: str
     vision_s: float | None = None
     prefill_s: float | None = None
+    views: int | None = None
+    image_tokens: int | None = None
 
 
+CASE = "picture"
+"""The one case of a run of `side_by_side`."""
 Answers: TypeAlias = Iterator[Measured]
 
 
@@ -148,6 +152,8 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
                 text,
                 timings.vision_s,
                 timings.prefill_s,
+                once.prompt.views,
+                once.prompt.image_tokens,
             )
 
     return answers
@@ -288,16 +294,19 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--question", default="Describe this picture in detail.")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--answers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt-tokens", type=int, default=877, help="for systems of the text part alone")
     parser.add_argument("--tiles", type=int, default=13, help="for systems of the vision part alone")
     arguments = vars(parser.parse_args())
-    system = SYSTEMS[arguments.pop("system")]
-    job = Job(**arguments)
-    for number, each in zip(range(job.answers), system(job), strict=False):
-        line = {"number": number, **asdict(each), "at": time.time(), "peak_memory_bytes": peak_memory()}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+    make = SYSTEMS[arguments.pop("system")]
+    answers = make(job := Job(**arguments))
+    warm_up = next(answers)
+    tell_start(time.time() - warm_up.total_s + warm_up.ttft_s)
+    meter = Meter(job.threads)
+    with meter.part():
+        answer = next(answers)
+    speed = {"tokens_per_s": 1 / answer.tpot_s if answer.tpot_s else None}
+    tell_case(CASE, {**asdict(answer), **speed}, meter)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from edgevlm.cli.help import Command
 from edgevlm.model_store import cache_dir, models_dir
 from edgevlm.strict_json import write_json
 
-_ISA = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 _RUNTIME = ("openvino", "numpy", "pillow", "tokenizers", "llguidance", "jinja2", "click")
 _EXPORT = ("nncf", "safetensors", "huggingface-hub", "torch", "transformers", "optimum-intel", "onnx", "onnxruntime")
 
@@ -44,6 +43,7 @@ def diagnose() -> dict[str, Any]:
     import psutil
 
     from edgevlm.runtime.core import core
+    from edgevlm.runtime.cpu import cpu_features
 
     memory = psutil.virtual_memory()
     return {
@@ -78,14 +78,6 @@ def _folder_facts(folder: Path, *, size: bool) -> str:
     except OSError as error:
         return f"{folder} (cannot be read: {error.strerror or error})"
     return f"{folder} ({folder_size(folder) / 1e6:.0f} MB)" if size else str(folder)
-
-
-def cpu_features() -> list[str]:
-    """Return those of the instruction sets that matter here which this CPU has."""
-    from archspec.cpu.detect import detected_info
-
-    features = detected_info().features
-    return [name for name in _ISA if name in features]
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

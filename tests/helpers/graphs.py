@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm import VLM
-from edgevlm.cli.doctor import cpu_features
+from edgevlm.runtime.cpu import cpu_features
 from tests.conftest import F32
 
 
