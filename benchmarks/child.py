@@ -32,18 +32,15 @@ PACKAGES = {
 """Modules whose versions figures depend on, and the packages that they come in."""
 
 
-def tell_start(first_token_at: float) -> None:
+def tell_start(first_token_at: float, meter: Meter) -> None:
     """Print the line of the start; `first_token_at` is the time of day of the first token."""
-    _tell(START, {"first_token_at": first_token_at})
+    tell_case(START, {"first_token_at": first_token_at}, meter)
 
 
 def tell_case(case: str, figures: Mapping[str, Any], meter: Meter) -> None:
-    """Print the line of a case: its figures and conditions."""
-    _tell(case, {**figures, "conditions": meter.conditions.to_dict()})
-
-
-def _tell(case: str, figures: Mapping[str, Any]) -> None:
-    print(json.dumps({"case": case, **figures, **memory(), "versions": versions()}, ensure_ascii=False), flush=True)
+    """Print the line of a case: its figures and the conditions of what was measured."""
+    row = {"case": case, **figures, "conditions": meter.conditions.to_dict(), **memory(), "versions": versions()}
+    print(json.dumps(row, ensure_ascii=False), flush=True)
 
 
 def versions() -> dict[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -134,13 +135,16 @@ SYSTEMS: dict[str, Callable[[Path, int, int], Asker]] = {"edgevlm": edgevlm, "op
 
 def main() -> None:
     system, model, tokens, threads, *named = sys.argv[1:]
-    answer = SYSTEMS[system](Path(model), int(tokens), int(threads))
+    start = Meter(int(threads))
+    with start.part():
+        answer = SYSTEMS[system](Path(model), int(tokens), int(threads))
     for number, (case, pair) in enumerate(each.split("=", 1) for each in named):
         warm_up, picture = (Path(path) for path in pair.split(","))
         began = time.time()
-        (first,) = answer(warm_up, False)
+        with nullcontext() if number else start.part():
+            (first,) = answer(warm_up, False)
         if not number:
-            tell_start(began + first.ttft_s)
+            tell_start(began + first.ttft_s, start)
         meter = Meter(int(threads))
         with meter.part():
             one, two = answer(picture, True)

@@ -299,10 +299,12 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, default=13, help="for systems of the vision part alone")
     arguments = vars(parser.parse_args())
     make = SYSTEMS[arguments.pop("system")]
-    answers = make(job := Job(**arguments))
-    warm_up = next(answers)
-    tell_start(time.time() - warm_up.total_s + warm_up.ttft_s)
-    meter = Meter(job.threads)
+    job = Job(**arguments)
+    start, meter = Meter(job.threads), Meter(job.threads)
+    with start.part():
+        answers = make(job)
+        warm_up = next(answers)
+    tell_start(time.time() - warm_up.total_s + warm_up.ttft_s, start)
     with meter.part():
         answer = next(answers)
     speed = {"tokens_per_s": 1 / answer.tpot_s if answer.tpot_s else None}

@@ -221,12 +221,12 @@ def refusals(case: str, name: str, own: Mapping[int, Row], base_name: str, base:
 
 
 def conditions_lines(rows: Sequence[Row]) -> list[str]:
-    """Return a line for the machine and one for each system: versions, and who used the cores over all rounds."""
+    """Return a line for the machine and one for each system: versions, and who used the cores, but for the start."""
     machines = [machine_line(row["machine"]) for row in rows if "machine" in row]
     text = [f"- machine: {line}" for line in dict.fromkeys(machines)]
     for name in dict.fromkeys(row["system"] for row in rows if "case" in row):
         own = [row for row in rows if row.get("system") == name and "case" in row]
-        each = [found for row in own if (found := conditions_of(row))]
+        each = [found for row in own if row["case"] != START and (found := conditions_of(row))]
         used = Conditions.together(each).line if each else "not recorded"
         starved = sum(found.starved for found in each)
         noted = f"; a thread starved in {starved} of {len(each)} rows" if starved else ""
