@@ -5,7 +5,7 @@
 
 Each round starts every system once, in a process of its own, which loads, answers once to warm up and then is
 measured. Exports that are not there yet are made first, optimum's with optimum-cli. A system that cannot run here is
-left out, with the reason.
+left out, with the reason. Runs with other `--tiles` or `--context` are cases of their own and may go to the same file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from benchmarks import peer_models
+from benchmarks.peers import COLUMNS
 from benchmarks.rounds import System, reference, run, table
-from edgevlm.bench.measure import sample_picture
+from edgevlm.bench.measure import FILLER, QUESTION, sample_picture
 
 OPTIMUM = {
     "optimum FP32": ["--weight-format", "fp32"],
@@ -42,6 +45,8 @@ PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "ONNX Runtime FP32, vision part alone": ("onnx-vision", peer_models.onnx_vision),
 }
 """Peers whose files are made here: their system in `peers`, and what makes them of the checkpoint or its text part."""
+PROMPT_TOKENS = {1: 82, 5: 348, 13: 877}
+"""Tokens of SmolVLM's prompt for the question and a picture of so many tiles."""
 REFERENCE = "optimum INT4"
 """The system that ratios are taken to, where it is among those measured."""
 
@@ -100,12 +105,32 @@ def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Pat
     return found
 
 
+def long_question(checkpoint: Path, tokens: int) -> str:
+    """Return a question of at least as many tokens."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    missing = tokens - len(tokenizer.encode(QUESTION).ids)
+    return FILLER * max(0, -(-missing // len(tokenizer.encode(FILLER, add_special_tokens=False).ids))) + QUESTION
+
+
+def case_options(checkpoint: Path, tiles: int, context: int | None) -> list[str]:
+    """Return the options of `peers` for so many tiles, with the prompt filled up to `context` tokens."""
+    tokens = PROMPT_TOKENS[tiles]
+    name = "picture" + (f", {tiles} tiles" if tiles != max(COLUMNS) else "")
+    options = ["--tiles", str(tiles), "--prompt-tokens", str(max(tokens, context or 0))]
+    if context:
+        name += f", context {context}"
+        options += ["--question", long_question(checkpoint, context - tokens)]
+    return [*options, "--case", name]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--exports", type=Path, default=Path("build/side_by_side"))
     parser.add_argument("--picture", type=Path, help="default: a drawn one of 1600x1200")
     parser.add_argument("--rounds", type=int, default=4, help="even, so that each order comes as often")
+    parser.add_argument("--tiles", type=int, default=13, choices=COLUMNS, help="of the picture of 1600x1200")
+    parser.add_argument("--context", type=int, help="fill the prompt up to about as many tokens, for decoding after it")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout-s", type=float, default=1800, help="of a system in a round")
@@ -118,8 +143,9 @@ def main() -> None:
     found = systems(checkpoint, exports(checkpoint, folder, only) | made)
     with tempfile.TemporaryDirectory() as scratch:
         picture = arguments.picture or sample_picture(Path(scratch))
+        every = [*options, *case_options(checkpoint, arguments.tiles, arguments.context)]
         asked = [
-            System(name, [sys.executable, "-m", "benchmarks.peers", system, str(model), str(picture), *options])
+            System(name, [sys.executable, "-m", "benchmarks.peers", system, str(model), str(picture), *every])
             for name, (system, model) in found.items()
             if not only or name in only
         ]

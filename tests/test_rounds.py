@@ -153,12 +153,18 @@ def test_exports_of_one_checkpoint_stand_beside_each_other(
         asked += ["--only", name]
     monkeypatch.setattr(sys, "argv", [*map(str, asked), "--threads", "1"])
     side_by_side.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--tiles", "5", "--context", "400", "--rounds", "1"])
+    side_by_side.main()
     _, *rows = (found for found, _ in read_rows(output))
     answers = [each for each in rows if each.get("case") == "picture"]
     assert [each["system"] for each in answers] == ["edgevlm FP32", "edgevlm INT8", "edgevlm INT8", "edgevlm FP32"]
     assert len({each["text"] for each in answers}) == 1
     assert {(each["views"], each["conditions"]["threads"]) for each in answers} == {(13, 1)}
-    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| picture | edgevlm INT8 |")]
+    longer = [each for each in rows if each.get("case") == "picture, 5 tiles, context 400"]
+    assert [each["round"] for each in longer] == [3, 3]
+    assert all(each["views"] == 5 for each in longer)
+    assert all(each["prompt_tokens"] > answers[0]["prompt_tokens"] for each in longer)
+    line, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| picture | edgevlm INT8 |")]
     assert re.search(r"\d \(\d+\.\d\dx, \d+\.\d\d-\d+\.\d\d\)", line)
 
 
