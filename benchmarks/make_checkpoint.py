@@ -10,6 +10,7 @@ memory are those of SmolVLM-256M, and sight is meaningless. Needs `gguf` and `ac
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -162,7 +163,16 @@ def make_checkpoint(folder: Path, gguf: Path | None = None) -> Path:
     )
     processor = Idefics3Processor(image_processor, tokenizer, image_seq_len=64, chat_template=tokenizer.chat_template)
     processor.save_pretrained(folder)
+    name_special_tokens(folder / "tokenizer_config.json")
     return folder
+
+
+def name_special_tokens(path: Path) -> None:
+    """Name the special tokens as transformers 4 does, which 5 reads, too: optimum-intel runs with 4."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def photograph(width: int = 1600, height: int = 1200) -> np.ndarray:

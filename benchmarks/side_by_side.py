@@ -47,6 +47,8 @@ PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
 """Peers whose files are made here: their system in `peers`, and what makes them of the checkpoint or its text part."""
 PROMPT_TOKENS = {1: 82, 5: 348, 13: 877}
 """Tokens of SmolVLM's prompt for the question and a picture of so many tiles."""
+SHORT_QUESTION = 6
+"""Of them those of the question."""
 REFERENCE = "optimum INT4"
 """The system that ratios are taken to, where it is among those measured."""
 
@@ -108,18 +110,18 @@ def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Pat
 def long_question(checkpoint: Path, tokens: int) -> str:
     """Return a question of at least as many tokens."""
     tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-    missing = tokens - len(tokenizer.encode(QUESTION).ids)
-    return FILLER * max(0, -(-missing // len(tokenizer.encode(FILLER, add_special_tokens=False).ids))) + QUESTION
+    short, longer = (len(tokenizer.encode(FILLER * count + QUESTION).ids) for count in (0, 10))
+    return FILLER * max(0, -(-10 * (tokens - short) // (longer - short))) + QUESTION
 
 
 def case_options(checkpoint: Path, tiles: int, context: int | None) -> list[str]:
     """Return the options of `peers` for so many tiles, with the prompt filled up to `context` tokens."""
     tokens = PROMPT_TOKENS[tiles]
-    name = "picture" + (f", {tiles} tiles" if tiles != max(COLUMNS) else "")
+    name = "picture" if tiles == max(COLUMNS) else f"picture, {tiles} tile{'s' * (tiles > 1)}"
     options = ["--tiles", str(tiles), "--prompt-tokens", str(max(tokens, context or 0))]
     if context:
         name += f", context {context}"
-        options += ["--question", long_question(checkpoint, context - tokens)]
+        options += ["--question", long_question(checkpoint, context - tokens + SHORT_QUESTION)]
     return [*options, "--case", name]
 
 
