@@ -56,7 +56,10 @@ def make_tokenizer(shape: Shape, bpe: BPE) -> Any:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     named = shape["files"]["tokenizer_config.json"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=named["eos_token"], pad_token=named["pad_token"]
+        tokenizer_object=tokenizer,
+        eos_token=named["eos_token"],
+        pad_token=named["pad_token"],
+        chat_template="".join(shape["chat_template"]),
     )
 
 
