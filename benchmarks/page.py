@@ -29,7 +29,7 @@ CHAPTERS = {
     "other": "CPUs without AVX2",
     NOT_RECORDED: "CPUs whose instruction sets are not recorded",
 }
-VNNI = {"avx512_vnni", "avx_vnni", "amx_int8"}
+VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8"}
 INTRO = """\
 Made by `python -m benchmarks.page` from `benchmarks/results/`. What was measured on one kind of CPU says nothing about
 another, so machines with VNNI and machines without it have chapters of their own. Absolute times drift from run to run:

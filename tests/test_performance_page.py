@@ -9,7 +9,6 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.page import page, plot, read_results
-from edgevlm.bench.measure import Figure, Point
 from edgevlm.jobs.jsonl import append_rows
 from tests.test_conditions import QUIET
 from tests.test_rounds import MACHINE, pair
@@ -29,8 +28,8 @@ def write_rounds(path: Path, isa: list[str]) -> None:
 def write_scaling(path: Path, isa: list[str]) -> None:
     """Write a sweep over tiles with a point of `edgevlm bench`."""
     names = ("ttft_s", "prefill_tokens_per_s", "tokens_per_s", "tpot_s")
-    figures = {name: Figure.of([0.25, 0.5, 0.75]) for name in names}
-    point = Point("CPU", 2, "auto", "high", 13, 832, 877, 8, 3, figures, QUIET, 700_000_000).to_dict()
+    point = {"views": 13, "image_tokens": 832, "prompt_tokens": 877, "threads": 2, "peak_memory_bytes": 700_000_000}
+    point |= {"figures": {name: {"median": 0.5} for name in names}, "conditions": QUIET.to_dict()}
     content: dict[str, Any] = {"machine": {**MACHINE["machine"], "isa": isa}, "model": "internvl3-1b"}
     content |= {"tiles": [point], "context": [point], "threads": [], "questions": []}
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -205,7 +205,7 @@ def describe_machine() -> dict[str, Any]:
 
     return {
         "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip(),
-        "isa": cpu_features(),
+        "isa": list(cpu_features()),
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release().partition('-')[0]}",

@@ -142,16 +142,10 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
         gc.collect()  # so that one model is loaded at a time
         vlm = VLM(model, config)
         for point, each in zip(points, asked, strict=True):
-            announce(f"{name_point(point)}, next question")
+            announce(f"{vlm.device}, {threads or 'all'} threads, {precision}, {point.detail}, next question")
             following = {"next_question_ttft_s": measure_next(vlm, image, *each, sweep)}
             report.points.append(replace(point, figures=point.figures | following))
     return report
-
-
-def name_point(point: Point) -> str:
-    """Return what tells a point from the others of its run."""
-    threads = f"{point.threads} thread{'s' * (point.threads > 1)}" if point.threads else "all threads"
-    return f"{point.device}, {threads}, {point.inference_precision}, {point.detail}"
 
 
 def measure(cold: VLM, image: RGB, budget: ImageBudget, question: str, sweep: Sweep) -> Point:

@@ -9,7 +9,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgevlm.bench.measure import Point, Report, name_point
+from edgevlm.bench.measure import Point, Report
 from edgevlm.errors import BenchmarkError, OptionError
 from edgevlm.model_store import is_there
 
@@ -38,6 +38,12 @@ COLUMNS: dict[str, Callable[[Point], str]] = {
 
 def _milliseconds(point: Point, name: str) -> str:
     return f"{point.figures[name].median * 1000:,.0f}"
+
+
+def name_point(point: Point) -> str:
+    """Return what tells a point from the others of its run."""
+    threads = f"{point.threads} thread{'s' * (point.threads > 1)}" if point.threads else "all threads"
+    return f"{point.device}, {threads}, {point.inference_precision}, {point.detail}"
 
 
 def check_target(path: Path) -> None:

@@ -52,7 +52,7 @@ def diagnose() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip(),
         "cores": f"{psutil.cpu_count(logical=False)} physical, {psutil.cpu_count()} logical",
-        "isa": cpu_features(),
+        "isa": list(cpu_features()),
         "memory": f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available",
         "devices": {
             name: f"{core().get_property(name, 'FULL_DEVICE_NAME').strip()}"

@@ -164,8 +164,7 @@ def print_locations(found: Locations) -> None:
 def print_bench(report: Report) -> None:
     """Print a benchmark's table, and what it was taken on."""
     from edgevlm.bench.conditions import machine_line
-    from edgevlm.bench.measure import name_point
-    from edgevlm.bench.report import COLUMNS
+    from edgevlm.bench.report import COLUMNS, name_point
 
     console = Console()
     points = list(enumerate(report.points, 1))
