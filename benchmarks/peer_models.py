@@ -151,7 +151,7 @@ def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoi
     writer.add_rope_dimension_count(text["head_dim"])
     writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
     writer.add_vocab_size(text["vocab_size"])
-    _add_tokenizer(writer, checkpoint, text["vocab_size"])
+    add_tokenizer(writer, checkpoint, text["vocab_size"])
     q4, q8 = format_.GGMLQuantizationType.Q4_0, format_.GGMLQuantizationType.Q8_0
 
     def add(name: str, weight: np.ndarray, kind: Any = None) -> None:
@@ -167,10 +167,11 @@ def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoi
             count = heads if part.endswith("q_proj") else kv_heads
             turned = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         add(f"blk.{name}", turned, q4 if weight.ndim == 2 else None)
-    _close(writer)
+    close(writer)
 
 
-def _add_tokenizer(writer: Any, checkpoint: Path, vocab_size: int) -> None:
+def add_tokenizer(writer: Any, checkpoint: Path, vocab_size: int) -> None:
+    """Add the tokenizer, a byte-level BPE, its vocabulary filled up to `vocab_size`."""
     import gguf as format_
     from transformers import AutoTokenizer
 
@@ -186,7 +187,8 @@ def _add_tokenizer(writer: Any, checkpoint: Path, vocab_size: int) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(False)
 
@@ -225,10 +227,11 @@ def _write_vision(weights: dict[str, np.ndarray], config: dict[str, Any], path: 
     add("mm.model.fc.weight", weights["model.connector.modality_projection.proj.weight"])
     for name, _, weight in _layers(weights, f"{tower}encoder.layers.", VISION_NAMES):
         add(f"v.blk.{name}", weight)
-    _close(writer)
+    close(writer)
 
 
-def _close(writer: Any) -> None:
+def close(writer: Any) -> None:
+    """Write what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

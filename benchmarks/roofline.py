@@ -100,7 +100,7 @@ def measure(folder: Path, threads: int) -> tuple[dict[str, Any], Conditions]:
             answers.append(ask(vlm, perturb(image, number), QUESTION, budget, 33).timings)
     tile_s, token_s = median(each.vision_s for each in answers), median(each.tpot_s or 0.0 for each in answers)
     operations, weights = matrix_operations(vision), parts[LANGUAGE].size_bytes
-    quantized = parts[VISION].precision == "w8a8"
+    quantized = vlm.vision_arithmetic.name == "W8A8"
     arithmetic = "INT8" if quantized else "BF16" if {"avx512_bf16", "amx_bf16"} & {*cpu_features()} else "FP32"
     peak, bandwidth = matmul_peak(threads, quantized), memory_bandwidth(threads)
     figures = {

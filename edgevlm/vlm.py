@@ -29,6 +29,7 @@ from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionC
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
+from edgevlm.runtime.arithmetic import ChosenArithmetic
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import first_line, resolve_device
 from edgevlm.runtime.kv_pool import SessionPool
@@ -84,6 +85,11 @@ class VLM:
             self.vision = vision.result()
         self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
         self._sessions = SessionPool(self.language_model.session, self.config.kept_sessions)
+
+    @property
+    def vision_arithmetic(self) -> ChosenArithmetic:
+        """What the vision encoder computes with on this machine, and why."""
+        return self.vision.arithmetic
 
     @property
     def context_length(self) -> int:

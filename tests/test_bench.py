@@ -112,9 +112,11 @@ def test_the_command_prints_json_lines_and_writes_a_page(exported: Path, china: 
     assert head["machine"]["cores"] >= 1
     assert [(point["detail"], point["views"]) for point in points] == [("low", 1), ("auto", 13)]
     assert set(points[0]["conditions"]) >= {"cpu_s", "wall_s", "others_cpu_s", "load_before", "load_after"}
+    assert {tuple(point["vision"].values()) for point in points} == {("exported", "FP32 weights", "as exported")}
     assert set(points[0]["figures"]["ttft_s"]) == {"median", "p90", "low", "high"}
     text = page.read_text(encoding="utf-8")
     assert "<svg" in text
+    assert "vision: FP32 weights (as exported)" in text
     assert text.count("<tr>") >= 2 + len(head["machine"])
     assert "http" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
         "http://creativecommons.org", ""
@@ -125,6 +127,7 @@ def test_the_command_prints_a_table_and_a_picture(exported: Path, tmp_path: Path
     picture = tmp_path / "bench.png"
     printed = run(exported, "--detail", "low", "--report", picture)
     assert "TTFT" in printed
+    assert "\nvision: FP32 weights (as exported)\n" in printed
     assert "a new process needs" in printed
     assert "instruction sets: " in printed
     assert re.search(r"1: [\d.]+ cores used by \d+ threads? of \d+ cores", printed)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgevlm.families.base import DETAILS
-from edgevlm.runtime.config import KV_CACHE_PRECISIONS, KV_CACHES, PRECISIONS
+from edgevlm.runtime.config import KV_CACHE_PRECISIONS, KV_CACHES, PRECISIONS, VISION_ARITHMETICS
 from tests.helpers.command import cli
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +56,7 @@ def test_the_reference_of_the_command_line_is_what_help_prints() -> None:
     [
         ("--detail", DETAILS),
         ("--inference-precision", PRECISIONS),
+        ("--vision-arithmetic", VISION_ARITHMETICS),
         ("--kv-cache", KV_CACHES),
         ("--kv-cache-precision", KV_CACHE_PRECISIONS),
     ],

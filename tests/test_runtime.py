@@ -390,6 +390,7 @@ def test_generation_options_out_of_range(options: dict[str, Any], line: str) -> 
         ({"threads": 1025}, "threads must be between 1 and 1024, not 1025"),
         ({"inference_precision": "f8"}, "inference precision must be one of auto, f32, bf16, f16"),
         ({"kv_cache_precision": "u4"}, "KV cache precision must be one of auto, u8, f16, f32"),
+        ({"vision_arithmetic": "f64"}, "vision arithmetic must be one of auto, exported, compressed, float32"),
     ],
 )
 def test_runtime_options_out_of_range(options: dict[str, Any], line: str) -> None:

@@ -34,7 +34,8 @@ from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.image import ImageInput
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.metrics import Stopwatch, Timings, peak_memory, reset_peak_memory
-from edgevlm.runtime.config import InferencePrecision, RuntimeConfig
+from edgevlm.runtime.arithmetic import ChosenArithmetic
+from edgevlm.runtime.config import InferencePrecision, RuntimeConfig, VisionArithmetic
 from edgevlm.vlm import VLM
 
 Announce: TypeAlias = Callable[[str], None]
@@ -49,6 +50,7 @@ class Sweep:
     devices: tuple[str, ...] = ("AUTO",)
     threads: tuple[int | None, ...] = (None,)
     inference_precisions: tuple[InferencePrecision, ...] = ("auto",)
+    vision_arithmetics: tuple[VisionArithmetic, ...] = ("auto",)
     details: tuple[Detail, ...] = ("auto",)
     max_image_tokens: tuple[int | None, ...] = (None,)
     prompt_tokens: tuple[int | None, ...] = (None,)
@@ -86,6 +88,8 @@ class Point:
     device: str
     threads: int | None
     inference_precision: str
+    vision: ChosenArithmetic
+    """What the vision encoder computed with, and why."""
     detail: str
     views: int
     image_tokens: int
@@ -128,21 +132,23 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
     precisions = {name: part.precision for name, part in vlm.manifest.submodels.items()}
     report = Report(model.name, precisions, describe_machine(), load)
     del vlm
-    for device, threads, precision in product(sweep.devices, sweep.threads, sweep.inference_precisions):
-        config = RuntimeConfig(device=device, threads=threads, inference_precision=precision)
+    settings = product(sweep.devices, sweep.threads, sweep.inference_precisions, sweep.vision_arithmetics)
+    for device, threads, precision, vision in settings:
+        config = RuntimeConfig(device=device, threads=threads, inference_precision=precision, vision_arithmetic=vision)
         vlm = VLM(model, replace(config, image_cache_bytes=0, kept_sessions=0))
+        how = f"{vlm.device}, {threads or 'all'} threads, {precision}, vision {vlm.vision_arithmetic.name}"
         asked: list[tuple[ImageBudget, str]] = []
         points: list[Point] = []
         for detail, limit, length in product(sweep.details, sweep.max_image_tokens, sweep.prompt_tokens):
             budget = ImageBudget(detail, limit)
-            announce(f"{vlm.device}, {threads or 'all'} threads, {precision}, {detail}, image tokens {limit or 'any'}")
+            announce(f"{how}, {detail}, image tokens {limit or 'any'}")
             asked.append((budget, pad_prompt(vlm, image, budget, length, sweep.new_tokens)))
             points.append(measure(vlm, image, *asked[-1], sweep))
         del vlm
         gc.collect()  # so that one model is loaded at a time
         vlm = VLM(model, config)
         for point, each in zip(points, asked, strict=True):
-            announce(f"{vlm.device}, {threads or 'all'} threads, {precision}, {point.detail}, next question")
+            announce(f"{how}, {point.detail}, next question")
             following = {"next_question_ttft_s": measure_next(vlm, image, *each, sweep)}
             report.points.append(replace(point, figures=point.figures | following))
     return report
@@ -166,6 +172,7 @@ def measure(cold: VLM, image: RGB, budget: ImageBudget, question: str, sweep: Sw
         cold.device,
         cold.config.threads,
         cold.config.inference_precision,
+        cold.vision_arithmetic,
         budget.detail,
         prompt.views,
         prompt.image_tokens,

@@ -43,7 +43,12 @@ def _milliseconds(point: Point, name: str) -> str:
 def name_point(point: Point) -> str:
     """Return what tells a point from the others of its run."""
     threads = f"{point.threads} thread{'s' * (point.threads > 1)}" if point.threads else "all threads"
-    return f"{point.device}, {threads}, {point.inference_precision}, {point.detail}"
+    return f"{point.device}, {threads}, {point.inference_precision}, vision {point.vision.name}, {point.detail}"
+
+
+def vision_line(report: Report) -> str:
+    """Return what the vision encoder computed with, and why."""
+    return f"vision: {', '.join(dict.fromkeys(str(point.vision) for point in report.points))}"
 
 
 def check_target(path: Path) -> None:
@@ -115,6 +120,7 @@ def page(report: Report, svg: str) -> str:
     """Return one HTML page without any outside resource."""
     machine = "".join(f"<tr><th>{_text(k)}<td>{_text(v)}" for k, v in report.machine.items())
     load = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in report.load.items())
+    vision = _text(vision_line(report))
     head = "".join(f"<th>{_text(heading)}" for heading in ["point", *COLUMNS])
     rows = "".join(
         f"<tr><td>{_text(name_point(point))}" + "".join(f"<td>{_text(cell(point))}" for cell in COLUMNS.values())
@@ -128,7 +134,7 @@ def page(report: Report, svg: str) -> str:
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(report.model)}</title>'
-        f"<style>{style}</style><h1>{_text(report.model)}</h1><p>Load: {_text(load)}</p>"
+        f"<style>{style}</style><h1>{_text(report.model)}</h1><p>Load: {_text(load)}<br>{vision}</p>"
         f"{svg[svg.index('<svg') :]}<table>{head}{rows}</table><h2>Machine</h2><table>{machine}</table>"
         f"<h2>Conditions</h2><table>{conditions}</table></html>\n"
     )

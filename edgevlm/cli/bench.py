@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     help="Repeat to sweep several.  [default: auto]",
 )
 @click.option(
+    "--vision-arithmetic",
+    "vision_arithmetics",
+    type=click.Choice(["auto", "exported", "compressed", "float32"]),
+    multiple=True,
+    default=["auto"],
+    help="Repeat to sweep several.  [default: auto]",
+)
+@click.option(
     "--detail",
     "details",
     type=click.Choice(["auto", "low", "high"]),
@@ -83,7 +91,7 @@ def _bench(model: str | None, image: Path | None, options: dict[str, Any]) -> Re
     from edgevlm.inputs.image import load_image
     from edgevlm.model_store import find_model
 
-    names = ("devices", "inference_precisions", "details", "new_tokens", "repetitions")
+    names = ("devices", "inference_precisions", "vision_arithmetics", "details", "new_tokens", "repetitions")
     swept = {name: options[name] for name in names}
     swept |= {name: options[name] or (None,) for name in ("threads", "max_image_tokens", "prompt_tokens")}
     sweep = Sweep(**swept)

@@ -35,6 +35,13 @@ def model_options(command: Any) -> Any:
             help="auto: OpenVINO's choice for the device; f32: equal to the reference.",
         ),
         click.option(
+            "--vision-arithmetic",
+            type=click.Choice(["auto", "exported", "compressed", "float32"]),
+            default="auto",
+            show_default=True,
+            help="exported: W8A8 where it is; compressed: activations are not quantized; float32: nor weights.",
+        ),
+        click.option(
             "--kv-cache",
             type=click.Choice(["stateful", "paged"]),
             default="stateful",
@@ -158,6 +165,7 @@ def runtime_config(options: dict[str, Any]) -> RuntimeConfig:
         device=options["device"],
         threads=options["threads"],
         inference_precision=options["inference_precision"],
+        vision_arithmetic=options["vision_arithmetic"],
         kv_cache_precision=options["kv_cache_precision"],
         kv_cache=options["kv_cache"],
         cache=not options["no_cache"],

@@ -164,7 +164,7 @@ def print_locations(found: Locations) -> None:
 def print_bench(report: Report) -> None:
     """Print a benchmark's table, and what it was taken on."""
     from edgevlm.bench.conditions import machine_line
-    from edgevlm.bench.report import COLUMNS, name_point
+    from edgevlm.bench.report import COLUMNS, name_point, vision_line
 
     console = Console()
     points = list(enumerate(report.points, 1))
@@ -176,6 +176,7 @@ def print_bench(report: Report) -> None:
         for heading, cell in COLUMNS.items():
             table.add_row(heading, *(cell(point) for _, point in abreast))
         console.print(table)
+    console.print(vision_line(report), highlight=False)
     load = report.load
     console.print(
         f"load {load['compile']:.2f} s, with compiled models on disk {load['cached']:.2f} s;"

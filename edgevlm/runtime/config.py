@@ -13,6 +13,8 @@ KVCachePrecision = Literal["auto", "u8", "f16", "f32"]
 KV_CACHE_PRECISIONS = ("auto", "u8", "f16", "f32")
 KVCache = Literal["paged", "stateful"]
 KV_CACHES = ("paged", "stateful")
+VisionArithmetic = Literal["auto", "exported", "compressed", "float32"]
+VISION_ARITHMETICS = ("auto", "exported", "compressed", "float32")
 
 CPU_KERNEL_CACHE = 256
 """Kernels for shapes met before that a submodel keeps on a CPU: some for each length of prompt, or each number of
@@ -31,6 +33,11 @@ class RuntimeConfig:
     """CPU threads; None leaves it to OpenVINO."""
     inference_precision: InferencePrecision = "auto"
     """`auto` is OpenVINO's own choice; `f32` also keeps the KV cache and the activations in float32."""
+    vision_arithmetic: VisionArithmetic = "auto"
+    """What the vision encoder computes with: its graph as `exported`, that is W8A8 where it is; with its weights still
+    `compressed`, but activations that are not quantized; or with weights decompressed to `float32` at load, quicker on
+    a CPU without VNNI, for four times the memory of INT8 weights. `auto` chooses for the machine, as
+    `VLM.vision_arithmetic` tells. A graph that was not compressed stays as it is."""
     kv_cache_precision: KVCachePrecision = "auto"
     """`auto` is what the export asks for, 16 bits, or float32 with an `inference_precision` of `f32`; `u8` halves the
     memory of a conversation and moves its answers a little."""
@@ -67,6 +74,8 @@ class RuntimeConfig:
             raise OptionError(f"KV cache precision must be one of {', '.join(KV_CACHE_PRECISIONS)}")
         if self.kv_cache not in KV_CACHES:
             raise OptionError(f"KV cache must be one of {', '.join(KV_CACHES)}")
+        if self.vision_arithmetic not in VISION_ARITHMETICS:
+            raise OptionError(f"vision arithmetic must be one of {', '.join(VISION_ARITHMETICS)}")
 
     def properties(self, device: str) -> dict[str, Any]:
         """Return OpenVINO's properties for a submodel without a KV cache."""

@@ -1,4 +1,4 @@
-"""What is changed in the LM's graph as it is loaded."""
+"""What is changed in a submodel's graph as it is loaded."""
 
 from __future__ import annotations
 
@@ -34,4 +34,35 @@ def keep_last_logits(model: ov.Model, axis: int = 1) -> ov.Model:
     head.input(0).replace_source_output(kept.output(0))
     model.add_parameters([keep])
     model.validate_nodes_and_infer_types()
+    return model
+
+
+def drop_activation_quantization(model: ov.Model) -> ov.Model:
+    """Bypass every FakeQuantize of an activation; one of weights, whose input is constant, stays."""
+    constant = _constant_nodes(model)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "FakeQuantize" and node.get_name() not in constant:
+            node.output(0).replace(node.input_value(0))
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _constant_nodes(model: ov.Model) -> set[str]:
+    """Return the names of the nodes that depend on no input."""
+    names: set[str] = set()
+    for node in model.get_ordered_ops():
+        sources = [value.get_node().get_name() for value in node.input_values()]
+        if node.get_type_name() == "Constant" or (sources and names.issuperset(sources)):
+            names.add(node.get_name())
+    return names
+
+
+def decompress_weights(model: ov.Model) -> ov.Model:
+    """Fold compressed weights, and all else that is constant, into float32 constants."""
+    import_openvino()
+    from openvino.passes import ConstantFolding, Manager
+
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(model)
     return model

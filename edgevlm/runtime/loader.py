@@ -11,10 +11,11 @@ from edgevlm.errors import DeviceError
 from edgevlm.families import Family
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
 from edgevlm.model_store import cache_dir
+from edgevlm.runtime.arithmetic import choose_arithmetic
 from edgevlm.runtime.compile_cache import compile_cached
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import read_ir
-from edgevlm.runtime.graph_passes import keep_last_logits
+from edgevlm.runtime.graph_passes import decompress_weights, drop_activation_quantization, keep_last_logits
 from edgevlm.runtime.kv_paged import with_paged_attention
 from edgevlm.runtime.language_model import LanguageModel, TextEmbeddings
 from edgevlm.runtime.vision_encoder import VisionEncoder, make_static
@@ -36,8 +37,14 @@ class ModelLoader:
 
     def vision(self, family: Family) -> VisionEncoder:
         """Return the vision encoder, static where all views of the family have one size."""
+        arithmetic = choose_arithmetic(self.config, self.manifest.submodels[VISION], self.device)
+        logger.info("vision: %s", arithmetic)
         model = make_static(self._read(VISION), family.constants, family.view_size)
-        return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)))
+        if arithmetic.graph != "exported":
+            drop_activation_quantization(model)
+        if arithmetic.graph == "float32":
+            decompress_weights(model)
+        return VisionEncoder(self._compile(VISION, model, self.config.properties(self.device)), arithmetic)
 
     def text_embeddings(self) -> TextEmbeddings:
         """Return the embedding table."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, Arrays, View
+from edgevlm.runtime.arithmetic import ChosenArithmetic
 from edgevlm.runtime.core import import_openvino
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ def make_static(model: ov.Model, constants: Arrays, view_size: tuple[int, int] |
 class VisionEncoder:
     """The compiled vision submodel."""
 
-    def __init__(self, compiled: ov.CompiledModel) -> None:
+    def __init__(self, compiled: ov.CompiledModel, arithmetic: ChosenArithmetic) -> None:
         self._compiled = compiled
+        self.arithmetic = arithmetic
         first, *rest = (output.get_any_name() for output in compiled.outputs)
         self._names = {first: IMAGE_EMBEDS, **{name: name for name in rest}}
 

@@ -31,7 +31,7 @@ from edgevlm_export.source.config_reader import UnsupportedError, overlooked, ov
 from edgevlm_export.source.safetensors_reader import Weights
 from edgevlm_export.verify import Verification, check, scales, verify
 
-_REFERENCE_CONFIG = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
+_REFERENCE_CONFIG = RuntimeConfig(device="CPU", inference_precision="f32", vision_arithmetic="exported", cache=False)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _need(libraries: Sequence[str], route: str, extra: str) -> None:
 
 
 def verify_folder(staging: Path, written: Written) -> Verification:
-    """Load the finished folder as the runtime would and compare it with the reference. Raises `VerificationError`."""
+    """Load the finished folder, as it was exported, and compare it with the reference. Raises `VerificationError`."""
     figures = verify(VLM(staging, _REFERENCE_CONFIG), written.cases, written.reference)
     figures = replace(figures, reference=written.reference_name)
     check(figures, scales(written.reference))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgevlm import VLM
-from edgevlm.runtime.cpu import cpu_features
+from edgevlm.runtime.cpu import INT8_PRODUCTS, cpu_features
 from tests.conftest import F32
 
 
@@ -36,7 +36,7 @@ def check_fused(folder: Path) -> None:
 def check_tower_fused(vlm: VLM, layers: int, quantized: bool = False) -> None:
     """The vision part: four products a layer and two of the projector; attention in one node each.
 
-    A CPU without AVX-512 takes attention of quantized activations apart.
+    A CPU with VNNI and without AVX-512 takes attention of quantized activations apart.
     """
     paged = VLM(vlm.folder, replace(F32, kv_cache="paged"))
     vision, language = runtime_kinds(vlm.vision._compiled), runtime_kinds(paged.language_model._compiled)
@@ -51,4 +51,4 @@ def check_tower_fused(vlm: VLM, layers: int, quantized: bool = False) -> None:
 
 def least_w8a8_cosine() -> float:
     """Without VNNI a CPU adds products of quantized activations in 16 bits, where they saturate."""
-    return 0.99 if {"avx512_vnni", "avx_vnni"} & set(cpu_features()) else 0.97
+    return 0.99 if set(INT8_PRODUCTS) & set(cpu_features()) else 0.97
