@@ -36,6 +36,7 @@ class Answer:
     prompt_tokens: int
     views: int | None = None
     image_tokens: int | None = None
+    vision_arithmetic: str | None = None
 
 
 Asker: TypeAlias = Callable[[Path, bool], list[Answer]]
@@ -60,8 +61,8 @@ def edgevlm(model: Path, tokens: int, threads: int) -> Asker:
         for question in QUESTIONS[: 1 + both]:
             sample = ask(vlm, picture, question, ImageBudget("high"), tokens)
             timings, prompt = sample.timings, sample.prompt
-            found = Answer(timings.ttft_s, timings.tpot_s or 0.0, len(prompt), prompt.views, prompt.image_tokens)
-            answers.append(found)
+            told = prompt.views, prompt.image_tokens, vlm.vision_arithmetic.name
+            answers.append(Answer(timings.ttft_s, timings.tpot_s or 0.0, len(prompt), *told))
         return answers
 
     return answer

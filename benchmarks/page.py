@@ -294,6 +294,7 @@ def scaling(result: Result) -> list[str]:
         for point in content[sweep]:
             figures = point["figures"]
             known = Conditions.from_dict(point["conditions"]).line if "conditions" in point else NOT_RECORDED
+            known = f"vision {point['vision']['name']}, {known}" if "vision" in point else known
             lines.append(
                 f"| {sweep} | {point['views']} | {point['prompt_tokens']} | {point['threads'] or 'all'}"
                 f" | {figures['ttft_s']['median']:.2f} | {figures['prefill_tokens_per_s']['median']:,.0f}"

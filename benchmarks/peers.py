@@ -55,6 +55,7 @@ class Measured:
     prefill_s: float | None = None
     views: int | None = None
     image_tokens: int | None = None
+    vision_arithmetic: str | None = None
 
 
 COLUMNS = {1: 1, 5: 2, 13: 4}
@@ -158,6 +159,7 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
                 timings.prefill_s,
                 once.prompt.views,
                 once.prompt.image_tokens,
+                vlm.vision_arithmetic.name,
             )
 
     return answers

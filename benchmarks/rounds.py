@@ -235,6 +235,7 @@ def conditions_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def versions_line(rows: Sequence[Row]) -> str:
-    """Return the versions that a system's rows name, all of them where rounds differ."""
+    """Return the versions that a system's rows name, all of them where rounds differ, and its vision arithmetic."""
     found = dict.fromkeys(f"{name} {number}" for row in rows for name, number in (row.get("versions") or {}).items())
-    return ", ".join(found) or "versions not recorded"
+    vision = dict.fromkeys(f"vision {row['vision_arithmetic']}" for row in rows if row.get("vision_arithmetic"))
+    return ", ".join({**found, **vision}) or "versions not recorded"

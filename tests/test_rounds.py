@@ -159,6 +159,7 @@ def test_exports_of_one_checkpoint_stand_beside_each_other(
     answers = [each for each in rows if each.get("case") == "picture"]
     assert [each["system"] for each in answers] == ["edgevlm FP32", "edgevlm INT8", "edgevlm INT8", "edgevlm FP32"]
     assert len({each["text"] for each in answers}) == 1
+    assert {each["vision_arithmetic"] for each in answers} == {"FP32 weights"}
     assert {(each["views"], each["conditions"]["threads"]) for each in answers} == {(13, 1)}
     longer = [each for each in rows if each.get("case") == "picture, 5 tiles, context 400"]
     assert [each["round"] for each in longer] == [3, 3]
