@@ -32,13 +32,13 @@ import numpy as np
 
 from benchmarks.prompts import TEXT
 from edgevlm import RuntimeConfig
-from edgevlm.bench.measure import describe_machine, sample_picture
+from edgevlm.bench.conditions import describe_machine
+from edgevlm.bench.measure import sample_picture
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.image import load_image
 from edgevlm.inputs.processor import Processor
 from edgevlm.jobs.jsonl import append_rows, read_rows
 from edgevlm.manifest import LANGUAGE, VISION, load_manifest
-from edgevlm.runtime.cpu import cpu_features
 from edgevlm.runtime.kv_paged import PagedSession
 from edgevlm.runtime.loader import ModelLoader
 from edgevlm_export.verify import kl
@@ -310,8 +310,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for row, _ in read_rows(arguments.output)]
     if not rows:
-        machine = describe_machine() | {"cpu_features": cpu_features()}
-        append_rows(arguments.output, [{"machine": machine, "threads": arguments.threads}])
+        append_rows(arguments.output, [{"machine": describe_machine(), "threads": arguments.threads}])
     for part in arguments.part:
         job = Job(arguments.export, part, tuple(arguments.prefill), tuple(arguments.decode), arguments.tokens)
         candidates = {

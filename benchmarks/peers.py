@@ -1,6 +1,6 @@
-"""One system in a process of its own: load, warm up, answer; a JSON line for each answer on stdout.
+"""One system in a process of its own: load, warm up, answer; JSON lines for its start and the answer on stdout.
 
-    python -m benchmarks.peers SYSTEM MODEL PICTURE [--question Q] [--tokens 32] [--answers 2] [--threads 2]
+    python -m benchmarks.peers SYSTEM MODEL PICTURE [--question Q] [--tokens 32] [--threads 2]
 
 `side_by_side` calls it for each system in turn. Every system gets the same picture file and question and makes exactly
 as many tokens as asked for, greedily; the time to the first token begins with the picture still a file. Systems that
@@ -22,8 +22,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from benchmarks.child import tell_case, tell_start
 from benchmarks.peer_models import VISION_ONNX
-from edgevlm.metrics import peak_memory
+from edgevlm.bench.conditions import Meter
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Job:
     picture: Path
     question: str
     tokens: int
-    answers: int
     threads: int
     prompt_tokens: int
+    """For systems that run the text part alone."""
     tiles: int
+    """Of the picture, which has 1600x1200 pixels, the global view counted."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class Measured:
     text: str
     vision_s: float | None = None
     prefill_s: float | None = None
+    views: int | None = None
+    image_tokens: int | None = None
+    vision_arithmetic: str | None = None
 
 
+COLUMNS = {1: 1, 5: 2, 13: 4}
+"""Columns of the grid that a picture of 1600x1200 is split into, by its number of tiles."""
 Answers: TypeAlias = Iterator[Measured]
 
 
@@ -68,7 +75,9 @@ def transformers_answers(job: Job, model: Any, split: bool = True) -> Answers:
     from transformers import Idefics3Processor
 
     processor = Idefics3Processor.from_pretrained(job.model)
-    processor.image_processor.do_image_splitting = split
+    processor.image_processor.do_image_splitting = split and job.tiles > 1
+    tile = processor.image_processor.max_image_size["longest_edge"]
+    processor.image_processor.size = {"longest_edge": tile * COLUMNS[job.tiles]}
     content = [{"type": "image"}, {"type": "text", "text": job.question}]
     marks: list[float] = []
 
@@ -135,7 +144,7 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
         from edgevlm.families.base import ImageBudget
 
         vlm = VLM(job.model, RuntimeConfig(threads=job.threads, image_cache_bytes=0, kept_sessions=0))
-        budget = ImageBudget(detail)  # type: ignore[arg-type]
+        budget = ImageBudget(detail, max_views=job.tiles)  # type: ignore[arg-type]
         while True:
             once = ask(vlm, job.picture, job.question, budget, job.tokens)
             timings = once.timings
@@ -148,6 +157,9 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
                 text,
                 timings.vision_s,
                 timings.prefill_s,
+                once.prompt.views,
+                once.prompt.image_tokens,
+                vlm.vision_arithmetic.name,
             )
 
     return answers
@@ -157,9 +169,11 @@ def llama_cpp_answers(job: Job) -> Answers:
     """llama.cpp on `text.gguf` and `mmproj.gguf`, through xllamacpp."""
     import xllamacpp
 
+    if job.tiles != max(COLUMNS):
+        raise RuntimeError("how many tiles llama.cpp makes of a picture stands in its file; there is one of 13 alone")
     params = xllamacpp.CommonParams()
     params.model.path, params.mmproj.path = str(job.model / "text.gguf"), str(job.model / "mmproj.gguf")
-    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 4096, 1, False, 0
+    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = max(4096, 2 * job.prompt_tokens), 1, False, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
     params.use_jinja, params.chat_template = True, (job.model / "chat_template.jinja").read_text(encoding="utf-8")
     server = xllamacpp.Server(params)
@@ -197,7 +211,7 @@ def prompt_ids(job: Job) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    text = "The valve is open, the pump runs and the pressure reads four bar. " * 200
+    text = "The valve is open, the pump runs and the pressure reads four bar. " * (1 + job.prompt_tokens // 10)
     return list(tokenizer(text)["input_ids"])[: job.prompt_tokens]
 
 
@@ -288,16 +302,23 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--question", default="Describe this picture in detail.")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--answers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--prompt-tokens", type=int, default=877, help="for systems of the text part alone")
-    parser.add_argument("--tiles", type=int, default=13, help="for systems of the vision part alone")
+    parser.add_argument("--tiles", type=int, default=13, choices=COLUMNS)
+    parser.add_argument("--case", default="picture", help="what the line is called")
     arguments = vars(parser.parse_args())
-    system = SYSTEMS[arguments.pop("system")]
+    case = arguments.pop("case")
+    make = SYSTEMS[arguments.pop("system")]
     job = Job(**arguments)
-    for number, each in zip(range(job.answers), system(job), strict=False):
-        line = {"number": number, **asdict(each), "at": time.time(), "peak_memory_bytes": peak_memory()}
-        print(json.dumps(line, ensure_ascii=False), flush=True)
+    start, meter = Meter(job.threads), Meter(job.threads)
+    with start.part():
+        answers = make(job)
+        warm_up = next(answers)
+    tell_start(time.time() - warm_up.total_s + warm_up.ttft_s, start)
+    with meter.part():
+        answer = next(answers)
+    speed = {"tokens_per_s": 1 / answer.tpot_s if answer.tpot_s else None}
+    tell_case(case, {**asdict(answer), **speed}, meter)
 
 
 if __name__ == "__main__":

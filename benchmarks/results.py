@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from edgevlm.bench.measure import describe_machine
+from edgevlm.bench.conditions import describe_machine
 
 
 def write_result(output: Path | None, result: dict[str, Any]) -> None:

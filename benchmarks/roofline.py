@@ -3,7 +3,8 @@
     python -m benchmarks.roofline build/side_by_side/edgevlm-int4 [--threads 2] [-o benchmarks/results/roofline.json]
 
 The machine's limits are measured in the same run: reading memory with NumPy from as many threads, and square products
-of matrices through OpenVINO itself, in BF16 or, quantized, in INT8.
+of matrices through OpenVINO itself, in the arithmetic that the vision encoder runs in: INT8 where it is quantized, or
+else BF16 on a CPU that has it and FP32 on others.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import numpy as np
 
 from benchmarks.results import write_result
 from edgevlm import VLM, RuntimeConfig
+from edgevlm.bench.conditions import Conditions, Meter
 from edgevlm.bench.measure import QUESTION, ask, perturb, sample_picture
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import load_image
 from edgevlm.manifest import LANGUAGE, VISION
 from edgevlm.runtime.core import core, import_openvino, read_ir
+from edgevlm.runtime.cpu import cpu_features
 
 SIDE = 2048
 
@@ -66,19 +69,22 @@ def matmul_peak(threads: int, quantized: bool) -> float:
     return 2 * SIDE**3 / seconds(lambda: request.infer([data], share_inputs=True, share_outputs=True))
 
 
-def matmul_operations(model: Any) -> int:
-    """Return the operations of all matrix products of a model with static shapes."""
+def matrix_operations(model: Any) -> int:
+    """Return the operations of all matrix products of a model with static shapes, those of attention among them."""
     total = 0
     for node in model.get_ops():
         if node.get_type_name() == "MatMul":
             shape = list(node.input_value(0).get_shape())
             inner = shape[-2] if node.get_attributes().get("transpose_a") else shape[-1]
             total += 2 * int(np.prod(list(node.get_output_shape(0)))) * inner
+        elif node.get_type_name() == "ScaledDotProductAttention":
+            query, keys = (list(node.input_value(index).get_shape()) for index in (0, 1))
+            total += 2 * 2 * int(np.prod(query)) * keys[-2]  # query by keys, and their weights by values
     return total
 
 
-def measure(folder: Path, threads: int) -> dict[str, Any]:
-    """Return the machine's limits, what the model needs and reaches, and the shares."""
+def measure(folder: Path, threads: int) -> tuple[dict[str, Any], Conditions]:
+    """Return the machine's limits, what the model needs and reaches, the shares, and the conditions of its answers."""
     from edgevlm.runtime.graph_passes import make_static
 
     vlm = VLM(folder, RuntimeConfig(threads=threads, image_cache_bytes=0, kept_sessions=0))
@@ -87,15 +93,20 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
     budget = ImageBudget("low")
     with tempfile.TemporaryDirectory() as scratch:
         image = load_image(sample_picture(Path(scratch)))
-    answers = [ask(vlm, perturb(image, number), QUESTION, budget, 33).timings for number in range(6)][1:]
+    ask(vlm, perturb(image, 0), QUESTION, budget, 33)
+    meter, answers = Meter(threads), []
+    for number in range(1, 6):
+        with meter.part():
+            answers.append(ask(vlm, perturb(image, number), QUESTION, budget, 33).timings)
     tile_s, token_s = median(each.vision_s for each in answers), median(each.tpot_s or 0.0 for each in answers)
-    operations, weights = matmul_operations(vision), parts[LANGUAGE].size_bytes
+    operations, weights = matrix_operations(vision), parts[LANGUAGE].size_bytes
     quantized = vlm.vision_arithmetic.name == "W8A8"
+    arithmetic = "INT8" if quantized else "BF16" if {"avx512_bf16", "amx_bf16"} & {*cpu_features()} else "FP32"
     peak, bandwidth = matmul_peak(threads, quantized), memory_bandwidth(threads)
-    return {
+    figures = {
         "memory bandwidth, GB/s": bandwidth / 1e9,
-        f"{'INT8' if quantized else 'BF16'} matrix products, Gop/s": peak / 1e9,
-        "operations a tile, Gop": operations / 1e9,
+        f"{arithmetic} matrix products, Gop/s": peak / 1e9,
+        "operations a tile, attention included, Gop": operations / 1e9,
         "tile, s": tile_s,
         "tile at the peak, s": operations / peak,
         "share of the peak": operations / peak / tile_s,
@@ -104,6 +115,7 @@ def measure(folder: Path, threads: int) -> dict[str, Any]:
         "token at the bandwidth, ms": weights / bandwidth * 1e3,
         "share of the bandwidth": weights / bandwidth / token_s,
     }
+    return figures, meter.conditions
 
 
 def main() -> None:
@@ -112,10 +124,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
-    found = measure(arguments.model, arguments.threads)
+    found, conditions = measure(arguments.model, arguments.threads)
     for name, value in found.items():
         print(f"{name:40} {value:10.3f}")
-    write_result(arguments.output, {"model": arguments.model.name, "figures": found})
+    print(conditions.line)
+    result = {"model": arguments.model.name, "figures": found, "conditions": conditions.to_dict()}
+    write_result(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
 """edgevlm beside its peers: same checkpoint, picture, question, tokens and threads, systems alternating in one run.
 
     python -m benchmarks.make_checkpoint build/smolvlm-shape
-    python -m benchmarks.side_by_side build/smolvlm-shape [--rounds 3] [-o benchmarks/results/side_by_side.json]
+    python -m benchmarks.side_by_side build/smolvlm-shape -o build/side_by_side.jsonl [--rounds 4] [--only NAME ...]
 
 Each round starts every system once, in a process of its own, which loads, answers once to warm up and then is
 measured. Exports that are not there yet are made first, optimum's with optimum-cli. A system that cannot run here is
-left out, with the reason.
+left out, with the reason. Runs with other `--tiles` or `--context` are cases of their own and may go to the same file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+
+from tokenizers import Tokenizer
 
 from benchmarks import peer_models
-from benchmarks.results import write_result
-from edgevlm.bench.measure import sample_picture
+from benchmarks.peers import COLUMNS
+from benchmarks.rounds import System, reference, run, table
+from edgevlm.bench.measure import FILLER, QUESTION, sample_picture
 
 OPTIMUM = {
     "optimum FP32": ["--weight-format", "fp32"],
@@ -47,16 +45,12 @@ PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
     "ONNX Runtime FP32, vision part alone": ("onnx-vision", peer_models.onnx_vision),
 }
 """Peers whose files are made here: their system in `peers`, and what makes them of the checkpoint or its text part."""
-FIGURES = (
-    "ttft_s",
-    "tpot_s",
-    "total_s",
-    "tokens_per_s",
-    "vision_s",
-    "prefill_s",
-    "peak_memory_bytes",
-    "start_to_first_token_s",
-)
+PROMPT_TOKENS = {1: 82, 5: 348, 13: 877}
+"""Tokens of SmolVLM's prompt for the question and a picture of so many tiles."""
+SHORT_QUESTION = 6
+"""Of them those of the question."""
+REFERENCE = "optimum INT4"
+"""The system that ratios are taken to, where it is among those measured."""
 
 
 def _asked(name: str, only: Sequence[str]) -> bool:
@@ -113,75 +107,22 @@ def systems(checkpoint: Path, made: dict[str, Path]) -> dict[str, tuple[str, Pat
     return found
 
 
-def measure(system: str, model: Path, picture: Path, options: Sequence[str]) -> list[dict[str, Any]]:
-    """Run one system once and return its measured answers; the first, the warm-up, gives only the start."""
-    command = [sys.executable, "-m", "benchmarks.peers", system, str(model), str(picture), *options]
-    started = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip() or "no reason given").splitlines()[-1])
-    warm_up, *answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    start = warm_up["at"] - warm_up["total_s"] + warm_up["ttft_s"] - started
-    for answer in answers:
-        answer["tokens_per_s"] = 1 / answer["tpot_s"] if answer["tpot_s"] else None
-        answer["start_to_first_token_s"] = start
-    return answers
+def long_question(checkpoint: Path, tokens: int) -> str:
+    """Return a question of at least as many tokens."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    short, longer = (len(tokenizer.encode(FILLER * count + QUESTION).ids) for count in (0, 10))
+    return FILLER * max(0, -(-10 * (tokens - short) // (longer - short))) + QUESTION
 
 
-def run(
-    checkpoint: Path, folder: Path, picture: Path, rounds: int, options: Sequence[str], only: Sequence[str] = ()
-) -> dict[str, Any]:
-    """Alternate all systems, or `only` some, and return their medians with the range, and why any was left out."""
-    made, left_out = peer_files(checkpoint, folder, only)
-    every = systems(checkpoint, exports(checkpoint, folder, only) | made)
-    every = {name: each for name, each in every.items() if not only or name in only}
-    answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for number in range(rounds):
-        for name, (system, model) in every.items():
-            if name in left_out:
-                continue
-            try:
-                answers[name] += measure(system, model, picture, options)
-                print(f"{number + 1} {name}: TTFT {answers[name][-1]['ttft_s']:.2f} s", file=sys.stderr, flush=True)
-            except RuntimeError as error:
-                left_out[name] = str(error)
-    figures = {name: _spreads(each) for name, each in answers.items()}
-    texts = {name: each[-1]["text"] for name, each in answers.items()}
-    tokens = {name: each[-1]["prompt_tokens"] for name, each in answers.items()}
-    return {
-        "rounds": rounds,
-        "options": list(options),
-        "prompt_tokens": tokens,
-        "figures": figures,
-        "texts": texts,
-        "left_out": left_out,
-    }
-
-
-def _spreads(answers: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return median and range of each figure that a system has."""
-    found = {figure: [answer[figure] for answer in answers] for figure in FIGURES if answers[0][figure] is not None}
-    return {
-        figure: {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        for figure, values in found.items()
-    }
-
-
-def table(result: dict[str, Any], reference: str = "optimum INT4") -> str:
-    """Return a Markdown table: medians, and in brackets the ratio to `reference`."""
-    figures = result["figures"]
-    lines = ["| system | TTFT s | tokens/s | end to end s | peak MB | start to first token s |", "|---" * 6 + "|"]
-    scale = {"peak_memory_bytes": 1e-6}
-    for name, each in figures.items():
-        cells = []
-        for figure in ("ttft_s", "tokens_per_s", "total_s", "peak_memory_bytes", "start_to_first_token_s"):
-            if figure not in each:
-                cells.append("")
-                continue
-            value, base = each[figure]["median"], figures.get(reference, each)[figure]["median"]
-            cells.append(f"{value * scale.get(figure, 1):,.4g} ({value / base:.2f}x)")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def case_options(checkpoint: Path, tiles: int, context: int | None) -> list[str]:
+    """Return the options of `peers` for so many tiles, with the prompt filled up to `context` tokens."""
+    tokens = PROMPT_TOKENS[tiles]
+    name = "picture" if tiles == max(COLUMNS) else f"picture, {tiles} tile{'s' * (tiles > 1)}"
+    options = ["--tiles", str(tiles), "--prompt-tokens", str(max(tokens, context or 0))]
+    if context:
+        name += f", context {context}"
+        options += ["--question", long_question(checkpoint, context - tokens + SHORT_QUESTION)]
+    return [*options, "--case", name]
 
 
 def main() -> None:
@@ -189,20 +130,32 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--exports", type=Path, default=Path("build/side_by_side"))
     parser.add_argument("--picture", type=Path, help="default: a drawn one of 1600x1200")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4, help="even, so that each order comes as often")
+    parser.add_argument("--tiles", type=int, default=13, choices=COLUMNS, help="of the picture of 1600x1200")
+    parser.add_argument("--context", type=int, help="fill the prompt up to about as many tokens, for decoding after it")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timeout-s", type=float, default=1800, help="of a system in a round")
     parser.add_argument("--only", action="append", default=[], help="a system's name; again for several")
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON Lines, added to")
     arguments = parser.parse_args()
     options = ["--tokens", str(arguments.tokens), "--threads", str(arguments.threads)]
+    only, checkpoint, folder = arguments.only, arguments.checkpoint, arguments.exports
+    made, left_out = peer_files(checkpoint, folder, only)
+    found = systems(checkpoint, exports(checkpoint, folder, only) | made)
     with tempfile.TemporaryDirectory() as scratch:
         picture = arguments.picture or sample_picture(Path(scratch))
-        result = run(arguments.checkpoint, arguments.exports, picture, arguments.rounds, options, arguments.only)
-    print(table(result))
-    for name, why in result["left_out"].items():
+        every = [*options, *case_options(checkpoint, arguments.tiles, arguments.context)]
+        asked = [
+            System(name, [sys.executable, "-m", "benchmarks.peers", system, str(model), str(picture), *every])
+            for name, (system, model) in found.items()
+            if not only or name in only
+        ]
+        head = {"options": options, "left_out": left_out}
+        rows = run(asked, arguments.rounds, arguments.output, head, arguments.timeout_s)
+    print("\n".join(table(rows, reference(rows, REFERENCE))))
+    for name, why in left_out.items():
         print(f"left out: {name}: {why}")
-    write_result(arguments.output, result)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ import click
 
 from benchmarks.factories import FACTORIES, write
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
-from edgevlm.bench.measure import describe_machine
+from edgevlm.bench.conditions import describe_machine
 from edgevlm.jobs.jsonl import append_rows, read_rows
 from edgevlm.model_store import default_model
-from edgevlm.runtime.cpu import cpu_features
 from edgevlm_export.tune import Scored, TuneOptions, TuneProgress, tune
 from edgevlm_export.tune.learner import RATE
 from edgevlm_export.tune.rows import Example, read_examples
@@ -125,7 +124,7 @@ def measure(folder: Path, run: Run) -> Row:
     row |= {"kept_apart_before": told(report.before), "kept_apart_after": told(report.after)}
     row |= {"learned": report.learned, "steps": report.steps, "learning_s": round(clock.learning_s, 1)}
     row |= {"ended_early": clock.learning_s < 0.98 * run.minutes * 60, "whole_s": round(report.seconds, 1)}
-    return row | {"machine": describe_machine() | {"cpu_features": cpu_features()}}
+    return row | {"machine": describe_machine()}
 
 
 def told(scored: Scored) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -71,6 +71,12 @@ class Stopwatch:
             tpot_s=(now - first) / (tokens - 1) if tokens > 1 else None,
             total_s=now - started,
         )
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from now on. Linux alone can; elsewhere it goes on from the start of the process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from edgevlm.bench.measure import Figure, Sweep, ask, bench, measure, pad_prompt
 from edgevlm.bench.report import check_target
 from edgevlm.cli.main import main
 from edgevlm.families.base import ImageBudget
+from edgevlm.metrics import peak_memory, reset_peak_memory
 from tests.conftest import F32, photograph
 
 QUICK = Sweep(repetitions=2, new_tokens=4)
@@ -30,7 +33,7 @@ def test_every_combination_is_a_point(exported: Path, china: Path) -> None:
         (threads, detail, tiles) for threads in (1, 2) for detail, tiles in (("low", 1), ("auto", 13))
     }
     assert all(point.prompt_tokens >= 120 for point in report.points[1::2])
-    assert len(told) == 9
+    assert len(told) == 17
     assert set(report.load) == {"compile", "cached", "process"}
     for point in report.points:
         figures = {name: figure.median for name, figure in point.figures.items()}
@@ -38,6 +41,9 @@ def test_every_combination_is_a_point(exported: Path, china: Path) -> None:
         assert figures["ttft_s"] < figures["total_s"]
         assert point.figures["ttft_s"].low <= figures["ttft_s"] <= point.figures["ttft_s"].p90
         assert point.peak_memory_bytes > 50e6
+        assert point.conditions.threads == point.threads
+        assert point.conditions.wall_s >= 2 * point.figures["total_s"].low
+        assert point.conditions.cpu_s > 0
 
 
 def test_an_answer_has_just_as_many_tokens_as_asked_for(vlm: VLM) -> None:
@@ -51,7 +57,7 @@ def test_a_cache_hit_is_not_called_a_first_token(exported: Path) -> None:
     known, image = VLM(exported, F32), photograph("china.jpg")
     known.generate(perturb(image, 0), "What?", max_new_tokens=4)
     with pytest.raises(BenchmarkError, match="reused what was known"):
-        measure(known, known, image, AUTO, "What?", QUICK)
+        measure(known, image, AUTO, "What?", QUICK)
 
 
 def test_a_touched_picture_has_no_tile_in_common_with_any_other(vlm: VLM) -> None:
@@ -83,6 +89,15 @@ def test_a_figure_is_median_p90_and_range() -> None:
     assert Figure.of([2.0]) == Figure(2.0, 2.0, 2.0, 2.0)
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot reset a peak")
+def test_the_peak_of_a_point_does_not_count_what_was_before() -> None:
+    block = np.ones(2**25)
+    high = peak_memory()
+    del block
+    reset_peak_memory()
+    assert peak_memory() < high - 200e6
+
+
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(main, ["bench", *map(str, arguments), "-n", "1", "--new-tokens", "2"])
     assert result.exit_code == 0, result.output
@@ -96,6 +111,7 @@ def test_the_command_prints_json_lines_and_writes_a_page(exported: Path, china: 
     assert head["model"] == exported.name
     assert head["machine"]["cores"] >= 1
     assert [(point["detail"], point["views"]) for point in points] == [("low", 1), ("auto", 13)]
+    assert set(points[0]["conditions"]) >= {"cpu_s", "wall_s", "others_cpu_s", "load_before", "load_after"}
     assert {tuple(point["vision"].values()) for point in points} == {("exported", "FP32 weights", "as exported")}
     assert set(points[0]["figures"]["ttft_s"]) == {"median", "p90", "low", "high"}
     text = page.read_text(encoding="utf-8")
@@ -113,6 +129,8 @@ def test_the_command_prints_a_table_and_a_picture(exported: Path, tmp_path: Path
     assert "TTFT" in printed
     assert "\nvision: FP32 weights (as exported)\n" in printed
     assert "a new process needs" in printed
+    assert "instruction sets: " in printed
+    assert re.search(r"1: [\d.]+ cores used by \d+ threads? of \d+ cores", printed)
     with Image.open(picture) as opened:
         assert opened.format == "PNG"
 

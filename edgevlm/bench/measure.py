@@ -6,14 +6,13 @@ and is refused if it reused anything all the same; figures with reuse stand apar
 
 from __future__ import annotations
 
-import os
-import platform
+import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from edgevlm import __version__
+from edgevlm.bench.conditions import Conditions, Meter, describe_machine
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.prompt_lookup import PromptLookup
 from edgevlm.decoding.sampling import TokenSelector, greedy
@@ -34,10 +33,9 @@ from edgevlm.families.base import RGB
 from edgevlm.inputs.image import ImageInput
 from edgevlm.inputs.messages import user_message
 from edgevlm.inputs.prompt import Prompt
-from edgevlm.metrics import Stopwatch, Timings, peak_memory
+from edgevlm.metrics import Stopwatch, Timings, peak_memory, reset_peak_memory
 from edgevlm.runtime.arithmetic import ChosenArithmetic
 from edgevlm.runtime.config import InferencePrecision, RuntimeConfig, VisionArithmetic
-from edgevlm.runtime.core import core
 from edgevlm.vlm import VLM
 
 Announce: TypeAlias = Callable[[str], None]
@@ -99,7 +97,10 @@ class Point:
     new_tokens: int
     repetitions: int
     figures: dict[str, Figure]
+    conditions: Conditions
+    """Of the answers to pictures never seen before."""
     peak_memory_bytes: int
+    """With one model loaded, which keeps nothing; on Linux of this point alone, elsewhere of the process so far."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return one line of `--json`."""
@@ -134,34 +135,39 @@ def bench(model: Path, image: RGB, picture: Path, sweep: Sweep, announce: Announ
     settings = product(sweep.devices, sweep.threads, sweep.inference_precisions, sweep.vision_arithmetics)
     for device, threads, precision, vision in settings:
         config = RuntimeConfig(device=device, threads=threads, inference_precision=precision, vision_arithmetic=vision)
-        cold = VLM(model, replace(config, image_cache_bytes=0, kept_sessions=0))
-        warm = VLM(model, config)
+        vlm = VLM(model, replace(config, image_cache_bytes=0, kept_sessions=0))
+        how = f"{vlm.device}, {threads or 'all'} threads, {precision}, vision {vlm.vision_arithmetic.name}"
+        asked: list[tuple[ImageBudget, str]] = []
+        points: list[Point] = []
         for detail, limit, length in product(sweep.details, sweep.max_image_tokens, sweep.prompt_tokens):
             budget = ImageBudget(detail, limit)
-            how = f"{threads or 'all'} threads, {precision}, vision {cold.vision_arithmetic.name}"
-            announce(f"{cold.device}, {how}, {detail}, image tokens {limit or 'any'}")
-            question = pad_prompt(cold, image, budget, length, sweep.new_tokens)
-            report.points.append(measure(cold, warm, image, budget, question, sweep))
+            announce(f"{how}, {detail}, image tokens {limit or 'any'}")
+            asked.append((budget, pad_prompt(vlm, image, budget, length, sweep.new_tokens)))
+            points.append(measure(vlm, image, *asked[-1], sweep))
+        del vlm
+        gc.collect()  # so that one model is loaded at a time
+        vlm = VLM(model, config)
+        for point, each in zip(points, asked, strict=True):
+            announce(f"{how}, {point.detail}, next question")
+            following = {"next_question_ttft_s": measure_next(vlm, image, *each, sweep)}
+            report.points.append(replace(point, figures=point.figures | following))
     return report
 
 
-def measure(cold: VLM, warm: VLM, image: RGB, budget: ImageBudget, question: str, sweep: Sweep) -> Point:
-    """Return the figures of one point; `cold` keeps nothing, `warm` keeps embeddings and KV cache."""
-    first: list[Sample] = []
-    again: list[Sample] = []
+def measure(cold: VLM, image: RGB, budget: ImageBudget, question: str, sweep: Sweep) -> Point:
+    """Return the figures of one point, but for the next question; `cold` keeps neither embeddings nor KV cache."""
+    reset_peak_memory()
+    samples: list[Sample] = []
+    meter = Meter(cold.config.threads)
     for repetition in range(sweep.warm_ups + sweep.repetitions):
-        picture = perturb(image, repetition)
-        one = ask(cold, picture, question, budget, sweep.new_tokens)
-        if one.cached_tokens or one.cached_views:
+        picture, measured = perturb(image, repetition), repetition >= sweep.warm_ups
+        with meter.part() if measured else nullcontext():
+            sample = ask(cold, picture, question, budget, sweep.new_tokens)
+        if sample.cached_tokens or sample.cached_views:
             raise BenchmarkError("a cold figure reused what was known before; please report this")
-        ask(warm, picture, question, budget, sweep.new_tokens)
-        two = ask(warm, picture, f"{question} Be brief.", budget, sweep.new_tokens)
-        if repetition >= sweep.warm_ups:
-            first.append(one)
-            again.append(two)
-    figures = {name: Figure.of([each.figures[name] for each in first]) for name in first[0].figures}
-    figures["next_question_ttft_s"] = Figure.of([each.timings.ttft_s for each in again])
-    prompt = first[0].prompt
+        if measured:
+            samples.append(sample)
+    prompt = samples[0].prompt
     return Point(
         cold.device,
         cold.config.threads,
@@ -173,9 +179,21 @@ def measure(cold: VLM, warm: VLM, image: RGB, budget: ImageBudget, question: str
         len(prompt),
         sweep.new_tokens,
         sweep.repetitions,
-        figures,
+        {name: Figure.of([each.figures[name] for each in samples]) for name in samples[0].figures},
+        meter.conditions,
         peak_memory(),
     )
+
+
+def measure_next(warm: VLM, image: RGB, budget: ImageBudget, question: str, sweep: Sweep) -> Figure:
+    """Return the seconds to the first token of a second question about a picture; `warm` keeps what it computed."""
+    seconds = []
+    for repetition in range(sweep.warm_ups + sweep.repetitions):
+        picture = perturb(image, repetition)
+        ask(warm, picture, question, budget, 1)
+        again = ask(warm, picture, f"{question} Be brief.", budget, 1)
+        seconds.append(again.timings.ttft_s)
+    return Figure.of(seconds[sweep.warm_ups :])
 
 
 @dataclass(frozen=True)
@@ -256,21 +274,6 @@ def measure_load(model: Path, picture: Path) -> dict[str, float]:
     if done.returncode:
         raise BenchmarkError(f"a new process could not answer: {done.stderr.decode(errors='replace').strip()}")
     return {"compile": compiled, "cached": cached, "process": perf_counter() - started}
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what the figures depend on besides the model."""
-    import psutil
-
-    return {
-        "cpu": core().get_property("CPU", "FULL_DEVICE_NAME").strip(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "system": f"{platform.system()} {platform.release().partition('-')[0]}",
-        "python": platform.python_version(),
-        "edgevlm": __version__,
-        "openvino": version("openvino"),
-    }
 
 
 def lines(report: Report) -> Iterator[dict[str, Any]]:

@@ -29,6 +29,8 @@ COLUMNS: dict[str, Callable[[Point], str]] = {
     "TPOT ms": lambda point: f"{point.figures['tpot_s'].median * 1000:,.1f}" if "tpot_s" in point.figures else "-",
     "tokens/s": lambda point: f"{point.figures['tokens_per_s'].median:,.1f}" if "tpot_s" in point.figures else "-",
     "end to end ms": lambda point: _milliseconds(point, "total_s"),
+    "cores used": lambda point: f"{point.conditions.cores_used:.2f}",
+    "cores of others": lambda point: f"{point.conditions.cores_of_others:.2f}",
     "peak MiB": lambda point: f"{point.peak_memory_bytes / 2**20:,.0f}",
 }
 """Heading and content of each column of the table; medians, TTFT with its p90."""
@@ -124,13 +126,17 @@ def page(report: Report, svg: str) -> str:
         f"<tr><td>{_text(name_point(point))}" + "".join(f"<td>{_text(cell(point))}" for cell in COLUMNS.values())
         for point in report.points
     )
+    conditions = "".join(
+        f"<tr><th>{_text(name_point(point))}<td>{_text(point.conditions.line)}" for point in report.points
+    )
     style = (
         "body{font:15px system-ui;margin:2em}td,th{padding:.2em .8em;text-align:left}svg{max-width:100%;height:auto}"
     )
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(report.model)}</title>'
         f"<style>{style}</style><h1>{_text(report.model)}</h1><p>Load: {_text(load)}<br>{vision}</p>"
-        f"{svg[svg.index('<svg') :]}<table>{head}{rows}</table><h2>Machine</h2><table>{machine}</table></html>\n"
+        f"{svg[svg.index('<svg') :]}<table>{head}{rows}</table><h2>Machine</h2><table>{machine}</table>"
+        f"<h2>Conditions</h2><table>{conditions}</table></html>\n"
     )
 
 

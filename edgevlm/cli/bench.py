@@ -58,7 +58,8 @@ def bench(model: str | None, image: Path | None, report: Path | None, as_json: b
     """Measure MODEL on this machine: load, vision, prefill, first token, decoding, memory.
 
     Repeated options are swept: every combination is a row. TTFT is always that of a picture never seen
-    before; the next question about the same picture stands in a column of its own.
+    before; the next question about the same picture stands in a column of its own. The last lines name the
+    machine and say, for each row, how many cores were used, by edgevlm and by other processes.
 
     \b
     edgevlm bench

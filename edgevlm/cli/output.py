@@ -104,6 +104,7 @@ def print_locations(found: Locations) -> None:
 
 def print_bench(report: Report) -> None:
     """Print a benchmark's table, and what it was taken on."""
+    from edgevlm.bench.conditions import machine_line
     from edgevlm.bench.report import COLUMNS, name_point, vision_line
 
     console = Console()
@@ -123,9 +124,9 @@ def print_bench(report: Report) -> None:
         f" a new process needs {load['process']:.2f} s to its first token (global view only)",
         highlight=False,
     )
-    console.print(
-        f"{report.machine['cpu']}, {report.machine['cores']} cores, {report.machine['system']}", highlight=False
-    )
+    console.print(machine_line(report.machine), highlight=False)
+    for number, point in points:
+        console.print(f"{number}: {point.conditions.line}", highlight=False)
 
 
 def print_models(models: Sequence[Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from inspect import getsource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgevlm import __version__
 from edgevlm.errors import DeviceError
 from edgevlm.families import Family
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION, Manifest
@@ -120,7 +120,7 @@ def _passes() -> str:
     try:
         return getsource(graph_passes)
     except OSError:
-        return __version__
+        return str(sys.modules["edgevlm"].__version__)  # it imports this module
 
 
 class Submodels:
