@@ -183,8 +183,8 @@ def test_ctrl_c_while_the_language_model_loads(exported: Path, china: Path, held
     command = [sys.executable, "-m", "edgevlm", "run", str(china), QUESTION, "-m", str(exported)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, preexec_fn=heed_interrupts) as process:  # noqa: PLW1509
-        until = monotonic() + 60
-        while not list((own_home / "cache" / "compiled").glob("*-vision_embeddings-*/sums.json")) and monotonic() < until:
+        until, compiled = monotonic() + 60, own_home / "cache" / "compiled"
+        while not list(compiled.glob("*-vision_embeddings-*/sums.json")) and monotonic() < until:
             sleep(0.05)  # the vision submodel is being loaded or loaded, the language model cannot be
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
