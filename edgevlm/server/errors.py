@@ -1,4 +1,4 @@
-"""What a caller is told when something is wrong: OpenAI's error object, and one table from edgevlm's errors to it."""
+"""What a caller is told when something is wrong: OpenAI's error object or Ollama's, and a table of edgevlm's errors."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from edgevlm.errors import (
     VideoError,
 )
 from edgevlm.strict_json import write_json
+
+
+OLLAMA_PATHS = "/api/"
+"""What Ollama's paths begin with; all others are OpenAI's, or like them."""
 
 
 class QueueFullError(Exception):
@@ -57,6 +61,22 @@ class ApiError(Exception):
         """OpenAI's error object."""
         error = {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}
         return {"error": error}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """Return the body as the API that `path` belongs to has it: Ollama's error is a text."""
+        return {"error": self.message} if path.startswith(OLLAMA_PATHS) else self.body
+
+    def renamed(self, places: Mapping[str, str]) -> ApiError:
+        """Return the error with its place as the caller's request has it: `places` are those, by chat completions'."""
+        steps = (self.param or "").split(".")
+        for end in range(len(steps), 0, -1):
+            own = places.get(".".join(steps[:end]))
+            if own is not None:
+                param = ".".join([own, *steps[end:]])
+                rest = self.message.removeprefix(f"{self.param}:")
+                message = self.message if rest == self.message else f"{param}:{rest}"
+                return ApiError(self.status, self.code, message, param=param, headers=self.headers)
+        return self
 
 
 class ClientGoneError(Exception):
@@ -110,6 +130,15 @@ def blaming(param: str, what: str = "") -> Iterator[None]:
     except (ApiError, EdgeVLMError) as error:
         told = to_api_error(error)
         raise ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param) from None
+
+
+@contextmanager
+def placing(places: Mapping[str, str]) -> Iterator[None]:
+    """Let what is raised on purpose name its place as the caller's request has it (see `ApiError.renamed`)."""
+    try:
+        yield
+    except (ApiError, EdgeVLMError) as error:
+        raise to_api_error(error).renamed(places) from None
 
 
 def to_json(content: Any) -> bytes:

@@ -64,7 +64,7 @@ class Guard:
                 await self._forward(scope, receive, send_on)
         except Exception as error:
             if not status:  # else it is too late to say so, or has been said
-                await error_response(to_api_error(error), send_on)
+                await error_response(to_api_error(error), send_on, scope["path"])
         finally:
             self._count(getattr(scope.get("route"), "path", "other"), status)
 
@@ -136,9 +136,9 @@ async def _collect(receive: Receive, limit: int, too_large: ApiError) -> bytes |
     return bytes(body)
 
 
-async def error_response(error: ApiError, send: Send) -> None:
-    """Send an error as JSON."""
-    body = to_json(error.body)
+async def error_response(error: ApiError, send: Send, path: str) -> None:
+    """Send an error as JSON, in the shape of the API that `path` belongs to."""
+    body = to_json(error.body_at(path))
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
