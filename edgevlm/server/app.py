@@ -207,8 +207,8 @@ class _Server:
         return Json({"models": [ollama.list_entry(self._worker.vlm, self._model, since)]})
 
     async def ollama_ps(self) -> Json:
-        vlm, since = self._worker.vlm, rfc3339(self._worker.started_at)
-        return Json({"models": [ollama.process_entry(vlm, self._model, since)] if vlm else []})
+        vlm = self._worker.vlm
+        return Json({"models": [ollama.process_entry(vlm, self._model)] if vlm else []})
 
     async def ollama_show(self, request: ollama.OllamaShow) -> Json:
         self._check_name(request.model or request.name, ollama.tagged(self._model))

@@ -248,21 +248,22 @@ def describe(vlm: VLM | None) -> dict[str, Any]:
 
 def list_entry(vlm: VLM | None, name: str, since: str) -> dict[str, Any]:
     """Return a model's entry of the list; `since` is when it has been served from."""
+    return {**_entry(vlm, name), "modified_at": since}
+
+
+def process_entry(vlm: VLM, name: str) -> dict[str, Any]:
+    """Return the entry of a model in memory, which no `expires_at` ends."""
+    return {**_entry(vlm, name), "size_vram": 0, "context_length": vlm.context_length}
+
+
+def _entry(vlm: VLM | None, name: str) -> dict[str, Any]:
     return {
         "name": tagged(name),
         "model": tagged(name),
-        "modified_at": since,
         "size": vlm.manifest.size_bytes if vlm else 0,
         "digest": vlm.manifest.fingerprint if vlm else "",
         "details": describe(vlm),
     }
-
-
-def process_entry(vlm: VLM, name: str, since: str) -> dict[str, Any]:
-    """Return the entry of a model in memory, which no `expires_at` ends."""
-    entry = list_entry(vlm, name, since)
-    del entry["modified_at"]
-    return {**entry, "size_vram": 0, "context_length": vlm.context_length}
 
 
 def show(vlm: VLM, since: str) -> dict[str, Any]:
