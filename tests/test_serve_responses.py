@@ -268,7 +268,8 @@ OPENAI: dict[str, tuple[list[Any], list[Any]]] = {
     "context_management": ([None, []], [[{"type": "compaction"}]]),
     "conversation": ([None], ["conv_1"]),
     "image": ([None], [{"context_compression": "enabled"}]),
-    "include": ([[], ["message.output_text.logprobs"], ["reasoning.encrypted_content"]], [["file_search_call.results"]]),
+    "include": ([[], ["message.output_text.logprobs"], ["reasoning.encrypted_content"]],
+                [["file_search_call.results"]]),
     "instructions": (["Be brief.", None], []),
     "max_output_tokens": ([3, None], [0]),
     "max_tool_calls": ([3], []),
@@ -300,7 +301,10 @@ OPENAI: dict[str, tuple[list[Any], list[Any]]] = {
 
 
 def test_the_list_of_openai_s_fields_is_whole() -> None:
-    two = (response_create_params.ResponseCreateParamsNonStreaming, response_create_params.ResponseCreateParamsStreaming)
+    two = (
+        response_create_params.ResponseCreateParamsNonStreaming,
+        response_create_params.ResponseCreateParamsStreaming,
+    )
     assert {name for kind in two for name in get_type_hints(kind)} == OPENAI.keys()
 
 

@@ -19,7 +19,6 @@ from edgevlm.errors import (
 )
 from edgevlm.strict_json import write_json
 
-
 OLLAMA_PATHS = "/api/"
 """What Ollama's paths begin with; all others are OpenAI's, or like them."""
 

@@ -112,30 +112,26 @@ class _Request(Shape):
         return self.options.ignored if self.options else []
 
     def _asked(self, turns: Turns, tools: Sequence[Tool] | None = None) -> Asked:
-        options = self.options or Options()
+        options = self.options or Options.model_validate({})
         limit = options.num_predict
-        chat = ChatRequest(
-            model=self.model,
-            messages=turns.messages,
-            stream=self.stream is not False,
-            max_tokens=_ENDLESS if limit is not None and limit <= 0 else limit,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            top_k=options.top_k,
-            seed=options.seed,
-            stop=options.stop,
-            logprobs=self.logprobs,
-            top_logprobs=self.top_logprobs,
-            response_format=self._response_format(),
-            tools=None if tools is None else list(tools),
-        )
-        return Asked(chat, {**turns.places, "response_format": "format"})
+        fields = {
+            **{name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "seed", "stop")},
+            "model": self.model,
+            "messages": turns.messages,
+            "stream": self.stream is not False,
+            "max_tokens": _ENDLESS if limit is not None and limit <= 0 else limit,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
+            "response_format": self._response_format(),
+            "tools": tools,
+        }
+        return Asked(ChatRequest.model_validate(fields), {**turns.places, "response_format": "format"})
 
     def _response_format(self) -> ResponseFormat | None:
         if isinstance(self.format, dict):
             schema = JsonSchema.model_validate({"schema": self.format})
             return SchemaJson(type="json_schema", json_schema=schema)
-        return AnyJson(type="json_object") if self.format else None
+        return AnyJson.model_validate({"type": "json_object"}) if self.format else None
 
 
 class OllamaFunction(Shape):
@@ -272,7 +268,7 @@ def show(vlm: VLM, since: str) -> dict[str, Any]:
     return {
         "modelfile": "",
         "parameters": "",
-        "template": vlm.manifest.chat_template,
+        "template": "",  # Ollama's are in another language than the model's own
         "modified_at": since,
         "details": describe(vlm),
         "model_info": {"general.architecture": family, f"{family}.context_length": vlm.context_length},

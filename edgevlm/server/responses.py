@@ -132,8 +132,6 @@ class TextConfig(Shape):
     format: Annotated[PlainText | AnyJson | FlatSchema, Field(discriminator="type")] | None = None
 
 
-
-
 class FunctionTool(Shape):
     """A tool; functions are the only kind, for nothing is run on the server."""
 
@@ -182,9 +180,7 @@ class ResponsesRequest(Generation):
     model: str | None = None
     input: Annotated[
         Annotated[list[InputItem], Field(min_length=1)],
-        BeforeValidator(
-            _as_items, json_schema_input_type=str | Annotated[list[InputItem], Field(min_length=1)]
-        ),
+        BeforeValidator(_as_items, json_schema_input_type=str | Annotated[list[InputItem], Field(min_length=1)]),
     ]
     instructions: str | None = None
     text: TextConfig | None = None
