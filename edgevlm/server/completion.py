@@ -9,8 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from edgevlm.answer import Answer, TokenLogprob
-from edgevlm.server.deltas import Deltas, End
-from edgevlm.server.errors import to_api_error
+from edgevlm.server.deltas import Deltas, End, told_in_stream
 from edgevlm.server.wire import sse
 
 _LEAST_LOGPROB = -9999.0
@@ -59,7 +58,7 @@ class Completion:
                         for event in self._end(delta.end):
                             yield event
         except Exception as error:
-            yield sse(to_api_error(error).body)
+            yield sse(told_in_stream(error).body)
 
     def _end(self, end: End) -> list[bytes]:
         """Return the last events: a call, how the answer ended, what it took."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from edgevlm.answer import Answer, Piece, TokenLogprob
+from edgevlm.server.engine import log_failure
+from edgevlm.server.errors import CALLERS_ERRORS, ApiError, to_api_error
 from edgevlm.server.tools import OPEN, read_call
 
 Pieces: TypeAlias = AsyncGenerator[tuple[Piece, float], None]
@@ -72,3 +74,10 @@ async def read_deltas(pieces: Pieces, *, tools: bool) -> Deltas:
             else:
                 yield Delta(held, piece.logprobs, end)
                 held = ""
+
+
+def told_in_stream(error: Exception) -> ApiError:
+    """Return what the last event of a stream tells of `error`; where an unexpected one came from is logged."""
+    if not isinstance(error, CALLERS_ERRORS):
+        log_failure(error)
+    return to_api_error(error)

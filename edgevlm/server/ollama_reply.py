@@ -10,8 +10,8 @@ from typing import Any
 
 from edgevlm.answer import TokenLogprob
 from edgevlm.server.completion import logprobs_list
-from edgevlm.server.deltas import Deltas, End
-from edgevlm.server.errors import OLLAMA_PATHS, to_api_error, to_json
+from edgevlm.server.deltas import Deltas, End, told_in_stream
+from edgevlm.server.errors import OLLAMA_PATHS, to_json
 from edgevlm.server.ollama import OllamaChat, OllamaGenerate
 from edgevlm.strict_json import read_json
 
@@ -53,7 +53,7 @@ class OllamaReply:
                     if delta.end:
                         yield _line(self._body("", logprobs=held) | self._figures(delta.end))
         except Exception as error:
-            yield _line(to_api_error(error).body_at(OLLAMA_PATHS))
+            yield _line(told_in_stream(error).body_at(OLLAMA_PATHS))
 
     def _body(
         self, text: str, calls: Sequence[dict[str, Any]] = (), logprobs: Sequence[TokenLogprob] = ()

@@ -11,8 +11,8 @@ from uuid import uuid4
 
 from edgevlm.answer import Answer, TokenLogprob
 from edgevlm.server.completion import logprobs_list, timings
-from edgevlm.server.deltas import Deltas, End
-from edgevlm.server.errors import to_api_error, to_json
+from edgevlm.server.deltas import Deltas, End, told_in_stream
+from edgevlm.server.errors import to_json
 from edgevlm.server.responses import ResponsesRequest
 
 
@@ -42,8 +42,8 @@ class ResponseReply:
 
     async def events(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events in OpenAI's order; an error after the first piece is the stream's last event."""
-        for name in ("response.created", "response.in_progress"):
-            yield self._event(name, response=self._frame)
+        for kind in ("response.created", "response.in_progress"):
+            yield self._event(kind, response=self._frame)
         begun = False
         held: tuple[TokenLogprob, ...] = ()
         try:
@@ -63,7 +63,7 @@ class ResponseReply:
                         for event in self._end(delta.end):
                             yield event
         except Exception as error:
-            told = to_api_error(error)
+            told = told_in_stream(error)
             failure = {"code": told.code, "message": told.message, "param": told.param}
             yield self._event("response.failed", response={**self._frame, "status": "failed", "error": failure})
 
@@ -90,15 +90,15 @@ class ResponseReply:
         whole = self.whole(end)
         yield self._event(f"response.{whole['status']}", response=whole)
 
-    def _event(self, name: str, **content: Any) -> bytes:
-        data = {"type": name, "sequence_number": next(self._numbers), **content}
-        return f"event: {name}\n".encode() + b"data: " + to_json(data) + b"\n\n"
+    def _event(self, kind: str, **content: Any) -> bytes:
+        data = {"type": kind, "sequence_number": next(self._numbers), **content}
+        return f"event: {kind}\n".encode() + b"data: " + to_json(data) + b"\n\n"
 
-    def _of_item(self, name: str, **content: Any) -> bytes:
-        return self._event(name, output_index=0, **content)
+    def _of_item(self, kind: str, **content: Any) -> bytes:
+        return self._event(kind, output_index=0, **content)
 
-    def _of_content(self, name: str, **content: Any) -> bytes:
-        return self._of_item(name, item_id=f"msg_{self._item_id}", content_index=0, **content)
+    def _of_content(self, kind: str, **content: Any) -> bytes:
+        return self._of_item(kind, item_id=f"msg_{self._item_id}", content_index=0, **content)
 
     def _item(self, end: End) -> dict[str, Any]:
         """Return the only item of the output: a message or a call."""
