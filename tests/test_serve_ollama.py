@@ -274,6 +274,19 @@ def test_frigate_s_and_home_assistant_s_requests_are_taken(server: Server, clien
     assert "ignored" not in post(server, "/api/generate", {"prompt": "hi", "stream": False})[1]
 
 
+def test_ollama_s_own_program_s_requests_are_taken(server: Server) -> None:
+    """Its requests hold every field of its structures, empty ones as well."""
+    show = {"model": "panel", "system": "", "template": "", "verbose": False, "options": None, "name": ""}
+    assert post(server, "/api/show", show)[0] == 200
+    beside = {"options": {}, "keep_alive": None, "_debug_render_only": False, "stream": False}
+    generate = {"model": "panel", "prompt": "", "suffix": "", "system": "", "template": "", **beside}
+    assert post(server, "/api/generate", generate)[1]["done_reason"] == "load"
+    assert post(server, "/api/generate", generate | {"prompt": QUESTION})[1]["response"]
+    chat = {"model": "panel", "messages": user(), "think": False, **beside}
+    assert post(server, "/api/chat", chat)[1]["message"]["content"]
+    assert request(server, "HEAD", "/")[0] == 200
+
+
 # What is refused, and how it is told
 
 ANY = base64.b64encode(b"hello").decode()

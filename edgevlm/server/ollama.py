@@ -218,7 +218,7 @@ def _parts(place: str, images: Sequence[str] | None, text: str | None) -> Iterat
 class OllamaShow(Shape):
     """The model to be told of; `name` is what `model` was called before."""
 
-    hints = refusals.REQUEST_HINTS | {"verbose"}
+    hints = refusals.REQUEST_HINTS | {"verbose", "system", "template", "options"}
     model: str | None = None
     name: str | None = None
 

@@ -79,6 +79,7 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "suffix": ("",),
     "template": ("",),
     "truncate": (False,),
+    "_debug_render_only": (False,),
 }
 """Fields that are taken at these values alone, at which they ask for nothing."""
 _SCHEMA = 'response_format {"type": "json_schema", "json_schema": {"name": "...", "schema": {...}}}'
