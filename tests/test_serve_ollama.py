@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.helpers.serving import (
     QUESTION,
     SCHEMA,
     Braked,
+    ask,
     choice_of,
     data_url,
     request,
@@ -358,6 +360,39 @@ def test_a_stream_whose_time_is_up_ends_with_an_error(panel: VLM) -> None:
         finally:
             model.release()
         wait_until(lambda: not server.worker.running)
+
+
+def test_all_ways_of_asking_wait_in_one_queue(panel: VLM) -> None:
+    model = Braked(panel)
+    with serving(model, max_queue=1) as server, ThreadPoolExecutor() as pool:
+        try:
+            first = pool.submit(ask, server)
+            wait_until(lambda: model.holding)
+            second = pool.submit(post, server, "/api/chat", {"messages": user(), "stream": False})
+            wait_until(lambda: server.worker.waiting == 1)
+            status, headers, body = request(server, "POST", "/api/generate", {"prompt": QUESTION})
+            assert (status, headers["retry-after"]) == (503, "2")
+            assert read_json(body) == {"error": "too many requests are waiting; try again in a few seconds"}
+            status, answer = post(server, "/v1/responses", {"input": QUESTION})
+            assert (status, answer["error"]["code"]) == (503, "queue_full")
+        finally:
+            model.release()
+        assert first.result()[0] == second.result()[0] == 200
+
+
+def test_all_ways_of_asking_make_one_prompt(server: Server) -> None:
+    """What one has put into the KV cache the others continue from, but for the last token."""
+    url, small = data_url(LIGHT), base64.b64encode(LIGHT.read_bytes()).decode()
+    system = "Be brief, please."
+    _, chat = ask(server, messages=[{"role": "system", "content": system}, *shown(url, text=COLOUR)])
+    parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": COLOUR}]
+    asked = {"instructions": system, "input": [{"role": "user", "content": parts}]}
+    used = post(server, "/v1/responses", asked)[1]["usage"]
+    assert used["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert used["input_tokens_details"]["cached_tokens"] == used["input_tokens"] - 1
+    question = {"prompt": COLOUR, "images": [small], "system": system, "stream": False}
+    generated = post(server, "/api/generate", question)[1]
+    assert generated["prompt_eval_count"] == used["input_tokens"]
 
 
 def test_a_picture_counts_against_the_same_bounds(server: Server) -> None:
