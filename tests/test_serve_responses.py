@@ -262,7 +262,8 @@ def test_a_stream_whose_time_is_up_fails(panel: VLM) -> None:
 
 OPENAI: dict[str, tuple[list[Any], list[Any]]] = {
     "model": (["panel"], []),
-    "input": (["hi", [{"role": "user", "content": "hi"}], [{"type": "message", "role": "user", "content": "hi"}]],
+    "input": (["hi", [{"role": "user", "content": "hi"}], [{"type": "message", "role": "user", "content": "hi"}],
+               [{"type": None, "role": "user", "content": "hi"}]],
               [[], [{"type": "item_reference", "id": "msg_1"}], [{"role": "user", "content": 5}]]),
     "access_programs": ([None], [{"cyber": "standard"}]),
     "background": ([False, None], [True]),

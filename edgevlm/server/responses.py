@@ -29,6 +29,7 @@ from edgevlm.server.schemas import (
     SchemaObject,
     Shape,
     Tool,
+    kind_of_choice,
 )
 from edgevlm.server.turns import Turns, image_part, text_part, tool_call
 
@@ -101,7 +102,7 @@ class EasyMessage(Shape):
 
 
 def _as_item(value: object) -> object:
-    return {**value, "type": "message"} if isinstance(value, dict) and "type" not in value else value
+    return {**value, "type": "message"} if isinstance(value, dict) and value.get("type") is None else value
 
 
 InputItem: TypeAlias = Annotated[
@@ -150,17 +151,10 @@ class NamedFunction(Shape):
     name: str
 
 
-def _kind_of_choice(value: object) -> str | None:
-    if isinstance(value, str):
-        return "word"
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return "named" if kind == "function" else None
-
-
 FunctionChoice: TypeAlias = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedFunction, Tag("named")],
     Discriminator(
-        _kind_of_choice,
+        kind_of_choice,
         custom_error_type="tool_choice",
         custom_error_message='must be "none", "auto", "required" or {"type": "function", "name": "..."}',
     ),

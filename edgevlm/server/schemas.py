@@ -205,7 +205,8 @@ class NamedTool(Shape):
     function: FunctionName
 
 
-def _kind_of_choice(value: object) -> str | None:
+def kind_of_choice(value: object) -> str | None:
+    """Return the tag of a `tool_choice`."""
     if isinstance(value, str):
         return "word"
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
@@ -215,7 +216,7 @@ def _kind_of_choice(value: object) -> str | None:
 ToolChoice: TypeAlias = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedTool, Tag("named")],
     Discriminator(
-        _kind_of_choice,
+        kind_of_choice,
         custom_error_type="tool_choice",
         custom_error_message=(
             'must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
