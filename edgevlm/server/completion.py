@@ -48,6 +48,7 @@ class Completion:
     async def events(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; an error after the first piece is the stream's last event."""
         yield self._chunk({"role": "assistant", "content": ""})
+        problem = None
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
@@ -58,7 +59,9 @@ class Completion:
                         for event in self._end(delta.end):
                             yield event
         except Exception as error:
-            yield sse(told_in_stream(error).body)
+            problem = told_in_stream(error).body
+        if problem:
+            yield sse(problem)
 
     def _end(self, end: End) -> list[bytes]:
         """Return the last events: a call, how the answer ended, what it took."""

@@ -38,6 +38,7 @@ class OllamaReply:
     async def events(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
         """Yield lines of JSON; an error after the first piece is the last one."""
         held: tuple[TokenLogprob, ...] = ()
+        problem = None
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
@@ -53,7 +54,9 @@ class OllamaReply:
                     if delta.end:
                         yield _line(self._body("", logprobs=held) | self._figures(delta.end))
         except Exception as error:
-            yield _line(told_in_stream(error).body_at(OLLAMA_PATHS))
+            problem = told_in_stream(error).body_at(OLLAMA_PATHS)
+        if problem:
+            yield _line(problem)
 
     def _body(
         self, text: str, calls: Sequence[dict[str, Any]] = (), logprobs: Sequence[TokenLogprob] = ()

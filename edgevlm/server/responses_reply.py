@@ -44,7 +44,7 @@ class ResponseReply:
         """Yield server-sent events in OpenAI's order; an error after the first piece is the stream's last event."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._frame)
-        begun = False
+        begun, problem = False, None
         held: tuple[TokenLogprob, ...] = ()
         try:
             async with aclosing(deltas):
@@ -63,9 +63,9 @@ class ResponseReply:
                         for event in self._end(delta.end):
                             yield event
         except Exception as error:
-            told = told_in_stream(error)
-            failure = {"code": told.code, "message": told.message, "param": told.param}
-            yield self._event("response.failed", response={**self._frame, "status": "failed", "error": failure})
+            problem = told_in_stream(error).body["error"]
+        if problem:
+            yield self._event("response.failed", response={**self._frame, "status": "failed", "error": problem})
 
     def _begin_message(self) -> Iterator[bytes]:
         message = {**self._message("", "in_progress", ()), "content": []}
