@@ -6,12 +6,14 @@ import asyncio
 import base64
 import logging
 import re
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -29,7 +31,15 @@ from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
 from edgevlm.server.completion import Completion
 from edgevlm.server.engine import Job, Worker
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, to_api_error, to_json
+from edgevlm.server.errors import (
+    CALLERS_ERRORS,
+    ApiError,
+    ClientGoneError,
+    QueueFullError,
+    blaming,
+    to_api_error,
+    to_json,
+)
 from edgevlm.server.locate import LocatePlan, blame_image
 from edgevlm.server.messages import Conversation
 from edgevlm.server.metrics import Metrics
@@ -38,11 +48,16 @@ from edgevlm.server.refusals import explain
 from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, JsonSchema, LocateAnswer, LocateRequest, SchemaJson
 from edgevlm.server.settings import ServeConfig
 from edgevlm.server.tools import Tools, choose_tools
+from edgevlm.strict_json import write_json
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 Pieces: TypeAlias = AsyncGenerator[tuple[Piece, float], None]
 """The pieces of an answer, each with the seconds that its job had waited."""
+_PLANS_AT_ONCE = 4
+"""Requests that are understood at the same time, each in a thread."""
 _WRONG = {
     400: "The request cannot be understood or honoured.",
     401: "No API key, or a wrong one.",
@@ -50,7 +65,7 @@ _WRONG = {
     404: "No such path, or no such model.",
     405: "The path is not called by that method.",
     408: "The request took too long to arrive.",
-    413: "More bytes, pictures, pixels or characters than the server takes.",
+    413: "More bytes, values, pictures, pixels or characters than the server takes.",
     415: "The request is no JSON.",
     500: "The server failed.",
     503: "The queue is full, or the model is not ready; Retry-After says when to try again.",
@@ -126,7 +141,7 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (*CALLERS_ERRORS, Exception):
         app.add_exception_handler(kind, _handle_error)
-    guarded = Guard(app, config, lambda: worker.full, metrics.count_request)
+    guarded = Guard(app, config, lambda: server.full, metrics.count_request)
     if not config.allowed_origins:
         return guarded
     return CORSMiddleware(
@@ -155,6 +170,13 @@ class _Server:
 
     def __init__(self, worker: Worker, config: ServeConfig, model: str) -> None:
         self._worker, self._config, self._model = worker, config, model
+        self._planners = ThreadPoolExecutor(_PLANS_AT_ONCE, "edgevlm-plan")
+        self._plans: set[Future[Any]] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether another question would be refused: those that are still being understood count as waiting."""
+        return self._worker.held + len(self._plans) > self._config.max_queue
 
     async def healthz(self) -> Json:
         return Json({"status": "ok"})
@@ -173,7 +195,8 @@ class _Server:
     async def chat(self, request: ChatRequest, http: Request) -> Response:
         vlm = self._ready()
         self._check_name(request.model)
-        plan = await asyncio.to_thread(make_plan, request, self._config, http.state.caller)
+        started = time.monotonic()
+        plan = await self._plan(make_plan, request, self._config, http.state.caller)
         completion = Completion(
             self._model,
             vlm.manifest.fingerprint,
@@ -181,7 +204,7 @@ class _Server:
             logprobs=bool(request.logprobs),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        pieces = self._pieces(plan, http.receive)
+        pieces = self._pieces(plan, http.receive, started)
         if request.stream:
             first = await anext(pieces)  # an error before the first piece has a status of its own
             return EventStream(completion.events(_chain(first, pieces)))
@@ -194,10 +217,11 @@ class _Server:
     async def locate(self, request: LocateRequest, http: Request) -> Response:
         vlm = self._ready()
         self._check_name(request.model)
-        located = await asyncio.to_thread(LocatePlan, request, vlm, self._config)
+        started = time.monotonic()
+        located = await self._plan(LocatePlan, request, vlm, self._config)
         plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
         try:
-            async with aclosing(self._pieces(plan, http.receive)) as pieces:
+            async with aclosing(self._pieces(plan, http.receive, started)) as pieces:
                 async for piece, waited_s in pieces:
                     if piece.answer:
                         found = await asyncio.to_thread(located.read, piece.answer, waited_s)
@@ -210,6 +234,8 @@ class _Server:
         if self._worker.vlm is None:
             message = "the model is being loaded; try again in a few seconds"
             raise ApiError(503, "model_loading", message, headers={"retry-after": "2"})
+        if not self._worker.ready:
+            raise ApiError(503, "model_failed", "the model's thread has died, and the server ends; its log says why")
         return self._worker.vlm
 
     def _check_name(self, name: str | None) -> None:
@@ -226,30 +252,52 @@ class _Server:
             }
         return card
 
-    async def _pieces(self, plan: Plan, receive: Receive) -> Pieces:
+    async def _plan(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return `make(...)`, a request understood in a thread. Raises `QueueFullError`, `ApiError` and its errors."""
+        if self.full:
+            raise QueueFullError
+        loop = asyncio.get_running_loop()
+        plan = self._planners.submit(make, *args, **kwargs)
+        self._plans.add(plan)
+        plan.add_done_callback(lambda done: _call_soon(loop, self._plans.discard, done))
+        try:
+            async with asyncio.timeout(self._config.time_limit_s):
+                return await asyncio.wrap_future(plan)
+        except TimeoutError:
+            raise self._too_late() from None
+        finally:
+            del plan  # else this frame, which its error holds, would hold the error
+
+    def _too_late(self) -> ApiError:
+        limit = self._config.time_limit_s
+        return ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
+
+    async def _pieces(self, plan: Plan, receive: Receive, started: float) -> Pieces:
         """Yield the answer's pieces, each with the seconds that the job had waited.
 
-        Whatever ends this (the client goes away, the time is up, the server stops) ends the generation too.
+        The time limit counts from `started`, on the monotonic clock. Whatever ends this (the client goes away, the time
+        is up, the server stops) ends the generation too.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         def deliver(event: Piece | BaseException) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
+            _call_soon(loop, events.put_nowait, event)
 
         conversation = plan.conversation
         job = Job(conversation.messages, conversation.images, plan.config, plan.image_budget, plan.caller, deliver)
         self._worker.submit(job)
-        limit = self._config.time_limit_s
-        too_late = ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
-        timer = loop.call_later(limit, events.put_nowait, too_late)
+        left = self._config.time_limit_s - (time.monotonic() - started)
+        timer = loop.call_later(left, lambda: events.put_nowait(self._too_late()))
         watcher = asyncio.create_task(_tell_when_gone(receive, events))
         try:
             while True:
                 event = await events.get()
                 if isinstance(event, BaseException):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        del event  # else this frame, which the error holds, would hold the error
                 if event.answer:
                     self._log(job, event.answer)
                 yield event, job.waited_s
@@ -282,6 +330,7 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
     """
     conversation = Conversation(request.messages, config)
+    _check_schemas(request, config.max_schema_chars)
     content = _constraint(request)
     tools = choose_tools(request, content)
     if tools:
@@ -310,6 +359,20 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     )
 
 
+def _check_schemas(request: ChatRequest, limit: int) -> None:
+    """Raise `ApiError` where the schemas of a request are longer than `limit` characters, all together."""
+    left = limit
+    schemas: list[tuple[str, Any]] = [("tools", tool.function.parameters) for tool in request.tools or ()]
+    match request.response_format:
+        case AnyJson(schema_=schema) | SchemaJson(json_schema=JsonSchema(schema_=schema)):
+            schemas.append(("response_format", schema))
+    for param, schema in schemas:
+        left -= len(write_json(schema, compact=True))
+        if left < 0:
+            message = f"the JSON schemas have more than {limit:,} characters"
+            raise ApiError(413, "schema_too_long", message, param=param)
+
+
 def _constraint(request: ChatRequest) -> Constraint | None:
     """Return the form of an answer in text."""
     match request.response_format:
@@ -317,6 +380,12 @@ def _constraint(request: ChatRequest) -> Constraint | None:
             with blaming("response_format"):
                 return Constraint.json() if schema is None else Constraint.json_schema(schema)
     return None
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
+    """Let the loop call a function, from any thread."""
+    with suppress(RuntimeError):  # the loop is closed: nobody listens
+        loop.call_soon_threadsafe(function, argument)
 
 
 async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:

@@ -46,7 +46,7 @@ class Completion:
     async def events(self, pieces: AsyncIterator[tuple[Piece, float]]) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; an error after the first piece is the stream's last event."""
         yield self._chunk({"role": "assistant", "content": ""})
-        held, undecided = "", self._tools
+        held, undecided, problem = "", self._tools, None
         try:
             async for piece, waited_s in pieces:
                 held += piece.text
@@ -59,7 +59,9 @@ class Completion:
                     for event in self._end(piece.answer, held, waited_s):
                         yield event
         except Exception as error:
-            yield _event(to_api_error(error).body)
+            problem = to_api_error(error).body
+        if problem:
+            yield _event(problem)
 
     def _end(self, answer: Answer, held: str, waited_s: float) -> list[bytes]:
         """Return the last events: a call or what is left of the text, how it ended, what it took."""
