@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,7 +28,15 @@ from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
 from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
 from edgevlm.server.engine import Job, Worker
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, placing, to_api_error
+from edgevlm.server.errors import (
+    CALLERS_ERRORS,
+    ApiError,
+    ClientGoneError,
+    QueueFullError,
+    blaming,
+    placing,
+    to_api_error,
+)
 from edgevlm.server.locate import PLACES, LocatePlan
 from edgevlm.server.messages import Conversation
 from edgevlm.server.metrics import Metrics
@@ -48,9 +59,14 @@ from edgevlm.server.schemas import (
 from edgevlm.server.settings import ServeConfig
 from edgevlm.server.tools import Tools, choose_tools
 from edgevlm.server.wire import EventStream, Json
+from edgevlm.strict_json import write_json
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+_PLANS_AT_ONCE = 4
+"""Requests that are understood at the same time, each in a thread."""
 _WRONG = {
     400: "The request cannot be understood or honoured.",
     401: "No API key, or a wrong one.",
@@ -58,7 +74,7 @@ _WRONG = {
     404: "No such path, or no such model.",
     405: "The path is not called by that method.",
     408: "The request took too long to arrive.",
-    413: "More bytes, pictures, pixels or characters than the server takes.",
+    413: "More bytes, values, pictures, pixels or characters than the server takes.",
     415: "The request is no JSON.",
     500: "The server failed.",
     503: "The queue is full, or the model is not ready; Retry-After says when to try again.",
@@ -97,7 +113,7 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (*CALLERS_ERRORS, Exception):
         app.add_exception_handler(kind, _handle_error)
-    guarded = Guard(app, config, lambda: worker.full, metrics.count_request)
+    guarded = Guard(app, config, lambda: server.full, metrics.count_request)
     if not config.allowed_origins:
         return guarded
     return CORSMiddleware(
@@ -162,6 +178,13 @@ class _Server:
 
     def __init__(self, worker: Worker, config: ServeConfig, model: str) -> None:
         self._worker, self._config, self._model = worker, config, model
+        self._planners = ThreadPoolExecutor(_PLANS_AT_ONCE, "edgevlm-plan")
+        self._plans: set[Future[Any]] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether another question would be refused: those that are still being understood count as waiting."""
+        return self._worker.held + len(self._plans) > self._config.max_queue
 
     async def healthz(self) -> Json:
         return Json({"status": "ok"})
@@ -217,10 +240,11 @@ class _Server:
     async def locate(self, request: LocateRequest, http: Request) -> Response:
         vlm = self._ready()
         self._check_name(request.model)
-        located = await asyncio.to_thread(LocatePlan, request, vlm, self._config)
+        started = time.monotonic()
+        located = await self._plan(LocatePlan, request, vlm, self._config)
         plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
         with placing(PLACES):
-            async with aclosing(self._pieces(plan, http.receive)) as pieces:
+            async with aclosing(self._pieces(plan, http.receive, started)) as pieces:
                 async for piece, waited_s in pieces:
                     if piece.answer:
                         found = await asyncio.to_thread(located.read, piece.answer, waited_s)
@@ -237,10 +261,11 @@ class _Server:
 
     async def _answer(self, asked: Asked, reply: Reply, http: Request) -> Response:
         """Answer what was asked through any API, in that API's form."""
+        started = time.monotonic()
         with placing(asked.places):
-            plan = await asyncio.to_thread(make_plan, asked.chat, self._config, http.state.caller)
+            plan = await self._plan(make_plan, asked.chat, self._config, http.state.caller)
             tools = plan.tools is not None
-            pieces = self._pieces(plan, http.receive)
+            pieces = self._pieces(plan, http.receive, started)
             if asked.chat.stream:
                 first = await anext(pieces)  # an error before the first piece has a status of its own
                 deltas = read_deltas(_chain(first, pieces), tools=tools)
@@ -255,6 +280,8 @@ class _Server:
         if self._worker.vlm is None:
             message = "the model is being loaded; try again in a few seconds"
             raise ApiError(503, "model_loading", message, headers={"retry-after": "2"})
+        if not self._worker.ready:
+            raise ApiError(503, "model_failed", "the model's thread has died, and the server ends; its log says why")
         return self._worker.vlm
 
     def _check_name(self, name: str | None, *others: str) -> None:
@@ -272,30 +299,52 @@ class _Server:
             }
         return card
 
-    async def _pieces(self, plan: Plan, receive: Receive) -> Pieces:
+    async def _plan(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return `make(...)`, a request understood in a thread. Raises `QueueFullError`, `ApiError` and its errors."""
+        if self.full:
+            raise QueueFullError
+        loop = asyncio.get_running_loop()
+        plan = self._planners.submit(make, *args, **kwargs)
+        self._plans.add(plan)
+        plan.add_done_callback(lambda done: _call_soon(loop, self._plans.discard, done))
+        try:
+            async with asyncio.timeout(self._config.time_limit_s):
+                return await asyncio.wrap_future(plan)
+        except TimeoutError:
+            raise self._too_late() from None
+        finally:
+            del plan  # else this frame, which its error holds, would hold the error
+
+    def _too_late(self) -> ApiError:
+        limit = self._config.time_limit_s
+        return ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
+
+    async def _pieces(self, plan: Plan, receive: Receive, started: float) -> Pieces:
         """Yield the answer's pieces, each with the seconds that the job had waited.
 
-        Whatever ends this (the client goes away, the time is up, the server stops) ends the generation too.
+        The time limit counts from `started`, on the monotonic clock. Whatever ends this (the client goes away, the time
+        is up, the server stops) ends the generation too.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         def deliver(event: Piece | BaseException) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
+            _call_soon(loop, events.put_nowait, event)
 
         conversation = plan.conversation
         job = Job(conversation.messages, conversation.images, plan.config, plan.image_budget, plan.caller, deliver)
         self._worker.submit(job)
-        limit = self._config.time_limit_s
-        too_late = ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
-        timer = loop.call_later(limit, events.put_nowait, too_late)
+        left = self._config.time_limit_s - (time.monotonic() - started)
+        timer = loop.call_later(left, lambda: events.put_nowait(self._too_late()))
         watcher = asyncio.create_task(_tell_when_gone(receive, events))
         try:
             while True:
                 event = await events.get()
                 if isinstance(event, BaseException):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        del event  # else this frame, which the error holds, would hold the error
                 if event.answer:
                     self._log(job, event.answer)
                 yield event, job.waited_s
@@ -328,6 +377,7 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
     """
     conversation = Conversation(request.messages, config)
+    _check_schemas(request, config.max_schema_chars)
     content = _constraint(request)
     tools = choose_tools(request, content)
     if tools:
@@ -356,6 +406,20 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     )
 
 
+def _check_schemas(request: ChatRequest, limit: int) -> None:
+    """Raise `ApiError` where the schemas of a request are longer than `limit` characters, all together."""
+    left = limit
+    schemas: list[tuple[str, Any]] = [("tools", tool.function.parameters) for tool in request.tools or ()]
+    match request.response_format:
+        case AnyJson(schema_=schema) | SchemaJson(json_schema=JsonSchema(schema_=schema)):
+            schemas.append(("response_format", schema))
+    for param, schema in schemas:
+        left -= len(write_json(schema, compact=True))
+        if left < 0:
+            message = f"the JSON schemas have more than {limit:,} characters"
+            raise ApiError(413, "schema_too_long", message, param=param)
+
+
 def _constraint(request: ChatRequest) -> Constraint | None:
     """Return the form of an answer in text."""
     match request.response_format:
@@ -363,6 +427,12 @@ def _constraint(request: ChatRequest) -> Constraint | None:
             with blaming("response_format"):
                 return Constraint.json() if schema is None else Constraint.json_schema(schema)
     return None
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
+    """Let the loop call a function, from any thread."""
+    with suppress(RuntimeError):  # the loop is closed: nobody listens
+        loop.call_soon_threadsafe(function, argument)
 
 
 async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:

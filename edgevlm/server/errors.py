@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,11 @@ CALLERS_ERRORS = (ApiError, ClientGoneError, EdgeVLMError, FailedError, QueueFul
 """All that is raised on purpose while a request is answered."""
 
 
+PASSED_ON = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+"""What ends a task or the process. Whatever else is raised is a failure of one request, the panic of a library in Rust
+included, which is a `BaseException`, too."""
+
+
 def _type(status: int) -> str:
     names = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
     return names.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -127,8 +133,11 @@ def blaming(param: str, what: str = "") -> Iterator[None]:
     try:
         yield
     except (ApiError, EdgeVLMError) as error:
-        told = to_api_error(error)
-        raise ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param) from None
+        raise _blamed(to_api_error(error), param, what) from None
+
+
+def _blamed(told: ApiError, param: str, what: str) -> ApiError:
+    return ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param)
 
 
 @contextmanager
