@@ -21,13 +21,18 @@ from edgevlm.server.app import Plan
 from edgevlm.server.engine import Job
 from edgevlm.server.errors import AbandonedError, ApiError, ClientGoneError, FailedError
 from edgevlm.server.messages import Conversation
+from edgevlm.server.ollama import OllamaGenerate
+from edgevlm.server.responses import ResponsesRequest
 from edgevlm.server.run import Server
 from edgevlm.server.schemas import ChatRequest
 from tests.conftest import F32
-from tests.helpers.serving import QUESTION, SCHEMA, Braked, ask, data_url, raw, serving, shown, wait_until
+from tests.helpers.serving import QUESTION, SCHEMA, Braked, ask, data_url, raw, request, serving, shown, wait_until
 
 RED = data_url(Image.new("RGB", (90, 70), (200, 30, 30)))
-LARGE = (Session, Prompt, PreprocessedImage, Picture, Plan, Job, Conversation, ChatRequest, Request)
+LARGE = (
+    Session, Prompt, PreprocessedImage, Picture, Plan, Job, Conversation,
+    ChatRequest, ResponsesRequest, OllamaGenerate, Request,
+)  # fmt: skip
 ERRORS = (EdgeVLMError, ApiError, AbandonedError, ClientGoneError, FailedError, Interrupted)
 
 
@@ -93,6 +98,19 @@ def refused(server: Server, status: int, **fields: object) -> None:
     assert ask(server, **fields)[0] == status
 
 
+def respond(server: Server, url: str, status: int, **fields: object) -> None:
+    """Ask through OpenAI's Responses API."""
+    parts = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": QUESTION}]
+    body = {"input": [{"role": "user", "content": parts}], "max_output_tokens": 8, **fields}
+    assert request(server, "POST", "/v1/responses", body)[0] == status
+
+
+def generate(server: Server, url: str, status: int, **fields: object) -> None:
+    """Ask through Ollama's API."""
+    body = {"prompt": QUESTION, "images": [url.partition(",")[2]], "options": {"num_predict": 8}, **fields}
+    assert request(server, "POST", "/api/generate", body)[0] == status
+
+
 DAMAGED = data_url(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x09\0\0\0\x09\x08\x02\0\0\0\xde\xad\xbe\xef" + b"x" * 99)
 HUNG_UP: dict[str, Callable[[Server, Braked], None]] = {
     "hung up before a stream's first piece": lambda server, model: hang_up(server, model, 1, stream=True),
@@ -115,6 +133,14 @@ ENDS: dict[str, Callable[[Server, Braked], None]] = {
     "body too large": lambda server, _: refused(server, 413, messages=shown("data:," + "x" * 2**20)),
     "no data": lambda server, _: refused(server, 400, messages=shown("data:image/png;base64,!!!!")),
     "no such file": lambda server, _: refused(server, 400, messages=shown("/nonesuch.png")),
+    "response": lambda server, _: respond(server, RED, 200),
+    "streamed response": lambda server, _: respond(server, RED, 200, stream=True),
+    "response about a damaged picture": lambda server, _: respond(server, DAMAGED, 400),
+    "response about a picture that ends early": lambda server, _: respond(server, short_picture(), 400, stream=True),
+    "Ollama's answer": lambda server, _: generate(server, RED, 200, stream=False),
+    "Ollama's lines": lambda server, _: generate(server, RED, 200),
+    "Ollama's answer about a damaged picture": lambda server, _: generate(server, DAMAGED, 400),
+    "Ollama's answer about a picture that ends early": lambda server, _: generate(server, short_picture(), 400),
 }
 
 
