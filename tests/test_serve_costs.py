@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import edgevlm.runtime.inference
-from benchmarks.serve_costs import CASES, KEYS, chain, jpeg_of_scans, nested, properties
+from benchmarks.serve_costs import CASES, KEYS, chain, jpeg_of_scans, nested, png_of_chunks, properties
 from edgevlm import VLM, Constraint, ImageError, OptionError
 from edgevlm.inputs.image import load_image
 from edgevlm.interrupt import Interrupted, check, interruptible
@@ -104,6 +104,14 @@ def test_a_jpeg_of_many_scans_is_refused_and_one_of_ten_is_not() -> None:
     assert load_image(buffer.getvalue()).shape == (200, 300, 3)
     trailer = b"\xff\xda" * 5_000  # what a telephone puts behind the picture is no part of it
     assert load_image(buffer.getvalue() + trailer).shape == (200, 300, 3)
+
+
+def test_a_picture_of_more_parts_than_can_be_read_soon_is_refused() -> None:
+    segments = b"\xff\xe1\0\2" * 300_000
+    for data in (png_of_chunks(100_000), b"\xff\xd8" + segments, b"P6 " + b"#" * 300_000):
+        with pytest.raises(ImageError, match="more than 200,000 parts"):
+            load_image(data)
+    assert load_image(png_of_chunks(20_000)).shape == (64, 64, 3)
 
 
 def test_a_picture_s_header_is_looked_at_while_another_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -384,12 +384,11 @@ def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
 
     with serving(Failing(vlm)) as server:
         for page in open_page(browser, server):
-            page.wait_for_function("document.getElementById('model').textContent === 'tiny'")
+            page.wait_for_selector("#model:has-text('tiny')")
             page.fill("#question", "What is it?")
             page.click("#send")
             assert page.inner_text(".wrong") == "the server failed on this request; its log says where"
-            server.stop()
-            wait_until(lambda: not server.worker._thread.is_alive())
+            page.context.set_offline(True)
             page.click("#send")
-            page.wait_for_function("document.querySelectorAll('.wrong').length === 2")
+            page.wait_for_selector(".wrong >> nth=1")
             assert page.inner_text(".wrong >> nth=1") == "The server does not answer."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote, urljoin
 
@@ -41,9 +42,16 @@ class Document:
         self.targets: dict[int, Any] = {}
         self._index(root, "")
         self.nodes = self._reach(root)
-        self.groups = _Groups(self).found()
+
+    @cached_property
+    def groups(self) -> list[list[Node]]:
         """The parts that speak of one value, together: llguidance makes one of them."""
-        self.alone = {id(node) for group in self.groups if len(group) == 1 for node in group}
+        return _Groups(self).found()
+
+    @cached_property
+    def alone(self) -> set[int]:
+        """The parts that are the only ones to speak of their value, by `id`."""
+        return {id(node) for group in self.groups if len(group) == 1 for node in group}
 
     def following(self, node: Node) -> Iterator[Node]:
         """Yield the parts that a part leads to."""

@@ -53,6 +53,9 @@ _TURNS = {
 _MOST_SCANS, _MOST_SCANNED_PIXELS = 16, 1_000_000_000
 """Scans of a JPEG, each of which goes over all of its pixels: so many always, and more as long as they times the pixels
 are not more than that. Encoders write about ten scans; a file of a few megabytes may hold a hundred thousand."""
+_MOST_READS = 200_000
+"""Of one image file. A PNG of 100 million pixels takes about half of them, for chunks of the usual 8 KiB; one of empty
+chunks, or a JPEG of empty segments, would take millions before its first pixel."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """What begins a segment of a JPEG: within a scan's data 0xFF is followed by 0 or a restart."""
 _SCAN, _END = 0xDA, 0xD9
@@ -251,11 +254,23 @@ class _Quiet:
 _quiet = _Quiet()
 
 
+class _CountedBytes(BytesIO):
+    """A file's bytes, which are read so many times at most: Pillow reads a header piece by piece, in Python."""
+
+    left = _MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ImageError(f"it has more than {_MOST_READS:,} parts; save it again")
+        return super().read(size)
+
+
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError(f"{name} is empty, not an image")
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(_CountedBytes(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)") from None
     except Image.DecompressionBombError:

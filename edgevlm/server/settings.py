@@ -56,7 +56,7 @@ class ServeConfig:
     """Pixels of one picture, told from its header before anything is decoded."""
     max_prompt_chars: int = 200_000
     """Characters of a request's texts; their tokens are bounded by the model's context."""
-    max_schema_chars: int = 100_000
+    max_schema_chars: int = 50_000
     """Characters of a request's JSON schemas, those of its tools included."""
     max_queue: int = 16
     """Requests that wait while one is answered."""
