@@ -395,7 +395,10 @@ def test_all_ways_of_asking_make_one_prompt(server: Server) -> None:
     assert generated["prompt_eval_count"] == used["input_tokens"]
 
 
-def test_a_picture_counts_against_the_same_bounds(server: Server) -> None:
+def test_pictures_and_schemas_count_against_the_same_bounds(server: Server) -> None:
     small = base64.b64encode(LIGHT.read_bytes()).decode()
     status, answer = post(server, "/api/chat", {"messages": user(images=[small] * 3)})
     assert (status, answer["error"]) == (413, "a request may have at most 2 pictures")
+    long = {"type": "string", "description": "x" * 200_000}
+    status, answer = post(server, "/api/generate", {"prompt": QUESTION, "format": long})
+    assert (status, answer["error"].partition(" have")[0]) == (413, "the JSON schemas")

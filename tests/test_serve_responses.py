@@ -376,5 +376,8 @@ def test_bounds_hold_here_too(server: Server) -> None:
     pictures = looked_at(*[image(Image.new("RGB", (8, 8)))] * 3)
     status, answer = respond(server, input=pictures)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (413, "too_many_images", "input")
+    long = {**FORM, "schema": {"type": "string", "description": "x" * 200_000}}
+    status, answer = respond(server, text={"format": long})
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (413, "schema_too_long", "text.format")
     status, answer = respond(server, model="gpt-9")
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
