@@ -43,11 +43,12 @@ SAMPLES = 50
 
 
 @contextmanager
-def server(model: Path) -> Iterator[tuple[str, psutil.Process]]:
+def server(model: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]:
     """Start `edgevlm serve` on a free port and yield its URL and process once it is ready."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "edgevlm", "serve", str(model), "--port", str(port), "--device", "CPU"]
+    command += options
     with Path(os.devnull).open("wb") as nowhere, subprocess.Popen(command, stderr=nowhere) as process:
         url = f"http://127.0.0.1:{port}"
         try:

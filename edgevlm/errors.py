@@ -13,7 +13,7 @@ EdgeVLMError
 │   ├── ModelNotFoundError
 │   └── DamagedModelError
 ├── DeviceError            no such device, or the device refuses the model
-├── ServerError            the server cannot listen, or lacks what it needs
+├── ServerError            the server cannot listen, lacks what it needs, or its model's thread died
 └── ExportError            the exporter
     ├── SourceError        the checkpoint: missing, not cached, of an unknown family
     ├── TuningError        rows that nothing can be learned from, or a tuned model that is no better
@@ -106,7 +106,7 @@ class DeviceError(EdgeVLMError):
 
 
 class ServerError(EdgeVLMError):
-    """The server cannot listen, or lacks what it needs."""
+    """The server cannot listen, lacks what it needs, or its model's thread died."""
 
 
 class BenchmarkError(EdgeVLMError):

@@ -25,6 +25,7 @@ from edgevlm.inputs.messages import Message, user_message
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
+from edgevlm.interrupt import checked
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import DEFAULT_NOTICE, find_model
@@ -306,7 +307,7 @@ class VLM:
         family = self.processor.family
         budget = family.budget_for(image_budget or ImageBudget(), len(images))
         preprocessed = []
-        for image in images:
+        for image in checked(images):
             if isinstance(image, Video):
                 image = self._preprocess_video(image, budget, cache_salt)  # noqa: PLW2901
             if not isinstance(image, PreprocessedImage):

@@ -86,6 +86,8 @@ def test_openai_s_client_knows_the_errors(server: Server, client: openai.OpenAI)
     asked = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}]}
     with pytest.raises(openai.NotFoundError, match="this server's model is called tiny"):
         client.chat.completions.create(**(asked | {"model": "gpt-9"}))
+    with pytest.raises(openai.NotFoundError, match="this server's model is called tiny"):
+        client.models.retrieve("gpt-9")
     with pytest.raises(openai.BadRequestError) as raised:
         client.chat.completions.create(**(asked | {"messages": shown("https://example.com/a.png")}))
     assert (raised.value.code, raised.value.param) == ("remote_image_refused", "messages.0.content.0.image_url")
@@ -152,11 +154,24 @@ def test_requests_made_from_the_server_s_own_openapi_document(server: Server) ->
     schema = schemathesis.openapi.from_dict(document)
     schema.config.update(base_url=server.url)
     operations = [found.ok() for found in schema.get_all_operations()]
-    paths = {"/healthz", "/readyz", "/v1/models", "/v1/models/{name}", "/v1/chat/completions", "/v1/locate", "/metrics"}
+    paths = {"/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{name}", "/v1/chat/completions"}
+    paths |= {"/v1/responses", "/v1/locate", "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/chat"}
+    paths |= {"/api/generate"}
     assert {operation.path for operation in operations} == paths
     for operation in operations:
         statuses = exercise(operation, examples=EXAMPLES if operation.method == "post" else 3)
         assert 400 in statuses or operation.method == "get"
+
+
+def keep_short(body: Any) -> None:
+    """Let a request ask for a few tokens at most, whichever API it is of."""
+    if not isinstance(body, dict):
+        return
+    for name in ("max_tokens", "max_output_tokens", "num_predict"):
+        if type(body.get(name)) is int:
+            body[name] = 4 if name == "num_predict" and body[name] in (0, -1, -2) else min(body[name], 4)
+    if type(body.get("options")) is dict:
+        keep_short(body["options"])
 
 
 def exercise(operation: Any, examples: int) -> set[int]:
@@ -176,8 +191,7 @@ def exercise(operation: Any, examples: int) -> set[int]:
     statuses: set[int] = set()
 
     def send(case: Any, mode: GenerationMode) -> None:
-        if isinstance(case.body, dict) and type(case.body.get("max_tokens")) is int:
-            case.body["max_tokens"] = min(case.body["max_tokens"], 4)
+        keep_short(case.body)
         answer = case.call(headers={"Authorization": f"Bearer {KEY}"})
         statuses.add(answer.status_code)
         also = [negative_data_rejection] if mode is GenerationMode.NEGATIVE else []

@@ -375,3 +375,20 @@ def test_a_model_that_cannot_locate_has_no_button(page: Any, picture: Path) -> N
     page.locator("#file").set_input_files(picture)
     sync_api.expect(page.get_by_alt_text("Your picture: red.png")).to_be_visible()
     sync_api.expect(page.get_by_role("button", name="Locate")).to_be_hidden()
+
+
+def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
+    class Failing(Braked):
+        def events(self, *_: Any) -> Any:
+            raise SystemExit  # no Exception, as the panic of a library in Rust is none
+
+    with serving(Failing(vlm)) as server:
+        for page in open_page(browser, server):
+            page.wait_for_selector("#model:has-text('tiny')")
+            page.fill("#question", "What is it?")
+            page.click("#send")
+            assert page.inner_text(".wrong") == "the server failed on this request; its log says where"
+            page.context.set_offline(True)
+            page.click("#send")
+            page.wait_for_selector(".wrong >> nth=1")
+            assert page.inner_text(".wrong >> nth=1") == "The server does not answer."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import socket
 import struct
 import threading
@@ -28,6 +29,7 @@ from edgevlm.errors import ServerError
 from edgevlm.families.base import ImageBudget
 from edgevlm.server.engine import FairQueue, Job
 from edgevlm.server.errors import QueueFullError
+from edgevlm.server.middleware import OPEN_PATHS
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig, read_keys
 from tests.conftest import F32
@@ -118,6 +120,39 @@ def test_a_key_opens_everything_but_the_page_and_the_probes(vlm: VLM) -> None:
             assert ask_error(server, {"Authorization": sent} if sent else None) == (401, "invalid_api_key")
         for sent in (f"Bearer {KEY}", f"bearer {OTHER_KEY}"):
             assert ask(server, {"Authorization": sent})[0] == 200
+
+
+def routes(server: Server) -> list[tuple[str, str]]:
+    """Return every method and path that the application knows."""
+    app: Any = server._uvicorn.config.app
+    return sorted((method, route.path) for route in app._app.routes for method in route.methods)
+
+
+def test_without_the_key_every_path_but_the_open_ones_is_refused(vlm: VLM) -> None:
+    with serving(vlm, api_keys=(KEY,)) as server:
+        known = routes(server)
+        paths = {path for _, path in known}
+        assert {"/v1/chat/completions", "/v1/responses", "/v1/locate", "/api/chat", "/api/generate"} <= paths
+        assert {"/v1/models", "/api/tags", "/api/ps", "/api/show", "/api/version", "/metrics", *OPEN_PATHS} <= paths
+        for method, path in known:
+            body = {} if method == "POST" else None
+            status, headers, _ = request(server, method, path, body)
+            if path in OPEN_PATHS:
+                assert status == 200
+            else:
+                assert (status, headers["www-authenticate"]) == (401, "Bearer"), (method, path)
+            assert request(server, method, path, body, {"Authorization": f"Bearer {KEY}"})[0] in (200, 400, 404)
+        figures = request(server, "GET", "/metrics", headers={"Authorization": f"Bearer {KEY}"})[2].decode()
+        labels = set(re.findall(r'edgevlm_requests_total\{path="([^"]+)"', figures))
+        assert {"/api/chat", "/v1/responses"} <= labels <= {*paths, "other"}
+
+
+@pytest.mark.parametrize("path", OPEN_PATHS)
+def test_probes_may_ask_for_the_head_alone(server: Server, path: str) -> None:
+    status, headers, body = request(server, "HEAD", path)
+    told, beside, whole = request(server, "GET", path)
+    assert (status, body) == (told, b"") == (200, b"")
+    assert headers["content-length"] == beside["content-length"] == str(len(whole))
 
 
 def test_keys_are_compared_in_constant_time(vlm: VLM) -> None:

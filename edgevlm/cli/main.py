@@ -19,7 +19,7 @@ _GROUPS = {
         "chat": ("edgevlm.cli.chat", "Ask question after question about pictures."),
     },
     "Serve and automate": {
-        "serve": ("edgevlm.cli.serve", "Serve an OpenAI-compatible API and a web page."),
+        "serve": ("edgevlm.cli.serve", "Serve OpenAI's and Ollama's APIs and a web page."),
         "batch": ("edgevlm.cli.batch", "Answer a JSON Lines file of questions, resumably."),
         "watch": ("edgevlm.cli.watch", "Answer each new picture of a folder."),
     },

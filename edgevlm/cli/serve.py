@@ -1,4 +1,4 @@
-"""`edgevlm serve`: an OpenAI-compatible server."""
+"""`edgevlm serve`: a server for OpenAI's and Ollama's clients."""
 
 from __future__ import annotations
 
@@ -59,9 +59,10 @@ _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
 @model_options
 @click.pass_context
 def serve(ctx: click.Context, /, **options: Any) -> None:
-    """Serve an OpenAI-compatible API, and a web page, on localhost.
+    """Serve OpenAI's and Ollama's APIs, and a web page, on localhost.
 
-    POST /v1/chat/completions and GET /v1/models are as OpenAI has them; the page is at /; /healthz, /readyz and
+    POST /v1/chat/completions, POST /v1/responses and GET /v1/models are as OpenAI has them, POST /api/chat and POST
+    /api/generate as Ollama has them, under the same keys and limits; the page is at /; /healthz, /readyz and
     /metrics are for monitoring. Another --host needs an API key. No URL is ever fetched.
 
     \b

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cache
@@ -17,7 +18,7 @@ from edgevlm.decoding.patterns import FORMATS, has_control, translate
 from edgevlm.decoding.subschemas import BOUNDS, Document, Node, listed, mapped, refuse
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLParserLimits, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
 # No `\u…`: llguidance would take `{"\u0061": …}` for a name other than `a`, which may have any value.
@@ -33,6 +34,13 @@ otherwise with llguidance's `x-guidance`."""
 
 LARGEST = 2**53  # llguidance reckons in doubles
 MOST_ITEMS = 10_000  # which is more than an answer can hold
+MOST_CHARACTERS = 200_000
+"""Of the shortest text that a schema allows, which llguidance writes out at once where it leaves no choice."""
+MOST_DEPTH = 200
+"""Of parts within parts: llguidance goes into them by recursion, with some kilobytes of stack for each, and where the
+stack ends, the process does."""
+MOST_REMAINDERS = 10_000
+"""Of all multiples together: llguidance has a state for each remainder, all of them made before the first token."""
 
 
 def enforceable(schema: Mapping[str, Any]) -> Node:
@@ -42,6 +50,10 @@ def enforceable(schema: Mapping[str, Any]) -> Node:
     if isinstance(style, dict):
         style.setdefault("json_allowed_escapes", STRING_ESCAPES)
     document = Document(held)
+    if document.depth() > MOST_DEPTH:
+        raise refuse(
+            "$ref" if document.targets else "type", f"its parts lie more than {MOST_DEPTH} deep in one another"
+        )
     _check_ends(document)
     for node in document.nodes:
         _check_numbers(node)
@@ -145,23 +157,27 @@ def _check_counts(node: Node) -> None:
 
 
 def _check_multiples(document: Document) -> None:
+    left = MOST_REMAINDERS
+    for group in document.groups:
+        left -= _remainders({abs(node["multipleOf"]) for node in group if _is_number(node.get("multipleOf"))})
+        if left < 0:
+            raise refuse("multipleOf", f"more than {MOST_REMAINDERS:,} remainders would have to be told apart")
     # llguidance looks for a multiple within the bounds by rounded division, and reckons a common one in 32 bits.
     for node in document.nodes:
         rules = {key: node[key] for key in ("multipleOf", *BOUNDS) if key in node}
         kind = "integer" if node.get("type") == "integer" else "number"
         if "multipleOf" in rules and len(rules) > 1 and not _goes_on({"type": kind, **rules}):
             raise refuse("multipleOf", f"no multiple of {node['multipleOf']} is within the bounds")
-    for group in document.groups:
-        _check_common_multiple({abs(node["multipleOf"]) for node in group if _is_number(node.get("multipleOf"))})
 
 
-def _check_common_multiple(values: set[float]) -> None:
-    if len(values) > 1 and all(0 < value < 2**32 for value in values):
-        numbers = [Decimal(repr(value)) for value in values]
-        places = max(0, *(-int(number.as_tuple().exponent) for number in numbers))
-        whole = [int(number.scaleb(places)) for number in numbers]
-        if math.lcm(*whole) * max(whole) >= 2**32:
-            raise refuse("multipleOf", "the common multiple of several is too large to be held")
+def _remainders(values: set[float]) -> int:
+    """Return how many remainders the common multiple of `values` has, by each decimal place."""
+    numbers = [Decimal(repr(value)) for value in values if 0 < value < math.inf]
+    places = max((max(0, -int(number.as_tuple().exponent)) for number in numbers), default=0)
+    whole = [int(number.scaleb(places)) for number in numbers]
+    if len(whole) > 1 and math.lcm(*whole) * max(whole) >= 2**32:
+        raise refuse("multipleOf", "the common multiple of several is too large to be held")
+    return math.lcm(*whole) * (places + 1) if whole else 0
 
 
 def _check_names(document: Document) -> None:
@@ -208,10 +224,19 @@ def goes_on(grammar: str, text: str = "") -> bool:
     """Tell whether there is a next byte, or an end, after a text that a grammar allows; true for what is no grammar."""
     from llguidance import LLMatcher
 
-    matcher = LLMatcher(_bytes(), grammar, log_level=0)
+    matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=parser_limits())
     if matcher.is_error() or not matcher.consume_tokens(list(text.encode())):
         return True
     return any(matcher.compute_bitmask()) and not matcher.is_error()
+
+
+@cache
+def parser_limits() -> LLParserLimits:
+    """Return how much llguidance may do for one grammar, and for one token."""
+    from llguidance import LLParserLimits
+
+    # As set by llguidance, they end an answer at an object of five hundred optional properties.
+    return LLParserLimits(max_items_in_row=100_000, step_max_items=1_000_000)
 
 
 @cache
@@ -222,37 +247,68 @@ def _bytes() -> LLTokenizer:
 
 
 def _check_ends(document: Document) -> None:
-    """Refuse a part of which every instance would hold another of its kind, and so on without end."""
-    ended: set[int] = set()
+    """Refuse a part of which every instance would hold another of its kind, without end or as good as without."""
+    sizes: dict[int, float] = {}
 
-    def ends(part: Any) -> bool:
-        return not isinstance(part, dict) or id(part) in ended
+    def size(part: Any) -> float:
+        return sizes.get(id(part), math.inf) if isinstance(part, dict) else 1
 
-    def settle(node: Node) -> bool:
-        if _can_end(node, document, ends):
-            ended.add(id(node))
-        return id(node) in ended
-
-    waiting, before = document.nodes[::-1], -1
-    while waiting and len(waiting) != before:
-        before, waiting = len(waiting), [node for node in waiting if not settle(node)]
-    for node in waiting:
-        if id(node) in document.targets:
+    holders: dict[int, list[Node]] = {}
+    for node in document.nodes:
+        for part in document.following(node):
+            holders.setdefault(id(part), []).append(node)
+    waiting, queued = deque(document.nodes[::-1]), {id(node) for node in document.nodes}
+    while waiting:
+        node = waiting.popleft()
+        queued.discard(id(node))
+        least = _least_size(node, document, size)
+        if least > MOST_CHARACTERS and least != math.inf:
+            why = f"the shortest text that satisfies it has more than {MOST_CHARACTERS:,} letters"
+            raise refuse(_at_fault(node), why)
+        if id(node) not in sizes and least != math.inf:
+            sizes[id(node)] = least
+            again = [each for each in holders.get(id(node), ()) if id(each) not in sizes and id(each) not in queued]
+            waiting += again
+            queued |= set(map(id, again))
+    for node in document.nodes[::-1]:
+        if id(node) not in sizes and id(node) in document.targets:
             raise refuse("$ref", f"{node['$ref'][:80]} leads back to itself without end")
 
 
-def _can_end(node: Node, document: Document, ends: Callable[[Any], bool]) -> bool:
+def _at_fault(node: Node) -> str:
+    known = ("minItems", "prefixItems", "items", "required", "const", "enum", "$ref", "allOf", "anyOf", "oneOf")
+    return next((key for key in known if key in node), "type")
+
+
+def _least_size(node: Node, document: Document, size: Callable[[Any], float]) -> float:
+    """Return about how many characters an instance has at least, infinite as long as it is not known to end."""
+    together = [document.targets.get(id(node)), *listed(node, "allOf")]
     choices = [listed(node, key) for key in ("anyOf", "oneOf") if listed(node, key)]
-    if not all(map(ends, [document.targets.get(id(node)), *listed(node, "allOf")])) or not all(
-        any(map(ends, each)) for each in choices
-    ):
-        return False
+    least = max(*map(size, together), *(min(map(size, each)) for each in choices), 1)
+    if least == math.inf:
+        return least
     kinds = _kinds(node, id(node) in document.alone)
-    return (
-        bool({"const", "enum"} & node.keys() or kinds - {"array", "object"})
-        or ("object" in kinds and all(any(map(ends, each)) for each in _needed_values(node)))
-        or ("array" in kinds and all(map(ends, _needed_items(node))))
-    )
+    ways: list[float] = []
+    if literals := [node["const"]] if "const" in node else listed(node, "enum"):
+        ways.append(min(len(json.dumps(each)) for each in literals))
+    elif "enum" in node or kinds - {"array", "object"}:
+        ways.append(1)
+    if "object" in kinds:
+        names = sum(len(name) for name in listed(node, "required") if isinstance(name, str))
+        ways.append(names + _total(min(map(size, each)) for each in _needed_values(node)))
+    if "array" in kinds:
+        first, count, rest = _needed_items(node)
+        ways.append(_total(map(size, first)) + (count * size(rest) if count else 0))
+    return max(least, min(ways, default=math.inf))
+
+
+def _total(sizes: Iterable[float]) -> float:
+    total = 1.0
+    for each in sizes:
+        total += each
+        if total == math.inf:
+            break
+    return total
 
 
 def _kinds(node: Node, alone: bool) -> set[str]:
@@ -275,10 +331,11 @@ def _needed_values(node: Node) -> Iterator[list[Any]]:
         yield [*given.values(), *free]
 
 
-def _needed_items(node: Node) -> list[Any]:
+def _needed_items(node: Node) -> tuple[list[Any], int, Any]:
+    """Return the first items that an array has at least, how many more, and what those are."""
     items, least = node.get("items", True), node.get("minItems", 0)
     first, rest = (
         (items, node.get("additionalItems", True)) if isinstance(items, list) else (listed(node, "prefixItems"), items)
     )
     least = least if isinstance(least, int) else 0
-    return [*first[:least], *([rest] if least > len(first) else [])]
+    return first[:least], max(0, least - len(first)), rest

@@ -114,11 +114,11 @@ def check_choices(texts: Sequence[str]) -> None:
 def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = False) -> Constraint:
     from llguidance import LLMatcher
 
-    from edgevlm.decoding.json_schema import goes_on
+    from edgevlm.decoding.json_schema import goes_on, parser_limits
 
     try:
         grammar = make()
-        wrong = LLMatcher.validate_grammar(grammar)
+        wrong = LLMatcher.validate_grammar(grammar, limits=parser_limits())
         if not wrong and not is_json and not goes_on(grammar):
             wrong = "no text satisfies it"
     except (ValueError, TypeError, RecursionError) as error:  # surrogates, which are not Unicode text
@@ -187,11 +187,11 @@ class GrammarTokenizer:
 
     def matcher(self, constraint: Constraint, sampler: Sampler, lead: str = "") -> GrammarMatcher:
         """Return a matcher for one answer after the response prefix `lead`. Raises `OptionError`."""
-        from llguidance import LLMatcher, LLParserLimits
+        from llguidance import LLMatcher
 
-        # As set by llguidance, they end an answer at an object of five hundred optional properties.
-        limits = LLParserLimits(max_items_in_row=100_000, step_max_items=1_000_000)
-        matcher = LLMatcher(self._get(), constraint.after(lead), log_level=0, limits=limits)
+        from edgevlm.decoding.json_schema import parser_limits
+
+        matcher = LLMatcher(self._get(), constraint.after(lead), log_level=0, limits=parser_limits())
         return GrammarMatcher(matcher, sampler, self._eos, self.spelled)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote, urljoin
 
@@ -41,14 +42,53 @@ class Document:
         self.targets: dict[int, Any] = {}
         self._index(root, "")
         self.nodes = self._reach(root)
-        self.groups = _Groups(self).found()
+
+    @cached_property
+    def groups(self) -> list[list[Node]]:
         """The parts that speak of one value, together: llguidance makes one of them."""
-        self.alone = {id(node) for group in self.groups if len(group) == 1 for node in group}
+        return _Groups(self).found()
+
+    @cached_property
+    def alone(self) -> set[int]:
+        """The parts that are the only ones to speak of their value, by `id`."""
+        return {id(node) for group in self.groups if len(group) == 1 for node in group}
 
     def following(self, node: Node) -> Iterator[Node]:
         """Yield the parts that a part leads to."""
         parts = [*_parts(node, skip=("$defs", "definitions")), self.targets.get(id(node))]
         return (part for part in parts if isinstance(part, dict))
+
+    def depth(self) -> int:
+        """Return how many parts lie within one another at most; of those that lead to each other all count (Tarjan)."""
+        order: dict[int, int] = {}
+        lowest: dict[int, int] = {}
+        depths: dict[int, int] = {}
+        stack: list[Node] = []
+        work = [(self.nodes[0], self.following(self.nodes[0]))]
+        while work:
+            node, parts = work[-1]
+            if id(node) not in order:
+                order[id(node)] = lowest[id(node)] = len(order)
+                stack.append(node)
+            for part in parts:
+                if id(part) not in order:
+                    work.append((part, self.following(part)))
+                    break
+                if id(part) not in depths:
+                    lowest[id(node)] = min(lowest[id(node)], order[id(part)])
+            else:
+                work.pop()
+                if work:
+                    above = id(work[-1][0])
+                    lowest[above] = min(lowest[above], lowest[id(node)])
+                if lowest[id(node)] == order[id(node)]:
+                    at = next(at for at in range(len(stack) - 1, -1, -1) if stack[at] is node)
+                    cycle = {id(each): each for each in stack[at:]}
+                    del stack[at:]
+                    below = (id(part) for each in cycle.values() for part in self.following(each))
+                    deepest = max((depths[each] for each in below if each not in cycle), default=0)
+                    depths |= dict.fromkeys(cycle, len(cycle) + deepest)
+        return depths[id(self.nodes[0])]
 
     def _index(self, root: Node, base: str) -> None:
         waiting = [(root, base)]
@@ -107,15 +147,16 @@ class _Groups:
     def __init__(self, document: Document) -> None:
         self._document = document
         self._group = {id(node): [node] for node in document.nodes}
+        self._changed: dict[int, list[Node]] = {}
+        """Groups whose parts' own parts have still to be put together."""
 
     def found(self) -> list[list[Node]]:
         for node in self._document.nodes:
             choices = [part for key in ("allOf", "anyOf", "oneOf") for part in listed(node, key)]
             self._join([node, self._document.targets.get(id(node)), *choices])
-        before = 0
-        while before != (before := len(self._all())):
-            for group in self._all():
-                self._join_values(group)
+        self._changed = {id(group): group for group in self._all()}
+        while self._changed:
+            self._join_values(self._changed.popitem()[1])
         return [[node for node in group if node.keys() & RULES] for group in self._all()]
 
     def _all(self) -> list[list[Node]]:
@@ -124,8 +165,12 @@ class _Groups:
     def _join(self, parts: Iterable[Any]) -> None:
         groups = {id(group): group for part in parts if (group := self._group.get(id(part)))}
         if len(groups) > 1:
-            together = [node for group in groups.values() for node in group]
-            self._group |= dict.fromkeys(map(id, together), together)
+            largest, *others = sorted(groups.values(), key=len, reverse=True)
+            for group in others:
+                largest += group
+                self._group |= dict.fromkeys(map(id, group), largest)
+                self._changed.pop(id(group), None)
+            self._changed[id(largest)] = largest
 
     def _join_values(self, group: Sequence[Node]) -> None:
         """Join what is said of one property, or of one item."""

@@ -8,9 +8,9 @@ fourth byte of a BMP, TGA or ICO is padding where it is 0 throughout: the pictur
 from __future__ import annotations
 
 import os
+import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
@@ -38,6 +38,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "DIB", "ICO", "J
 _FOURTH_BYTE = {"BMP", "DIB", "TGA", "ICO"}
 """Formats of four bytes a pixel whose writers often have no alpha to put into the fourth, and leave it 0."""
 _SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L", "I;16N"}
+_JPEG_IN_TIFF, _PARTS_OF_TIFF = {"jpeg", "tiff_jpeg"}, (273, 324)
+"""Of a TIFF, the compressions that are JPEG, and the tags that list its strips or tiles."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,7 +50,15 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """The transpose that undoes each EXIF orientation."""
-_ONE_AT_A_TIME = Lock()
+_MOST_SCANS, _MOST_SCANNED_PIXELS = 16, 1_000_000_000
+"""Scans of a JPEG, each of which goes over all of its pixels: so many always, and more as long as they times the pixels
+are not more than that. Encoders write about ten scans; a file of a few megabytes may hold a hundred thousand."""
+_MOST_READS = 200_000
+"""Of one image file. A PNG of 100 million pixels takes about half of them, for chunks of the usual 8 KiB; one of empty
+chunks, or a JPEG of empty segments, would take millions before its first pixel."""
+_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
+"""What begins a segment of a JPEG: within a scan's data 0xFF is followed by 0 or a restart."""
+_SCAN, _END = 0xDA, 0xD9
 
 
 @cache
@@ -127,7 +137,7 @@ def _load(source: ImageInput, max_pixels: int) -> Picture:
     if isinstance(source, np.ndarray):
         return Picture(_check_array(source, max_pixels))
     if isinstance(source, Image.Image):
-        with _quiet():
+        with _quiet:
             return _upright(source, "the image", max_pixels)
     if isinstance(source, bytes):
         return _decode(source, "the image", max_pixels)
@@ -138,8 +148,9 @@ def _load(source: ImageInput, max_pixels: int) -> Picture:
 
 def probe_image(file: ImageFile, max_pixels: int = MAX_PIXELS) -> None:
     """Raise the `ImageError` that an image file's header already calls for; no pixel is decoded."""
-    with _quiet(), _open(file.data, file.name, max_pixels) as image:
+    with _quiet, _open(file.data, file.name, max_pixels) as image:
         _check_size(*image.size, file.name, max_pixels)
+        _check_scans(file.data, image, file.name)
 
 
 def probed_image(source: str | os.PathLike[str]) -> ImageFile:
@@ -178,27 +189,88 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         )
 
 
+def _check_scans(data: bytes, image: Image.Image, name: str) -> None:
+    """Raise `ImageError` for a JPEG, or a TIFF of JPEGs, that takes far more time than its pixels call for."""
+    in_tiff = image.format == "TIFF" and image.info.get("compression") in _JPEG_IN_TIFF
+    if image.format != "JPEG" and not in_tiff:
+        return
+    most = max(_MOST_SCANS, _MOST_SCANNED_PIXELS // max(2**20, image.width * image.height))
+    most *= _parts(image) if in_tiff else 1
+    scans = data.count(bytes([0xFF, _SCAN]))  # quickly, and at least as many as there are
+    if scans > most and image.format == "JPEG":
+        scans = _count_scans(data)
+    if scans > most:
+        raise ImageError(f"{name} has {scans:,} scans over its pixels; save it again as a baseline JPEG")
+
+
+def _parts(image: Image.Image) -> int:
+    """Return the strips or tiles of a TIFF."""
+    try:
+        return max(1, *(len(image.tag_v2.get(tag, ())) for tag in _PARTS_OF_TIFF))  # type: ignore[attr-defined]
+    except Exception:  # hostile data, which decoding it tells
+        return 1
+
+
+def _count_scans(data: bytes) -> int:
+    """Return the scans of a JPEG up to its end; what a camera has put behind it does not count."""
+    scans, at = 0, 2
+    while (found := _MARKER.search(data, at)) and found[1][0] != _END:
+        scans += found[1][0] == _SCAN
+        at = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+    return scans
+
+
 def _decode(data: bytes, name: str, max_pixels: int) -> Picture:
-    with _quiet(), _open(data, name, max_pixels) as image:
+    with _quiet, _open(data, name, max_pixels) as image:
+        _check_scans(data, image, name)
         return _upright(image, name, max_pixels)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Pillow's warnings, of many pixels or a broken EXIF block: what matters of them is an `ImageError`.
+class _Quiet:
+    """Silences Pillow's warnings, of many pixels or a broken EXIF block: what matters of them is an `ImageError`.
 
-    The filters belong to the whole process, so one picture is decoded at a time.
+    The filters belong to the whole process: the first thread to enter sets them, and the last to leave sets them back.
     """
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL\.")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._filters.__exit__(None, None, None)
+
+
+_quiet = _Quiet()
+
+
+class _CountedBytes(BytesIO):
+    """A file's bytes, which are read so many times at most: Pillow reads a header piece by piece, in Python."""
+
+    left = _MOST_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise ImageError(f"it has more than {_MOST_READS:,} parts; save it again")
+        return super().read(size)
 
 
 def _open(data: bytes, name: str, max_pixels: int) -> Image.Image:
     if not data:
         raise ImageError(f"{name} is empty, not an image")
     try:
-        return Image.open(BytesIO(data), formats=FORMATS)
+        return Image.open(_CountedBytes(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not an image in a format that edgevlm reads (JPEG, PNG, WebP, …)") from None
     except Image.DecompressionBombError:

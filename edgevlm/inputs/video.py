@@ -24,6 +24,7 @@ from edgevlm.errors import ImageTooLargeError, OptionError, VideoError, one_line
 from edgevlm.families.base import MAX_PIXELS, RGB, Family, Frames, FrameSampling, ImageBudget
 from edgevlm.inputs.image import ImageFile, ImageInput, Images, as_list, image_suffixes, load_image, printable
 from edgevlm.inputs.vision_cache import PreprocessedImage
+from edgevlm.interrupt import checked
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -199,7 +200,7 @@ def _resized(shown: Iterator[RGB], count: int, family: Family, budget: ImageBudg
     """Return the frames at the size of views, which is that of the first: only one is held as it was decoded."""
     pixels: list[RGB] = []
     size: tuple[int, int] | None = None
-    for frame in shown:
+    for frame in checked(shown):
         size = size or family.frame_size(frame.shape[0], frame.shape[1], count, budget)
         pixels.append(family.resize_frame(frame, size))
     return pixels
@@ -238,7 +239,7 @@ class _Index:
         """Read all packets of the stream."""
         times: list[int | None] = []
         keys: list[tuple[int, int]] = []
-        for packet in container.demux(stream):
+        for packet in checked(container.demux(stream)):
             if not packet.size or packet.is_discard:
                 continue
             times.append(packet.pts)
@@ -271,7 +272,7 @@ def _decoded(
     container: InputContainer, stream: VideoStream, index: _Index, places: Sequence[int], name: str
 ) -> Iterator[RGB]:
     """Yield the frames at `places`, which rise; one at a time is held."""
-    frames, before = container.decode(stream), -1
+    frames, before = checked(container.decode(stream)), -1
     for place in places:
         if index.times is None:
             frame = next(islice(frames, place - before - 1, None), None)
@@ -290,7 +291,7 @@ def _decoded(
 def _from(container: InputContainer, stream: VideoStream, time: int) -> Iterator[VideoFrame]:
     """Return the frames from the key frame at `time`, or before it."""
     container.seek(time, stream=stream)
-    return container.decode(stream)
+    return checked(container.decode(stream))
 
 
 def _shown_at(frames: Iterator[VideoFrame], time: int) -> VideoFrame | None:

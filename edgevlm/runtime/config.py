@@ -16,11 +16,11 @@ KV_CACHES = ("paged", "stateful")
 VisionArithmetic = Literal["auto", "exported", "compressed", "float32"]
 VISION_ARITHMETICS = ("auto", "exported", "compressed", "float32")
 
-CPU_KERNEL_CACHE = 256
+CPU_KERNEL_CACHE = 64
 """Kernels for shapes met before that a submodel keeps on a CPU: some for each length of prompt, or each number of
-patches of pictures at their own shape, and one never met costs about 8 ms more. With OpenVINO's own 5,000 a process
+patches of pictures at their own shape, and one never met costs about 4 ms more. With OpenVINO's own 5,000 a process
 that meets prompts of many lengths grows for thousands of requests; on SmolVLM-256M's shape 16 suffice to keep the next
-token as fast."""
+token as fast. oneDNN keeps some as well: see `ONEDNN_PRIMITIVE_CACHE`."""
 
 
 @dataclass(frozen=True)

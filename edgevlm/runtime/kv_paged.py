@@ -130,7 +130,7 @@ class PagedSession(Session):
         total = self.length + count
         blocks = -(-total // self._pages.block_size)
         self._reserve(blocks)
-        outputs = self._request.infer(
+        outputs = self._infer(
             {
                 "inputs_embeds": inputs_embeds[0],
                 "position_ids": inputs.positions[0] if len(inputs.positions) == 1 else inputs.positions,
@@ -142,6 +142,6 @@ class PagedSession(Session):
                 LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
                 **{name: array[:, None] for name, array in inputs.extras.items()},
             },
-            share_inputs=True,
+            count,
         )
         return np.asarray(outputs["logits"], np.float32).reshape(logits_to_keep, -1)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from edgevlm.families.base import DecoderTraits, LanguageInputs
+from edgevlm.runtime.inference import infer
 
 if TYPE_CHECKING:
     import openvino as ov
 
+_SHORT_STEP = 32
+"""Tokens whose inference is over before anything could break it off."""
 _KEY_COST, _NARROWEST = 1 / 6, 512
 """Cost of attending to one cached key, relative to a token's matmuls: (2 hidden) / (12 hidden^2) for each layer. Below
 the narrowest width overheads hide the difference."""
@@ -68,6 +71,12 @@ class Session(ABC):
         self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
     ) -> npt.NDArray[np.float32]:
         """Run the decoder on `(1, n, hidden)` and its other inputs; return the logits `(logits_to_keep, V)`."""
+
+    def _infer(self, inputs: Mapping[str, Any], count: int) -> Any:
+        """Run the decoder on `count` tokens. Raises `Interrupted`: the sequence is then of no use any more."""
+        if count <= _SHORT_STEP:
+            return self._request.infer(inputs, share_inputs=True)
+        return infer(self._request, inputs)
 
     def _cached_entries(self, common: int) -> int:
         """Return how many entries attention reads if the sequence continues after the first `common` positions."""

@@ -63,7 +63,7 @@ class StatefulSession(Session):
     ) -> npt.NDArray[np.float32]:
         count = inputs_embeds.shape[1]
         mask = np.concatenate([self._mask, np.ones((1, count), np.int64)], axis=1)
-        outputs = self._request.infer(
+        outputs = self._infer(
             {
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": mask,
@@ -72,7 +72,7 @@ class StatefulSession(Session):
                 LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
                 **{name: array[None] for name, array in inputs.extras.items()},
             },
-            share_inputs=True,
+            count,
         )
         self._mask = mask
         return np.asarray(outputs["logits"][0], np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 
 from edgevlm.families.base import IMAGE_EMBEDS, View
 from edgevlm.runtime.arithmetic import ChosenArithmetic
+from edgevlm.runtime.inference import infer
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -30,5 +31,5 @@ class VisionEncoder:
         """
         request = self._compiled.create_infer_request()
         for view in views:
-            outputs = request.infer(dict(view.inputs()), share_inputs=True)
+            outputs = infer(request, dict(view.inputs()))
             yield {self._names[key.get_any_name()]: np.array(value[0]) for key, value in outputs.items()}

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
-import re
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib.resources import files
-from typing import Any, TypeAlias
+from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -19,30 +17,56 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive
 
 from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.structured import Constraint
-from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
+from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
+from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
 from edgevlm.server.engine import Job, Worker
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, blaming, to_api_error, to_json
-from edgevlm.server.locate import LocatePlan, blame_image
+from edgevlm.server.errors import (
+    CALLERS_ERRORS,
+    ApiError,
+    ClientGoneError,
+    QueueFullError,
+    blaming,
+    placing,
+    to_api_error,
+)
+from edgevlm.server.locate import PLACES, LocatePlan
 from edgevlm.server.messages import Conversation
 from edgevlm.server.metrics import Metrics
 from edgevlm.server.middleware import Guard
+from edgevlm.server.ollama_reply import OllamaReply, rfc3339
+from edgevlm.server.page import make_page
 from edgevlm.server.refusals import explain
-from edgevlm.server.schemas import AnyJson, ChatRequest, ErrorBody, JsonSchema, LocateAnswer, LocateRequest, SchemaJson
+from edgevlm.server.responses import ResponsesRequest
+from edgevlm.server.responses_reply import ResponseReply
+from edgevlm.server.schemas import (
+    AnyJson,
+    Asked,
+    ChatRequest,
+    ErrorBody,
+    JsonSchema,
+    LocateAnswer,
+    LocateRequest,
+    SchemaJson,
+)
 from edgevlm.server.settings import ServeConfig
 from edgevlm.server.tools import Tools, choose_tools
+from edgevlm.server.wire import EventStream, Json
+from edgevlm.strict_json import write_json
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
-Pieces: TypeAlias = AsyncGenerator[tuple[Piece, float], None]
-"""The pieces of an answer, each with the seconds that its job had waited."""
+P = ParamSpec("P")
+T = TypeVar("T")
+_PLANS_AT_ONCE = 4
+"""Requests that are understood at the same time, each in a thread."""
 _WRONG = {
     400: "The request cannot be understood or honoured.",
     401: "No API key, or a wrong one.",
@@ -50,7 +74,7 @@ _WRONG = {
     404: "No such path, or no such model.",
     405: "The path is not called by that method.",
     408: "The request took too long to arrive.",
-    413: "More bytes, pictures, pixels or characters than the server takes.",
+    413: "More bytes, values, pictures, pixels or characters than the server takes.",
     415: "The request is no JSON.",
     500: "The server failed.",
     503: "The queue is full, or the model is not ready; Retry-After says when to try again.",
@@ -61,33 +85,13 @@ _NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": Fa
 _RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": text} for status, text in _WRONG.items()
 }
+_WRONG_AT_OLLAMA: dict[int | str, dict[str, Any]] = {
+    status: {"model": ollama.OllamaError, "description": text} for status, text in _WRONG.items()
+}
 
 
-class Json(Response):
-    """A JSON body."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        return to_json(content)
-
-
-class EventStream(Response):
-    """Server-sent events as they come; closed with the connection."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__()
-        self._events = events
-        del self.headers["content-length"]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        async with aclosing(self._events) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+def _streams(media_type: str, text: str = "The answer.") -> dict[int | str, dict[str, Any]]:
+    return {200: {"description": text, "content": {media_type: {}, "application/json": {}}}}
 
 
 def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str) -> ASGIApp:
@@ -102,31 +106,14 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
         responses=_RESPONSES,
     )
     server = _Server(worker, config, model)
-    app.get("/", include_in_schema=False)(_page())
-    app.get("/healthz", summary="Whether the process lives")(server.healthz)
-    app.get("/readyz", summary="Whether the model is loaded and warm")(server.readyz)
-    app.get("/v1/models", summary="The model")(server.models)
-    app.get("/v1/models/{name:path}", summary="The model, if it is called that")(server.model)
-    app.post(
-        "/v1/chat/completions",
-        summary="Continue a conversation",
-        responses={200: {"description": "The answer.", "content": {"text/event-stream": {}, "application/json": {}}}},
-    )(server.chat)
-    app.post(
-        "/v1/locate",
-        summary="Find something in a picture",
-        responses={200: {"description": "The places.", "model": LocateAnswer}},
-    )(server.locate)
-
-    @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
-    def prometheus() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
+    _add_probes(app, server, metrics)
+    _add_openai(app, server)
+    _add_ollama(app, server)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     for kind in (*CALLERS_ERRORS, Exception):
         app.add_exception_handler(kind, _handle_error)
-    guarded = Guard(app, config, lambda: worker.full, metrics.count_request)
+    guarded = Guard(app, config, lambda: server.full, metrics.count_request)
     if not config.allowed_origins:
         return guarded
     return CORSMiddleware(
@@ -137,6 +124,42 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
         allow_private_network=True,
         expose_headers=["retry-after"],
     )
+
+
+def _add_probes(app: FastAPI, server: _Server, metrics: Metrics) -> None:
+    """Add what monitoring asks for, and the page; probes may leave the body to be guessed (HEAD)."""
+    page = make_page()
+    app.get("/", include_in_schema=False)(page)
+    app.get("/healthz", summary="Whether the process lives")(server.healthz)
+    app.get("/readyz", summary="Whether the model is loaded and warm")(server.readyz)
+    for path, handler in (("/", page), ("/healthz", server.healthz), ("/readyz", server.readyz)):
+        app.head(path, include_in_schema=False)(handler)
+
+    @app.get("/metrics", summary="Figures for Prometheus", response_class=Response)
+    def prometheus() -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_openai(app: FastAPI, server: _Server) -> None:
+    """Add OpenAI's APIs, and what is written like them."""
+    app.get("/v1/models", summary="The model")(server.models)
+    app.get("/v1/models/{name:path}", summary="The model, if it is called that")(server.model)
+    sse = _streams("text/event-stream")
+    app.post("/v1/chat/completions", summary="Continue a conversation", responses=sse)(server.chat)
+    app.post("/v1/responses", summary="Continue a conversation, as a response", responses=sse)(server.respond)
+    located: dict[int | str, dict[str, Any]] = {200: {"description": "The places.", "model": LocateAnswer}}
+    app.post("/v1/locate", summary="Find something in a picture", responses=located)(server.locate)
+
+
+def _add_ollama(app: FastAPI, server: _Server) -> None:
+    """Add Ollama's API."""
+    wrong, lines = _WRONG_AT_OLLAMA, _WRONG_AT_OLLAMA | _streams("application/x-ndjson")
+    app.get("/api/version", summary="edgevlm's version", responses=wrong)(server.ollama_version)
+    app.get("/api/tags", summary="The model, as Ollama lists it", responses=wrong)(server.ollama_tags)
+    app.get("/api/ps", summary="The model, once it is loaded", responses=wrong)(server.ollama_ps)
+    app.post("/api/show", summary="The model, as Ollama shows it", responses=wrong)(server.ollama_show)
+    app.post("/api/chat", summary="Continue a conversation, as Ollama does", responses=lines)(server.ollama_chat)
+    app.post("/api/generate", summary="Answer a question, as Ollama does", responses=lines)(server.ollama_generate)
 
 
 @dataclass(frozen=True)
@@ -155,6 +178,13 @@ class _Server:
 
     def __init__(self, worker: Worker, config: ServeConfig, model: str) -> None:
         self._worker, self._config, self._model = worker, config, model
+        self._planners = ThreadPoolExecutor(_PLANS_AT_ONCE, "edgevlm-plan")
+        self._plans: set[Future[Any]] = set()
+
+    @property
+    def full(self) -> bool:
+        """Whether another question would be refused: those that are still being understood count as waiting."""
+        return self._worker.held + len(self._plans) > self._config.max_queue
 
     async def healthz(self) -> Json:
         return Json({"status": "ok"})
@@ -173,47 +203,90 @@ class _Server:
     async def chat(self, request: ChatRequest, http: Request) -> Response:
         vlm = self._ready()
         self._check_name(request.model)
-        plan = await asyncio.to_thread(make_plan, request, self._config, http.state.caller)
         completion = Completion(
             self._model,
             vlm.manifest.fingerprint,
-            tools=plan.tools is not None,
             logprobs=bool(request.logprobs),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        pieces = self._pieces(plan, http.receive)
-        if request.stream:
-            first = await anext(pieces)  # an error before the first piece has a status of its own
-            return EventStream(completion.events(_chain(first, pieces)))
-        async with aclosing(pieces):
-            async for piece, waited_s in pieces:
-                if piece.answer:
-                    return Json(completion.whole(piece.answer, waited_s))
-        raise AssertionError("an answer's last piece carries it")
+        return await self._answer(Asked(request), completion, http)
+
+    async def respond(self, request: ResponsesRequest, http: Request) -> Response:
+        self._ready()
+        self._check_name(request.model)
+        return await self._answer(request.asked(), ResponseReply(request, self._model), http)
+
+    async def ollama_chat(self, request: ollama.OllamaChat, http: Request) -> Response:
+        return await self._answer_ollama(request, http)
+
+    async def ollama_generate(self, request: ollama.OllamaGenerate, http: Request) -> Response:
+        return await self._answer_ollama(request, http)
+
+    async def ollama_version(self) -> Json:
+        return Json({"version": __version__})
+
+    async def ollama_tags(self) -> Json:
+        since = rfc3339(self._worker.started_at)
+        return Json({"models": [ollama.list_entry(self._worker.vlm, self._model, since)]})
+
+    async def ollama_ps(self) -> Json:
+        vlm = self._worker.vlm
+        return Json({"models": [ollama.process_entry(vlm, self._model)] if vlm else []})
+
+    async def ollama_show(self, request: ollama.OllamaShow) -> Json:
+        self._check_name(request.model or request.name, ollama.tagged(self._model))
+        return Json(ollama.show(self._ready(), rfc3339(self._worker.started_at)))
 
     async def locate(self, request: LocateRequest, http: Request) -> Response:
         vlm = self._ready()
         self._check_name(request.model)
-        located = await asyncio.to_thread(LocatePlan, request, vlm, self._config)
+        started = time.monotonic()
+        located = await self._plan(LocatePlan, request, vlm, self._config)
         plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
-        try:
-            async with aclosing(self._pieces(plan, http.receive)) as pieces:
+        with placing(PLACES):
+            async with aclosing(self._pieces(plan, http.receive, started)) as pieces:
                 async for piece, waited_s in pieces:
                     if piece.answer:
                         found = await asyncio.to_thread(located.read, piece.answer, waited_s)
                         return Json({"object": "locations", "model": self._model, **found})
-        except EdgeVLMError as error:
-            raise blame_image(error) from None
+        raise AssertionError("an answer's last piece carries it")
+
+    async def _answer_ollama(self, request: ollama.OllamaChat | ollama.OllamaGenerate, http: Request) -> Response:
+        self._ready()
+        self._check_name(request.model, ollama.tagged(self._model))
+        reply = OllamaReply(request, self._model)
+        if request.is_empty:
+            return Json(reply.loaded())
+        return await self._answer(request.asked(), reply, http)
+
+    async def _answer(self, asked: Asked, reply: Reply, http: Request) -> Response:
+        """Answer what was asked through any API, in that API's form."""
+        started = time.monotonic()
+        with placing(asked.places):
+            plan = await self._plan(make_plan, asked.chat, self._config, http.state.caller)
+            tools = plan.tools is not None
+            pieces = self._pieces(plan, http.receive, started)
+            if asked.chat.stream:
+                first = await anext(pieces)  # an error before the first piece has a status of its own
+                deltas = read_deltas(_chain(first, pieces), tools=tools)
+                return EventStream(reply.events(deltas), reply.media_type)
+            async with aclosing(pieces):
+                async for piece, waited_s in pieces:
+                    if piece.answer:
+                        return Json(reply.whole(End.of(piece.answer, waited_s, tools=tools)))
         raise AssertionError("an answer's last piece carries it")
 
     def _ready(self) -> VLM:
         if self._worker.vlm is None:
             message = "the model is being loaded; try again in a few seconds"
             raise ApiError(503, "model_loading", message, headers={"retry-after": "2"})
+        if not self._worker.ready:
+            raise ApiError(503, "model_failed", "the model's thread has died, and the server ends; its log says why")
         return self._worker.vlm
 
-    def _check_name(self, name: str | None) -> None:
-        if name not in (None, self._model):
+    def _check_name(self, name: str | None, *others: str) -> None:
+        """Raise `ApiError` unless the model is called that, or by one of the `others`."""
+        if name not in (None, self._model, *others):
             raise ApiError(404, "model_not_found", f"this server's model is called {self._model}", param="model")
 
     def _card(self) -> dict[str, Any]:
@@ -226,30 +299,52 @@ class _Server:
             }
         return card
 
-    async def _pieces(self, plan: Plan, receive: Receive) -> Pieces:
+    async def _plan(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return `make(...)`, a request understood in a thread. Raises `QueueFullError`, `ApiError` and its errors."""
+        if self.full:
+            raise QueueFullError
+        loop = asyncio.get_running_loop()
+        plan = self._planners.submit(make, *args, **kwargs)
+        self._plans.add(plan)
+        plan.add_done_callback(lambda done: _call_soon(loop, self._plans.discard, done))
+        try:
+            async with asyncio.timeout(self._config.time_limit_s):
+                return await asyncio.wrap_future(plan)
+        except TimeoutError:
+            raise self._too_late() from None
+        finally:
+            del plan  # else this frame, which its error holds, would hold the error
+
+    def _too_late(self) -> ApiError:
+        limit = self._config.time_limit_s
+        return ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
+
+    async def _pieces(self, plan: Plan, receive: Receive, started: float) -> Pieces:
         """Yield the answer's pieces, each with the seconds that the job had waited.
 
-        Whatever ends this (the client goes away, the time is up, the server stops) ends the generation too.
+        The time limit counts from `started`, on the monotonic clock. Whatever ends this (the client goes away, the time
+        is up, the server stops) ends the generation too.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         def deliver(event: Piece | BaseException) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens
-                loop.call_soon_threadsafe(events.put_nowait, event)
+            _call_soon(loop, events.put_nowait, event)
 
         conversation = plan.conversation
         job = Job(conversation.messages, conversation.images, plan.config, plan.image_budget, plan.caller, deliver)
         self._worker.submit(job)
-        limit = self._config.time_limit_s
-        too_late = ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
-        timer = loop.call_later(limit, events.put_nowait, too_late)
+        left = self._config.time_limit_s - (time.monotonic() - started)
+        timer = loop.call_later(left, lambda: events.put_nowait(self._too_late()))
         watcher = asyncio.create_task(_tell_when_gone(receive, events))
         try:
             while True:
                 event = await events.get()
                 if isinstance(event, BaseException):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        del event  # else this frame, which the error holds, would hold the error
                 if event.answer:
                     self._log(job, event.answer)
                 yield event, job.waited_s
@@ -282,6 +377,7 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
     """
     conversation = Conversation(request.messages, config)
+    _check_schemas(request, config.max_schema_chars)
     content = _constraint(request)
     tools = choose_tools(request, content)
     if tools:
@@ -310,6 +406,20 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
     )
 
 
+def _check_schemas(request: ChatRequest, limit: int) -> None:
+    """Raise `ApiError` where the schemas of a request are longer than `limit` characters, all together."""
+    left = limit
+    schemas: list[tuple[str, Any]] = [("tools", tool.function.parameters) for tool in request.tools or ()]
+    match request.response_format:
+        case AnyJson(schema_=schema) | SchemaJson(json_schema=JsonSchema(schema_=schema)):
+            schemas.append(("response_format", schema))
+    for param, schema in schemas:
+        left -= len(write_json(schema, compact=True))
+        if left < 0:
+            message = f"the JSON schemas have more than {limit:,} characters"
+            raise ApiError(413, "schema_too_long", message, param=param)
+
+
 def _constraint(request: ChatRequest) -> Constraint | None:
     """Return the form of an answer in text."""
     match request.response_format:
@@ -317,6 +427,12 @@ def _constraint(request: ChatRequest) -> Constraint | None:
             with blaming("response_format"):
                 return Constraint.json() if schema is None else Constraint.json_schema(schema)
     return None
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
+    """Let the loop call a function, from any thread."""
+    with suppress(RuntimeError):  # the loop is closed: nobody listens
+        loop.call_soon_threadsafe(function, argument)
 
 
 async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:
@@ -332,51 +448,23 @@ async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Piece | BaseEx
     events.put_nowait(ClientGoneError())
 
 
-async def _handle_error(_: Request, error: Exception) -> Json:
+async def _handle_error(request: Request, error: Exception) -> Json:
     """Answer with what the caller may know of an error."""
-    return _error(to_api_error(error))
+    return _error(request, to_api_error(error))
 
 
-async def _invalid(_: Request, error: Exception) -> Json:
-    """Answer a request of another shape as OpenAI does."""
+async def _invalid(request: Request, error: Exception) -> Json:
+    """Answer a request of another shape as the API that it is for does."""
     assert isinstance(error, RequestValidationError)
-    return _error(explain(error.errors()[0], error.body))
+    return _error(request, explain(error.errors()[0], error.body, request.scope["path"]))
 
 
-async def _http_error(_: Request, error: Exception) -> Json:
+async def _http_error(request: Request, error: Exception) -> Json:
     assert isinstance(error, HTTPException)
     codes = {404: "not_found", 405: "method_not_allowed"}
     code = codes.get(error.status_code, "invalid_request")
-    return _error(ApiError(error.status_code, code, str(error.detail), headers=error.headers))
+    return _error(request, ApiError(error.status_code, code, str(error.detail), headers=error.headers))
 
 
-def _error(error: ApiError) -> Json:
-    return Json(error.body, error.status, error.headers)
-
-
-def _page() -> Any:
-    """Return the handler of the page, which may load nothing and run nothing but what is in it."""
-    html = (files("edgevlm.server") / "page.html").read_bytes()
-    scripts, styles = (_hashes(html, tag) for tag in (b"script", b"style"))
-    policy = (
-        f"default-src 'none'; script-src {scripts}; style-src {styles}; connect-src 'self'; img-src 'self' data: blob:;"
-        " media-src 'self' blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        "content-security-policy": policy,
-        "permissions-policy": "camera=(self), microphone=(), geolocation=()",
-        "cross-origin-opener-policy": "same-origin",
-        "x-frame-options": "DENY",
-        "cache-control": "no-cache",
-    }
-
-    async def page() -> Response:
-        return Response(html, media_type="text/html; charset=utf-8", headers=headers)
-
-    return page
-
-
-def _hashes(html: bytes, tag: bytes) -> str:
-    """Return the Content-Security-Policy sources of the page's inline elements of one kind."""
-    found = re.findall(rb"<" + tag + rb">(.*?)</" + tag + rb">", html, re.DOTALL)
-    return " ".join(f"'sha256-{base64.b64encode(sha256(text).digest()).decode()}'" for text in found)
+def _error(request: Request, error: ApiError) -> Json:
+    return Json(error.body_at(request.scope["path"]), error.status, error.headers)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import Any
 from uuid import uuid4
 
-from edgevlm.answer import Answer, Piece, TokenLogprob
-from edgevlm.server.errors import to_api_error, to_json
-from edgevlm.server.tools import OPEN, read_call
+from edgevlm.answer import Answer, TokenLogprob
+from edgevlm.server.deltas import Deltas, End, told_in_stream
+from edgevlm.server.wire import sse
 
 _LEAST_LOGPROB = -9999.0
 """What OpenAI writes for a token that could not have come: JSON has neither infinity nor NaN."""
@@ -18,9 +19,11 @@ _LEAST_LOGPROB = -9999.0
 class Completion:
     """One answer's frame: its id, its time, its model."""
 
-    def __init__(self, model: str, fingerprint: str, *, tools: bool, logprobs: bool, include_usage: bool) -> None:
-        """`tools`: a text that begins like a call is one; `include_usage`: a stream ends with a chunk of its own."""
-        self._tools, self._logprobs, self._include_usage = tools, logprobs, include_usage
+    media_type = "text/event-stream"
+
+    def __init__(self, model: str, fingerprint: str, *, logprobs: bool, include_usage: bool) -> None:
+        """`include_usage`: a stream ends with a chunk of its own for the usage."""
+        self._logprobs, self._include_usage = logprobs, include_usage
         self._frame = {
             "id": f"chatcmpl-{uuid4().hex}",
             "created": int(time.time()),
@@ -28,9 +31,9 @@ class Completion:
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, answer: Answer, waited_s: float) -> dict[str, Any]:
+    def whole(self, end: End) -> dict[str, Any]:
         """Return the completion that is sent at once."""
-        call = read_call(answer) if self._tools else None
+        answer, call = end.answer, end.call
         message: dict[str, Any] = {"role": "assistant", "content": None if call else answer.text, "refusal": None}
         if call:
             message["tool_calls"] = [call]
@@ -38,44 +41,36 @@ class Completion:
             "index": 0,
             "message": message,
             "logprobs": _logprobs(answer.logprobs) if self._logprobs else None,
-            "finish_reason": _finish_reason(answer, call is not None),
+            "finish_reason": _finish_reason(end),
         }
-        end = {"usage": usage(answer), "timings": timings(answer, waited_s)}
-        return {**self._frame, "object": "chat.completion", "choices": [choice], **end}
+        return {**self._frame, "object": "chat.completion", "choices": [choice], **_figures(end)}
 
-    async def events(self, pieces: AsyncIterator[tuple[Piece, float]]) -> AsyncGenerator[bytes, None]:
+    async def events(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events; an error after the first piece is the stream's last event."""
         yield self._chunk({"role": "assistant", "content": ""})
-        held, undecided = "", self._tools
+        problem = None
         try:
-            async for piece, waited_s in pieces:
-                held += piece.text
-                undecided = undecided and (OPEN.startswith(held) or held.startswith(OPEN))
-                logprobs = _logprobs(piece.logprobs) if self._logprobs and piece.logprobs else None
-                if (held and not undecided) or logprobs:
-                    yield self._chunk({} if undecided else {"content": held}, logprobs=logprobs)
-                    held = held if undecided else ""
-                if piece.answer:
-                    for event in self._end(piece.answer, held, waited_s):
-                        yield event
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    logprobs = _logprobs(delta.logprobs) if self._logprobs and delta.logprobs else None
+                    if delta.text or logprobs:
+                        yield self._chunk({"content": delta.text} if delta.text else {}, logprobs=logprobs)
+                    if delta.end:
+                        for event in self._end(delta.end):
+                            yield event
         except Exception as error:
-            yield _event(to_api_error(error).body)
+            problem = told_in_stream(error).body
+        if problem:
+            yield sse(problem)
 
-    def _end(self, answer: Answer, held: str, waited_s: float) -> list[bytes]:
-        """Return the last events: a call or what is left of the text, how it ended, what it took."""
-        events = []
-        call = read_call(answer) if self._tools else None
-        if call:
-            events.append(self._chunk({"tool_calls": [{"index": 0, **call}]}))
-        elif held:
-            events.append(self._chunk({"content": held}))
-        end = {"usage": usage(answer), "timings": timings(answer, waited_s)}
-        finish = _finish_reason(answer, call is not None)
+    def _end(self, end: End) -> list[bytes]:
+        """Return the last events: a call, how the answer ended, what it took."""
+        events = [self._chunk({"tool_calls": [{"index": 0, **end.call}]})] if end.call else []
         if self._include_usage:
-            events.append(self._chunk({}, finish))
-            events.append(_event({**self._frame, "object": "chat.completion.chunk", "choices": [], **end}))
+            events.append(self._chunk({}, _finish_reason(end)))
+            events.append(sse({**self._frame, "object": "chat.completion.chunk", "choices": [], **_figures(end)}))
         else:
-            events.append(self._chunk({}, finish, end=end))
+            events.append(self._chunk({}, _finish_reason(end), end=_figures(end)))
         return [*events, b"data: [DONE]\n\n"]
 
     def _chunk(
@@ -88,23 +83,27 @@ class Completion:
     ) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         chunk = {**self._frame, "object": "chat.completion.chunk", "choices": [choice]}
-        return _event({**chunk, **(end or {"usage": None})})
+        return sse({**chunk, **(end or {"usage": None})})
 
 
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + to_json(content) + b"\n\n"
+def _figures(end: End) -> dict[str, Any]:
+    return {"usage": usage(end.answer), "timings": timings(end.answer, end.waited_s)}
 
 
-def _finish_reason(answer: Answer, called: bool) -> str:
-    """Return OpenAI's word for the end; an answer cut before it had its form is `length` whatever cut it."""
-    if called:
+def _finish_reason(end: End) -> str:
+    """Return OpenAI's word for the end."""
+    if end.call:
         return "tool_calls"
-    return "stop" if answer.finish_reason == "stop" and answer.satisfied is not False else "length"
+    return "stop" if end.complete else "length"
 
 
 def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    told = [{**_logprob(token), "top_logprobs": [_logprob(each) for each in token.top]} for token in tokens]
-    return {"content": told, "refusal": None}
+    return {"content": logprobs_list(tokens), "refusal": None}
+
+
+def logprobs_list(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Return the tokens with their log-probabilities, each with the likeliest in its place."""
+    return [{**_logprob(token), "top_logprobs": [_logprob(each) for each in token.top]} for token in tokens]
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import ImageInput
 from edgevlm.inputs.messages import Message
 from edgevlm.inputs.video import Video
+from edgevlm.interrupt import Interrupted, interruptible
 from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, StoppingError
 from edgevlm.vlm import VLM
 
@@ -66,10 +67,10 @@ class FairQueue:
             return self._count()
 
     @property
-    def full(self) -> bool:
-        """Whether another job would be refused."""
+    def held(self) -> int:
+        """Jobs that wait, and one in the making."""
         with self._changed:
-            return self._is_full()
+            return self._count() + self._taken
 
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -136,7 +137,8 @@ class Worker:
         on_done: Callable[[Job, Piece | BaseException], None] | None = None,
         on_failure: Callable[[], None] | None = None,
     ) -> None:
-        """`on_done` is told of each job's end, `on_failure` when the model cannot be loaded; both in the thread."""
+        """`on_done` is told of each job's end, `on_failure` when the model cannot be loaded or the thread dies; both in
+        the thread."""
         self._load, self._on_done, self._on_failure = load, on_done, on_failure
         self._queue = FairQueue(max_queue)
         self._thread = Thread(target=self._run, name="edgevlm-worker", daemon=True)
@@ -152,8 +154,8 @@ class Worker:
 
     @property
     def ready(self) -> bool:
-        """Whether the model is loaded and has answered once."""
-        return self.vlm is not None
+        """Whether the model is loaded, has answered once, and the thread that answers lives."""
+        return self.vlm is not None and self.failure is None and self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -166,9 +168,9 @@ class Worker:
         return int(self._current is not None)
 
     @property
-    def full(self) -> bool:
-        """Whether another job would be refused."""
-        return self._queue.full
+    def held(self) -> int:
+        """Jobs that wait or are being answered."""
+        return self._queue.held
 
     def stalled_s(self) -> float:
         """Return for how many seconds the answer being made has not moved; infinite when the thread has died."""
@@ -207,27 +209,45 @@ class Worker:
         try:
             vlm = self._load()
             warm_up(vlm)
-        except BaseException as error:
+            self.vlm = vlm
+            while self._answer_next(vlm):
+                pass
+        except BaseException as error:  # no answer's own error comes here: the thread ends
             self.failure = error
+            for job in self._queue.close():
+                job.deliver(FailedError())
             if self._on_failure:
                 self._on_failure()
-            return
-        self.vlm = vlm
-        while (job := self._queue.take()) is not None:
-            self._current = job
+
+    def _answer_next(self, vlm: VLM) -> bool:
+        """Answer the next job; return whether there was one. A frame of its own: nothing is held between two jobs."""
+        job = self._queue.take()
+        if job is None:
+            return False
+        self._current = job
+        end: Piece | BaseException = FailedError()
+        try:
             end = self._answer(vlm, job)
+        finally:  # whatever happens, somebody waits
             self._current = None
             self._queue.done()
+            self._count(job, end)
+            job.deliver(end)
+        return True
+
+    def _count(self, job: Job, end: Piece | BaseException) -> None:
+        try:
             if self._on_done:
                 self._on_done(job, end)
-            job.deliver(end)
+        except Exception as error:  # no figure is worth an answer
+            log_failure(error)
 
     def _answer(self, vlm: VLM, job: Job) -> Piece | BaseException:
         """Deliver all pieces but the last, and return that, or the error that came instead."""
         job.started = self._last_progress = monotonic()
         try:
             stream = vlm.events(job.messages, job.images, job.config, job.image_budget, job.caller)
-            with closing(stream) as events:
+            with interruptible(job.abandoned.is_set), closing(stream) as events:
                 for event in events:
                     self._last_progress = monotonic()
                     if job.abandoned.is_set():
@@ -236,12 +256,20 @@ class Worker:
                         if event.answer is not None:
                             return event
                         job.deliver(event)
-        except (EdgeVLMError, AbandonedError) as error:
-            return error
-        except Exception as error:
+            raise AssertionError("an answer's last piece carries it")
+        except Interrupted:
+            return AbandonedError()
+        except EdgeVLMError as error:
+            return without_frames(error)
+        except BaseException as error:  # the panic of a library in Rust is no Exception
             log_failure(error)
             return FailedError()
-        raise AssertionError("an answer's last piece carries it")
+
+
+def without_frames(error: EdgeVLMError) -> EdgeVLMError:
+    """Return an error without what raised it: those frames hold the KV cache and the pictures."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def warm_up(vlm: VLM) -> None:

@@ -1,7 +1,8 @@
-"""What a caller is told when something is wrong: OpenAI's error object, and one table from edgevlm's errors to it."""
+"""What a caller is told when something is wrong: OpenAI's error object or Ollama's, and a table of edgevlm's errors."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,9 @@ from edgevlm.errors import (
     VideoError,
 )
 from edgevlm.strict_json import write_json
+
+OLLAMA_PATHS = "/api/"
+"""What Ollama's paths begin with; all others are OpenAI's, or like them."""
 
 
 class QueueFullError(Exception):
@@ -58,6 +62,22 @@ class ApiError(Exception):
         error = {"message": self.message, "type": _type(self.status), "param": self.param, "code": self.code}
         return {"error": error}
 
+    def body_at(self, path: str) -> dict[str, Any]:
+        """Return the body as the API that `path` belongs to has it: Ollama's error is a text."""
+        return {"error": self.message} if path.startswith(OLLAMA_PATHS) else self.body
+
+    def renamed(self, places: Mapping[str, str]) -> ApiError:
+        """Return the error with its place as the caller's request has it: `places` are those, by chat completions'."""
+        steps = (self.param or "").split(".")
+        for end in range(len(steps), 0, -1):
+            own = places.get(".".join(steps[:end]))
+            if own is not None:
+                param = ".".join([own, *steps[end:]])
+                rest = self.message.removeprefix(f"{self.param}:")
+                message = self.message if rest == self.message else f"{param}:{rest}"
+                return ApiError(self.status, self.code, message, param=param, headers=self.headers)
+        return self
+
 
 class ClientGoneError(Exception):
     """The client closed the connection; nobody reads what it is told."""
@@ -65,6 +85,11 @@ class ClientGoneError(Exception):
 
 CALLERS_ERRORS = (ApiError, ClientGoneError, EdgeVLMError, FailedError, QueueFullError, StoppingError)
 """All that is raised on purpose while a request is answered."""
+
+
+PASSED_ON = (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+"""What ends a task or the process. Whatever else is raised is a failure of one request, the panic of a library in Rust
+included, which is a `BaseException`, too."""
 
 
 def _type(status: int) -> str:
@@ -108,8 +133,20 @@ def blaming(param: str, what: str = "") -> Iterator[None]:
     try:
         yield
     except (ApiError, EdgeVLMError) as error:
-        told = to_api_error(error)
-        raise ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param) from None
+        raise _blamed(to_api_error(error), param, what) from None
+
+
+def _blamed(told: ApiError, param: str, what: str) -> ApiError:
+    return ApiError(told.status, told.code, f"{what or param}: {told.message}", param=param)
+
+
+@contextmanager
+def placing(places: Mapping[str, str]) -> Iterator[None]:
+    """Let what is raised on purpose name its place as the caller's request has it (see `ApiError.renamed`)."""
+    try:
+        yield
+    except (ApiError, EdgeVLMError) as error:
+        raise to_api_error(error).renamed(places) from None
 
 
 def to_json(content: Any) -> bytes:

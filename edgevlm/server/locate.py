@@ -7,17 +7,19 @@ from typing import Any
 from edgevlm.answer import Answer
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.stream import check_satisfied
-from edgevlm.errors import EdgeVLMError, IncompleteAnswerError
+from edgevlm.errors import IncompleteAnswerError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import KeptImage
 from edgevlm.locate import Search, grounding_of
 from edgevlm.server.completion import timings, usage
-from edgevlm.server.errors import ApiError, blaming, to_api_error
+from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.messages import Conversation
 from edgevlm.server.schemas import LocateRequest
 from edgevlm.server.settings import ServeConfig
 from edgevlm.vlm import VLM
 
+PLACES = {"messages": "image"}
+"""The request's own places, by those of a conversation: it has no messages."""
 _MAX_LOCATIONS = 20
 """Where the request names no other number."""
 
@@ -48,9 +50,3 @@ class LocatePlan:
             raise ApiError(400, "context_length_exceeded", str(error), param="image") from None
         found = self._search.read(answer, self._image.picture, self.image_budget)
         return {**found.places(), "usage": usage(answer), "timings": timings(answer, waited_s)}
-
-
-def blame_image(error: EdgeVLMError) -> ApiError:
-    """Return what a caller is told of an error of the answer, for whom there are no messages."""
-    told = to_api_error(error)
-    return ApiError(told.status, told.code, told.message, param="image" if told.param == "messages" else told.param)

@@ -20,6 +20,8 @@ from edgevlm.server.schemas import ChatMessage, ImagePart, Part, TextPart, Video
 from edgevlm.server.settings import ServeConfig
 from edgevlm.strict_json import write_json
 
+_MOST_ESCAPES = 1_000_000
+"""Of a `data:` URL: what is more than that is quickly read in base64, and slowly in this way."""
 _ROLES = {"developer": "system", "tool": "user"}
 """Roles that small models' chat templates do not know, by what they come nearest to."""
 
@@ -50,7 +52,11 @@ class Conversation:
         return next(iter(self._details), "auto")
 
     def add_system(self, text: str) -> None:
-        """Tell the model `text` before everything else, after what the conversation's own beginning tells it."""
+        """Tell the model `text` before everything else, after what the conversation's own beginning tells it.
+
+        Raises `ApiError`.
+        """
+        self._text(text)
         first = self.messages[0]
         if first["role"] == "system":
             self.messages[0] = {"role": "system", "content": [*first["content"], {"type": "text", "text": f"\n{text}"}]}
@@ -131,6 +137,8 @@ def decode_data_url(url: str) -> bytes:
     head, comma, data = url.partition(",")
     if not comma:
         raise ApiError(400, "invalid_image", "a data: URL needs a comma before its data")
+    if data.count("%") > _MOST_ESCAPES:
+        raise ApiError(400, "invalid_image", f"the data: URL has more than {_MOST_ESCAPES:,} escapes; use base64")
     if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
         return unquote_to_bytes(data)
     try:
@@ -146,15 +154,18 @@ def _read_file(name: str, config: ServeConfig) -> bytes:
         message = "must be a data: URL; this server reads no files (see --image-folder)"
         raise ApiError(400, "file_refused", message)
     path = url2pathname(urlsplit(name).path) if name.lower().startswith("file:") else name
-    refusal = ApiError(400, "file_refused", "names no picture under the image folder")
     try:
         folder = config.image_folder.resolve(strict=True)
         file = (folder / Path(path)).resolve(strict=True)
         if not file.is_relative_to(folder) or not file.is_file():
-            raise refusal
+            raise _no_picture()
         if file.stat().st_size > config.max_body_bytes:
             limit = config.max_body_bytes
             raise ApiError(413, "body_too_large", f"the picture's file is larger than {limit:,} bytes")
         return file.read_bytes()
     except (OSError, ValueError):
-        raise refusal from None
+        raise _no_picture() from None
+
+
+def _no_picture() -> ApiError:
+    return ApiError(400, "file_refused", "names no picture under the image folder")

@@ -18,13 +18,24 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edgevlm.server.engine import log_failure
-from edgevlm.server.errors import CALLERS_ERRORS, ApiError, ClientGoneError, QueueFullError, to_api_error, to_json
+from edgevlm.server.errors import (
+    CALLERS_ERRORS,
+    PASSED_ON,
+    ApiError,
+    ClientGoneError,
+    QueueFullError,
+    to_api_error,
+    to_json,
+)
 from edgevlm.server.settings import ANY_ORIGIN, ServeConfig
 
 OPEN_PATHS = ("/", "/healthz", "/readyz")
 """These tell a stranger nothing but that edgevlm runs here; all others ask for the key, if there is one."""
 _UPLOADS_AT_ONCE = 8
 """Bodies read at the same time: with the queue's length this bounds the memory that requests take."""
+_MOST_VALUES = 500_000
+"""Values of a request's JSON, told from its commas and brackets before it is read: a body of nothing but `[]` would
+take thirty times its size, and all of the server's attention. Texts and schemas of the largest size have fewer."""
 _GRACE_S = 30.0
 """How long a client may take to read an answer beyond the time to make it."""
 _HEADERS = {
@@ -62,9 +73,11 @@ class Guard:
         try:
             async with asyncio.timeout(self._limit_s):
                 await self._forward(scope, receive, send_on)
-        except Exception as error:
+        except PASSED_ON:
+            raise
+        except BaseException as error:
             if not status:  # else it is too late to say so, or has been said
-                await error_response(to_api_error(error), send_on)
+                await error_response(to_api_error(error), send_on, scope["path"])
         finally:
             self._count(getattr(scope.get("route"), "path", "other"), status)
 
@@ -80,8 +93,8 @@ class Guard:
             receive = await self._read(headers, receive)
         try:
             await self._app(scope, receive, send)
-        except Exception as error:
-            if not isinstance(error, CALLERS_ERRORS):
+        except BaseException as error:
+            if not isinstance(error, (*CALLERS_ERRORS, *PASSED_ON)):
                 log_failure(error)
             raise
 
@@ -90,12 +103,9 @@ class Guard:
         if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "not_json", "send JSON, with the header Content-Type: application/json")
         limit = self._config.max_body_bytes
-        too_large = ApiError(
-            413, "body_too_large", f"the request is larger than {limit:,} bytes; send fewer or smaller pictures"
-        )
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
-            raise too_large
+            raise _too_large(limit)
         if self._is_full():
             raise QueueFullError
         within = self._config.body_timeout_s
@@ -106,11 +116,13 @@ class Guard:
             raise QueueFullError from None
         try:
             async with asyncio.timeout(within):
-                body = await _collect(receive, limit, too_large)
+                body = await _collect(receive, limit)
         except TimeoutError:
             raise ApiError(408, "body_too_slow", f"the request took longer than {within:g} s to arrive") from None
         finally:
             self._uploads.release()
+        if body and sum(map(body.count, b",[{")) > _MOST_VALUES:
+            raise ApiError(413, "body_too_complex", f"the request holds more than {_MOST_VALUES:,} JSON values")
 
         async def replay() -> Message:
             nonlocal body
@@ -122,8 +134,8 @@ class Guard:
         return replay
 
 
-async def _collect(receive: Receive, limit: int, too_large: ApiError) -> bytes | None:
-    """Return a request's whole body. Raises `ClientGoneError`, and `too_large` when it has more bytes than `limit`."""
+async def _collect(receive: Receive, limit: int) -> bytes | None:
+    """Return a request's whole body. Raises `ClientGoneError`, and `ApiError` when it has more bytes than `limit`."""
     body, more = bytearray(), True
     while more:
         message = await receive()
@@ -132,13 +144,18 @@ async def _collect(receive: Receive, limit: int, too_large: ApiError) -> bytes |
         body += message.get("body", b"")
         more = message.get("more_body", False)
         if len(body) > limit:
-            raise too_large
+            raise _too_large(limit)
     return bytes(body)
 
 
-async def error_response(error: ApiError, send: Send) -> None:
-    """Send an error as JSON."""
-    body = to_json(error.body)
+def _too_large(limit: int) -> ApiError:
+    message = f"the request is larger than {limit:,} bytes; send fewer or smaller pictures"
+    return ApiError(413, "body_too_large", message)
+
+
+async def error_response(error: ApiError, send: Send, path: str) -> None:
+    """Send an error as JSON, in the shape of the API that `path` belongs to."""
+    body = to_json(error.body_at(path))
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})

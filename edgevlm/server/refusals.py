@@ -68,6 +68,18 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "prefix": (False,),
     "think": (False,),
     "options": ({},),
+    "background": (False,),
+    "context_management": ([],),
+    "reasoning": ({}, {"effort": "none"}),
+    "store": (False,),
+    "truncation": ("disabled",),
+    "context": ([],),
+    "raw": (False,),
+    "shift": (False,),
+    "suffix": ("",),
+    "template": ("",),
+    "truncate": (False,),
+    "_debug_render_only": (False,),
 }
 """Fields that are taken at these values alone, at which they ask for nothing."""
 _SCHEMA = 'response_format {"type": "json_schema", "json_schema": {"name": "...", "schema": {...}}}'
@@ -87,6 +99,34 @@ INSTEAD: Mapping[str, str] = {
     "function_call": "tool_choice in a request, tool_calls in a message",
 }
 """What serves the purpose of a field that is another server's, or was OpenAI's."""
+_FORMAT = 'text {"format": {"type": "json_schema", "name": "...", "schema": {...}}}'
+_ALL_INPUT = "input with the whole conversation: this server keeps no answer"
+_OPTION = 'options {"temperature": ..., "top_p": ..., "top_k": ..., "seed": ..., "stop": ..., "num_predict": ...}'
+INSTEAD_AT: Mapping[str, Mapping[str, str]] = {
+    "/v1/responses": {
+        **dict.fromkeys(("response_format", "format", "guided_json", "structured_outputs"), _FORMAT),
+        **dict.fromkeys(("previous_response_id", "conversation"), _ALL_INPUT),
+        **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+        "logprobs": 'include ["message.output_text.logprobs"] or top_logprobs',
+        "file_id": 'image_url "data:image/png;base64,..."',
+        "store": "false: this server keeps no answer",
+        "background": "stream, or wait for the answer: this server keeps none",
+        "prompt": "instructions and input",
+        "messages": "input",
+    },
+    "/api/chat": {
+        **dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "num_predict", "max_tokens"), _OPTION),
+        "response_format": 'format, "json" or a JSON schema',
+        "prompt": "messages, or POST /api/generate",
+        "system": 'a message with the role "system"',
+    },
+    "/api/generate": {
+        **dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "num_predict", "max_tokens"), _OPTION),
+        "response_format": 'format, "json" or a JSON schema',
+        **dict.fromkeys(("messages", "context", "tools"), "POST /api/chat"),
+    },
+}
+"""The same for other APIs, by path; those at none of them are like chat completions."""
 _WORDS = {
     "missing": "is missing",
     "model_type": "must be a JSON object",
@@ -96,29 +136,29 @@ _WORDS = {
 }
 
 
-def explain(error: Mapping[str, Any], body: object) -> ApiError:
-    """Return what a caller is told of a complaint of pydantic's: where in `body`, what is wrong and what is taken."""
+def explain(error: Mapping[str, Any], body: object, path: str = "") -> ApiError:
+    """Return what a caller of `path` is told of a complaint of pydantic's: where in `body`, what is wrong and taken."""
     kind, context = error["type"], error.get("ctx", {})
     if kind == "json_invalid":
         return ApiError(400, "invalid_request", f"the request is not JSON: {context['error']}")
-    path = _path(error["loc"], body, kind)
+    steps = _path(error["loc"], body, kind)
     code, text = "invalid_request", _WORDS.get(kind, error["msg"])
-    if kind == "missing" and path[-1:] == ["schema"]:
+    if kind == "missing" and steps[-1:] == ["schema"]:
         text = "is missing; the JSON schema itself goes there"
     if kind.startswith("union_tag"):
-        path.append(context["discriminator"].strip("'"))
+        steps.append(context["discriminator"].strip("'"))
     if kind == "union_tag_invalid":
         *most, last = context["expected_tags"].split(", ")
         text = f"{str(context['tag'])[:40]!r} is not known; use {', '.join(most)} or {last}"
     if kind == "extra_forbidden":
-        code, text = "unsupported_parameter", _refusal(path[-1])
-    place = ".".join(path)
+        code, text = "unsupported_parameter", _refusal(steps[-1], INSTEAD_AT.get(path, INSTEAD))
+    place = ".".join(steps)
     return ApiError(400, code, f"{place or 'the request'}: {text}", param=place or None)
 
 
-def _refusal(name: str) -> str:
-    if name in INSTEAD:
-        return f"is not honoured here; use {INSTEAD[name]}"
+def _refusal(name: str, instead: Mapping[str, str]) -> str:
+    if name in instead:
+        return f"is not honoured here; use {instead[name]}"
     if name in NEUTRAL:
         return f"is not honoured here but as {' or '.join(map(write_json, NEUTRAL[name]))}; leave it out"
     return "is not known here; leave it out"

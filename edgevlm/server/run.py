@@ -6,7 +6,9 @@ import asyncio
 import logging
 import signal
 import socket
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,7 +16,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from edgevlm.errors import ServerError
+from edgevlm.errors import EdgeVLMError, ServerError
+from edgevlm.malloc import return_large_blocks
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.model_store import find_model
 from edgevlm.runtime.config import RuntimeConfig
@@ -35,6 +38,7 @@ def serve(model: str | None, runtime: RuntimeConfig, config: ServeConfig) -> Non
 
     Every file of the model is compared with its SHA-256 first. Raises `ModelError`, `DeviceError` and `ServerError`.
     """
+    return_large_blocks()
     folder = find_model(model)
     manifest = load_manifest(folder)
     check_files(folder, manifest, full=True)
@@ -74,10 +78,13 @@ class Server:
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self) -> None:
-        """Serve until told to stop. Raises what kept the model from being loaded."""
+        """Serve until told to stop. Raises what kept the model from loading, and `ServerError` if its thread dies."""
         asyncio.run(self._run())
-        if self.worker.failure:
-            raise self.worker.failure
+        failure = self.worker.failure
+        if isinstance(failure, EdgeVLMError):
+            raise failure
+        if failure:
+            raise ServerError(f"the model's thread died of {_describe(failure)}; start the server again") from failure
 
     def stop(self) -> None:
         """Ask the server, from any thread, to stop as SIGTERM does."""
@@ -154,6 +161,12 @@ class _Protocol(H11Protocol):
             self.transport.abort()
         elif self in self.connections:
             self.loop.call_later(_HEADER_TIMEOUT_S, self._look, now, closing)
+
+
+def _describe(error: BaseException) -> str:
+    """Return in a few words what was raised, and where."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -5,6 +5,8 @@ What else a request may say, and what it may not, is in `refusals`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -14,6 +16,8 @@ from edgevlm.server import refusals
 from edgevlm.strict_json import write_json
 
 MAX_STOPS = 16
+FUNCTION_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 class Shape(BaseModel):
@@ -134,7 +138,7 @@ class ChatMessage(Shape):
     """One turn of the conversation."""
 
     hints = refusals.MESSAGE_HINTS
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Role
     content: Parts = None
     tool_calls: list[ToolCall] | None = None
 
@@ -174,7 +178,7 @@ ResponseFormat: TypeAlias = Annotated[PlainText | AnyJson | SchemaJson, Field(di
 class Function(Shape):
     """A function that the model may ask to be called."""
 
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    name: str = Field(pattern=FUNCTION_NAME)
     description: str | None = None
     parameters: SchemaObject | None = None
     strict: bool | None = None
@@ -201,7 +205,8 @@ class NamedTool(Shape):
     function: FunctionName
 
 
-def _kind_of_choice(value: object) -> str | None:
+def kind_of_choice(value: object) -> str | None:
+    """Return the tag of a `tool_choice`."""
     if isinstance(value, str):
         return "word"
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
@@ -211,7 +216,7 @@ def _kind_of_choice(value: object) -> str | None:
 ToolChoice: TypeAlias = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")] | Annotated[NamedTool, Tag("named")],
     Discriminator(
-        _kind_of_choice,
+        kind_of_choice,
         custom_error_type="tool_choice",
         custom_error_message=(
             'must be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}'
@@ -224,6 +229,13 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+Stops: TypeAlias = Annotated[
+    Annotated[list[str], Field(max_length=MAX_STOPS)] | None,
+    BeforeValidator(_as_list, json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None),
+]
+"""Texts that end an answer; one may stand alone."""
+
+
 class StreamOptions(Shape):
     """What a stream holds beside the answer."""
 
@@ -231,7 +243,28 @@ class StreamOptions(Shape):
     include_usage: bool | None = None
 
 
-class ChatRequest(Shape):
+class Generation(Shape):
+    """How an answer is generated, wherever OpenAI's APIs agree on it."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    """0 and -1 are all tokens."""
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stops = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    parallel_tool_calls: bool | None = None
+    max_image_tokens: int | None = Field(None, ge=1, le=2**20)
+    """Not OpenAI's: at most this many image tokens for each picture."""
+    max_tiles: int | None = Field(None, ge=1, le=1024)
+    """Not OpenAI's, and from before `max_image_tokens`: at most this many views for each picture."""
+    skip_special_tokens: bool | None = None
+    """Not OpenAI's but vLLM's: False shows special tokens in the answer's text, the end token excepted."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_finite)] | None = None
+    """Not OpenAI's but vLLM's: the chat template's own variables, such as `enable_thinking`."""
+
+
+class ChatRequest(Generation):
     """A conversation to be continued."""
 
     hints = refusals.REQUEST_HINTS
@@ -241,32 +274,20 @@ class ChatRequest(Shape):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31)
-    """0 and -1 are all tokens."""
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Annotated[
-        Annotated[list[str], Field(max_length=MAX_STOPS)] | None,
-        BeforeValidator(
-            _as_list, json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None
-        ),
-    ] = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
     n: int | None = Field(None, ge=1, le=1)
-    max_image_tokens: int | None = Field(None, ge=1, le=2**20)
-    """Not OpenAI's: at most this many image tokens for each picture."""
-    max_tiles: int | None = Field(None, ge=1, le=1024)
-    """Not OpenAI's, and from before `max_image_tokens`: at most this many views for each picture."""
-    skip_special_tokens: bool | None = None
-    """Not OpenAI's but vLLM's: False shows special tokens in the answer's text, the end token excepted."""
-    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_finite)] | None = None
-    """Not OpenAI's but vLLM's: the chat template's own variables, such as `enable_thinking`."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a caller asks through any API, as chat completions say it."""
+
+    chat: ChatRequest
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Places in the caller's own request, by those in `chat`."""
 
 
 class LocateRequest(Shape):

@@ -18,6 +18,7 @@ _POSITIVE = (
     "max_images",
     "max_pixels",
     "max_prompt_chars",
+    "max_schema_chars",
     "max_queue",
     "max_tokens",
     "time_limit_s",
@@ -55,6 +56,8 @@ class ServeConfig:
     """Pixels of one picture, told from its header before anything is decoded."""
     max_prompt_chars: int = 200_000
     """Characters of a request's texts; their tokens are bounded by the model's context."""
+    max_schema_chars: int = 50_000
+    """Characters of a request's JSON schemas, those of its tools included."""
     max_queue: int = 16
     """Requests that wait while one is answered."""
     max_tokens: int = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -134,6 +135,15 @@ def shown(*urls: str, text: str = QUESTION, **detail: str) -> list[dict[str, Any
     """Return a conversation of one question about pictures."""
     content: list[Any] = [{"type": "image_url", "image_url": {"url": url, **detail}} for url in urls]
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def raw(server: Server, fields: dict[str, Any]) -> socket.socket:
+    """Open a connection, send a chat request on it and return it."""
+    body = json.dumps(fields).encode()
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+    connection = socket.create_connection(server.socket.getsockname()[:2], timeout=PATIENCE_S)
+    connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
+    return connection
 
 
 class Braked:
