@@ -57,9 +57,7 @@ def batch(
     """
     from edgevlm.cli.output import Bar
     from edgevlm.jobs.batch import Batch, run_batch
-    from edgevlm.malloc import return_large_blocks
 
-    return_large_blocks()
     defaults = row_defaults(question, options)
     what = Batch(jobs, output, str(chosen_model(options["model"])), runtime_config(options), defaults, workers)
     with Bar() as bar:

@@ -70,11 +70,9 @@ def watch(
     from edgevlm.cli.progress import Progress
     from edgevlm.jobs.sinks import JsonlSink, SqliteSink
     from edgevlm.jobs.watch import Watch, Watcher
-    from edgevlm.malloc import return_large_blocks
 
     if (output is None) == (sqlite is None):
         raise click.UsageError("name one place for the answers: -o FILE or --sqlite DB")
-    return_large_blocks()
     defaults = row_defaults(question, options)
     runtime = runtime_config(options)
     what = Watch(folder, defaults, recursive, settle, patience)

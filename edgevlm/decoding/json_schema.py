@@ -177,7 +177,13 @@ def _remainders(values: set[float]) -> int:
     whole = [int(number.scaleb(places)) for number in numbers]
     if len(whole) > 1 and math.lcm(*whole) * max(whole) >= 2**32:
         raise refuse("multipleOf", "the common multiple of several is too large to be held")
-    return math.lcm(*whole) * (places + 1) if whole else 0
+    return _states(math.lcm(*whole)) * (places + 1) if whole else 0
+
+
+def _states(multiple: int) -> int:
+    """Return how many states llguidance makes for a multiple at most: zeros at its end cost little."""
+    significant = int(str(multiple).rstrip("0"))
+    return min(multiple, 100 * significant)
 
 
 def _check_names(document: Document) -> None:

@@ -17,7 +17,6 @@ from edgevlm.errors import EdgeVLMError, OptionError, OutputError
 from edgevlm.jobs.jsonl import Row
 from edgevlm.jobs.spec import Defaults, Job, RowRunner, read_jobs
 from edgevlm.jobs.work_queue import WorkQueue, noop
-from edgevlm.malloc import return_large_blocks
 from edgevlm.runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -150,7 +149,6 @@ def wait_for(
 
 
 def _worker(batch: Batch, errors: SimpleQueue[str]) -> None:
-    return_large_blocks()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and terminates its workers
     try:
         jobs = batch.read()

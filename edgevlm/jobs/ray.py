@@ -20,7 +20,6 @@ from edgevlm.jobs.batch import Batch, wait_for
 from edgevlm.jobs.jsonl import Row
 from edgevlm.jobs.spec import Job
 from edgevlm.jobs.work_queue import WorkQueue
-from edgevlm.malloc import return_large_blocks
 from edgevlm.model_store import find_model
 
 
@@ -28,7 +27,6 @@ class RayWorker:
     """A model in an actor; Ray restarts it when it dies, and retries its task."""
 
     def __init__(self, batch: Batch) -> None:
-        return_large_blocks()
         self._ask = batch.runner()
 
     def ask(self, job: Job) -> Row:

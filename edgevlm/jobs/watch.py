@@ -20,6 +20,7 @@ from edgevlm.jobs.jsonl import Row
 from edgevlm.jobs.sinks import AnswerSink
 from edgevlm.jobs.spec import ROW_ERRORS, Defaults, JobVisual, ask, job_key
 from edgevlm.jobs.work_queue import noop
+from edgevlm.malloc import return_freed_memory
 from edgevlm.manifest import hash_file
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Watcher:
             for path in self._scan():
                 self._on_event(path)
             self._scanned = self._clock()
+            return_freed_memory()
         for path in list(self._waiting):
             if stop and stop.is_set():
                 return

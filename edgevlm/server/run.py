@@ -17,7 +17,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edgevlm.errors import EdgeVLMError, ServerError
-from edgevlm.malloc import return_large_blocks
+from edgevlm.malloc import return_freed_memory
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.model_store import find_model
 from edgevlm.runtime.config import RuntimeConfig
@@ -30,6 +30,7 @@ from edgevlm.vlm import VLM
 
 _HEADER_TIMEOUT_S = 10.0
 _MOST_CONNECTIONS = 512
+_TIDY_S = 60.0
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +39,6 @@ def serve(model: str | None, runtime: RuntimeConfig, config: ServeConfig) -> Non
 
     Every file of the model is compared with its SHA-256 first. Raises `ModelError`, `DeviceError` and `ServerError`.
     """
-    return_large_blocks()
     folder = find_model(model)
     manifest = load_manifest(folder)
     check_files(folder, manifest, full=True)
@@ -93,11 +93,12 @@ class Server:
     async def _run(self) -> None:
         self.worker.start()
         logger.info("listening on %s", self.url)
-        reporter = asyncio.create_task(self._report())
+        tasks = [asyncio.create_task(self._report()), asyncio.create_task(_tidy())]
         try:
             await self._uvicorn.serve([self.socket])
         finally:
-            reporter.cancel()
+            for task in tasks:
+                task.cancel()
             notify("STOPPING=1")
             self.socket.close()
             if not await asyncio.to_thread(self.worker.stop, self._config.stop_timeout_s):
@@ -161,6 +162,13 @@ class _Protocol(H11Protocol):
             self.transport.abort()
         elif self in self.connections:
             self.loop.call_later(_HEADER_TIMEOUT_S, self._look, now, closing)
+
+
+async def _tidy() -> None:
+    """Give freed memory back, again and again."""
+    while True:
+        await asyncio.sleep(_TIDY_S)
+        await asyncio.to_thread(return_freed_memory)
 
 
 def _describe(error: BaseException) -> str:
