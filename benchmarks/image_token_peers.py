@@ -10,6 +10,7 @@ OpenVINO GenAI in a chat, where it keeps its KV cache. Beside what is measured t
 
 from __future__ import annotations
 
+import base64
 import sys
 import time
 from collections.abc import Callable
@@ -131,7 +132,38 @@ def genai(model: Path, tokens: int, threads: int) -> Asker:
     return answer
 
 
-SYSTEMS: dict[str, Callable[[Path, int, int], Asker]] = {"edgevlm": edgevlm, "optimum": optimum, "genai": genai}
+def llama_cpp(model: Path, tokens: int, threads: int) -> Asker:
+    """llama.cpp, through xllamacpp, on what `benchmarks.qwen_gguf` wrote; it keeps the last prompt's KV cache."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.mmproj.path = str(model / "text.gguf"), str(model / "mmproj.gguf")
+    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 4096, 1, False, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.use_jinja, params.chat_template = True, (model / "chat_template.jinja").read_text(encoding="utf-8")
+    server = xllamacpp.Server(params)
+    options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": True, "stream": True}
+
+    def once(picture: Path, question: str) -> Answer:
+        started = time.perf_counter()
+        url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        chunks: list[tuple[float, dict[str, Any]]] = []
+        request = {**options, "messages": [{"role": "user", "content": content}]}
+        server.handle_chat_completions(request, lambda chunk: chunks.append((time.perf_counter(), chunk)))
+        timings = next(chunk["timings"] for _, chunk in chunks if "timings" in chunk)
+        count = timings["prompt_n"] + timings["cache_n"]
+        return Answer(chunks[0][0] - started, timings["predicted_per_token_ms"] / 1000, count)
+
+    return lambda picture, both: [once(picture, question) for question in QUESTIONS[: 1 + both]]
+
+
+SYSTEMS: dict[str, Callable[[Path, int, int], Asker]] = {
+    "edgevlm": edgevlm,
+    "optimum": optimum,
+    "genai": genai,
+    "llama.cpp": llama_cpp,
+}
 
 
 def main() -> None:
