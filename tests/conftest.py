@@ -92,7 +92,7 @@ def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, end: str = "<
     )
 
 
-def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
+def make_checkpoint(folder: Path, family: str, *, vision_layers: int = 2, **text: Any) -> Path:
     """Write a seeded Idefics3 or SmolVLM checkpoint of some hundred thousand parameters; `text` changes its decoder."""
     import transformers
 
@@ -121,7 +121,7 @@ def make_checkpoint(folder: Path, family: str, **text: Any) -> Path:
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": vision_layers,
             "num_attention_heads": 2,
             "image_size": TILE,
             "patch_size": 8,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edgevlm.cli.help import Command
 from edgevlm.errors import ModelError
 from edgevlm.strict_json import write_json
+
+if TYPE_CHECKING:
+    from edgevlm.manifest import Manifest
 
 
 @click.command(cls=Command)
@@ -51,7 +54,7 @@ def _describe(folder: Path, full_check: bool) -> dict[str, Any]:
         known |= {
             "source": manifest.source,
             "family": manifest.family,
-            "precision": ", ".join(f"{name} {part.precision}" for name, part in manifest.submodels.items()),
+            "precision": _precision(manifest),
             "size_bytes": manifest.size_bytes,
         }
         make_family(manifest.family, manifest.family_config)
@@ -59,3 +62,10 @@ def _describe(folder: Path, full_check: bool) -> dict[str, Any]:
     except ModelError as error:
         return known | {"state": f"damaged: {error}"}
     return known | {"state": "checked" if full_check else "ok"}
+
+
+def _precision(manifest: Manifest) -> str:
+    """Return the precision of each submodel, and what share of the vision encoder's tokens is merged."""
+    parts = [f"{name} {part.precision}" for name, part in manifest.submodels.items()]
+    share = manifest.export_options.get("merge_tokens")
+    return ", ".join([*parts, f"{share:.0%} of vision tokens merged"] if share else parts)

@@ -13,6 +13,8 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4", "w8a8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8", "int4")
 UNCOMPRESSED = ("fp32", "fp16")
 Route: TypeAlias = Literal["native", "optimum", "onnx", "auto"]
+MERGED_SHARES = (0, 0.25, 0.5)
+"""Shares of the vision encoder's tokens that may be merged."""
 VERIFY_TOKENS = 32
 """Positions of each case whose logits are compared."""
 
@@ -69,10 +71,16 @@ class ExportOptions:
     """Which of the checkpoint's chat templates, where it has several."""
     ignore_config_keys: tuple[str, ...] = ()
     """Keys of the checkpoint's JSON files, known to change nothing, that edgevlm does not know."""
+    merge_tokens: float = 0.0
+    """Share of the vision encoder's tokens that its early layers merge: 0, 0.25 or 0.5."""
 
     def __post_init__(self) -> None:
         if "w8a8" in (self.precision, self.lm_precision):
             raise OptionError("w8a8 is for the vision part alone: use it as vision precision")
+        if self.merge_tokens not in MERGED_SHARES:
+            raise OptionError(f"merge_tokens must be one of {MERGED_SHARES}, not {self.merge_tokens}")
+        if self.merge_tokens and self.via in ("optimum", "onnx"):
+            raise OptionError(f"--via {self.via} merges no tokens; leave out --merge-tokens, or use --via native")
 
     @property
     def dtype(self) -> str:

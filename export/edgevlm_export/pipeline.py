@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from edgevlm.errors import ExportError, SourceError
+from edgevlm.errors import ExportError, OptionError, SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import Manifest
 from edgevlm.model_store import models_dir
@@ -99,7 +99,7 @@ def export(
             verification = None
             if options.verify:
                 clock.begin("verify")
-                verification = verify_folder(staging, written)
+                verification = verify_folder(staging, written, options)
                 manifest = replace(manifest, verification=verification.to_dict())
             clock.begin("write")
             shutil.rmtree(work)
@@ -127,6 +127,8 @@ class ChosenRoute:
 def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions) -> ChosenRoute:
     """Return the route that the options, or else the checkpoint, ask for. Raises `ExportError` where none can."""
     family, kind = exporter(checkpoint), f"family {checkpoint.model_type!r}"
+    if options.merge_tokens and not checkpoint.has_safetensors:
+        raise OptionError("--merge-tokens needs safetensors, which the checkpoint lacks; leave it out")
     if options.via == "onnx" or not checkpoint.has_safetensors:
         if not family.covers_onnx:
             raise SourceError(f"the route from ONNX files does not cover {kind}; use safetensors and --via native")
@@ -137,13 +139,15 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
     if options.via != "optimum":
         try:
             weights = Weights(checkpoint)
-            found = architecture(checkpoint, facts, weights)
+            found = architecture(checkpoint, facts, weights).with_merged_tokens(options.merge_tokens, kind)
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)
             return ChosenRoute("native", partial(native.write_submodels, found, weights), found.traits, unread)
         except UnsupportedError as error:
             if family.encode_in_torch is None:
                 raise SourceError(f"{error}, and no other route covers {kind}") from None
+            if options.merge_tokens:
+                raise OptionError(f"{error}, and no other route merges tokens; leave out --merge-tokens") from None
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
             _need(optimum.LIBRARIES, f"optimum-intel ({error})", "export-torch")
@@ -161,11 +165,11 @@ def _need(libraries: Sequence[str], route: str, extra: str) -> None:
         )
 
 
-def verify_folder(staging: Path, written: Written) -> Verification:
+def verify_folder(staging: Path, written: Written, options: ExportOptions) -> Verification:
     """Load the finished folder, as it was exported, and compare it with the reference. Raises `VerificationError`."""
     figures = verify(VLM(staging, _REFERENCE_CONFIG), written.cases, written.reference)
     figures = replace(figures, reference=written.reference_name)
-    check(figures, scales(written.reference))
+    check(figures, scales(written.reference), merges_tokens=bool(options.merge_tokens))
     return figures
 
 

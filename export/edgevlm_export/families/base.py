@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from edgevlm.errors import OptionError
 from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm_export.graphs.decoder import Decoder, language_graph, text_embeddings_graph
@@ -28,6 +29,10 @@ class Architecture:
     """What of config.json the model was read from."""
     traits: DecoderTraits = field(default_factory=DecoderTraits)
     """What reuse of the decoder's cache has to respect."""
+    merged_vision: Callable[[float], Graph] | None = None
+    """Returns the vision submodel with that share of a view's tokens merged; None where views differ in size."""
+    reference_vision: Graph | None = None
+    """The vision submodel without merging, which the verification compares with; None where `vision` is that."""
 
     @cached_property
     def graphs(self) -> dict[str, Graph]:
@@ -37,6 +42,17 @@ class Architecture:
             TEXT_EMBEDDINGS: text_embeddings_graph(self.decoder),
             LANGUAGE: language_graph(self.decoder),
         }
+
+    def with_merged_tokens(self, ratio: float, kind: str) -> Architecture:
+        """Return it with that share of the vision encoder's tokens merged, itself for 0; `kind` names its family.
+
+        Raises `OptionError`.
+        """
+        if not ratio:
+            return self
+        if self.merged_vision is None:
+            raise OptionError(f"--merge-tokens needs views of one size, and those of {kind} differ; leave it out")
+        return replace(self, vision=self.merged_vision(ratio), reference_vision=self.vision)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgevlm.errors import SourceError
@@ -14,6 +15,7 @@ from edgevlm_export.graphs.constants import Constants
 from edgevlm_export.graphs.layers import linear
 from edgevlm_export.graphs.modules import Linear
 from edgevlm_export.graphs.stages import Graph, Stage, Values
+from edgevlm_export.graphs.token_merging import merged_tokens
 from edgevlm_export.graphs.vision_transformer import VisionTransformer, vision_stages
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader
@@ -143,20 +145,29 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     config.get("image_token_id")
     folded = vision.hidden_size * factor**2
     projection = Linear(_PROJECTION, decoder.hidden_size, folded)
-    side = facts["preprocessing"]["tile"] // vision.patch_size
+    tile = facts["preprocessing"]["tile"]
+    side = tile // vision.patch_size
 
     def connect(values: Values, constants: Constants) -> None:
         image = pixel_shuffle(values["hidden_states"], side, vision.hidden_size, factor)
         values["last_hidden_state"] = linear(image, constants, projection)
 
-    inputs = {
-        "pixel_values": ("f32", (-1, vision.num_channels, -1, -1)),
-        "patch_attention_mask": ("boolean", (-1, -1, -1)),
-        "patch_position_ids": ("i64", (-1, -1)),
-    }
-    stages = [*vision_stages(vision), Stage(connect, (projection,))]
-    graph = Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
-    return Architecture(decoder, graph, ("lm_head.weight",), (config, text, seen))
+    def graph(vision: VisionTransformer) -> Graph:
+        edge, row, patches = (tile, side, side**2) if vision.merged_tokens else (-1, -1, -1)
+        inputs = {
+            "pixel_values": ("f32", (-1, vision.num_channels, edge, edge)),
+            "patch_attention_mask": ("boolean", (-1, row, row)),
+            "patch_position_ids": ("i64", (-1, patches)),
+        }
+        stages = [*vision_stages(vision), Stage(connect, (projection,))]
+        return Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+
+    def merged(ratio: float) -> Graph:
+        counts = merged_tokens(ratio, side**2, vision.num_hidden_layers)
+        return graph(replace(vision, merged_tokens=counts))
+
+    sections = (config, text, seen)
+    return Architecture(decoder, graph(vision), ("lm_head.weight",), sections, merged_vision=merged)
 
 
 def _vision(section: ConfigReader) -> VisionTransformer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edgevlm.errors import SourceError
@@ -15,6 +16,7 @@ from edgevlm_export.graphs.internvit import InternViT, vision_stages
 from edgevlm_export.graphs.layers import activation, layer_norm, linear
 from edgevlm_export.graphs.modules import Linear, Norm
 from edgevlm_export.graphs.stages import Graph, Stage, Values
+from edgevlm_export.graphs.token_merging import merged_tokens
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
@@ -178,11 +180,17 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
         x = activation(linear(layer_norm(x, constants, norm), constants, linear_1), act)
         values["last_hidden_state"] = linear(x, constants, linear_2)
 
-    inputs = {"pixel_values": ("f32", (-1, vision.num_channels, tile, tile))}
-    stages = [*vision_stages(vision), Stage(connect, (norm, linear_1, linear_2))]
-    graph = Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+    def graph(vision: InternViT) -> Graph:
+        inputs = {"pixel_values": ("f32", (-1, vision.num_channels, tile, tile))}
+        stages = [*vision_stages(vision), Stage(connect, (norm, linear_1, linear_2))]
+        return Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+
+    def merged(ratio: float) -> Graph:
+        counts = merged_tokens(ratio, vision.side**2, vision.num_hidden_layers)
+        return graph(replace(vision, merged_tokens=counts))
+
     unused = (vision.mask_token,) if seen.flag("use_mask_token") else ()
-    return Architecture(decoder, graph, unused, (config, text, seen))
+    return Architecture(decoder, graph(vision), unused, (config, text, seen), merged_vision=merged)
 
 
 class _Names:

@@ -6,7 +6,7 @@ What LLaVA's younger relatives share with it is here, too: the vision tower, the
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from edgevlm_export.graphs.constants import Constants
 from edgevlm_export.graphs.layers import activation, linear, repeated
 from edgevlm_export.graphs.modules import Linear, Tensor
 from edgevlm_export.graphs.stages import Graph, Stage, Values
+from edgevlm_export.graphs.token_merging import merged_tokens
 from edgevlm_export.graphs.tower import Tower, tower_stages, unused
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -199,10 +200,15 @@ def make_architecture(config: ConfigReader, tensors: Container[str], *, has_newl
             x = opset.concat([x, repeated(constants.vector(newline.name), x)], 1)
         values["last_hidden_state"] = x
 
-    inputs = {"pixel_values": ("f32", (-1, tower.num_channels, tower.image_size, tower.image_size))}
-    stages = [*tower_stages(tower), Stage(connect, (linear_1, linear_2, newline))]
-    graph = Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
-    return Architecture(decoder, graph, unused(tower), (config, text, seen))
+    def graph(tower: Tower) -> Graph:
+        inputs = {"pixel_values": ("f32", (-1, tower.num_channels, tower.image_size, tower.image_size))}
+        stages = [*tower_stages(tower), Stage(connect, (linear_1, linear_2, newline))]
+        return Graph(inputs, stages, "last_hidden_state", "last_hidden_state")
+
+    def merged(ratio: float) -> Graph:
+        return graph(replace(tower, merged_tokens=merged_tokens(ratio, tower.patches, tower.layers)))
+
+    return Architecture(decoder, graph(tower), unused(tower), (config, text, seen), merged_vision=merged)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from edgevlm_export.graphs.layers import (
 )
 from edgevlm_export.graphs.modules import Linear, Norm, PatchConvolution, Tensor
 from edgevlm_export.graphs.stages import Stage, Values
-from edgevlm_export.graphs.vision_transformer import VisionTransformer
+from edgevlm_export.graphs.token_merging import TokenMerging, merge_tokens
+from edgevlm_export.graphs.vision_transformer import VisionTransformer, unmerging_stages
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -50,12 +51,15 @@ class InternLayer:
     fc1: Linear
     fc2: Linear
     lambda_2: Tensor
+    merging: TokenMerging | None = None
+    """What is merged between attention and MLP."""
 
 
 @dataclass(frozen=True)
 class InternViT(VisionTransformer):
     """The sizes and choices of the transformer, named as Hugging Face configs name them."""
 
+    has_class_token: bool = True
     attention_bias: bool = False
     use_qk_norm: bool = False
     rms: bool = False
@@ -113,6 +117,7 @@ class InternViT(VisionTransformer):
             Linear(f"{at}.mlp.fc1", inner, hidden, True),
             Linear(f"{at}.mlp.fc2", hidden, inner, True),
             Tensor(f"{at}.lambda_2", (hidden,)),
+            self.merging(index, at),
         )
 
 
@@ -121,7 +126,7 @@ def vision_stages(vision: InternViT) -> list[Stage]:
     layers = [vision.intern_layer(index) for index in range(vision.num_hidden_layers)]
     start = Stage(partial(embed_tile, vision), (vision.cls_token, vision.position_embeddings, vision.patch_embedding))
     stages = [Stage(partial(intern_layer, vision, layer), (layer,)) for layer in layers]
-    return [start, *stages, Stage(partial(drop_class_token, vision), (vision.final_norm,))]
+    return [start, *stages, *unmerging_stages(vision), Stage(partial(drop_class_token, vision), (vision.final_norm,))]
 
 
 def embed_tile(vision: InternViT, values: Values, constants: Constants) -> None:
@@ -141,16 +146,20 @@ def intern_layer(vision: InternViT, layer: InternLayer, values: Values, constant
     opset = import_openvino().opset13
     x = values["hidden_states"]
     norm = rms_norm if vision.rms else layer_norm
-    mixed = attention(norm(x, constants, layer.norm_before), vision, layer, constants)
+    mixed, keys = attention(norm(x, constants, layer.norm_before), vision, layer, values, constants)
     x = opset.add(x, opset.multiply(mixed, constants.vector(layer.lambda_1.name).reshape(1, 1, -1)))
+    if layer.merging:
+        x = merge_tokens(x, keys, layer.merging, values)
     inner = activation(linear(norm(x, constants, layer.norm_after), constants, layer.fc1), vision.hidden_act)
     inner = linear(inner, constants, layer.fc2)
     scaled = opset.multiply(inner, constants.vector(layer.lambda_2.name).reshape(1, 1, -1))
     values["hidden_states"] = named(opset.add(x, scaled), layer.name)
 
 
-def attention(x: Output, vision: InternViT, layer: InternLayer, constants: Constants) -> ov.Node:
-    """Everything attends to everything."""
+def attention(
+    x: Output, vision: InternViT, layer: InternLayer, values: Values, constants: Constants
+) -> tuple[ov.Node, ov.Node]:
+    """Return what everything gets of everything, `attention_bias` added to the scores, and the keys."""
     opset = import_openvino().opset13
     heads, width = vision.num_attention_heads, vision.hidden_size
     q, k, v = split(linear(x, constants, layer.q_proj, layer.k_proj, layer.v_proj), [width] * 3)
@@ -158,8 +167,9 @@ def attention(x: Output, vision: InternViT, layer: InternLayer, constants: Const
         q, k = rms_norm(q, constants, layer.q_norm), rms_norm(k, constants, layer.k_norm)
     q, k, v = (to_heads(each, heads, width // heads) for each in (q, k, v))
     scale = np.float32((width // heads) ** -0.5)
-    mixed = opset.scaled_dot_product_attention(q, k, v, np.zeros((1, 1), np.float32), scale, causal=False)
-    return linear(from_heads(mixed, width), constants, layer.projection)
+    bias = values.outputs.get("attention_bias", np.zeros((1, 1), np.float32))
+    mixed = opset.scaled_dot_product_attention(q, k, v, bias, scale, causal=False)
+    return linear(from_heads(mixed, width), constants, layer.projection), k
 
 
 def drop_class_token(vision: InternViT, values: Values, constants: Constants) -> None:

@@ -23,7 +23,6 @@ _POOLING += [f"{module}.{name}" for module in ("layernorm", "mlp.fc1", "mlp.fc2"
 class Tower(VisionTransformer):
     """The sizes of the transformer, and how much of it is run."""
 
-    has_class_token: bool = False
     layers: int = 0
     """How many layers are run."""
 

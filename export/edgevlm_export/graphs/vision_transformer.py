@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from edgevlm_export.graphs.layers import (
 )
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm, PatchConvolution
 from edgevlm_export.graphs.stages import Stage, Values
+from edgevlm_export.graphs.token_merging import TokenMerging, merge_tokens, unmerge_tokens
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -41,6 +43,8 @@ class EncoderLayer:
     norm2: Norm
     fc1: Linear
     fc2: Linear
+    merging: TokenMerging | None = None
+    """What is merged between attention and MLP."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class VisionTransformer:
     patch_size: int
     layer_norm_eps: float
     hidden_act: str
+    has_class_token: bool = False
+    merged_tokens: Mapping[int, int] = field(default_factory=dict)
+    """How many tokens a layer merges, by its index; shapes are static where there are any."""
 
     @property
     def side(self) -> int:
@@ -93,7 +100,13 @@ class VisionTransformer:
         hidden, inner, at = self.hidden_size, self.intermediate_size, f"{self.prefix}.encoder.layers.{index}"
         q, k, v, out = (Linear(f"{at}.self_attn.{name}_proj", hidden, hidden, True) for name in ("q", "k", "v", "out"))
         fc1, fc2 = Linear(f"{at}.mlp.fc1", inner, hidden, True), Linear(f"{at}.mlp.fc2", hidden, inner, True)
-        return EncoderLayer(at, self.norm(f"{at}.layer_norm1"), q, k, v, out, self.norm(f"{at}.layer_norm2"), fc1, fc2)
+        norm1, norm2 = self.norm(f"{at}.layer_norm1"), self.norm(f"{at}.layer_norm2")
+        return EncoderLayer(at, norm1, q, k, v, out, norm2, fc1, fc2, self.merging(index, at))
+
+    def merging(self, index: int, name: str) -> TokenMerging | None:
+        """Return what a layer merges."""
+        count = self.merged_tokens.get(index)
+        return TokenMerging(name, count, self.has_class_token) if count else None
 
 
 def vision_stages(vision: VisionTransformer) -> list[Stage]:
@@ -104,9 +117,15 @@ def vision_stages(vision: VisionTransformer) -> list[Stage]:
 
 
 def encoder_stages(vision: VisionTransformer, count: int) -> list[Stage]:
-    """Return a stage for each of the first `count` layers."""
+    """Return a stage for each of the first `count` layers, and one that undoes what they merge."""
     layers = [vision.encoder_layer(index) for index in range(count)]
-    return [Stage(partial(encoder_layer, vision, layer), (layer,)) for layer in layers]
+    stages = [Stage(partial(encoder_layer, vision, layer), (layer,)) for layer in layers]
+    return [*stages, *unmerging_stages(vision)]
+
+
+def unmerging_stages(vision: VisionTransformer) -> list[Stage]:
+    """Return the stage that gives every patch a vector again, where layers merge tokens."""
+    return [Stage(unmerge_tokens)] if vision.merged_tokens else []
 
 
 def embed_patches(vision: VisionTransformer, values: Values, constants: Constants) -> None:
@@ -124,7 +143,10 @@ def encoder_layer(vision: VisionTransformer, layer: EncoderLayer, values: Values
     opset = import_openvino().opset13
     x = values["hidden_states"]
     normal = layer_norm(x, constants, layer.norm1)
-    x = opset.add(x, attention(normal, vision, layer, values, constants))
+    mixed, keys = attention(normal, vision, layer, values, constants)
+    x = opset.add(x, mixed)
+    if layer.merging:
+        x = merge_tokens(x, keys, layer.merging, values)
     normal = layer_norm(x, constants, layer.norm2)
     inner = activation(linear(normal, constants, layer.fc1), vision.hidden_act)
     values["hidden_states"] = named(opset.add(x, linear(inner, constants, layer.fc2)), layer.name)
@@ -132,8 +154,8 @@ def encoder_layer(vision: VisionTransformer, layer: EncoderLayer, values: Values
 
 def attention(
     x: Output, vision: VisionTransformer, layer: EncoderLayer, values: Values, constants: Constants
-) -> ov.Node:
-    """Every patch attends to every patch, but to none that is padding where there is an `attention_bias`."""
+) -> tuple[ov.Node, ov.Node]:
+    """Return what every patch gets of every patch, `attention_bias` added to the scores, and the keys."""
     opset = import_openvino().opset13
     heads, width = vision.num_attention_heads, vision.hidden_size
     qkv = linear(x, constants, layer.q_proj, layer.k_proj, layer.v_proj)
@@ -141,7 +163,7 @@ def attention(
     scale = np.float32((width // heads) ** -0.5)
     bias = values.outputs.get("attention_bias")
     mixed = opset.scaled_dot_product_attention(q, k, v, bias, scale, causal=False)
-    return linear(from_heads(mixed, width), constants, layer.out_proj)
+    return linear(from_heads(mixed, width), constants, layer.out_proj), k
 
 
 def last_norm(vision: VisionTransformer, values: Values, constants: Constants) -> None:

@@ -72,7 +72,11 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     views = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
     is_w8a8 = options.part_precision(VISION) == "w8a8"
     calibration = vision_samples(processor, pairs, manifest.hidden_size) if is_w8a8 else []
-    outputs = iter(writer.write(VISION, views, calibration))
+    if architecture.reference_vision is None:
+        outputs = iter(writer.write(VISION, views, calibration))
+    else:
+        writer.write(VISION, [], calibration)
+        outputs = iter(writer.compute(architecture.reference_vision, views))
     encoded = {pair: [_features(next(outputs)) for _ in sample.views] for pair, sample in samples.items()}
     writer.write(TEXT_EMBEDDINGS, [], [])
 
@@ -96,7 +100,8 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
         reference |= {f"{name}.{key}": array for key, array in expected.items()}
     precisions = {part: options.part_precision(part) for part in SUBMODELS}
     versions = {"edgevlm": edgevlm.__version__, **{name: version(name) for name in ("openvino", "nncf")}}
-    return Written(precisions, versions, "openvino, float32, uncompressed", cases, reference)
+    name = "openvino, float32, uncompressed" + (", tokens not merged" if architecture.reference_vision else "")
+    return Written(precisions, versions, name, cases, reference)
 
 
 def compared(sample: Sample) -> int:
@@ -194,6 +199,17 @@ class SubmodelWriter:
         constants.release()
         for path in self._work.glob(f"{name}-*.*"):
             path.unlink()
+        return [{name: values[name] for name in (graph.value, *graph.others)} for values in reference]
+
+    def compute(self, graph: Graph, inputs: Sequence[Arrays]) -> list[dict[str, Array]]:
+        """Return a graph's float32 outputs for each of `inputs`, its main one first; nothing is written."""
+        self._clock.begin(f"{VISION}: reference")
+        constants = Constants(self._weights, upcast=False)
+        reference = [dict(each) for each in inputs]
+        for model in partition(graph, constants, PARTITION_WEIGHTS):
+            computed = run(model, graph.states, reference)
+            reference = [values | new for values, new in zip(reference, computed, strict=True)]
+            constants.release()
         return [{name: values[name] for name in (graph.value, *graph.others)} for values in reference]
 
     def _compress(
