@@ -19,6 +19,7 @@ import openvino as ov
 import pytest
 
 from edgevlm import VLM, GenerationConfig, RuntimeConfig
+from edgevlm.manifest import SUBMODELS
 from edgevlm.runtime.compile_cache import SUMS, compile_cached, folder_size, prune
 from edgevlm.runtime.core import read_ir
 from tests.conftest import F32
@@ -317,10 +318,17 @@ def test_a_load_marks_its_entry_as_used_and_prunes_the_rest(
     assert entry.stat().st_mtime > 1_700_000_000
 
 
-def test_a_limit_of_zero_still_answers(exported: Path, vlm: VLM, own_home: Path) -> None:
+def test_a_model_larger_than_the_limit_stays_whole(exported: Path, vlm: VLM, own_home: Path) -> None:
     config = RuntimeConfig(device="CPU", inference_precision="f32", cache_limit_bytes=0)
-    answer = VLM(exported, config).generate(None, QUESTION, GenerationConfig(max_new_tokens=8))
-    assert sum(path.is_dir() for path in (own_home / "cache" / "compiled").iterdir()) == 1
+    compiled = own_home / "cache" / "compiled"
+    make_entry(compiled, "other-language_model", 10, 100)
+    VLM(exported, config)
+    assert sum(path.is_dir() for path in compiled.iterdir()) == len(SUBMODELS)
+    assert not (compiled / "other-language_model").exists()
+    again = VLM(exported, config)
+    for submodel in (again.vision, again.language_model):
+        assert from_cache(submodel._compiled)
+    answer = again.generate(None, QUESTION, GenerationConfig(max_new_tokens=8))
     assert answer.token_ids == vlm.generate(None, QUESTION, GenerationConfig(max_new_tokens=8)).token_ids
 
 

@@ -151,16 +151,25 @@ def _sum(blob: Path) -> list[int]:
 
 
 def prune(folder: Path, limit_bytes: int, keep: Path | None = None) -> None:
-    """Delete the longest unused entries of `folder` until it holds at most `limit_bytes`; `keep` always stays."""
+    """Delete the longest unused entries of `folder` until it holds at most `limit_bytes`.
+
+    `keep` and the other submodels of its model always stay: a model larger than the limit would else be compiled at
+    every start.
+    """
     entries = sorted((path for path in folder.iterdir() if path.is_dir()), key=_last_used)
     sizes = {entry: folder_size(entry) for entry in entries}
     total = sum(sizes.values())
     for entry in entries:
         if total <= limit_bytes:
             return
-        if entry != keep:
+        if keep is None or _model(entry) != _model(keep):
             shutil.rmtree(entry, ignore_errors=True)
             total -= sizes[entry]
+
+
+def _model(entry: Path) -> str:
+    """Return what an entry's name has before the submodel: the export's fingerprint."""
+    return entry.name.partition("-")[0]
 
 
 def _last_used(entry: Path) -> float:

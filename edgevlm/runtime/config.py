@@ -49,7 +49,7 @@ class RuntimeConfig:
     cache: bool = True
     """Keep compiled models on disk, so that the next start is fast."""
     cache_limit_bytes: int = 2 * 2**30
-    """The oldest compiled models are deleted beyond this."""
+    """The longest unused compiled models are deleted beyond this; the one in use stays whole."""
     image_cache_bytes: int = 64 * 2**20
     """Memory for the embeddings of pictures already looked at; 0 keeps none."""
     view_tolerance: float = 0.0
