@@ -55,7 +55,8 @@ def edgevlm(model: Path, tokens: int, threads: int) -> Asker:
     from edgevlm.bench.measure import ask
     from edgevlm.families.base import ImageBudget
 
-    vlm = VLM(model, RuntimeConfig(threads=threads))
+    # room for the compiled models of all exports that take turns
+    vlm = VLM(model, RuntimeConfig(threads=threads, cache_limit_bytes=32 * 2**30))
 
     def answer(picture: Path, both: bool) -> list[Answer]:
         answers = []
