@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
-from benchmarks import rounds
+from benchmarks import arithmetic, rounds
 from benchmarks.child import START
 from edgevlm.bench.conditions import Conditions, machine_line
 from edgevlm.jobs.jsonl import read_rows
@@ -52,6 +52,7 @@ TITLES = {
     "reuse": "Caching",
     "scaling": "How it grows",
     "roofline": "Against the machine's limits",
+    "arithmetic": "OpenVINO's settings, against those that edgevlm leaves or chooses",
 }
 """The sections of a chapter in their order, by kind of result."""
 GUIDE_ROWS = {
@@ -113,6 +114,8 @@ def page(results: Sequence[Result]) -> str:
 
 def section(result: Result) -> list[str]:
     """Return the lines of a result's section, without its heading."""
+    if result.kind == "arithmetic":
+        return [arithmetic.table(result.rows), f"Machine: {machine_line(result.machine)}."]
     if not result.rows:
         return [*SECTIONS[result.kind](result), "", f"Machine: {machine_line(result.machine)}."]
     base = rounds.reference(result.rows, "optimum INT4")
@@ -136,7 +139,9 @@ def overview(results: Sequence[Result]) -> list[str]:
 
 def _row_figures(result: Result) -> list[list[str]]:
     """Return the overview's rows of a run of `benchmarks.rounds`: edgevlm's, each process of which had one model."""
-    found = []
+    found: list[list[str]] = []
+    if result.kind == "arithmetic":
+        return found
     for case, systems in rounds.cases(result.rows).items():
         for name, own in systems.items():
             if case == START or not name.startswith("edgevlm"):
