@@ -25,7 +25,7 @@ RANK, LORA_RATE = 16, 1e-3
 """LoRA's rank (Hu et al. 2021) and its highest rate; not compared with others yet."""
 RATE = 5e-4
 """AdamW's highest rate. At 1e-3 in batches of 8 a model that learned two woods had 27 of 62 known scenes right, 51
-before; at this rate 29 to 35. A gauge of 100 pictures was read right in 144 of 200 others at 1e-3, in 102 at this rate."""
+before; at this rate 29 to 35. After 100 pictures of a gauge 144 of 200 others were right at 1e-3, 102 at this rate."""
 WEIGHT_DECAY = 0.01
 WARM_UP = 0.06
 """Share of the time over which the rate rises; it falls along a cosine after that (Loshchilov and Hutter 2017)."""
