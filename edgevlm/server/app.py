@@ -127,7 +127,7 @@ def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str
 
 
 def _add_probes(app: FastAPI, server: _Server, metrics: Metrics) -> None:
-    """Add what monitoring asks for, and the page; probes may leave the body to be guessed (HEAD)."""
+    """Add what monitoring asks for, and the page; each answers HEAD, too."""
     page = make_page()
     app.get("/", include_in_schema=False)(page)
     app.get("/healthz", summary="Whether the process lives")(server.healthz)
