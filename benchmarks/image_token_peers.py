@@ -5,7 +5,7 @@
 Every system makes exactly TOKENS tokens, greedily. The first line is of the start: the first answer after loading. Then
 for each pair of pictures of one size an answer to warm up, and two questions about the other picture, whose conditions
 are taken from the first question to the last token. edgevlm and optimum-intel get the second as a prompt of its own,
-OpenVINO GenAI in a chat, where it keeps its KV cache. Beside what is measured the environment needs Pillow and psutil.
+OpenVINO GenAI in a chat. Beside what is measured the environment needs Pillow and psutil.
 """
 
 from __future__ import annotations
