@@ -41,3 +41,17 @@ def optimum(session: nox.Session) -> None:
     session.install("--quiet", "-e", ".[export-torch]", "pytest>=8.4,<10", "scikit-learn>=1.7,<2")
     files = [str(path) for path in sorted(TESTS.glob("test_*.py")) if "pytest.mark.optimum" in path.read_text("utf-8")]
     session.run("python", "-m", "pytest", "-m", "optimum", *files, *session.posargs)
+
+
+@nox.session(default=False)
+def sbom(session: nox.Session) -> None:
+    """What a target has installed, with versions and licences, in CycloneDX's form: build/sbom.json."""
+    session.install("--quiet", "cyclonedx-bom>=7,<8")
+    target = Path(session.create_tmp()) / "target"
+    session.run("python", "-m", "venv", "--clear", str(target))
+    session.run("python", "-m", "pip", "--python", str(target), "install", "--quiet", ".[serve,video,watch]")
+    output = Path("build", "sbom.json")
+    output.parent.mkdir(exist_ok=True)
+    session.run(
+        "cyclonedx-py", "environment", "--pyproject", "pyproject.toml", "--of", "JSON", "-o", str(output), str(target)
+    )

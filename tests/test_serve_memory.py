@@ -17,11 +17,11 @@ from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.vision_cache import PreprocessedImage
 from edgevlm.interrupt import Interrupted, interruptible
 from edgevlm.runtime.kv_session import Session
-from edgevlm.server.app import Plan
 from edgevlm.server.engine import Job
 from edgevlm.server.errors import AbandonedError, ApiError, ClientGoneError, FailedError
 from edgevlm.server.messages import Conversation
 from edgevlm.server.ollama import OllamaGenerate
+from edgevlm.server.plan import Plan
 from edgevlm.server.responses import ResponsesRequest
 from edgevlm.server.run import Server
 from edgevlm.server.schemas import ChatRequest

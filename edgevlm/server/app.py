@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
@@ -21,9 +20,6 @@ from starlette.types import ASGIApp, Receive
 
 from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
-from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.structured import Constraint
-from edgevlm.families.base import ImageBudget
 from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
 from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
@@ -33,33 +29,27 @@ from edgevlm.server.errors import (
     ApiError,
     ClientGoneError,
     QueueFullError,
-    blaming,
     placing,
     to_api_error,
 )
 from edgevlm.server.locate import PLACES, LocatePlan
-from edgevlm.server.messages import Conversation
 from edgevlm.server.metrics import Metrics
 from edgevlm.server.middleware import Guard
 from edgevlm.server.ollama_reply import OllamaReply, rfc3339
 from edgevlm.server.page import make_page
+from edgevlm.server.plan import Plan, make_plan
 from edgevlm.server.refusals import explain
 from edgevlm.server.responses import ResponsesRequest
 from edgevlm.server.responses_reply import ResponseReply
 from edgevlm.server.schemas import (
-    AnyJson,
     Asked,
     ChatRequest,
     ErrorBody,
-    JsonSchema,
     LocateAnswer,
     LocateRequest,
-    SchemaJson,
 )
 from edgevlm.server.settings import ServeConfig
-from edgevlm.server.tools import Tools, choose_tools
 from edgevlm.server.wire import EventStream, Json
-from edgevlm.strict_json import write_json
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
@@ -160,17 +150,6 @@ def _add_ollama(app: FastAPI, server: _Server) -> None:
     app.post("/api/show", summary="The model, as Ollama shows it", responses=wrong)(server.ollama_show)
     app.post("/api/chat", summary="Continue a conversation, as Ollama does", responses=lines)(server.ollama_chat)
     app.post("/api/generate", summary="Answer a question, as Ollama does", responses=lines)(server.ollama_generate)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A request, understood."""
-
-    conversation: Conversation
-    config: GenerationConfig
-    image_budget: ImageBudget
-    tools: Tools | None
-    caller: str
 
 
 class _Server:
@@ -369,64 +348,6 @@ class _Server:
         if self._config.log_content:
             texts = [part["text"] for message in job.messages for part in message["content"] if part["type"] == "text"]
             logger.info("asked %r, answered %r", texts, answer.text)
-
-
-def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
-    """Understand a request, its pictures' headers included. Raises `ApiError` and edgevlm's own errors.
-
-    Callers share no cache: neither timing nor `cached_tokens` may tell one what another has shown.
-    """
-    conversation = Conversation(request.messages, config)
-    _check_schemas(request, config.max_schema_chars)
-    content = _constraint(request)
-    tools = choose_tools(request, content)
-    if tools:
-        conversation.add_system(tools.instructions)
-    if request.top_logprobs and not request.logprobs:
-        raise ApiError(400, "invalid_value", "top_logprobs needs logprobs to be true", param="top_logprobs")
-    return Plan(
-        conversation,
-        GenerationConfig(
-            max_new_tokens=min(
-                filter(None, (request.max_completion_tokens, request.max_tokens)), default=config.max_tokens
-            ),
-            temperature=request.temperature or 0.0,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            top_k=max(0, request.top_k or 0),
-            seed=None if request.seed is None else request.seed % 2**64,
-            stop=tuple(request.stop or ()),
-            constraint=tools.constraint if tools else content,
-            top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            skip_special_tokens=request.skip_special_tokens is not False,
-            chat_template_kwargs=conversation.variables(request.chat_template_kwargs),
-        ),
-        ImageBudget(conversation.detail, request.max_image_tokens, request.max_tiles),
-        tools,
-        caller,
-    )
-
-
-def _check_schemas(request: ChatRequest, limit: int) -> None:
-    """Raise `ApiError` where the schemas of a request are longer than `limit` characters, all together."""
-    left = limit
-    schemas: list[tuple[str, Any]] = [("tools", tool.function.parameters) for tool in request.tools or ()]
-    match request.response_format:
-        case AnyJson(schema_=schema) | SchemaJson(json_schema=JsonSchema(schema_=schema)):
-            schemas.append(("response_format", schema))
-    for param, schema in schemas:
-        left -= len(write_json(schema, compact=True))
-        if left < 0:
-            message = f"the JSON schemas have more than {limit:,} characters"
-            raise ApiError(413, "schema_too_long", message, param=param)
-
-
-def _constraint(request: ChatRequest) -> Constraint | None:
-    """Return the form of an answer in text."""
-    match request.response_format:
-        case AnyJson(schema_=schema) | SchemaJson(json_schema=JsonSchema(schema_=schema)):
-            with blaming("response_format"):
-                return Constraint.json() if schema is None else Constraint.json_schema(schema)
-    return None
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
