@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -21,7 +24,18 @@ from edgevlm.server.notify import notify, watchdog_interval_s
 from edgevlm.server.unit import render_unit
 from tests.helpers.command import COMMAND, POSIX, cli
 from tests.helpers.damage import copy_export, flip
-from tests.helpers.serving import PATIENCE_S
+from tests.helpers.network import NETWORK_CLIENTS
+from tests.helpers.serving import PATIENCE_S, QUESTION
+
+MODULES_AFTER_SERVING = """
+import json, sys
+from edgevlm.cli.main import main
+
+try:
+    main(sys.argv[1:])
+finally:
+    print(json.dumps(sorted(name for name, module in sys.modules.items() if module is not None)))
+"""
 
 
 @contextmanager
@@ -54,6 +68,31 @@ def test_systemd_is_told_when_it_is_ready_alive_and_stopping(exported: Path, tmp
             while (told := systemd.recv(100)) != b"STOPPING=1":
                 assert told == b"WATCHDOG=1"
             assert server.wait(PATIENCE_S) == 0
+
+
+@POSIX
+def test_a_server_that_has_answered_imported_no_network_client(exported: Path) -> None:
+    command = [sys.executable, "-c", MODULES_AFTER_SERVING, "serve", str(exported), "--port", "0", "--device", "CPU"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, encoding="utf-8") as server:
+        assert server.stderr is not None
+        url = next(line for line in server.stderr if "listening on" in line).split()[-1]
+        question = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
+        headers = {"content-type": "application/json"}
+        asked = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(question).encode(), headers)  # noqa: S310
+        while True:
+            try:
+                with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:  # noqa: S310
+                    assert json.load(answer)["usage"]["completion_tokens"] == 4
+                    break
+            except urllib.error.HTTPError as error:  # the model is being loaded
+                assert error.code == 503
+                sleep(0.1)
+        server.send_signal(signal.SIGTERM)
+        modules, _ = server.communicate(timeout=PATIENCE_S)
+    loaded = {name.split(".")[0] for name in json.loads(modules)}
+    assert {"fastapi", "tokenizers", "openvino"} <= loaded
+    assert not loaded & (NETWORK_CLIENTS | {"openvino_telemetry"})
 
 
 def test_nobody_is_told_where_no_systemd_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
