@@ -10,7 +10,6 @@ OpenVINO GenAI in a chat. Beside what is measured the environment needs Pillow a
 
 from __future__ import annotations
 
-import base64
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.child import tell_case, tell_start
+from benchmarks.llama_cpp import LlamaCpp
 from edgevlm.bench.conditions import Meter
 
 QUESTIONS = ("Describe this picture in detail.", "Which colours are in it?")
@@ -134,27 +134,12 @@ def genai(model: Path, tokens: int, threads: int) -> Asker:
 
 
 def llama_cpp(model: Path, tokens: int, threads: int) -> Asker:
-    """llama.cpp, through xllamacpp, on what `benchmarks.qwen_gguf` wrote; it keeps the last prompt's KV cache."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path, params.mmproj.path = str(model / "text.gguf"), str(model / "mmproj.gguf")
-    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = 4096, 1, False, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    params.use_jinja, params.chat_template = True, (model / "chat_template.jinja").read_text(encoding="utf-8")
-    server = xllamacpp.Server(params)
-    options = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": True, "stream": True}
+    """llama.cpp on what `benchmarks.qwen_gguf` wrote; it keeps the last prompt's KV cache."""
+    llama = LlamaCpp(model, threads)
 
     def once(picture: Path, question: str) -> Answer:
-        started = time.perf_counter()
-        url = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode('ascii')}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-        chunks: list[tuple[float, dict[str, Any]]] = []
-        request = {**options, "messages": [{"role": "user", "content": content}]}
-        server.handle_chat_completions(request, lambda chunk: chunks.append((time.perf_counter(), chunk)))
-        timings = next(chunk["timings"] for _, chunk in chunks if "timings" in chunk)
-        count = timings["prompt_n"] + timings["cache_n"]
-        return Answer(chunks[0][0] - started, timings["predicted_per_token_ms"] / 1000, count)
+        reply = llama.ask(picture, question, tokens, reuse=True)
+        return Answer(reply.ttft_s, reply.tpot_s, reply.prompt_tokens)
 
     return lambda picture, both: [once(picture, question) for question in QUESTIONS[: 1 + both]]
 

@@ -87,6 +87,11 @@ class Result(NamedTuple):
         return self.name.partition("-")[0]
 
     @property
+    def is_comparison(self) -> bool:
+        """Whether it is a run of `benchmarks.rounds`: systems beside each other."""
+        return bool(self.rows) and "options" in self.content
+
+    @property
     def chapter(self) -> str:
         """The key of the chapter that it stands in."""
         if "isa" not in self.machine:
@@ -125,9 +130,7 @@ def page(results: Sequence[Result]) -> str:
 
 def section(result: Result) -> list[str]:
     """Return the lines of a result's section, without its heading."""
-    if result.kind == "arithmetic":
-        return [arithmetic.table(result.rows), f"Machine: {machine_line(result.machine)}."]
-    if not result.rows:
+    if not result.is_comparison:
         return [*SECTIONS[result.kind](result), "", f"Machine: {machine_line(result.machine)}."]
     base = rounds.reference(result.rows, "optimum INT4")
     count = max((row.get("round", 0) for row in result.rows), default=0)
@@ -143,16 +146,14 @@ def overview(results: Sequence[Result]) -> list[str]:
     lines = ["| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
     for result in results:
         machine = f"{result.machine['cpu']}, {result.machine['cores']} cores"
-        rows = _row_figures(result) if result.rows else OVERVIEWS.get(result.kind, lambda _: [])(result)
+        rows = _row_figures(result) if result.is_comparison else OVERVIEWS.get(result.kind, lambda _: [])(result)
         lines += ["| " + " | ".join([*row, machine]) + " |" for row in rows]
     return lines
 
 
 def _row_figures(result: Result) -> list[list[str]]:
     """Return the overview's rows of a run of `benchmarks.rounds`: edgevlm's, each process of which had one model."""
-    found: list[list[str]] = []
-    if result.kind == "arithmetic":
-        return found
+    found = []
     for case, systems in rounds.cases(result.rows).items():
         for name, own in systems.items():
             if case == START or not name.startswith("edgevlm"):
@@ -340,6 +341,7 @@ SECTIONS: dict[str, Callable[[Result], list[str]]] = {
     "reuse": reuse,
     "scaling": scaling,
     "roofline": roofline,
+    "arithmetic": lambda result: arithmetic.table(result.rows).splitlines(),
 }
 
 

@@ -141,17 +141,8 @@ def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoi
     text = config["text_config"]
     heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
     writer = format_.GGUFWriter(path, "llama")
-    writer.add_block_count(text["num_hidden_layers"])
-    writer.add_context_length(text["max_position_embeddings"])
-    writer.add_embedding_length(text["hidden_size"])
-    writer.add_feed_forward_length(text["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_freq_base(text["rope_theta"])
+    add_text(writer, text, checkpoint)
     writer.add_rope_dimension_count(text["head_dim"])
-    writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-    writer.add_vocab_size(text["vocab_size"])
-    add_tokenizer(writer, checkpoint, text["vocab_size"])
     q4, q8 = format_.GGMLQuantizationType.Q4_0, format_.GGMLQuantizationType.Q8_0
 
     def add(name: str, weight: np.ndarray, kind: Any = None) -> None:
@@ -170,7 +161,21 @@ def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoi
     close(writer)
 
 
-def add_tokenizer(writer: Any, checkpoint: Path, vocab_size: int) -> None:
+def add_text(writer: Any, text: dict[str, Any], checkpoint: Path) -> None:
+    """Add the sizes of a text model and its tokenizer."""
+    writer.add_block_count(text["num_hidden_layers"])
+    writer.add_context_length(text["max_position_embeddings"])
+    writer.add_embedding_length(text["hidden_size"])
+    writer.add_feed_forward_length(text["intermediate_size"])
+    writer.add_head_count(text["num_attention_heads"])
+    writer.add_head_count_kv(text["num_key_value_heads"])
+    writer.add_rope_freq_base(text["rope_theta"])
+    writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
+    writer.add_vocab_size(text["vocab_size"])
+    _add_tokenizer(writer, checkpoint, text["vocab_size"])
+
+
+def _add_tokenizer(writer: Any, checkpoint: Path, vocab_size: int) -> None:
     """Add the tokenizer, a byte-level BPE, its vocabulary filled up to `vocab_size`."""
     import gguf as format_
     from transformers import AutoTokenizer

@@ -10,7 +10,6 @@ run the text part alone get as many tokens as the prompt would have, and one tha
 from __future__ import annotations
 
 import argparse
-import base64
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from benchmarks.child import tell_case, tell_start
+from benchmarks.llama_cpp import LlamaCpp
 from benchmarks.peer_models import VISION_ONNX
 from edgevlm.bench.conditions import Meter
 
@@ -166,44 +166,10 @@ def edgevlm_system(detail: str) -> Callable[[Job], Answers]:
 
 
 def llama_cpp_answers(job: Job) -> Answers:
-    """llama.cpp on `text.gguf` and `mmproj.gguf`, through xllamacpp."""
-    import xllamacpp
-
-    if job.tiles != max(COLUMNS):
-        raise RuntimeError("how many tiles llama.cpp makes of a picture stands in its file; there is one of 13 alone")
-    params = xllamacpp.CommonParams()
-    params.model.path, params.mmproj.path = str(job.model / "text.gguf"), str(job.model / "mmproj.gguf")
-    params.n_ctx, params.n_parallel, params.warmup, params.cache_ram_mib = max(4096, 2 * job.prompt_tokens), 1, False, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
-    params.use_jinja, params.chat_template = True, (job.model / "chat_template.jinja").read_text(encoding="utf-8")
-    server = xllamacpp.Server(params)
+    """llama.cpp, every picture as if never seen before."""
+    llama = LlamaCpp(job.model, job.threads)
     while True:
-        started = time.perf_counter()
-        url = f"data:image/png;base64,{base64.b64encode(job.picture.read_bytes()).decode('ascii')}"
-        picture, question = {"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": job.question}
-        request = {
-            "messages": [{"role": "user", "content": [picture, question]}],
-            "max_tokens": job.tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-            "stream": True,
-        }
-        chunks: list[tuple[float, dict[str, Any]]] = []
-
-        def take(chunk: dict[str, Any], into: list[tuple[float, dict[str, Any]]] = chunks) -> None:
-            into.append((time.perf_counter(), chunk))
-
-        server.handle_chat_completions(request, take)
-        timings = next(chunk["timings"] for _, chunk in chunks if "timings" in chunk)
-        text = "".join(chunk["choices"][0]["delta"].get("content") or "" for _, chunk in chunks if chunk["choices"])
-        yield Measured(
-            chunks[0][0] - started,
-            timings["predicted_per_token_ms"] / 1000,
-            time.perf_counter() - started,
-            timings["prompt_n"],
-            text,
-        )
+        yield Measured(*llama.ask(job.picture, job.question, job.tokens, reuse=False))
 
 
 def prompt_ids(job: Job) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peer_models import add_tokenizer, close, make
+from benchmarks.peer_models import add_text, close, make
 
 TEXT_PARTS = {
     "input_layernorm": "attn_norm",
@@ -82,20 +82,11 @@ def write_text(checkpoint: Path, config: dict[str, Any], path: Path) -> None:
 
     text, deepstack = config["text_config"], config["vision_config"]["deepstack_visual_indexes"]
     writer = gguf.GGUFWriter(path, "qwen3vl", use_temp_file=True)
-    writer.add_block_count(text["num_hidden_layers"])
-    writer.add_context_length(text["max_position_embeddings"])
-    writer.add_embedding_length(text["hidden_size"])
-    writer.add_feed_forward_length(text["intermediate_size"])
-    writer.add_head_count(text["num_attention_heads"])
-    writer.add_head_count_kv(text["num_key_value_heads"])
+    add_text(writer, text, checkpoint)
     writer.add_key_length(text["head_dim"])
     writer.add_value_length(text["head_dim"])
-    writer.add_rope_freq_base(text["rope_theta"])
     writer.add_rope_dimension_sections([*text["rope_scaling"]["mrope_section"], 0])
     writer.add_num_deepstack_layers(len(deepstack))
-    writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-    writer.add_vocab_size(text["vocab_size"])
-    add_tokenizer(writer, checkpoint, text["vocab_size"])
     q4, q8 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
     for name, values in tensors(checkpoint, "model.language_model."):
         kind = None if values.ndim == 1 else q8 if "embed_tokens" in name else q4

@@ -170,6 +170,12 @@ def image_processor_class(family: str) -> Any:
 
 
 @pytest.fixture(scope="session")
+def panel() -> VLM:
+    """The bundled model, which writes points."""
+    return VLM("panel")
+
+
+@pytest.fixture(scope="session")
 def idefics3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Idefics3 checkpoint, head untied."""
     return make_checkpoint(tmp_path_factory.mktemp("idefics3") / "tiny-idefics3", "idefics3")

@@ -42,12 +42,6 @@ KEY = "a-key-of-some-length"
 
 
 @pytest.fixture(scope="module")
-def panel() -> VLM:
-    """The bundled model."""
-    return VLM("panel")
-
-
-@pytest.fixture(scope="module")
 def server(panel: VLM) -> Iterator[Server]:
     with serving(panel, model_name="panel", max_prompt_chars=5000, max_images=2) as server:
         yield server

@@ -56,12 +56,6 @@ def server(vlm: VLM) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def panel() -> VLM:
-    """The bundled model, which writes points."""
-    return VLM("panel")
-
-
-@pytest.fixture(scope="module")
 def boxes(tmp_path_factory: pytest.TempPathFactory) -> VLM:
     """A tiny Qwen2.5-VL, which writes boxes."""
     return qwen_vl.tiny_vlm(tmp_path_factory.mktemp("boxes"), "qwen2_5_vl")

@@ -37,12 +37,6 @@ FORM = {"type": "json_schema", "name": "kind", "schema": KIND}
 
 
 @pytest.fixture(scope="module")
-def panel() -> VLM:
-    """The bundled model."""
-    return VLM("panel")
-
-
-@pytest.fixture(scope="module")
 def server(panel: VLM) -> Iterator[Server]:
     with serving(panel, model_name="panel", max_prompt_chars=5000, max_images=2) as server:
         yield server
