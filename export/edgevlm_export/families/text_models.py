@@ -11,7 +11,8 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
-from edgevlm_export.graphs.decoder import Attention, Decoder, GatedMLP, Layer
+from edgevlm_export.graphs.attention import Attention
+from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
 from edgevlm_export.graphs.rope import Rope, interleaved, make_rope, sectioned
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError

@@ -30,6 +30,13 @@ class Rope:
     scale: float = 1.0
     axes: tuple[int, ...] | None = None
     """Which axis of the positions turns each pair of channels, `(head_dim / 2,)`; None where there is one axis."""
+    name: str = ""
+    """Tells the rotations of one decoder apart, where its layers differ in them."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the values of its cosines and sines are called."""
+        return (f"cos.{self.name}", f"sin.{self.name}") if self.name else ("cos", "sin")
 
 
 def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context_length: int) -> Rope:
