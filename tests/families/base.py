@@ -19,6 +19,9 @@ class Reference:
     torchvision for their video parts.
     """
 
+    logits_atol = 1e-4
+    """How near logits are to its own."""
+
     def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any]) -> None:
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast

@@ -120,7 +120,9 @@ def _replace(previous: Output, new: Output, name: str, beam_idx: ov.Node, state:
     past = _past(name, beam_idx, state.shape, state.shape)
     for reader in _readers(previous):
         reader.replace_source_output(past.output(0))
-    return import_openvino().opset13.assign(new, name)
+    assign = import_openvino().opset13.assign(new.get_node(), name)  # takes no output but a node's first
+    assign.input(0).replace_source_output(new)
+    return assign
 
 
 def _readers(value: Output) -> list[ov.Input]:
