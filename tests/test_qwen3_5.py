@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgevlm import VLM
+from edgevlm import VLM, RuntimeConfig
 from edgevlm.errors import SourceError
 from edgevlm.inputs.chat_template import ChatTemplate, user_message
 from edgevlm_export import ExportOptions, export
@@ -79,6 +79,15 @@ def test_a_delta_net_runs_as_one_operation(precision: Any, folder: Path) -> None
     assert kinds["RoPE"] == 2
     assert kinds["MemoryInput"] == kinds["MemoryOutput"] == 3 * 2 + 2
     assert kinds["FullyConnected"] == 3 * (3 + 2) + (2 + 2) + 1
+
+
+def test_a_state_that_is_made_of_itself_is_kept_in_float32(folder: Path) -> None:
+    """Also where OpenVINO would take BF16, in which a state that decays slowly does not decay at all."""
+    vlm = VLM(exported(folder, "int8").folder, RuntimeConfig(device="CPU", cache=False))
+    nodes = vlm.language_model._compiled.get_runtime_model().get_ops()
+    found = [each.get_rt_info() for each in nodes]
+    nets = [each for each in found if each["layerType"].astype(str) == "GatedDeltaNet"]
+    assert [each["runtimePrecision"].astype(str) for each in nets] == ["f32"] * 3
 
 
 def test_a_prompt_that_goes_on_goes_on_from_the_states(folder: Path) -> None:

@@ -285,7 +285,7 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     first, *others = vision.outputs
     graph = Graph(vision.inputs, packed_stages(vision), first, first, others=others)
     decoder = replace(decoder, deepstack=len(others))
-    traits = DecoderTraits(position_axes=3, rewindable=decoder.rewindable)
+    traits = DecoderTraits(position_axes=3, recurrent=decoder.recurrent, rewindable=decoder.rewindable)
     return Architecture(decoder, graph, _UNUSED.get(kind, ()), (config, text, seen), traits)
 
 

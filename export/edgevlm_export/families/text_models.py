@@ -76,7 +76,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 256,
         "max_position_embeddings": 32768,
         "partial_rotary_factor": 0.25,
-        "full_attention_interval": 4,
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 128,
         "linear_value_head_dim": 128,
@@ -234,7 +233,7 @@ def read_qwen3_5(text: ConfigReader, names: Names) -> Decoder:
 
 def _read_layer_types(text: ConfigReader) -> list[str]:
     """Return what each layer mixes positions with, some of them with attention. Raises `SourceError`."""
-    count, interval = text.size("num_hidden_layers"), text.size("full_attention_interval")
+    count, interval = text.size("num_hidden_layers"), text.size("full_attention_interval", 4)
     regular = ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(count)]
     found = text.get("layer_types", regular)
     kinds = found if isinstance(found, list) and all(isinstance(each, str) for each in found) else []

@@ -17,7 +17,7 @@ from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
-from edgevlm_export.graphs.states import KVCache, State, make_stateful, value_names
+from edgevlm_export.graphs.states import FixedState, KVCache, State, make_stateful, value_names
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -84,6 +84,11 @@ class Decoder:
     def rewindable(self) -> bool:
         """Whether a sequence can be truncated: a KV cache can, a state of a fixed size cannot."""
         return all(isinstance(state, KVCache) for state in self.states.values())
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether any state is made of itself."""
+        return any(isinstance(state, FixedState) and state.recurrent for state in self.states.values())
 
 
 def language_graph(decoder: Decoder) -> Graph:

@@ -67,7 +67,7 @@ class GatedDeltaNet:
     @property
     def recurrent_state(self) -> FixedState:
         """What the heads remember."""
-        return FixedState((self.num_v_heads, self.head_k_dim, self.head_v_dim))
+        return FixedState((self.num_v_heads, self.head_k_dim, self.head_v_dim), recurrent=True)
 
     def states(self, index: int) -> dict[str, State]:
         """Return the states of layer `index` by name."""
