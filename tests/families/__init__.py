@@ -1,6 +1,6 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
-from tests.families import idefics3, internvl, llava, llava_onevision, qwen_vl
+from tests.families import idefics3, internvl, llava, llava_onevision, minicpm, qwen_vl
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
@@ -8,6 +8,7 @@ BUILDERS: dict[str, Builder] = {
     "internvl": internvl.BUILDER,
     "llava": llava.BUILDER,
     "llava_onevision": llava_onevision.BUILDER,
+    "minicpmv4_6": minicpm.BUILDER,
     "qwen2_5_vl": qwen_vl.builder("qwen2_5_vl"),
     "qwen2_vl": qwen_vl.builder("qwen2_vl"),
     "qwen3_5": qwen_vl.builder("qwen3_5"),

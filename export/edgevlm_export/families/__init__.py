@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import idefics3, internvl, llava, llava_onevision, qwen_vl
+from edgevlm_export.families import idefics3, internvl, llava, llava_onevision, minicpm, qwen_vl
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -26,6 +26,7 @@ FAMILIES: dict[str, FamilyExporter] = {
     "internvl": internvl.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
+    "minicpmv4_6": minicpm.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,
     "qwen2_vl": qwen_vl.EXPORTER,
     "qwen3_5": qwen_vl.EXPORTER,
