@@ -286,7 +286,7 @@ def test_the_least_recently_used_model_makes_room(
         assert request(server, "GET", "/readyz")[0] == 200
         assert answered(server) == expected["tiny"]  # the first comes back as any other
         assert states(server) == {"tiny": "loaded", "other": "loaded", "third": "unloaded"}
-        assert third.loaded() is None
+        wait_until(lambda: third.loaded() is None)
 
 
 def test_a_model_that_answers_goes_only_afterwards(vlm: VLM, other: Loads, expected: dict[str, str]) -> None:

@@ -298,7 +298,7 @@ class Models:
                 told = to_api_error(error)
                 raise ApiError(told.status, told.code, f"{model.name} cannot be loaded: {told.message}", param="model")
         except BaseException:
-            if loading.done() and not loading.cancelled() and loading.result() is None:
+            if _succeeded(loading):
                 model.using -= 1  # `_load` has counted it there
             else:
                 model.waiting -= 1
@@ -394,6 +394,11 @@ async def until_gone(receive: Receive) -> None:
 def _loading(name: str) -> ApiError:
     message = f"{name} is being loaded; try again in a few seconds"
     return ApiError(503, "model_loading", message, headers={"retry-after": "2"})
+
+
+def _succeeded(loading: asyncio.Task[BaseException | None]) -> bool:
+    """Whether a model has been loaded."""
+    return loading.done() and not loading.cancelled() and not loading.exception() and loading.result() is None
 
 
 def _is_over(model: ServedModel) -> bool:
