@@ -2,10 +2,10 @@
 
     python -m benchmarks.serve_mutations [MODEL] [--requests 10000] [-o benchmarks/results/serve_mutations.json]
 
-Bodies, bytes, headers, chunkings and pictures are mutations of valid requests to every API, one of which is sent again by
-`--seed S --only NUMBER`; one request in ten is made by schemathesis from the server's own OpenAPI document. The server is
-a process of its own. Exits with 1 if it answers one of them with a 5xx but 503, dies, or tells the honest client something
-else than before.
+Bodies, headers, chunkings and pictures are mutations of valid requests to every API; one request in ten is made by
+schemathesis from the server's own OpenAPI document. `--seed S --only NUMBER` sends one mutation again. The server is a
+process of its own. Exits with 1 if it answers any of them with a 5xx other than 503, dies, or tells the honest client
+something else than before.
 """
 
 from __future__ import annotations
@@ -140,17 +140,19 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 def mutate_json(chance: random.Random, body: dict[str, Any]) -> None:
     """Replace, take out, wrap, double or rename one to three values of a body."""
     for _ in range(chance.randint(1, 3)):
-        container, key = chance.choice(list(places(body)) or [(body, "messages")])
+        body.setdefault("model")
+        container, key = chance.choice(list(places(body)))
         other = copy.deepcopy(chance.choice(ODD))
         match chance.randrange(6):
             case 0:
-                container.pop(key, None) if isinstance(container, dict) else container.pop(key)
+                del container[key]
             case 1:
-                container[key] = [container.get(key) if isinstance(container, dict) else container[key]]
+                container[key] = [container[key]]
             case 2 if isinstance(container, list):
                 container[key:key] = [copy.deepcopy(container[key])] * chance.choice((1, 20))
             case 3 if isinstance(container, dict):
-                container[chance.choice(("", "type", "x" * 300, str(key).upper(), "\ud800"))] = container.pop(key, other)
+                renamed = chance.choice(("", "type", "x" * 300, key.upper(), "\ud800"))
+                container[renamed] = container.pop(key)
             case _:
                 container[key] = other
     keep_short(body)
