@@ -64,17 +64,18 @@ ODD: tuple[Any, ...] = (
 TOKENS_OF_BYTES = (b"\0", b"\xff\xfe", b"\\u", b'"', b"1e999", b"NaN", b"[" * 2000, b"{}" * 100, b"\r\n\r\n", b"%00")
 HEADERS = (
     b"Content-Length: -1", b"Content-Length: 0", b"Content-Length: 99999999999999999999", b"Content-Length: 1e3",
-    b"Content-Length: 5, 6", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: x",
-    b"Content-Type: text/plain", b"Content-Type: application/json; charset=utf-16", b"Content-Type: multipart/form-data",
-    b"Content-Encoding: gzip", b"Expect: 100-continue", b"Connection: upgrade", b"Upgrade: websocket", b"TE: trailers",
-    b"Host: example.com", b"Host: localhost:99999999", b"Host: [::1", b"Host:", b"Origin: null", b"Origin: http://[",
+    b"Content-Length: 5, 6", b"Transfer-Encoding: chunked", b"Transfer-Encoding: gzip, chunked", b"Upgrade: websocket",
+    b"Content-Type: text/plain", b"Content-Type: application/json; charset=utf-16", b"Transfer-Encoding: x",
+    b"Origin: null", b"Content-Encoding: gzip", b"Expect: 100-continue", b"Connection: upgrade", b"TE: trailers",
+    b"Host: example.com", b"Host: localhost:99999999", b"Host: [::1", b"Host:", b"Origin: http://[",
     b"Sec-Fetch-Site: cross-site", b"Authorization: Basic eA==", b"Authorization: Bearer \xff\xfe", b"Authorization:",
     b"X-Forwarded-For: 1.2.3.4", b"Range: bytes=0-0", b"Cookie: " + b"a=b; " * 500, b"X-Long: " + b"x" * 70_000,
     b"No-Colon", b": no name", b" folded", b"X-Null: \0", b"Accept: */*;q=nan", b"Accept-Encoding: identity;q=0",
 )  # fmt: skip
 TARGETS = (
-    b"/v1/models/%00", b"/v1/models/%ff%fe", b"/v1/models/" + b"x" * 5000, b"/v1/models/../../etc", b"//v1//models", b"*",
-    b"http://example.com/v1/models", b"/metrics?x=%", b"/openapi.json", b"/api/tags", b"/api/ps", b"/docs", b"/%2e%2e/", b"",
+    b"/v1/models/%00", b"/v1/models/%ff%fe", b"/v1/models/" + b"x" * 5000, b"/v1/models/../../etc", b"//v1//models",
+    b"http://example.com/v1/models", b"/metrics?x=%", b"/openapi.json", b"/api/tags", b"/api/ps", b"/docs", b"/%2e%2e/",
+    b"", b"*",
 )  # fmt: skip
 METHODS = (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"PATCH", b"post", b"CONNECT", b"PRI", b"\xff")
 
@@ -99,7 +100,15 @@ def requests(picture: bytes) -> list[tuple[str, dict[str, Any]]]:
     shown = {"messages": [{"role": "user", "content": [part, text]}], "max_tokens": 4}
     turns = [{"role": role, "content": QUESTION} for role in ("system", "user", "assistant", "user")]
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
-    sampled = {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "seed": 5, "stop": ["!"], "logprobs": True, "top_logprobs": 2}
+    sampled = {
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "top_k": 20,
+        "seed": 5,
+        "stop": ["!"],
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     options = {"num_predict": 4, "temperature": 1.0, "num_ctx": 2048}
     ollama = {"role": "user", "content": QUESTION, "images": [small]}
     items = [{"role": "user", "content": [{"type": "input_image", "image_url": part["image_url"]["url"]}]}]
@@ -112,7 +121,10 @@ def requests(picture: bytes) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/responses", {"input": items, "instructions": "Be brief.", "max_output_tokens": 4, "stream": True}),
         ("/v1/locate", {"image": part, "phrase": "the red valve", "max_locations": 1}),
         ("/api/chat", {"messages": [ollama], "options": options, "keep_alive": "5m"}),
-        ("/api/generate", {"prompt": QUESTION, "images": [small], "options": options, "stream": False, "format": SCHEMA}),
+        (
+            "/api/generate",
+            {"prompt": QUESTION, "images": [small], "options": options, "stream": False, "format": SCHEMA},
+        ),
         ("/api/show", {"verbose": True}),
     ]
 
@@ -205,11 +217,11 @@ class RawMutation:
                     connection.sendall(piece)
             connection.settimeout(self.patience_s)
             method = self.pieces[0].partition(b" ")[0].decode("latin-1")
-            with closing(http.client.HTTPResponse(connection, method=method)) as response:
-                with suppress(http.client.HTTPException):
-                    response.begin()
-                    status = int(response.status)
-                    response.read()
+            response = http.client.HTTPResponse(connection, method=method)
+            with closing(response), suppress(http.client.HTTPException):
+                response.begin()
+                status = int(response.status)
+                response.read()
         return status
 
 
@@ -261,7 +273,9 @@ def mutated_head(chance: random.Random) -> RawMutation:
             case 0:
                 lines[0] = chance.choice(METHODS) + lines[0][lines[0].index(b" ") :]
             case 1:
-                lines[0] = b"GET " + chance.choice(TARGETS) + chance.choice((b" HTTP/1.1", b" HTTP/1.0", b" HTTP/9", b""))
+                lines[0] = (
+                    b"GET " + chance.choice(TARGETS) + chance.choice((b" HTTP/1.1", b" HTTP/1.0", b" HTTP/9", b""))
+                )
             case 2:
                 lines[at] = mutate_bytes(chance, lines[at])
             case 3 if len(lines) > 2:
@@ -284,7 +298,13 @@ def mutated_chunks(chance: random.Random) -> RawMutation:
     chunks.append(b"0\r\n\r\n")
     if wrong := chance.random() < 0.6:
         at = chance.randrange(len(chunks))
-        odd = (b"-1\r\n", b"ffffffffffffffff\r\n", b"0x5\r\nhello\r\n", b"5;a=" + b"b" * 5000 + b"\r\nhello\r\n", b"zz\r\n")
+        odd = (
+            b"-1\r\n",
+            b"ffffffffffffffff\r\n",
+            b"0x5\r\nhello\r\n",
+            b"5;a=" + b"b" * 5000 + b"\r\nhello\r\n",
+            b"zz\r\n",
+        )
         chunks[at] = chance.choice((*odd, b"", b"\r\n", b"0\r\nX: y\r\n\r\n", mutate_bytes(chance, chunks[at])))
     both = [b"Content-Length: 10"] if chance.random() < 0.1 else []
     whole = joined(head(path.encode(), b"Transfer-Encoding: chunked", *both), b"".join(chunks))
@@ -340,7 +360,11 @@ def from_document(document: dict[str, Any], url: str, count: int, seed: int) -> 
     operations = [each for each in operations if each.method == "post"]
     each = math.ceil(count / len(operations) / len(GenerationMode))
     bounds = settings(
-        max_examples=each, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=each,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
     made: list[Mutation] = []
 
@@ -417,7 +441,9 @@ def tell(result: Mapping[str, Any]) -> bool:
     for kind, found in result["statuses"].items():
         print(f"{kind:10} {'  '.join(f'{status}: {count}' for status, count in found.items())}")
     busy = sum(found.get("503", 0) for found in result["statuses"].values())
-    print(f"{result['requests']} requests in {result['seconds']:.0f} s, {len(result['failures'])} 5xx, {busy} busy (503)")
+    print(
+        f"{result['requests']} requests in {result['seconds']:.0f} s, {len(result['failures'])} 5xx, {busy} busy (503)"
+    )
     for each in result["failures"][:20]:
         print(f"  {each['status']} for {each['kind']} number {each['number']}")
     for name, label in (("alone", "alone"), ("beside", "beside them")):

@@ -149,7 +149,7 @@ def test_every_list_knows_a_model_before_it_is_loaded(vlm: VLM, other: Loads, ex
         )  # fmt: skip
         assert entry["details"]["family"] == "smolvlm"
         card = get(server, "/v1/models/other")
-        assert card["capabilities"] == {"locate": False, "video": True}
+        assert card["capabilities"] == {"locate": False, "video": False}
         assert post(server, "/api/show", model="other")[1]["model_info"]["smolvlm.context_length"] == 512
         assert metrics(server)["edgevlm_model_loaded,model=other"] == 0
         assert other.count == 0

@@ -2,7 +2,7 @@
 
 middleware → app → models → plan → messages → engine → completion: access and limits, the paths, the model, loaded
 where it is not, the request, its pictures, the one thread that answers for the model, the response. OpenAI's responses
-and Ollama's API are translated into chat completions (`responses`, `ollama`), and have forms of their own for the answer
-(`responses_reply`, `ollama_reply`).
+and Ollama's API are translated into chat completions (`responses`, `ollama`), and have forms of their own for the
+answer (`responses_reply`, `ollama_reply`).
 Needs the extra: `pip install 'edgevlm[serve]'`.
 """

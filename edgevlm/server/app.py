@@ -51,6 +51,7 @@ from edgevlm.server.schemas import (
 )
 from edgevlm.server.settings import ServeConfig
 from edgevlm.server.wire import EventStream, Json
+from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -206,12 +207,7 @@ class _Server:
         return Json({"models": [ollama.list_entry(model.manifest, model.name, since) for model in self._models]})
 
     async def ollama_ps(self) -> Json:
-        entries = [
-            ollama.process_entry(vlm.manifest, model.name, model.expires_at and rfc3339(model.expires_at))
-            for model in self._models
-            if (vlm := model.vlm) is not None
-        ]
-        return Json({"models": entries})
+        return Json({"models": [self._process(model, vlm) for model in self._models if (vlm := model.vlm) is not None]})
 
     async def ollama_show(self, request: ollama.OllamaShow) -> Json:
         model = self._find(request.model or request.name, ollama.tagged)
@@ -277,6 +273,10 @@ class _Server:
         names = ", ".join(model.name for model in self._models)
         message = f"this server's model{' is' if len(self._models) == 1 else 's are'} called {names}"
         raise ApiError(404, "model_not_found", message, param="model")
+
+    def _process(self, model: ServedModel, vlm: VLM) -> dict[str, Any]:
+        expires_at = model.expires_at
+        return ollama.process_entry(vlm.manifest, model.name, None if expires_at is None else rfc3339(expires_at))
 
     def _card(self, model: ServedModel) -> dict[str, Any]:
         card = {"id": model.name, "object": "model", "created": self._models.started_at, "owned_by": "edgevlm"}
