@@ -85,9 +85,9 @@ METHODS = (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"PATCH", b
 
 def encoded(chance: random.Random, name: str) -> bytes:
     """Return a small picture never seen before, as a file."""
-    size = chance.randint(8, 120), chance.randint(8, 120)
-    image = Image.effect_noise(size, chance.uniform(5, 120)).convert("RGB")
-    image.save(buffer := BytesIO(), name)
+    width, height = chance.randint(2, 30), chance.randint(2, 30)
+    image = Image.frombytes("RGB", (width, height), chance.randbytes(3 * width * height))
+    image.resize((4 * width, 4 * height)).save(buffer := BytesIO(), name)
     return buffer.getvalue()
 
 

@@ -450,6 +450,7 @@ def test_a_stop_sends_those_away_who_wait_for_a_model(vlm: VLM, other: Loads) ->
         server.stop()
         status, answer = asked.result()
         assert (status, answer["error"]["code"]) == (503, "stopping")
+    wait_until(lambda: "edgevlm-worker" not in {thread.name for thread in threading.enumerate()})  # it still loads
 
 
 # How it is started
