@@ -245,7 +245,7 @@ def plain(kind: str, path: str, body: bytes) -> RawMutation:
 def mutated_value(chance: random.Random) -> RawMutation:
     """Return a request with values of its JSON mutated."""
     path, body = chance.choice(requests(encoded(chance, "PNG")))
-    mutate_json(chance, body)
+    mutate_json(chance, body := copy.deepcopy(body))  # parts of it are shared
     return plain("values", path, json.dumps(body).encode())
 
 
