@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
+from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from tests.families import qwen_vl
 from tests.helpers.serving import Braked, request, serving, wait_until
@@ -386,3 +387,32 @@ def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
             page.click("#send")
             page.wait_for_selector(".wrong >> nth=1")
             assert page.inner_text(".wrong >> nth=1") == "The server does not answer."
+
+
+def test_a_model_is_picked_where_there_are_several(browser: Any, vlm: VLM, boxes: VLM, picture: Path) -> None:
+    source = Source("boxes", lambda: boxes, boxes.manifest)
+    with serving(vlm, source) as server:
+        for page in open_page(browser, server, viewport={"width": 390, "height": 844}):
+            picker, button = page.get_by_label("Model"), page.get_by_role("button", name="Locate")
+            sync_api.expect(picker.locator("option")).to_have_text(["tiny", "boxes"])
+            page.locator("#file").set_input_files(picture)
+            for name, locates in (("tiny", False), ("boxes", True)):
+                picker.select_option(name)
+                sync_api.expect(button).to_be_visible(visible=locates)
+                with page.expect_request("**/v1/chat/completions") as sent:
+                    ask(page, "What is it?", 1 + locates)
+                assert sent.value.post_data_json["model"] == name
+            page.locator("#question").fill("the valve")
+            with page.expect_request("**/v1/locate") as sent:
+                button.click()
+            assert sent.value.post_data_json["model"] == "boxes"
+            whole_answer(page, 3)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_one_model_is_not_picked(page: Any, picture: Path) -> None:
+    ready(page)
+    sync_api.expect(page.get_by_label("Model")).to_be_hidden()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "What is it?")
+    assert "model" not in sent.value.post_data_json

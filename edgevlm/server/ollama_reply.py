@@ -26,9 +26,9 @@ class OllamaReply:
         self._model = request.model or model
         self._logprobs, self._ignored = bool(request.logprobs), request.ignored
 
-    def loaded(self) -> dict[str, Any]:
-        """Return the answer to a request that asks nothing: the model is there."""
-        return {**self._body(""), "done": True, "done_reason": "load"}
+    def nothing(self, reason: str) -> dict[str, Any]:
+        """Return the answer to a request that asks nothing but to `load` the model, or to `unload` it."""
+        return {**self._body(""), "done": True, "done_reason": reason}
 
     def whole(self, end: End) -> dict[str, Any]:
         """Return the answer that is sent at once."""
