@@ -188,7 +188,7 @@ class _Server:
             logprobs=bool(request.logprobs),
             include_usage=bool(request.stream_options and request.stream_options.include_usage),
         )
-        return await self._answer(Asked(request), completion, http)
+        return await self._answer(request.asked(), completion, http)
 
     async def respond(self, request: ResponsesRequest, http: Request) -> Response:
         self._ready()
@@ -275,6 +275,7 @@ class _Server:
             card["capabilities"] = {
                 "locate": family.grounding is not None,
                 "video": family.video_placeholder is not None,
+                "thinking": self._worker.vlm.processor.thinking.supported,
             }
         return card
 

@@ -16,6 +16,7 @@ from edgevlm.errors import (
     ModelError,
     OptionError,
     PromptError,
+    ThinkingError,
     VideoError,
 )
 from edgevlm.strict_json import write_json
@@ -103,6 +104,7 @@ _STATUS: tuple[tuple[type[EdgeVLMError], int, str, str | None], ...] = (
     (ImageError, 400, "invalid_image", "messages"),
     (ContextLengthError, 400, "context_length_exceeded", "messages"),
     (PromptError, 400, "invalid_prompt", "messages"),
+    (ThinkingError, 400, "unsupported_parameter", "think"),
     (OptionError, 400, "invalid_value", None),
     (ModelError, 500, "model_error", None),
     (DeviceError, 500, "device_error", None),
