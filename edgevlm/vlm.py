@@ -249,8 +249,8 @@ class VLM:
 
         Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the answer is greedy
         under the grammar of the model's own convention, without a thought. Raises `ImageError`, `PromptError`,
-        `OptionError` for a model without a known convention, and `IncompleteAnswerError` where the context is full before
-        the answer ends.
+        `OptionError` for a model without a known convention, and `IncompleteAnswerError` where the context is full
+        before the answer ends.
         """
         config, image_budget = override(config, image_budget, options)
         return result_of(self.locate_events(image, phrase, config, image_budget, max_locations, cache_salt))

@@ -193,7 +193,7 @@ def test_a_thought_is_folded_away_above_the_answer(browser: Any, page: Any, thin
     ready(page)
     page.locator("summary").click()
     sync_api.expect(page.locator("#detail")).to_be_visible()
-    assert page.get_by_label("Think first").count() == 0  # of a model that does not
+    sync_api.expect(page.get_by_label("Think first")).to_be_hidden()  # of a model that does not
     wanted = thinker.generate(None, "What is it?")
     with serving(thinker) as server:
         for thinking in open_page(browser, server):

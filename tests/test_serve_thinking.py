@@ -1,4 +1,4 @@
-"""A model that thinks, behind a real server: OpenAI's and Ollama's clients are told its thought apart from its answer."""
+"""A model that thinks, behind a real server: OpenAI's and Ollama's clients tell its thought from its answer."""
 
 from __future__ import annotations
 

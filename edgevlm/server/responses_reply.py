@@ -17,7 +17,7 @@ from edgevlm.server.responses import ResponsesRequest
 
 
 class ResponseReply:
-    """One response: what it says of its request, its items (a thought, then a message or a call), its events' numbers."""
+    """One response: what it says of its request, its items (thought, then message or call), its events' numbers."""
 
     media_type = "text/event-stream"
 

@@ -1,4 +1,4 @@
-"""A tiny model that thinks: its chat template has the form of Qwen3.5's, and what it says is written into its weights."""
+"""A tiny model that thinks: its chat template has the form of Qwen3.5's, and its weights say what it says."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.conftest import make_checkpoint, make_tokenizer
 
 ADDED = ("<think>", "</think>", "\n\n")
 TURN = (
-    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and (preserve_thinking is defined and preserve_thinking is true"
-    " or loop.index0 > ns.last) %}<think>\n{{ m.reasoning_content | default('') | trim }}\n</think>\n\n{% endif %}"
+    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and (preserve_thinking is defined and preserve_thinking is"
+    " true or loop.index0 > ns.last) %}<think>\n{{ m.reasoning_content | default('') | trim }}\n</think>\n\n{% endif %}"
     "{% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n"
 )
