@@ -119,7 +119,7 @@ def test_a_model_that_does_not_think_has_no_thought(vlm: VLM) -> None:
     assert (answer.reasoning_content, answer.reasoning_tokens) == (None, 0)
     assert answer.text == vlm.generate(None, QUESTION, max_new_tokens=4, think=False).text
     assert answer.text == vlm.generate(None, QUESTION, max_new_tokens=4).text
-    with pytest.raises(ThinkingError, match="^this model does not think before it answers; leave out what asks it to$"):
+    with pytest.raises(ThinkingError, match=r"^this model does not think before it answers; leave out"):
         vlm.generate(None, QUESTION, think=True)
 
 
@@ -147,9 +147,7 @@ def test_a_thought_that_the_template_opens_whatever_it_is_told_is_closed(
     assert always.generate(None, QUESTION).reasoning_content == texts[0]
     answer = always.generate(None, QUESTION, think=False)
     assert (answer.text, answer.reasoning_content) == (texts[1], None)
-    without, with_variable = (
-        prompt(model, model.processor.thinking.opening(False, {})) for model in (always, thinker)
-    )
+    without, with_variable = (prompt(model, model.processor.thinking.opening(False, {})) for model in (always, thinker))
     assert without == with_variable
     assert always.score(None, QUESTION, ["yes"]).prompt_tokens == len(without)
 
@@ -283,9 +281,9 @@ def test_any_tokens_split_at_the_closing_token(tokenizer: Tokenizer, opened: boo
 def test_characters_of_several_tokens_come_whole_on_both_sides(tokenizer: Tokenizer) -> None:
     thought = thought_of(tokenizer, opened=True)
     splitter = ThoughtSplitter(tokenizer, thought, StopText(()))
-    ids = tokenizer.encode(" \n a漢 \n</think>\n\n漢 b", add_special_tokens=False)
+    ids = tokenizer.encode(" \n a漢 \n</think>\n\n漢b", add_special_tokens=False)
     pieces = [splitter.add(token) for token in ids]
-    assert [piece for piece in pieces if any(piece)] == [("a", ""), ("漢", ""), ("", "漢"), ("", " b")]
+    assert [piece for piece in pieces if any(piece)] == [("a", ""), ("漢", ""), ("", "漢"), ("", "b")]
     half = tokenizer.encode("漢", add_special_tokens=False)[:1]
     assert split(tokenizer, thought, [*half, thought.closing_id, *half]) == ("\ufffd", "\ufffd")
 
@@ -499,4 +497,3 @@ def test_outputs_from_before_there_were_thoughts_are_resumed(exported_thinker: P
         {}, {"think": False}, {"think": True}, {"thinking_budget": 0},
     )}  # fmt: skip
     assert len(told) == 4
-

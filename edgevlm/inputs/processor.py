@@ -58,8 +58,8 @@ class Processor:
         """Return the prompt's token ids, each image placeholder replaced by its picture's block.
 
         Only the template and the image blocks make control tokens and placeholders; the same letters in a message stay
-        letters. A template that begins with the BOS token gets no second one, as in transformers. `suffix` is what comes
-        after the rendered template: see `Opening`.
+        letters. A template that begins with the BOS token gets no second one, as in transformers. `suffix` comes after
+        the rendered template: see `Opening`.
         """
         said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
         videos = [self.family.is_video(each.layout) for each in pictures]

@@ -26,6 +26,8 @@ class ResponseReply:
         self._frame = _frame(request, model)
         self._item_id = uuid4().hex
         self._numbers = count()
+        self._begun = False
+        """Whether the message has begun."""
         self._thought, self._index = "", 0
         """The thought so far, and the place of the item that is being told of."""
 
@@ -46,19 +48,14 @@ class ResponseReply:
         """Yield server-sent events in OpenAI's order; an error after the first piece is the stream's last event."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self._frame)
-        begun, problem = False, None
+        problem = None
         held: tuple[TokenLogprob, ...] = ()
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
                     held += delta.logprobs
-                    for event in self._thinking(delta):
+                    for event in self._before_text(delta):
                         yield event
-                    is_message = bool(delta.text or (delta.end and not delta.end.call))
-                    if is_message and not begun:
-                        begun = True
-                        for event in self._begin_message():
-                            yield event
                     if delta.text:
                         logprobs = self._told(held)
                         yield self._of_content("response.output_text.delta", delta=delta.text, logprobs=logprobs)
@@ -70,6 +67,14 @@ class ResponseReply:
             problem = told_in_stream(error).body["error"]
         if problem:
             yield self._event("response.failed", response={**self._frame, "status": "failed", "error": problem})
+
+    def _before_text(self, delta: Delta) -> Iterator[bytes]:
+        """Yield the events that come before those of what a delta adds to the message."""
+        yield from self._thinking(delta)
+        is_message = bool(delta.text or (delta.end and not delta.end.call))
+        if is_message and not self._begun:
+            self._begun = True
+            yield from self._begin_message()
 
     def _thinking(self, delta: Delta) -> Iterator[bytes]:
         """Yield the events of the thought; what comes after it is the next item."""

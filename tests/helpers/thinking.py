@@ -51,7 +51,7 @@ class Script:
         words = [number for number in words if len(tokenizer.token(number)) > 2]
         self._encode = tokenizer.encode
         self.thought = [*words[:4], *tokenizer.encode("漢")]
-        self.answer = [*words[4:8], *tokenizer.encode("é")]
+        self.answer = [*tokenizer.encode("é"), *words[4:8]]
         self.loop = words[8:13]
         """A thought that never ends, after `L`."""
         self.close, self.blank = self.one("</think>"), self.one("\n\n")
