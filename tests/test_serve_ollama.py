@@ -305,7 +305,7 @@ ANY = base64.b64encode(b"hello").decode()
         ({"options": {"num_predict": "5"}}, 400, "options.num_predict: Input should be a valid integer"),
         ({"options": {"temprature": 1}}, 400, "options.temprature: is not known here; leave it out"),
         ({"temperature": 1}, 400, "temperature: is not honoured here; use options"),
-        ({"think": True}, 400, "this model does not think before it answers; leave out what asks it to"),
+        ({"think": True}, 400, "think: this model does not think before it answers; leave out what asks it to"),
         ({"think": "very"}, 400, "think: Input should be"),
         ({"prompt": "hi"}, 400, "prompt: is not honoured here; use messages, or POST /api/generate"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools.0.function.name: "),

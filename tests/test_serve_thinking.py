@@ -148,10 +148,11 @@ def test_a_model_that_does_not_think_is_not_asked_to(vlm: VLM, stream: bool) -> 
         ):
             status, _, body = request(plain, "POST", path, {**fields, "stream": stream})
             error = read_json(body)["error"]
-            if param is None:
-                error = {"message": error, "param": None, "code": "unsupported_parameter"}
-            assert (status, error["param"], error["code"]) == (400, param, "unsupported_parameter")
-            assert error["message"] == "this model does not think before it answers; leave out what asks it to"
+            if param:
+                assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+            told = error["message"] if param else error
+            why = "this model does not think before it answers; leave out what asks it to"
+            assert (status, told) == (400, f"{param or 'think'}: {why}")
 
 
 # Responses

@@ -125,7 +125,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "stopping", "the server is stopping", headers={"retry-after": "10"})
     for kind, status, code, param in _STATUS:
         if isinstance(error, kind):
-            return ApiError(status, code, str(error), param=param)
+            message = f"{param}: {error}" if kind is ThinkingError else str(error)  # that field is all that is wrong
+            return ApiError(status, code, message, param=param)
     return ApiError(500, "internal_error", "the server failed on this request; its log says where")
 
 
