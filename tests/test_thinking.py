@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from edgevlm.inputs.messages import text_message, user_message
 from edgevlm.inputs.thinking import Opening, Thinking, Thought
 from edgevlm.inputs.tokenizer import Tokenizer
 from edgevlm.jobs.batch import Batch, run_batch
+from edgevlm.jobs.sinks import SqliteSink
 from edgevlm.jobs.spec import Defaults
 from tests.conftest import CHAT_TEMPLATE, F32
 from tests.helpers.batches import read, write
@@ -347,6 +350,11 @@ def test_channels_are_thoughts_too(exported_thinker: Path, tmp_path: Path) -> No
     assert asked.thought.asked
     assert (asked.thought.heading, without.suffix) == ("thought\n", "")
     assert model.generate(None, QUESTION, think=True, constraint=YES).satisfied
+    if _PUBLISHED and (gemma := Path(_PUBLISHED) / "_chat_templates" / "ovms_chat_template_gemma.jinja").is_file():
+        published = ChatTemplate(gemma.read_text(encoding="utf-8"), {"bos_token": "<|im_start|>"})
+        asked = Thinking(published, model.processor.tokenizer).opening(True, {})
+        assert (asked.thinks, asked.variables, asked.suffix) == (False, {"enable_thinking": True}, "")
+        assert asked.thought is not None
     said = model.processor.tokenizer.encode("<|channel>thought\nwhy<channel|>so", add_special_tokens=False)
     assert split(model.processor.tokenizer, asked.thought, said) == ("why", "so")
 
@@ -497,3 +505,17 @@ def test_outputs_from_before_there_were_thoughts_are_resumed(exported_thinker: P
         {}, {"think": False}, {"think": True}, {"thinking_budget": 0},
     )}  # fmt: skip
     assert len(told) == 4
+
+
+def test_a_database_from_before_there_were_thoughts_takes_them(tmp_path: Path) -> None:
+    path = tmp_path / "answers.db"
+    row = {"time": "now", "path": "a.png", "sha256": ["1"], "size": 1, "mtime_ns": 1, "job": "j", "question": QUESTION}
+    with SqliteSink(path) as sink:
+        sink.add(row | {"answer": "red"})
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("ALTER TABLE answers DROP COLUMN reasoning_content")
+    with SqliteSink(path) as sink:
+        sink.add(row | {"path": "b.png", "answer": "blue", "reasoning_content": "The sky."})
+    with closing(sqlite3.connect(path)) as database:
+        found = database.execute("SELECT answer, reasoning_content FROM answers ORDER BY path").fetchall()
+    assert found == [("red", None), ("blue", "The sky.")]
