@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from edgevlm import VLM, Constraint, GenerationConfig, IncompleteAnswerError, OptionError, ThinkingError
+from edgevlm.decoding.sampling import greedy
 from edgevlm.decoding.stop_text import StopText
-from edgevlm.decoding.thinking import ThoughtSplitter
+from edgevlm.decoding.thinking import ThoughtSelector, ThoughtSplitter
 from edgevlm.inputs.chat_template import ChatTemplate
 from edgevlm.inputs.messages import text_message, user_message
 from edgevlm.inputs.thinking import Opening, Thinking, Thought
@@ -244,6 +246,20 @@ def test_an_answer_that_a_thought_left_no_room_for_is_told(thinker: VLM) -> None
     config = GenerationConfig(max_new_tokens=9, constraint=Constraint.regex("a*"), chat_template_kwargs={"start": "L"})
     with pytest.raises(IncompleteAnswerError, match=r"\(9\) was reached; allow more, or a thinking_budget$"):
         thinker.generate(None, QUESTION, config)
+
+
+def test_nothing_satisfies_a_constraint_while_the_model_thinks(thinker: VLM, tokenizer: Tokenizer) -> None:
+    """Not even where an empty answer would, and the template writes nothing between thought and answer."""
+    thought = thought_of(tokenizer, opened=True)
+    matcher = thinker.grammar_tokenizer.matcher(Constraint.regex("a*"), greedy)
+    selector = ThoughtSelector(greedy, thought, matcher)
+    logits = np.zeros(thinker.manifest.vocab_size, np.float32)
+    found = []
+    for token in (tokenizer.encode("b")[0], thought.closing_id):
+        found.append(selector.satisfied)
+        logits[:], logits[token] = 0, 1
+        assert selector.select(logits) == token
+    assert [*found, selector.satisfied] == [False, False, True]
 
 
 # The splitter
