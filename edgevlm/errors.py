@@ -7,6 +7,7 @@ EdgeVLMError
 ├── PromptError            the question: it holds the image placeholder, or is no text
 │   └── ContextLengthError
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
+│   └── ThinkingError      a thought asked of a model that does not think
 ├── IncompleteAnswerError  an answer that ended before it satisfied its constraint
 ├── OutputError            results that cannot be written, or a file that holds others
 ├── ModelError             the exported folder
@@ -43,6 +44,7 @@ __all__ = [
     "PromptError",
     "ServerError",
     "SourceError",
+    "ThinkingError",
     "TuningError",
     "VerificationError",
     "VideoError",
@@ -75,6 +77,10 @@ class ContextLengthError(PromptError):
 
 class OptionError(EdgeVLMError):
     """An option has a value outside its range."""
+
+
+class ThinkingError(OptionError):
+    """The model cannot be asked to think before it answers."""
 
 
 class IncompleteAnswerError(EdgeVLMError):

@@ -252,7 +252,7 @@ def test_the_model_is_listed(server: Server) -> None:
     status, _, body = request(server, "GET", "/v1/models")
     [card] = json.loads(body)["data"]
     assert (status, card["id"], card["object"]) == (200, "tiny", "model")
-    assert card["capabilities"] == {"locate": False, "video": False}
+    assert card["capabilities"] == {"locate": False, "video": False, "thinking": False}
     assert json.loads(request(server, "GET", "/v1/models/tiny")[2]) == card
     assert request(server, "GET", "/v1/models/other")[0] == 404
     assert answered(server, model="tiny")["model"] == "tiny"

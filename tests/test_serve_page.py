@@ -190,6 +190,26 @@ def test_detail_and_schema(page: Any, picture: Path) -> None:
     sync_api.expect(page.locator("#question")).to_have_value("Again?")
 
 
+def test_a_thought_is_folded_away_above_the_answer(browser: Any, page: Any, thinker: VLM) -> None:
+    ready(page)
+    page.locator("summary").click()
+    sync_api.expect(page.locator("#detail")).to_be_visible()
+    sync_api.expect(page.get_by_label("Think first")).to_be_hidden()  # of a model that does not
+    wanted = thinker.generate(None, "What is it?")
+    with serving(thinker) as server:
+        for thinking in open_page(browser, server):
+            ready(thinking)
+            assert ask(thinking, "What is it?") == wanted.text
+            thought = thinking.locator(".thought div")
+            sync_api.expect(thought).to_be_hidden()
+            thinking.get_by_text("Thought", exact=True).click()
+            sync_api.expect(thought).to_have_text(wanted.reasoning_content)
+            thinking.get_by_text("Options").click()
+            thinking.get_by_label("Think first").select_option("no")
+            assert ask(thinking, "What is it?", 2) == wanted.text
+            assert thinking.locator(".thought").count() == 1
+
+
 def test_an_error_is_told_and_the_question_kept(page: Any, tmp_path: Path) -> None:
     ready(page)
     (tmp_path / "broken.png").write_bytes(b"no picture at all")

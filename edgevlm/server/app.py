@@ -187,7 +187,7 @@ class _Server:
                 logprobs=bool(request.logprobs),
                 include_usage=bool(request.stream_options and request.stream_options.include_usage),
             )
-            return await self._answer(Asked(request), completion, http, use)
+            return await self._answer(request.asked(), completion, http, use)
 
     async def respond(self, request: ResponsesRequest, http: Request) -> Response:
         async with self._use(request.model, http) as use:
@@ -213,7 +213,7 @@ class _Server:
         model = self._find(request.model or request.name, ollama.tagged)
         self._models.check_ready()
         assert model.manifest is not None
-        return Json(ollama.show(model.manifest, rfc3339(self._models.started_at)))
+        return Json(ollama.show(model.manifest, rfc3339(self._models.started_at), can_think=_can_think(model)))
 
     async def locate(self, request: LocateRequest, http: Request) -> Response:
         async with self._use(request.model, http) as use:
@@ -284,6 +284,7 @@ class _Server:
             card["capabilities"] = {
                 "locate": model.family.grounding is not None,
                 "video": model.family.video_placeholder is not None,
+                **({"thinking": _can_think(model)} if model.vlm else {}),
             }
         return {**card, "status": {"value": model.state}}
 
@@ -405,3 +406,8 @@ async def _http_error(request: Request, error: Exception) -> Json:
 
 def _error(request: Request, error: ApiError) -> Json:
     return Json(error.body_at(request.scope["path"]), error.status, error.headers)
+
+
+def _can_think(model: ServedModel) -> bool:
+    """Tell whether a model writes thoughts; False for one that is not loaded, whose tokenizer tells it."""
+    return model.vlm is not None and model.vlm.processor.thinking.supported

@@ -136,6 +136,8 @@ class _Request(Shape):
     options: Options | None = None
     keep_alive: KeepAlive = None
     """None is the time that the server was started with. The first model stays loaded in any case."""
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    """Whether the model thinks before it answers, or how much; None: as its chat template has it."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -157,6 +159,8 @@ class _Request(Shape):
             "top_logprobs": self.top_logprobs,
             "response_format": self._response_format(),
             "tools": tools,
+            "think": None if self.think is None else bool(self.think),
+            "reasoning_effort": self.think if isinstance(self.think, str) else None,
         }
         return Asked(ChatRequest.model_validate(fields), {**turns.places, "response_format": "format"})
 
@@ -188,6 +192,8 @@ class OllamaMessage(Shape):
     hints = refusals.MESSAGE_HINTS
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
+    thinking: str | None = None
+    """The thought of an earlier answer."""
     images: list[str] | None = None
     """Pictures in base64."""
     tool_calls: list[OllamaCall] | None = None
@@ -213,7 +219,8 @@ class OllamaChat(_Request):
                 tool_call(call.function.name, write_json(call.function.arguments)) for call in message.tool_calls or ()
             ]
             place = f"messages.{number}"
-            turns.add(place, message.role, _parts(f"{place}.images", message.images, message.content), calls)
+            parts = _parts(f"{place}.images", message.images, message.content)
+            turns.add(place, message.role, parts, calls, message.thinking)
         return self._asked(turns, self.tools)
 
 
@@ -296,7 +303,7 @@ def _entry(manifest: Manifest | None, name: str) -> dict[str, Any]:
     }
 
 
-def show(manifest: Manifest, since: str) -> dict[str, Any]:
+def show(manifest: Manifest, since: str, *, can_think: bool) -> dict[str, Any]:
     """Return what Ollama tells of one model."""
     family = manifest.family
     return {
@@ -306,7 +313,7 @@ def show(manifest: Manifest, since: str) -> dict[str, Any]:
         "modified_at": since,
         "details": describe(manifest),
         "model_info": {"general.architecture": family, f"{family}.context_length": manifest.context_length},
-        "capabilities": ["completion", "vision", "tools"],
+        "capabilities": ["completion", "vision", "tools", *(["thinking"] if can_think else [])],
     }
 
 
