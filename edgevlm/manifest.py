@@ -48,6 +48,8 @@ class MergedAdapter:
 
     name: str
     """Of its folder."""
+    base: str
+    """The checkpoint that it was trained on, as its config names it, without folders."""
     weight: float
     """By which the difference that it makes was multiplied."""
     files: Mapping[str, str]

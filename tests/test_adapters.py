@@ -342,7 +342,7 @@ def test_the_manifest_says_which_adapters_with_what_weight(idefics3: Path, lora:
     options = replace(QUICK, adapters=(lora,), adapter_weights=(0.5,))
     manifest = load_manifest(export(idefics3, tmp_path / "out", options).folder)
     (record,) = manifest.adapters
-    assert (record.name, record.weight, record.notes) == ("my-sft", 0.5, ())
+    assert (record.name, record.base, record.weight, record.notes) == ("my-sft", "tiny-idefics3", 0.5, ())
     assert record.files == {
         name: hashlib.sha256((lora / name).read_bytes()).hexdigest()
         for name in ("adapter_config.json", "adapter_model.safetensors")

@@ -45,6 +45,7 @@ _PARTS = {
 """Endings of the names in an adapter: which part of a change such a tensor is, and which tensor of the module it
 changes. A name with none of them is that of a tensor that was trained whole."""
 _PAIRS = (("A", "B"), ("embedding A", "embedding B"))
+_EXCLUSIVE = {"whole": ("whole", "base"), "base": ("whole", "base")}
 _REFUSED = {
     "alora_invocation_tokens": "activated LoRA, which acts from certain tokens on",
     "arrow_config": "Arrow, which chooses among adapters for each token",
@@ -145,6 +146,7 @@ class Adapter:
         stated = {name: self.config.get(name) for name in _RECORDED}
         return MergedAdapter(
             name=self.folder.resolve().name,
+            base=_last(self.base),
             weight=self.weight,
             files={name: hash_file(self.folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)},
             config={name: value for name, value in stated.items() if value not in (None, False, {}, [])},
@@ -220,7 +222,10 @@ def open_adapter(folder: Path, weight: float = 1.0, ignored: Collection[str] = (
             )
         ending = next((each for each in _PARTS if name.endswith(each)), "")
         part, of_module = _PARTS.get(ending, ("whole", ""))
-        parts[plain_name(name.removesuffix(ending) + of_module)][part] = name
+        names = parts[plain_name(name.removesuffix(ending) + of_module)]
+        if other := next((names[each] for each in _EXCLUSIVE.get(part, (part,)) if each in names), None):
+            raise SourceError(f"{folder} has {other} and {name}, which are the same weight; save the adapter anew")
+        names[part] = name
     if not parts:
         raise SourceError(f"{folder / ADAPTER_WEIGHTS} holds no tensors; the adapter was saved without its weights")
     _check_pairs(folder, parts)
@@ -314,7 +319,8 @@ def _of_module(pattern: Mapping[str, float] | None, module: str, default: float)
 def notes_about(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
     """Return what a user should know about an adapter on this checkpoint, its own files standing in for some."""
     notes = []
-    known = {_last(checkpoint.source), _last(str(checkpoint.config.get("_name_or_path", "")))}
+    places = (checkpoint.source, str(checkpoint.folder), str(checkpoint.config.get("_name_or_path", "")))
+    known = {_last(place) for place in places}
     if adapter.base and _last(adapter.base) not in known:
         notes.append(f"it was trained on {_last(adapter.base)}, and its shapes fit {_last(checkpoint.source)}, too")
     own = Checkpoint(checkpoint.folder, checkpoint.source, checkpoint.revision, checkpoint.config)
@@ -329,7 +335,7 @@ def notes_about(adapter: Adapter, checkpoint: Checkpoint) -> list[str]:
 
 def _notes_about_pictures(settings: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     notes = []
-    if settings.get("do_image_splitting") is False and own.get("do_image_splitting", True) is not False:
+    if settings.get("do_image_splitting") is False and own.get("do_image_splitting"):
         notes.append(
             "it was trained without image splitting (do_image_splitting is false in its folder, as in TRL's DPO"
             " example): each picture is one view, whatever --detail says"
@@ -342,5 +348,6 @@ def _notes_about_pictures(settings: Mapping[str, Any], own: Mapping[str, Any]) -
 
 def _last(name: str) -> str:
     """Return a model's name without owner and folders, also of a folder in the Hugging Face cache."""
-    cached = re.search(r"models--([^/\\]+)", name)
-    return re.split(r"[/\\]|--", (cached[1] if cached else name).rstrip("/\\"))[-1]
+    if cached := re.search(r"models--[^/\\]+?--([^/\\]+)", name):
+        return cached[1]
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
