@@ -119,12 +119,18 @@ def merged(checkpoint: Path, *adapters: Path, weights: tuple[float, ...] = ()) -
     return MergedWeights(open_checkpoint(checkpoint), [open_adapter(folder, weight) for folder, weight in pairs])
 
 
-def check_merged(checkpoint: Path, weights: MergedWeights, expected: dict[str, np.ndarray], limit: float = 1e-6) -> None:
-    """Compare every tensor with peft's, and see that some differ from the checkpoint's."""
+def check_merged(
+    checkpoint: Path, weights: MergedWeights, expected: dict[str, np.ndarray], limit: float = 1e-6
+) -> None:
+    """Compare every tensor with peft's, and see that some differ from the checkpoint's.
+
+    The limit is one of the value where that is above 1: peft computes in float32.
+    """
     base, changed = Weights(open_checkpoint(checkpoint)), 0
     for name in weights:
         found = weights.get(name).float32()
-        np.testing.assert_allclose(found, expected[plain_name(name)], rtol=0, atol=limit, err_msg=name)
+        wanted = expected[plain_name(name)]
+        assert (np.abs(found - wanted) <= limit * np.maximum(1, np.abs(wanted))).all(), name
         changed += name not in base or np.abs(found - base.get(name).float32()).max() > 0.01
     assert changed > 0
     missing = expected.keys() - {plain_name(name) for name in weights}
@@ -149,8 +155,8 @@ def test_names_of_every_layout_are_found(family: str, tmp_path: Path) -> None:
     layouts = [each for each in ("saved", "held", "published", "old") if each in BUILDERS[family].variants]
     folders = {layout: BUILDERS[family].variants[layout](tmp_path / layout) for layout in layouts}
     train(folders["saved"], tmp_path / "adapter", target_modules="all-linear", modules_to_save=["lm_head"])
-    expected = tensors_of(merged_by_peft(folders["saved"], tmp_path / "adapter"))
     for folder in folders.values():
+        expected = tensors_of(merged_by_peft(folder, tmp_path / "adapter"))
         check_merged(folder, merged(folder, tmp_path / "adapter"), expected)
 
 
@@ -230,7 +236,7 @@ def test_a_stored_copy_of_a_tied_head_changes_with_the_table(smolvlm: Path, tmp_
 def test_a_base_in_16_bits_stays_in_16_bits(dtype: torch.dtype, idefics3: Path, tmp_path: Path) -> None:
     base = stored_as(idefics3, tmp_path / "base", dtype)
     train(base, tmp_path / "adapter", target_modules="all-linear")
-    expected = tensors_of(merged_by_peft(base, tmp_path / "adapter"))
+    expected = tensors_of(merged_by_peft(base, tmp_path / "adapter", dtype))
     weights = merged(base, tmp_path / "adapter")
     for name in weights:
         found, wanted = weights.get(name), expected[plain_name(name)]
@@ -322,7 +328,8 @@ def test_tokenizer_template_and_processor_come_from_the_adapter(idefics3: Path, 
 
 
 def test_the_settings_of_the_adapter_s_pictures_are_told(idefics3: Path, adapter: Path, tmp_path: Path) -> None:
-    from_trl(adapter, size={"longest_edge": 128})
+    settings = from_trl(adapter) / "preprocessor_config.json"
+    write_json(settings, read_json(settings) | {"size": {"longest_edge": 128}})
     (record,) = export(idefics3, tmp_path / "out", replace(QUICK, adapters=(adapter,))).manifest.adapters
     assert record.notes == (
         "pictures are seen with its size, {'longest_edge': 128}, not the checkpoint's {'longest_edge': 256}",
@@ -448,7 +455,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "QALoRA": (stated(use_qalora=True), "use_qalora is QALoRA, which edgevlm does not merge; merge it with peft's"),
     "BD-LoRA": (stated(use_bdlora={"nblocks": 2}), "use_bdlora is BD-LoRA, which edgevlm does not merge"),
     "Arrow": (stated(arrow_config={"top_k": 2}), "arrow_config is Arrow, which chooses among adapters for each token"),
-    "aLoRA": (stated(alora_invocation_tokens=[3]), "alora_invocation_tokens is activated LoRA, which acts from certain"),
+    "aLoRA": (
+        stated(alora_invocation_tokens=[3]),
+        "alora_invocation_tokens is activated LoRA, which acts from certain",
+    ),
     "KaSA": (stated(kasa_config={"beta": 1.0}), "kasa_config is KaSA, which edgevlm does not merge"),
     "MonteCLoRA": (stated(monteclora_config={"a": 1}), "monteclora_config is MonteCLoRA, which edgevlm does not merge"),
     "repeated layers": (stated(layer_replication=[[0, 2]]), "layer_replication is repeated layers, which edgevlm does"),
@@ -483,7 +493,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         changed(f"{Q_PROJ}.lora_A.weight", lambda array: array[:0]),
         "not weights of F32, F16, BF16; save the adapter anew, gathered where training was sharded",
     ),
-    "integers": (changed("lora_A.weight", lambda array: array.astype(np.int8)), "is I8 of shape (4, 64), not weights of"),
+    "integers": (
+        changed("lora_A.weight", lambda array: array.astype(np.int8)),
+        "is I8 of shape (4, 160), not weights of",
+    ),
     "nothing": (lambda adapter: edit_tensors(adapter, lambda _: {}), "holds no tensors; the adapter was saved without"),
     "damaged": (
         changed("lora_B.weight", lambda array: array * np.float32(np.nan)),
@@ -492,22 +505,26 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "tokens without ids": (
         lambda adapter: edit_tensors(
             adapter,
-            lambda each: each
-            | {
-                "base_model.model.model.text_model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones(
-                    (2, 64), np.float32
-                )
-            },
+            lambda each: (
+                each
+                | {
+                    "base_model.model.model.text_model.embed_tokens.token_adapter.trainable_tokens_delta": np.ones(
+                        (2, 64), np.float32
+                    )
+                }
+            ),
         ),
         "trainable_token_indices does not say which rows",
     ),
     "added tokens": (
         lambda adapter: edit_tensors(
             adapter,
-            lambda each: each
-            | {"base_model.model.model.text_model.embed_tokens.base_layer.weight": np.ones((999, 64), np.float32)},
+            lambda each: (
+                each
+                | {"base_model.model.model.text_model.embed_tokens.base_layer.weight": np.ones((999, 64), np.float32)}
+            ),
         ),
-        "tokens were added in training: merge it with peft's merge_and_unload, and export what that saves",
+        "tokens were added in training; merge it with peft's merge_and_unload, where that can, and export what",
     ),
     "a bias where there is none": (
         lambda adapter: edit_tensors(
@@ -537,7 +554,7 @@ def test_an_unknown_key_may_be_ignored(idefics3: Path, adapter: Path, tmp_path: 
 
 def test_an_adapter_of_another_size(lora: Path, tmp_path: Path) -> None:
     wide = make_checkpoint(tmp_path / "wide", "idefics3", hidden_size=96)
-    with pytest.raises(SourceError, match=r"of the checkpoint is \(96, 96\); it was trained on another model"):
+    with pytest.raises(SourceError, match=r"of the checkpoint is \(96, 160\); it was trained on another model"):
         export(wide, tmp_path / "out", replace(QUICK, adapters=(lora,)))
 
 
@@ -547,7 +564,7 @@ def test_an_adapter_of_another_family(qwen: Path, lora: Path, tmp_path: Path) ->
 
 
 def test_an_adapter_is_no_source(lora: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=f"is a PEFT adapter of .*tiny-idefics3; export the model .* --adapter {lora}"):
+    with pytest.raises(SourceError, match=r"is a PEFT adapter of .*tiny-idefics3; export the model that .* --adapter"):
         export(lora, tmp_path / "out", QUICK)
 
 
@@ -609,7 +626,7 @@ def test_an_export_with_an_adapter_needs_neither_torch_nor_peft(idefics3: Path, 
 @pytest.mark.parametrize("of_columns", [False, True])
 def test_merging_holds_a_tensor_and_some_blocks_of_it(of_columns: bool) -> None:
     """In float64 the whole would be four times the tensor."""
-    shape, rank = (16384, 2048), 4
+    shape, rank = (8192, 2048), 4
     random = np.random.default_rng(5)
     tensor = RawTensor(random.integers(0x3F00, 0x3F80, shape).astype(np.uint16), "bf16")
     left, right = random.normal(size=(shape[0], rank)), random.normal(size=(rank, shape[1]))

@@ -19,9 +19,9 @@ from tests.helpers.json_files import read_json, write_json
 LINEAR = ["q_proj", "v_proj", "down_proj", "fc1"]
 
 
-def load(checkpoint: Path) -> Any:
-    """Return transformers' model, in the type that it is stored in."""
-    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype="auto").eval()
+def load(checkpoint: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Return transformers' model."""
+    return AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype).eval()
 
 
 def quietly(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -48,9 +48,9 @@ def move(model: Any, seed: int) -> None:
             weight.add_(0.2 * torch.randn(weight.shape, generator=generator).to(weight.dtype))
 
 
-def merged_by_peft(checkpoint: Path, folder: Path) -> Any:
+def merged_by_peft(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """Return the model that `merge_and_unload` makes of a checkpoint and a saved adapter."""
-    model = quietly(PeftModel.from_pretrained, load(checkpoint), folder)
+    model = quietly(PeftModel.from_pretrained, load(checkpoint, dtype), folder)
     return quietly(model.merge_and_unload).eval()
 
 

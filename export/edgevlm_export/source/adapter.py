@@ -57,6 +57,7 @@ _REFUSED = {
     "use_qalora": "QALoRA",
     "velora_config": "VeLoRA",
 }
+_BY_PEFT = "merge it with peft's merge_and_unload, where that can, and export what that saves"
 _MOVING = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "lora_ga": "LoRA-GA"}
 """Initialisations that subtract what the adapter begins as from the checkpoint's weights."""
 _KEEPING = ("gaussian", "eva", "orthogonal", "mica")
@@ -87,8 +88,21 @@ _HARMLESS = (
 )
 """How training went, and what the tensors show. `fan_in_fan_out` is for GPT-2's Conv1D: peft takes it back for the
 modules that are here."""
-_RECORDED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
-_RECORDED += ("modules_to_save", "trainable_token_indices", "init_lora_weights", "peft_version")
+_RECORDED = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "init_lora_weights",
+    "peft_version",
+)
+"""Of the config, what the manifest has of it."""
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?")
 _PICTURES = ("size", "max_image_size", "min_pixels", "max_pixels", "max_patches", "crop_size", "resample")
 """Settings of image processors that decide what of a picture is seen."""
@@ -134,7 +148,7 @@ class Adapter:
         held = " and ".join(f"{name} {self.tensors.shape(name)}" for name in self.parts[target].values())
         advice = "it was trained on another model"
         if target.endswith((TABLE, HEAD)) and change.whole is not None and change.whole.array.shape[1:] == shape[1:]:
-            advice = "tokens were added in training: merge it with peft's merge_and_unload, and export what that saves"
+            advice = f"tokens were added in training; {_BY_PEFT}"
         raise SourceError(f"{self.folder} has {held}, and {target} of the checkpoint is {shape}; {advice}")
 
     def replaces(self, target: str) -> bool:
@@ -255,19 +269,10 @@ def _check_kind(config: ConfigReader, ignored: Collection[str]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise SourceError(f"{config.file}: edgevlm merges adapters of peft_type LORA, DoRA among them, not {kind!r}")
-    merged = "; merge it with peft's merge_and_unload, where that can, and export what that saves"
     for key, what in _REFUSED.items():
         if config.get(key):
-            raise SourceError(f"{config.file}: {key} is {what}, which edgevlm does not merge{merged}")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower() not in _KEEPING:
-        for prefix, what in _MOVING.items():
-            if start.lower().startswith(prefix):
-                raise SourceError(
-                    f"{config.file}: {what} changed the model's own weights when training began, so the adapter does not"
-                    " fit the published ones; save it as LoRA with path_initial_model_for_weight_conversion"
-                )
-        raise SourceError(f"{config.file}: edgevlm does not know init_lora_weights {start!r}{merged}")
+            raise SourceError(f"{config.file}: {key} is {what}, which edgevlm does not merge; {_BY_PEFT}")
+    _check_start(config)
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(config, name)
     for name in ("base_model_name_or_path", "trainable_token_indices", "ensure_weight_tying"):
@@ -281,6 +286,19 @@ def _check_kind(config: ConfigReader, ignored: Collection[str]) -> None:
                 f"{config.file}: edgevlm does not know {key}, which may change what the adapter does;"
                 f" --ignore-config-key {key} merges it all the same"
             )
+
+
+def _check_start(config: ConfigReader) -> None:
+    """Raise `SourceError` for an adapter whose beginning was taken out of the checkpoint's weights, or is unknown."""
+    start = config.get("init_lora_weights")
+    if isinstance(start, bool) or str(start).lower() in _KEEPING:
+        return
+    if what := next((what for prefix, what in _MOVING.items() if str(start).lower().startswith(prefix)), None):
+        raise SourceError(
+            f"{config.file}: {what} changed the model's own weights when training began, so the adapter does not fit"
+            " the published ones; save it as LoRA with path_initial_model_for_weight_conversion"
+        )
+    raise SourceError(f"{config.file}: edgevlm does not know init_lora_weights {start!r}; {_BY_PEFT}")
 
 
 def _check_pattern(config: ConfigReader, name: str) -> None:
@@ -340,10 +358,11 @@ def _notes_about_pictures(settings: Mapping[str, Any], own: Mapping[str, Any]) -
             "it was trained without image splitting (do_image_splitting is false in its folder, as in TRL's DPO"
             " example): each picture is one view, whatever --detail says"
         )
-    for name in _PICTURES:
-        if name in settings and name in own and settings[name] != own[name]:
-            notes.append(f"pictures are seen with its {name}, {settings[name]}, not the checkpoint's {own[name]}")
-    return notes
+    return notes + [
+        f"pictures are seen with its {name}, {settings[name]}, not the checkpoint's {own[name]}"
+        for name in _PICTURES
+        if name in settings and name in own and settings[name] != own[name]
+    ]
 
 
 def _last(name: str) -> str:

@@ -41,9 +41,10 @@ class LowRank:
         if self.magnitude is None:
             return block
         if norms is not None:
-            return block * (self.magnitude / norms)
-        lengths = np.sqrt(np.square(block).sum(axis=1))
-        return block * (self.magnitude[rows] / lengths)[:, None]
+            factors: Float64 = self.magnitude / norms
+        else:
+            factors = (self.magnitude[rows] / np.sqrt(np.square(block).sum(axis=1)))[:, None]
+        return block * factors
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -65,9 +65,9 @@ class Checkpoint:
         return str(self.config.get("model_type", ""))
 
     def with_files_of(self, adapters: Iterable[Path]) -> Checkpoint:
-        """Return it with the tokenizer, the processors' settings and the chat templates that adapters were trained with.
+        """Return it with tokenizer, processors' settings and chat templates of the adapters in these folders.
 
-        Each of the three is that of the first of these folders that has it.
+        Each of the three is that of the first folder that has it.
         """
         stand_ins: dict[str, Path] = {}
         for folder in adapters:
@@ -162,9 +162,7 @@ class Checkpoint:
         try:
             return {str(token["content"]): token for token in added}
         except (KeyError, TypeError):
-            raise SourceError(
-                f"{self.path('tokenizer.json')} is no tokenizer: its added_tokens are broken"
-            ) from None
+            raise SourceError(f"{self.path('tokenizer.json')} is no tokenizer: its added_tokens are broken") from None
 
     def text_tokens(self, written: str) -> tuple[str, ...]:
         """Return the special tokens that are part of an answer: markup and places, which its reader needs.

@@ -84,7 +84,7 @@ class MergedWeights(Weights):
         return self._table if follows else None
 
     def _has_copied_head(self, checkpoint: Checkpoint) -> bool:
-        """Tell whether the stored LM head is a copy of the table that the config ties it to, where the table changes."""
+        """Tell whether the stored LM head is a copy of the table that it is tied to, where the table changes."""
         text = checkpoint.config.get("text_config") or {}
         says_tied = any(section.get("tie_word_embeddings") for section in (checkpoint.config, text))
         if not says_tied or not any(self._table in adapter.parts for adapter in self.adapters):
@@ -92,7 +92,8 @@ class MergedWeights(Weights):
         names = [self._names[name] for name in (self._table, HEAD)]
         if len({(self.dtype(name), self.shape(name)) for name in names}) > 1 or self.dtype(names[0]) not in DTYPES:
             return False
-        return np.array_equal(*(Weights.get(self, name).array for name in names))
+        table, head = (Weights.get(self, name).array for name in names)
+        return np.array_equal(table, head)
 
 
 def _folders(changes: Sequence[tuple[Adapter, str]]) -> str:
