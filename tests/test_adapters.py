@@ -23,7 +23,7 @@ from edgevlm import VLM, ImageBudget, OptionError
 from edgevlm.errors import SourceError
 from edgevlm.manifest import load_manifest
 from edgevlm_export import ExportOptions, export
-from edgevlm_export.pipeline import default_name
+from edgevlm_export.pipeline import default_name, describe
 from edgevlm_export.routes import optimum
 from edgevlm_export.source.adapter import HEAD, open_adapter, plain_name
 from edgevlm_export.source.changes import BLOCK, Change, LowRank, merge
@@ -32,6 +32,7 @@ from edgevlm_export.source.merged_weights import MergedWeights
 from edgevlm_export.source.safetensors_reader import RawTensor, Weights
 from tests.conftest import F32, image_processor, make_checkpoint, make_tokenizer, photograph
 from tests.families import BUILDERS, qwen_vl
+from tests.families.idefics3 import reference_processor
 from tests.helpers.adapters import (
     edit_config,
     edit_tensors,
@@ -209,15 +210,35 @@ def test_an_export_answers_as_the_merged_model_does(family: str, bases: dict[str
         check_parity(reference, VLM(report.folder, F32), images)
 
 
-def test_an_adapter_of_a_tied_head_leaves_the_embeddings(smolvlm: Path, tmp_path: Path) -> None:
-    """As the model was in training; `merge_and_unload` would change the embeddings with it, of which peft warns."""
-    model = train(smolvlm, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"target_modules": ["lm_head", "q_proj"]},
+        {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
+    ],
+)
+def test_an_adapter_of_a_tied_head_is_what_it_was_in_training(
+    kind: dict[str, Any], smolvlm: Path, tmp_path: Path
+) -> None:
+    """`merge_and_unload` changes the one tensor for each of the two, of which peft warns."""
+    model = train(smolvlm, tmp_path / "adapter", **kind)
     folder = export(smolvlm, tmp_path / "out", replace(QUICK, adapters=(tmp_path / "adapter",))).folder
     session = VLM(folder, F32).language_model.session()
     ids = np.arange(60, 90)
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
     np.testing.assert_allclose(session.prefill(session.embed(ids), len(ids)), expected, atol=1e-4)
+
+
+def test_lora_on_a_tied_table_is_told(smolvlm: Path, idefics3: Path, tmp_path: Path) -> None:
+    notes = []
+    for number, (base, kind) in enumerate([(smolvlm, "embeddings"), (smolvlm, "tokens"), (idefics3, "embeddings")]):
+        train(base, tmp_path / str(number), **KINDS[kind])
+        checkpoint = open_checkpoint(base)
+        (record,) = describe(merged(base, tmp_path / str(number)), checkpoint)
+        notes.append(record.notes)
+    told = "its LoRA on the embedding table changes the LM head, which is the same tensor, as merge_and_unload does,"
+    assert notes == [(f"{told} though not in training",), (), ()]
 
 
 def test_a_stored_copy_of_a_tied_head_changes_with_the_table(smolvlm: Path, tmp_path: Path) -> None:
@@ -302,11 +323,10 @@ def quietly_trained_pissa(checkpoint: Path, folder: Path) -> Any:
 
 
 def from_trl(folder: Path, **options: Any) -> Path:
-    """Add the files of tokenizer and processor to an adapter's folder, as TRL's trainers save them."""
+    """Add the files of a processor to an adapter's folder, as TRL's trainers save them beside transformers 5."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "<|im_start|>User:<image>{{ messages[0]['content'][-1]['text'] }}<end_of_utterance>\n"
-    tokenizer.save_pretrained(folder)
-    image_processor("idefics3", **options).save_pretrained(folder)
+    reference_processor(tokenizer, image_processor("idefics3", **options), None).save_pretrained(folder)
     (folder / "README.md").write_text("# my-sft", encoding="utf-8")
     return folder
 
@@ -317,8 +337,9 @@ def test_tokenizer_template_and_processor_come_from_the_adapter(idefics3: Path, 
     report = export(idefics3, tmp_path / "out", replace(QUICK, adapters=(adapter,)))
     for name, origin in (("tokenizer.json", adapter), ("chat_template.jinja", adapter), ("config.json", idefics3)):
         assert (report.folder / name).read_bytes() == (origin / name).read_bytes()
-    assert not (report.folder / "README.md").exists()
-    assert not (report.folder / "adapter_config.json").exists()
+    assert not {"README.md", "adapter_config.json", "preprocessor_config.json"} & {
+        path.name for path in report.folder.iterdir()
+    }
     assert report.manifest.family_config["preprocessing"]["do_image_splitting"] is False
     vlm, plain = VLM(report.folder, F32), VLM(export(idefics3, tmp_path / "plain", QUICK).folder, F32)
     views = [len(each.processor.preprocess([photograph("china.jpg")], ImageBudget("high"))[0]) for each in (vlm, plain)]
@@ -328,8 +349,10 @@ def test_tokenizer_template_and_processor_come_from_the_adapter(idefics3: Path, 
 
 
 def test_the_settings_of_the_adapter_s_pictures_are_told(idefics3: Path, adapter: Path, tmp_path: Path) -> None:
-    settings = from_trl(adapter) / "preprocessor_config.json"
-    write_json(settings, read_json(settings) | {"size": {"longest_edge": 128}})
+    settings = from_trl(adapter) / "processor_config.json"
+    stated = read_json(settings)
+    stated["image_processor"]["size"] = {"longest_edge": 128}
+    write_json(settings, stated)
     (record,) = export(idefics3, tmp_path / "out", replace(QUICK, adapters=(adapter,))).manifest.adapters
     assert record.notes == (
         "pictures are seen with its size, {'longest_edge': 128}, not the checkpoint's {'longest_edge': 256}",

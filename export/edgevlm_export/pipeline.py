@@ -182,9 +182,10 @@ def describe(weights: MergedWeights, checkpoint: Checkpoint) -> tuple[MergedAdap
     records = []
     for adapter in weights.adapters:
         notes = notes_about(adapter, checkpoint)
-        if weights.shares_head(adapter):
+        if weights.moves_head(adapter):
             notes.append(
-                "it changes the embedding table, which is the LM head, too, so both change, as in merge_and_unload"
+                "its LoRA on the embedding table changes the LM head, which is the same tensor, as merge_and_unload"
+                " does, though not in training"
             )
         records.append(adapter.record(notes))
     return tuple(records)

@@ -71,14 +71,12 @@ class Checkpoint:
         """
         stand_ins: dict[str, Path] = {}
         for folder in adapters:
-            has_processor = "image_processor" in _read(folder / _PROCESSOR) or (folder / _PREPROCESSOR).is_file()
-            held = {
-                _TOKENIZER_FILES: (folder / "tokenizer.json").is_file(),
-                _PROCESSOR_FILES: has_processor,
-                _TEMPLATE_FILES: bool(_templates_in(folder)),
-            }
-            for names in (names for names, is_held in held.items() if is_held):
-                stand_ins = dict.fromkeys(names, folder) | stand_ins
+            if (folder / "tokenizer.json").is_file():
+                stand_ins = dict.fromkeys(_TOKENIZER_FILES, folder) | stand_ins
+            if "image_processor" in _read(folder / _PROCESSOR) or (folder / _PREPROCESSOR).is_file():
+                stand_ins = dict.fromkeys(_PROCESSOR_FILES, folder) | stand_ins
+            if _templates_in(folder):
+                stand_ins = dict.fromkeys(_TEMPLATE_FILES, folder) | stand_ins
         return replace(self, stand_ins=stand_ins)
 
     def path(self, name: str) -> Path:

@@ -17,7 +17,7 @@ class MergedWeights(Weights):
     """Tensors by name, each changed as the adapters say; all that these hold is checked at once. Raises `SourceError`.
 
     Where embedding table and LM head are one tensor, what changes the table changes the head, as in peft's
-    `merge_and_unload`. An adapter that was trained on them apart makes two of them.
+    `merge_and_unload`. An adapter that changes the head by itself, or the table as a copy, makes two of them.
     """
 
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
@@ -53,9 +53,10 @@ class MergedWeights(Weights):
         for adapter in self.adapters:
             adapter.tensors.release()
 
-    def shares_head(self, adapter: Adapter) -> bool:
-        """Tell whether the adapter changes the LM head only because it is the embedding table, too."""
-        return self._is_tied and self._head_change(adapter) == self._table
+    def moves_head(self, adapter: Adapter) -> bool:
+        """Tell whether the LM head changes only because a product is added to the table that it is, too."""
+        adds = "embedding A" in adapter.parts.get(self._table, {})
+        return adds and self._is_tied and self._head_change(adapter) == self._table
 
     def _add(self, target: str, changes: list[tuple[Adapter, str]]) -> None:
         """Note what changes the tensor with this plain name."""
