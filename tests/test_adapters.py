@@ -654,7 +654,7 @@ def test_merging_holds_a_tensor_and_some_blocks_of_it(of_columns: bool) -> None:
     tensor = RawTensor(random.integers(0x3F00, 0x3F80, shape).astype(np.uint16), "bf16")
     left, right = random.normal(size=(shape[0], rank)), random.normal(size=(rank, shape[1]))
     magnitude = np.ones(shape[1] if of_columns else shape[0])
-    change = Change(low_rank=LowRank(left, right, 0.1, magnitude, of_columns))
+    change = Change(low_rank=LowRank(0.1 * left, right, magnitude, of_columns))
     tracemalloc.start()
     found = merge(tensor, [(1.0, change)])
     _, peak = tracemalloc.get_traced_memory()

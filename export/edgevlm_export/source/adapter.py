@@ -176,7 +176,7 @@ class Adapter:
             if part not in ("whole", "base", "tokens")
         }
         if "shift" in found:
-            return LowRank(found["shift"].reshape(-1, 1), np.ones((1, 1)), self._scale(names["shift"])[1])
+            return LowRank(found["shift"].reshape(-1, 1) * self._scale(names["shift"])[1], np.ones((1, 1)))
         magnitude = found["magnitude"].ravel() if "magnitude" in found else None
         for first, second in _PAIRS:
             if first in found:
@@ -188,8 +188,8 @@ class Adapter:
                         f" as {ADAPTER_CONFIG} says; save the adapter anew"
                     )
                 if first == "A":
-                    return LowRank(b.reshape(len(b), -1), a.reshape(rank, -1), scale, magnitude)
-                return LowRank(a.T, b.T, scale, magnitude, of_columns=True)
+                    return LowRank(b.reshape(len(b), -1) * scale, a.reshape(rank, -1), magnitude)
+                return LowRank(a.T * scale, b.T, magnitude, of_columns=True)
         return None
 
     def _scale(self, name: str) -> tuple[int, float]:

@@ -25,16 +25,17 @@ BLOCK = 2**20
 class LowRank:
     """A product of two narrow matrices, which is added (LoRA), and may then be given lengths (DoRA)."""
 
-    left: Float64  # (rows, r)
+    left: Float64  # (rows, r), multiplied by what scales the product
     right: Float64  # (r, columns)
-    scale: float
     magnitude: Float64 | None = None
     """DoRA: the length of each row, or of each column, once the product has been added."""
     of_columns: bool = False
 
     def added(self, block: Float64, rows: slice) -> Float64:
         """Return the rows with the product's added."""
-        return block + self.scale * (self.left[rows] @ self.right)
+        product: Float64 = self.left[rows] @ self.right
+        product += block
+        return product
 
     def scaled(self, block: Float64, rows: slice, norms: Float64 | None) -> Float64:
         """Return such rows with their lengths; `norms` are those that the columns have."""
@@ -114,14 +115,17 @@ def merge(tensor: RawTensor, changes: Sequence[tuple[float, Change]]) -> RawTens
     """
     matrix = as_matrix(tensor)
     merged = np.empty(matrix.array.shape, matrix.array.dtype)
+    weights = [weight for weight, _ in changes]
     with np.errstate(all="ignore"):
         norms = [change.norms(matrix) for _, change in changes]
         for rows, block in blocks(matrix):
-            found = block.copy()
-            for (weight, change), lengths in zip(changes, norms, strict=True):
-                found += weight * (change.of(block, rows, lengths) - block)
+            made = [change.of(block, rows, lengths) for (_, change), lengths in zip(changes, norms, strict=True)]
+            if weights == [1]:
+                found = made[0]
+            else:
+                found = block + sum(weight * (each - block) for weight, each in zip(weights, made, strict=True))
             merged[rows] = narrow(found, tensor.dtype)
-            if not np.isfinite(wide(RawTensor(merged, tensor.dtype), rows)).all():
+            if not np.isfinite(found if tensor.dtype == "bf16" else merged[rows]).all():
                 raise FloatingPointError
     return RawTensor(merged.reshape(tensor.array.shape), tensor.dtype)
 
