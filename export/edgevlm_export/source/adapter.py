@@ -250,7 +250,7 @@ def _check_folder(folder: Path) -> None:
     try:
         names = sorted(path.name for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
-        raise SourceError(f"--adapter {folder}: there is no such folder") from None
+        raise SourceError(f"--adapter {folder}: there is no such folder; give the one that it was saved in") from None
     except OSError as error:
         raise SourceError(f"--adapter {folder} cannot be read: {error.strerror or error}") from None
     if ADAPTER_CONFIG not in names:
