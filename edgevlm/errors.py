@@ -16,7 +16,7 @@ EdgeVLMError
 ├── DeviceError            no such device, or the device refuses the model
 ├── ServerError            the server cannot listen, lacks what it needs, or its model's thread died
 └── ExportError            the exporter
-    ├── SourceError        the checkpoint: missing, not cached, of an unknown family
+    ├── SourceError        the checkpoint, or an adapter of it: missing, not cached, of an unknown family
     ├── TuningError        rows that nothing can be learned from, or a tuned model that is no better
     └── VerificationError  an exported submodel differs from the reference
 """
@@ -124,7 +124,7 @@ class ExportError(EdgeVLMError):
 
 
 class SourceError(ExportError):
-    """The checkpoint to export is missing, incomplete or of an unknown family."""
+    """The checkpoint to export, or an adapter of it, is missing, incomplete or of an unknown family."""
 
 
 class TuningError(ExportError):
