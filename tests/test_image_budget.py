@@ -41,6 +41,14 @@ QWEN_VL: dict[str, Any] = {
 FACTS: dict[str, dict[str, Any]] = {
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
+    "granite_docling": {
+        "image_token": "<image>",
+        "image_token_id": 4,
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "image_seq_len": 5,
+        "preprocessing": {"tile": TILE, "min_patches": 1, "max_patches": 12, **PIXELS},
+    },
     "internvl": {
         "image_token": "<IMG_CONTEXT>",
         "image_token_id": 4,
@@ -73,6 +81,7 @@ FACTS: dict[str, dict[str, Any]] = {
 LEAST = {
     "idefics3": 5,
     "smolvlm": 5,
+    "granite_docling": 5,
     "internvl": 5,
     "llava": 16,
     "llava_onevision": 17,

@@ -240,3 +240,16 @@ class Family:
     ) -> LanguageInputs:
         """Return positions and extra inputs of a prompt, its pictures in order."""
         return LanguageInputs(np.arange(len(ids), dtype=np.int64)[None])
+
+    def deeper_features(self, ids: npt.NDArray[np.int64], features: Sequence[Arrays]) -> dict[str, Array]:
+        """Return the encoder's outputs besides `image_embeds`, for deeper layers of the decoder, of a prompt.
+
+        They are `(n, D)` by name, and zero at text.
+        """
+        shown = self.image_rows(ids)
+        deeper: dict[str, Array] = {}
+        for name in (name for name in (features[0] if features else {}) if name != IMAGE_EMBEDS):
+            rows = np.concatenate([each[name] for each in features])
+            deeper[name] = np.zeros((len(ids), *rows.shape[1:]), rows.dtype)
+            deeper[name][shown] = rows
+        return deeper

@@ -24,7 +24,6 @@ from PIL import Image
 
 from edgevlm.errors import ImageError
 from edgevlm.families.base import (
-    IMAGE_EMBEDS,
     PIXEL_VALUES,
     RGB,
     Array,
@@ -230,18 +229,9 @@ class QwenVL(Family):
     def language_inputs(
         self, ids: npt.NDArray[np.int64], layouts: Sequence[Hashable], features: Sequence[Arrays]
     ) -> LanguageInputs:
-        """Return the positions `(3, n)` of a prompt, and features for deeper layers `(n, D)` by name.
-
-        The latter are the encoder's outputs besides `image_embeds`, zero at text.
-        """
-        shown = self.image_rows(ids)
-        extras: dict[str, Array] = {}
-        for name in (name for name in (features[0] if features else {}) if name != IMAGE_EMBEDS):
-            rows = np.concatenate([each[name] for each in features])
-            extras[name] = np.zeros((len(ids), *rows.shape[1:]), rows.dtype)
-            extras[name][shown] = rows
+        """Return the positions `(3, n)` of a prompt, and features for deeper layers."""
         blocks = [block for layout in layouts for block in self._blocks(layout)]
-        return LanguageInputs(mrope_positions(shown, blocks), extras)
+        return LanguageInputs(mrope_positions(self.image_rows(ids), blocks), self.deeper_features(ids, features))
 
     def _blocks(self, layout: Hashable) -> Iterator[Block]:
         """Yield the blocks of a picture or a video, whose places in time only Qwen2.5-VL counts in seconds."""

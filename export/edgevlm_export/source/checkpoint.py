@@ -20,8 +20,12 @@ from edgevlm_export.source.config_reader import ConfigReader
 _PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_DOCTAG = re.compile(r"</?[a-z][a-z0-9_]*>?")
 _PLACE = re.compile(r"<(loc|seg)_?\d+>")
+_MARKUP: Mapping[str, re.Pattern[str]] = {
+    "<doclang>": re.compile(r"(</?[a-z][^<>|]*>?)+|<!\[CDATA\[|\]\]>|\"/>"),
+    "<doctag>": re.compile(r"</?[a-z][a-z0-9_]*>?"),
+}
+"""The special tokens of a vocabulary that has this one. Those of DocLang may be several tags, or the beginning of one."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES: Mapping[str, tuple[str, ...]] = {
@@ -132,10 +136,11 @@ class Checkpoint:
     def text_tokens(self, written: str) -> tuple[str, ...]:
         """Return the special tokens that are part of an answer: markup and places, which its reader needs.
 
-        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`), but for what the
-        tokenizer's files name or the prompt is made of: `written` is all that templates and image blocks write.
+        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`) or DocLang
+        (`<doclang>`), but for what the tokenizer's files name or the prompt is made of: `written` is all that templates
+        and image blocks write.
         """
-        pattern = _DOCTAG if "<doctag>" in self.added_tokens else _PLACE
+        pattern = next((each for name, each in _MARKUP.items() if name in self.added_tokens), _PLACE)
         control = {*self.named_tokens.values()}
         return tuple(
             name

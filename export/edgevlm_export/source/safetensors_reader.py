@@ -73,11 +73,15 @@ class Weights:
         return sum(math.prod(entry["shape"]) for _, _, entry in self._entries.values())
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`."""
+        """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`.
+
+        One of these that ends in a dot stands for all whose names begin so.
+        """
         for name, shape in shapes.items():
             self._check(name, shape)
         unknown = sorted(self._entries.keys() - shapes.keys() - set(unused))
-        if found := next((name for name in unknown if not _BUFFERS.search(name)), None):
+        below = tuple(name for name in unused if name.endswith("."))
+        if found := next((name for name in unknown if not (_BUFFERS.search(name) or name.startswith(below))), None):
             raise SourceError(
                 f"the checkpoint holds weights that its config has no place for, such as {found};"
                 " config.json and the weights do not belong together"
