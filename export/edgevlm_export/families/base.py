@@ -24,7 +24,7 @@ class Architecture:
     decoder: Decoder
     vision: Graph
     unused: tuple[str, ...]
-    """Tensors that may be there and are not read; one that ends in a dot stands for all whose names begin so."""
+    """Tensors that may be there and are not read, by name or pattern (`mtp.*`)."""
     sections: tuple[ConfigReader, ...]
     """What of config.json the model was read from."""
     traits: DecoderTraits = field(default_factory=DecoderTraits)

@@ -73,7 +73,7 @@ _TOKEN_NAMES = {
     "global_image_token": "<global-img>",
 }
 _DECODER, _TOWER = "model.text_model", "model.vision_model"
-_UNUSED = ("mtp.", "model.density_router.")
+_UNUSED = ("mtp.*", "model.density_router.*")
 """Heads that predict further tokens, and a router that config.json has switched off."""
 _EPS = 1e-5
 """Of torch's LayerNorm, which no config changes."""

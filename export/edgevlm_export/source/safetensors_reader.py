@@ -11,6 +11,7 @@ import mmap
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -73,15 +74,15 @@ class Weights:
         return sum(math.prod(entry["shape"]) for _, _, entry in self._entries.values())
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`.
+        """Check that the checkpoint has these tensors and no others but `unused`, which may be patterns such as `mtp.*`.
 
-        One of these that ends in a dot stands for all whose names begin so.
+        Raises `SourceError`.
         """
         for name, shape in shapes.items():
             self._check(name, shape)
-        unknown = sorted(self._entries.keys() - shapes.keys() - set(unused))
-        below = tuple(name for name in unused if name.endswith("."))
-        if found := next((name for name in unknown if not (_BUFFERS.search(name) or name.startswith(below))), None):
+        others = sorted(self._entries.keys() - shapes.keys() - set(unused))
+        unknown = [name for name in others if not any(fnmatchcase(name, pattern) for pattern in unused)]
+        if found := next((name for name in unknown if not _BUFFERS.search(name)), None):
             raise SourceError(
                 f"the checkpoint holds weights that its config has no place for, such as {found};"
                 " config.json and the weights do not belong together"
