@@ -344,7 +344,7 @@ class _VisionReader:
             Norm(f"{at}.{name}", hidden, _EPS, bias=self.kind != "qwen2_5_vl") for name in ("norm1", "norm2")
         )
         qkv, proj = Linear(f"{at}.attn.qkv", 3 * hidden, hidden, True), Linear(f"{at}.attn.proj", hidden, hidden, True)
-        return Block(at, norm1, qkv, proj, norm2, self._mlp(f"{at}.mlp", hidden), windowed)
+        return Block(at, norm1, (qkv,), proj, norm2, self._mlp(f"{at}.mlp", hidden), windowed)
 
     def _mlp(self, at: str, hidden: int) -> PlainMLP | GatedMLP:
         section = self.section
