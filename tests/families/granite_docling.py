@@ -40,6 +40,7 @@ SCALARS = {
     "logits_scaling": 1.6,
 }
 """None of them the class's own, nor a power of two."""
+SPREADS = {"dense_max_patches": 20, "dense_min_aspect": 1.2}
 VISION: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -138,8 +139,9 @@ BUILDER = Builder(
             text_config={"attention_bias": True, "mlp_bias": True, "rope_parameters": {"rope_theta": 5000.0}},
             vision_config={"use_fine_route": False, "deepstack_visual_indexes": [1, 2, 3]},
         ),
-        "fine": lambda folder: make_checkpoint(folder / "saved", pictures=image_processor(fine_route=True)),
+        "fine": lambda folder: make_checkpoint(folder / "saved", pictures=image_processor(fine_route=True, **SPREADS)),
     },
     make_reference,
 )
-"""`500m` has the fine path of the connector and runs the coarse one, `2b` has none, `fine` runs it."""
+"""`500m` has the fine path of the connector and runs the coarse one, `2b` has none, `fine` runs it, and gives broad pages
+more tiles."""
