@@ -143,5 +143,5 @@ BUILDER = Builder(
     },
     make_reference,
 )
-"""`500m` has the fine path of the connector and runs the coarse one, `2b` has none, `fine` runs it, and gives broad pages
+"""`500m` has the fine path of the connector and runs the coarse one, `2b` has none; `fine` runs it, and broad pages have
 more tiles."""
