@@ -285,7 +285,7 @@ def test_a_fine_route_that_is_not_there_is_refused(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(
         tmp_path / "saved", pictures=image_processor(fine_route=True), vision_config={"use_fine_route": False}
     )
-    with pytest.raises(SourceError, match="fine_route needs vision_config.use_fine_route, which is false"):
+    with pytest.raises(SourceError, match=r"fine_route needs vision_config\.use_fine_route, which is false"):
         export(checkpoint, tmp_path / "out", QUICK)
 
 

@@ -108,6 +108,6 @@ def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
     ]
     for made, defaults in classes:
         found = {name: getattr(made, name) for name in defaults}
-        plain = {name: dict(value) if hasattr(value, "keys") else value for name, value in found.items()}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
         assert plain == defaults
     assert PixtralVisionConfig().rope_parameters["rope_theta"] == exporter._THETA

@@ -100,8 +100,8 @@ class LightOnOcr(Family):
         """
         rows, cols = (side // self.patch_size for side in pixels.shape[:2])
         places = np.arange(rows * cols)
-        whole = [count // self.merge_size * self.merge_size for count in (rows, cols)]
-        row, col = np.divmod(packed_order(*whole, self.merge_size), whole[1])
+        whole_rows, whole_cols = (count // self.merge_size * self.merge_size for count in (rows, cols))
+        row, col = np.divmod(packed_order(whole_rows, whole_cols, self.merge_size), whole_cols)
         inputs = {
             PIXEL_VALUES: packed_pixels(pixels, places, self.patch_size, 1, self.lookup),
             "patch_positions": np.stack(np.divmod(places, cols), axis=-1),

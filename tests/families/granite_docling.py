@@ -103,9 +103,7 @@ def reference_pixels(image: np.ndarray, image_processor: Any, **options: Any) ->
     return np.asarray(image_processor([image], **given)["pixel_values"])[0]
 
 
-def make_checkpoint(
-    folder: Path, *, tied: bool = True, pictures: Any = None, **sections: dict[str, Any]
-) -> Path:
+def make_checkpoint(folder: Path, *, tied: bool = True, pictures: Any = None, **sections: dict[str, Any]) -> Path:
     """Write a seeded checkpoint as transformers 5.24 saves it; `sections` change what config.json says in them."""
     from transformers import GenerationConfig, GraniteDoclingConfig, GraniteDoclingForConditionalGeneration
 
@@ -143,5 +141,5 @@ BUILDER = Builder(
     },
     make_reference,
 )
-"""`500m` has the fine path of the connector and runs the coarse one, `2b` has none; `fine` runs it, and broad pages have
-more tiles."""
+"""`500m` has the fine path of the connector and runs the coarse one, `2b` has none; `fine` runs it, and broad
+pages have more tiles."""

@@ -148,13 +148,14 @@ def _block(section: ConfigReader, index: int, hidden: int) -> Block:
 
 def _theta(section: ConfigReader) -> float:
     """Return the base of the rotations, stated as transformers 5 does it (`rope_parameters`) or as 4 (`rope_theta`)."""
-    theta = section.get("rope_theta", _THETA)
-    parameters = section.section("rope_parameters", {"rope_theta": theta, "rope_type": "axial"})
+    assumed = {"rope_theta": section.get("rope_theta", _THETA), "rope_type": "axial"}
+    parameters = section.section("rope_parameters", assumed)
     if (kind := parameters.get("rope_type")) not in ("axial", "default"):
         raise UnsupportedError(f"the native route does not build RoPE of type {kind} in the vision encoder")
+    theta = parameters.number("rope_theta")
     if other := next(parameters.unread(), None):
         raise UnsupportedError(f"the native route does not build RoPE with {other[1]}")
-    return parameters.number("rope_theta")
+    return theta
 
 
 EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False)

@@ -70,9 +70,7 @@ def tapped_stages(tower: Tower, connector: Connector) -> list[Stage]:
     return [*stages, Stage(partial(connect, tower, connector), own)]
 
 
-def merge_tap(
-    tower: Tower, factor: int, merger: Merger, number: int, values: Values, constants: Constants
-) -> None:
+def merge_tap(tower: Tower, factor: int, merger: Merger, number: int, values: Values, constants: Constants) -> None:
     """Set the features of tap `number`, of the layer before."""
     folded = pixel_shuffle(unmerged(values), tower.side, tower.hidden_size, factor)
     values[deepstack_name(number)] = plain_mlp(layer_norm(folded, constants, merger.norm), merger.mlp, constants)

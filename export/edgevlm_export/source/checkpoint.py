@@ -25,7 +25,7 @@ _MARKUP: Mapping[str, re.Pattern[str]] = {
     "<doclang>": re.compile(r"(</?[a-z][^<>|]*>?)+|<!\[CDATA\[|\]\]>|\"/>"),
     "<doctag>": re.compile(r"</?[a-z][a-z0-9_]*>?"),
 }
-"""The special tokens of a vocabulary that has this one. Those of DocLang may be several tags, or the beginning of one."""
+"""The special tokens of a vocabulary that has this one; a token of DocLang may be several tags, or part of one."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES: Mapping[str, tuple[str, ...]] = {

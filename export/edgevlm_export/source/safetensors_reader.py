@@ -74,7 +74,7 @@ class Weights:
         return sum(math.prod(entry["shape"]) for _, _, entry in self._entries.values())
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """Check that the checkpoint has these tensors and no others but `unused`, which may be patterns such as `mtp.*`.
+        """Check that the checkpoint has these tensors and no others but `unused`, or such by pattern (`mtp.*`).
 
         Raises `SourceError`.
         """
