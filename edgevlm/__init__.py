@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from edgevlm.answer import Answer, Piece, Progress, TokenLogprob
     from edgevlm.chat import Chat
     from edgevlm.decoding.config import GenerationConfig
+    from edgevlm.decoding.repetition import RepetitionDetection
     from edgevlm.decoding.scoring import Scores
     from edgevlm.decoding.structured import Constraint
     from edgevlm.families.base import ImageBudget
@@ -74,6 +75,7 @@ __all__ = [
     "Piece",
     "Progress",
     "PromptError",
+    "RepetitionDetection",
     "RuntimeConfig",
     "Scores",
     "ServerError",
@@ -96,6 +98,7 @@ _LAZY = {
     "RuntimeConfig": "edgevlm.runtime.config",
     "Answer": "edgevlm.answer",
     "GenerationConfig": "edgevlm.decoding.config",
+    "RepetitionDetection": "edgevlm.decoding.repetition",
     "Piece": "edgevlm.answer",
     "Progress": "edgevlm.answer",
     "ImageBudget": "edgevlm.families.base",

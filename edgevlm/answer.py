@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from edgevlm.metrics import Timings
 
-FinishReason: TypeAlias = Literal["stop", "length", "context"]
+FinishReason: TypeAlias = Literal["stop", "length", "context", "repetition"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Answer:
 
     text: str
     finish_reason: FinishReason
-    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full."""
+    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full;
+    `repetition`: it had become a loop."""
     prompt_tokens: int
     image_tokens: int
     generated_tokens: int

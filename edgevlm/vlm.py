@@ -14,6 +14,7 @@ import numpy as np
 from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig, override
+from edgevlm.decoding.prompt_lookup import MOST_QUESTIONS, EarlierAnswers
 from edgevlm.decoding.scoring import Scores, log_likelihoods
 from edgevlm.decoding.stream import TextModel, check_satisfied, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
@@ -88,6 +89,7 @@ class VLM:
             self._submodels.wait()
         self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
         self._sessions = SessionPool(self._submodels.session, self.config.kept_sessions)
+        self._earlier_answers = EarlierAnswers(MOST_QUESTIONS if self.config.kept_sessions else 0)
         self.load_s = perf_counter() - started
 
     def _load(self, family: Family) -> Submodels:
@@ -175,6 +177,7 @@ class VLM:
             self.manifest.eos_token_ids,
             self.context_length,
             self.load_s,
+            self._earlier_answers,
         )
         prefix = self.processor.template.response_prefix(config.chat_template_kwargs) if config.constraint else ""
         with self.session(prompt) as session:
@@ -382,6 +385,7 @@ class VLM:
             image_tokens=len(image_embeds),
             views=sum(map(len, encoded)),
             cached_views=sum(len(image) - image.encoded for image in encoded),
+            cache_salt=cache_salt,
         )
 
     def _encode(

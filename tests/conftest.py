@@ -225,6 +225,15 @@ def exported_int4(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def docling(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that has learned to answer with a page of DocTags. Tests must not change it."""
+    from tests.helpers.doctags import make_docling
+
+    folder = tmp_path_factory.mktemp("docling")
+    return export_tiny(make_docling(idefics3, folder / "checkpoint"), folder / "tiny-docling", "fp32")
+
+
+@pytest.fixture(scope="session")
 def vlm(exported: Path) -> VLM:
     """The uncompressed export, in float32."""
     return VLM(exported, F32)

@@ -38,7 +38,7 @@ class Axial(Idefics3):
     def language_inputs(
         self,
         ids: np.ndarray,
-        layouts: Sequence[Hashable],  # noqa: ARG002
+        layouts: Sequence[Hashable],
         features: Sequence[Arrays],
     ) -> LanguageInputs:
         shown = ids == self.image_token_id

@@ -54,7 +54,11 @@ class Bar:
         """Report a failed row."""
         if "error" in row:
             where = f"line {row['line']}" if "line" in row else row["path"]
-            self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)
+            self.tell(f"{where}: {row['error']}")
+
+    def tell(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(Text(line), soft_wrap=True)
 
 
 def print_row(row: Mapping[str, Any]) -> None:

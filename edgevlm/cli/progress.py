@@ -72,8 +72,14 @@ class Progress:
             self._status = None
 
 
+_WHY_CUT = {
+    "length": "--max-new-tokens was reached",
+    "context": "the context is full",
+    "repetition": "it had become a loop",
+}
+
+
 def print_cut(answer: Answer) -> None:
     """Say on stderr why an answer ended before the model did."""
     if answer.finish_reason != "stop":
-        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
-        click.echo(f"(cut: {why})", err=True)
+        click.echo(f"(cut: {_WHY_CUT[answer.finish_reason]})", err=True)

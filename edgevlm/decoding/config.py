@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+from edgevlm.decoding.repetition import RepetitionDetection
 from edgevlm.decoding.sampling import make_sampler
 from edgevlm.decoding.structured import Constraint
 from edgevlm.errors import OptionError
@@ -33,6 +34,8 @@ class GenerationConfig:
     in BF16 a step of several tokens rounds differently from a step of one, and a near tie may fall the other way."""
     constraint: Constraint | None = None
     """What the answer must satisfy."""
+    repetition_detection: RepetitionDetection | None = field(default_factory=RepetitionDetection)
+    """When an answer counts as a loop and is ended; None: never. The default needs 512 tokens that say nothing new."""
     top_logprobs: int | None = None
     """Give each token's log-probability with this many of the likeliest in its place; 0: its own alone; None: none."""
     skip_special_tokens: bool = True
@@ -48,6 +51,8 @@ class GenerationConfig:
             raise OptionError(f"draft_tokens must be between 0 and 64, not {self.draft_tokens}")
         if not isinstance(self.constraint, Constraint | None):
             raise OptionError("constraint must be a Constraint, such as Constraint.json_schema(…)")
+        if not isinstance(self.repetition_detection, RepetitionDetection | None):
+            raise OptionError("repetition_detection must be a RepetitionDetection or None")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
             raise OptionError(f"top_logprobs must be between 0 and 20, not {self.top_logprobs}")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,8 @@ import numpy as np
 
 from edgevlm.answer import Answer, Event, FinishReason, Piece, Progress, TokenLogprob
 from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.prompt_lookup import PromptLookup
+from edgevlm.decoding.prompt_lookup import EarlierAnswers, PromptLookup
+from edgevlm.decoding.repetition import RepetitionGuard
 from edgevlm.decoding.sampling import Logits, TokenSelector, make_sampler, token_logprob
 from edgevlm.decoding.stop_text import StopText
 from edgevlm.decoding.structured import GrammarTokenizer
@@ -33,6 +34,7 @@ class TextModel:
     eos_token_ids: Sequence[int]
     context_length: int
     load_s: float
+    earlier_answers: EarlierAnswers = field(default_factory=EarlierAnswers)
 
 
 def stream_tokens(
@@ -41,10 +43,13 @@ def stream_tokens(
     """Yield up to `max_tokens` token ids after the prompt, each with the logits `(V,)` it was selected from.
 
     The caller stops at the end token. One step feeds the last token together with the tokens expected after it: those
-    the grammar fast-forwards, which always come true, or a prompt-lookup draft, of which the first token that the
-    selector does not select, and all after it, are taken back from the KV cache.
+    the grammar fast-forwards, which always come true, or a draft, of which the first token that the selector does not
+    select, and all after it, are taken back from the KV cache.
     """
-    lookahead, drafted = selector.fast_forward[: max_tokens - 1], 0
+    forced = selector.fast_forward[: max_tokens - 1]
+    draft = [] if forced else selector.filter_draft(drafter.first_draft(max_tokens - 1))
+    lookahead, drafted = forced or draft, len(draft)
+    watch.count("drafted_tokens", drafted)
     with watch.stage("prefill"):
         start = session.reuse_prefix(prompt.prefix_keys, prompt.inputs, prompt.images)
         inputs_embeds = prompt.inputs_embeds[:, start:]
@@ -99,7 +104,9 @@ def stream_answer(
         selector = model.grammar_tokenizer.matcher(config.constraint, sampler, response_prefix)
         text = StopText(config.stop, response_prefix)
     detokenizer = model.tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
-    drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0)
+    earlier = model.earlier_answers.of(prompt)
+    drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0, earlier)
+    guard = RepetitionGuard(config.repetition_detection, token_bytes) if config.repetition_detection else None
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
     logprobs_sent = 0
@@ -117,6 +124,10 @@ def stream_answer(
             logprobs_sent = len(logprobs)
         if text.stopped:
             break
+        if guard and guard.add(token):
+            reason = "repetition"
+            break
+    model.earlier_answers.add(prompt, ids)
     rest = text.finish(detokenizer.finish())
     if text.stopped or selector.finished:
         reason = "stop"
@@ -154,6 +165,7 @@ def check_satisfied(answer: Answer) -> None:
     if answer.satisfied is False:
         why = {
             "length": f"max_new_tokens ({answer.generated_tokens}) was reached; allow more, or a shorter form",
+            "repetition": "it had become a loop",
             "context": "the context is full; ask about fewer or smaller pictures",
             "stop": "a stop text came in the middle of it",
         }

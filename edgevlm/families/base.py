@@ -148,6 +148,24 @@ class DecoderTraits:
     """False for state that can be continued and not truncated, such as a convolution's."""
 
 
+PAGE_PROMPTS = {
+    "page": "Convert this page to Markdown. Keep the reading order, and write tables as Markdown tables.",
+    "text": "Write down all text in this picture.",
+    "table": "Convert this table to a Markdown table.",
+    "formula": "Convert this formula to LaTeX.",
+    "chart": "Convert this chart to a Markdown table.",
+}
+DOCTAGS_PROMPTS = {
+    "page": "Convert this page to docling.",
+    "text": "Convert this page to docling.",
+    "table": "Convert this table to OTSL.",
+    "formula": "Convert formula to LaTeX.",
+    "chart": "Convert chart to table.",
+    "code": "Convert code to text.",
+}
+"""The instructions of granite-docling's model card."""
+
+
 class Family:
     """One architecture's rules; the defaults fit one position axis and features that are the views' rows in order."""
 
@@ -169,6 +187,10 @@ class Family:
     """Height and width of every view, for which the encoder is compiled; None where they differ."""
     constants: Arrays = MappingProxyType({})
     """Encoder inputs that are equal for every view, baked in at load."""
+    page_prompts: Mapping[str, str] = MappingProxyType(PAGE_PROMPTS)
+    """What the model is asked about a page for each task, where it answers in Markdown."""
+    doctags_prompts: Mapping[str, str] = MappingProxyType(DOCTAGS_PROMPTS)
+    """The same for a model whose answers are DocTags."""
     grounding: Grounding | None = None
     """How the model writes places in a picture; None where no convention is known."""
 

@@ -27,6 +27,8 @@ class Prompt:
     image_tokens: int
     views: int
     cached_views: int
+    cache_salt: str = ""
+    """Prompts of different salts share nothing that was computed or answered before."""
 
     def __len__(self) -> int:
         return len(self.ids)

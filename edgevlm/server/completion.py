@@ -94,6 +94,8 @@ def _finish_reason(end: End) -> str:
     """Return OpenAI's word for the end."""
     if end.call:
         return "tool_calls"
+    if end.answer.finish_reason == "repetition":  # vLLM's word
+        return "repetition"
     return "stop" if end.complete else "length"
 
 
