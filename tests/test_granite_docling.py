@@ -25,6 +25,7 @@ from edgevlm.errors import SourceError
 from edgevlm.families.base import IMAGE_EMBEDS, Family
 from edgevlm.families.tiling import nearest_grid
 from edgevlm.inputs.chat_template import text_message, user_message
+from edgevlm.jobs.convert import page_prompts
 from edgevlm.metrics import Stopwatch
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import architecture, family_config
@@ -221,6 +222,7 @@ def test_answers_in_doclang_are_text_that_docling_reads(pair: tuple[Reference, V
     markdown = DocLangDocDeserializer().deserialize_str(answer).export_to_markdown()
     assert "Pump 12" in markdown
     assert "The pressure is 4.2 bar." in markdown
+    assert page_prompts(pair[1])["table"] == "<doclang> [<table>]"
     asked = pair[1].processor.prompt_ids([user_message("<doclang> [<text>] <image>", 0)], [])
     assert {tokenizer.token(each) for each in asked} & {*DOCLANG, *IMAGE_TOKENS} == {"<doclang>", "<text>"}
 

@@ -164,6 +164,15 @@ DOCTAGS_PROMPTS = {
     "code": "Convert code to text.",
 }
 """The instructions of granite-docling's model card."""
+DOCLANG_PROMPTS = {
+    "page": "<doclang>",
+    "text": "<doclang> [<ocr>]",
+    "table": "<doclang> [<table>]",
+    "formula": "<doclang> [<formula>]",
+    "chart": "<doclang> [<chart>]",
+    "code": "<doclang> [<code>]",
+}
+"""Those of granite-for-docling in transformers' documentation."""
 
 
 class Family:
@@ -191,6 +200,8 @@ class Family:
     """What the model is asked about a page for each task, where it answers in Markdown."""
     doctags_prompts: Mapping[str, str] = MappingProxyType(DOCTAGS_PROMPTS)
     """The same for a model whose answers are DocTags."""
+    doclang_prompts: Mapping[str, str] = MappingProxyType(DOCLANG_PROMPTS)
+    """The same for a model whose answers are DocLang."""
     grounding: Grounding | None = None
     """How the model writes places in a picture; None where no convention is known."""
 

@@ -13,12 +13,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from edgevlm.families.base import PIXEL_VALUES, RGB, Array, Family, ImageBudget, View, Visual
+from edgevlm.families.base import PAGE_PROMPTS, PIXEL_VALUES, RGB, Array, Family, ImageBudget, View, Visual
 from edgevlm.families.imaging import normalisation
 from edgevlm.families.packing import packed_order, packed_pixels
 
@@ -40,6 +41,9 @@ class Grid(NamedTuple):
 
 class LightOnOcr(Family):
     """The family's rules, from the facts that the exporter took from the checkpoint."""
+
+    page_prompts = MappingProxyType(dict.fromkeys(PAGE_PROMPTS, ""))
+    """It was trained with the page alone."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         self.patch_size, self.merge_size = int(facts["patch_size"]), int(facts["merge_size"])
