@@ -43,7 +43,7 @@ def read_doclang(text: str, name: str, size: tuple[int, int]) -> DoclingDocument
 
 def crop_figures(document: DoclingDocument, sheet: Image.Image) -> None:
     """Give each figure of a document of one page its part of the picture of that page."""
-    from docling_core.types.doc.document import ImageRef
+    from docling_core.types.doc.common.reference import ImageRef
 
     for picture in document.pictures:
         if picture.prov:
