@@ -21,6 +21,7 @@ from edgevlm import OptionError
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.inputs.pages import LONGEST_SIDE, open_document
 from edgevlm.jobs.convert import Conversion, convert, parse_pages
+from edgevlm.jobs.doclang import read_doclang
 from edgevlm.jobs.documents import Figures, PageText, assemble
 from tests.conftest import F32
 from tests.helpers.batches import lines, read, wait_for
@@ -107,12 +108,12 @@ def test_a_pdf_is_rasterized_at_its_resolution_within_bounds(tmp_path: Path) -> 
 def test_a_document_in_markdown_keeps_the_order(tmp_path: Path) -> None:
     pages = [PageText(1, "# One\n\n| a | b |\n|---|---|\n| 1 | 2 |", (1, 1)), PageText(2, "<b>Two</b>\n", (1, 1))]
     figures = Figures(tmp_path, lambda _: np.zeros((1, 1, 3), np.uint8))
-    made = {to: assemble("x", pages, to, figures, has_doctags=False) for to in ("markdown", "html", "json", "text")}
+    made = {to: assemble("x", pages, to, figures) for to in ("markdown", "html", "json", "text")}
     assert made["markdown"] == f"{pages[0].text}\n\n<b>Two</b>\n"
     assert "<td>1</td>" in made["html"] and "&lt;b&gt;Two" in made["html"]
     assert [each["page"] for each in json.loads(made["json"])["pages"]] == [1, 2]
     with pytest.raises(OptionError, match="writes Markdown, not DocTags"):
-        assemble("x", pages, "doctags", figures, has_doctags=False)
+        assemble("x", pages, "doctags", figures)
 
 
 def test_figures_are_cropped_beside_the_document(tmp_path: Path) -> None:
@@ -121,11 +122,52 @@ def test_figures_are_cropped_beside_the_document(tmp_path: Path) -> None:
     figure = "<picture><loc_100><loc_125><loc_400><loc_250></picture>"
     tags = f"<doctag>{figure}<text><loc_0><loc_0><loc_9><loc_9>Hi</text></doctag>"
     figures = Figures(tmp_path / "a_artifacts", lambda _: sheet)
-    made = assemble("a", [PageText(4, tags, (100, 200))], "markdown", figures, has_doctags=True)
+    made = assemble("a", [PageText(4, tags, (100, 200))], "markdown", figures, "doctags")
     assert "](a_artifacts/page-4-figure-1.png)" in made and "Hi" in made
     crop = np.asarray(Image.open(tmp_path / "a_artifacts" / "page-4-figure-1.png").convert("RGB"))
     assert crop.shape == (50, 60, 3) and (crop == (200, 0, 0)).all()
-    assert "base64" not in assemble("a", [PageText(4, tags, (100, 200))], "json", figures, has_doctags=True)
+    assert "base64" not in assemble("a", [PageText(4, tags, (100, 200))], "json", figures, "doctags")
+
+
+HEAD = '<location value="0"/><location value="128"/><location value="512"/><location value="256"/>'
+DOCLANG = (
+    f'<doclang><heading level="2">{HEAD}Pump & valve</heading><picture>{HEAD}</picture>'
+    "<table><ched/>gauge<ched/>bar<nl/><fcel/>left<fcel/>42.7<nl/></table>"
+    "<text>The pressure is 4.2 bar.</text></doclang>"
+)
+
+
+def test_a_page_of_doclang_becomes_every_format(tmp_path: Path) -> None:
+    """Places are pixels of the page, of which DocLang counts 512 a side; figures are cropped."""
+    sheet = np.full((200, 100, 3), 255, np.uint8)
+    sheet[50:100] = (200, 0, 0)
+    figures = Figures(tmp_path / "a_artifacts", lambda _: sheet)
+    pages = [PageText(number, f"Here it is: {DOCLANG} Done.", (100, 200)) for number in (4, 5)]
+    made = {to: assemble("a", pages, to, figures, "doclang") for to in ("markdown", "html", "json", "text")}
+    assert made["markdown"].count("Pump &amp; valve") == 2
+    assert made["markdown"].count("| left    |  42.7 |") == 2
+    assert "](a_artifacts/page-5-figure-1.png)" in made["markdown"]
+    assert "<td>left</td>" in made["html"] and "4.2 bar" in made["text"]
+    crop = np.asarray(Image.open(tmp_path / "a_artifacts" / "page-4-figure-1.png").convert("RGB"))
+    assert crop.shape == (50, 100, 3) and (crop == (200, 0, 0)).all()
+    document = json.loads(made["json"])
+    assert document["pages"]["2"]["size"] == {"width": 100, "height": 200}
+    box = document["texts"][0]["prov"][0]["bbox"]
+    assert [box[side] for side in "ltrb"] == [0, 50, 100, 100]
+    with pytest.raises(OptionError, match="writes DocLang, not DocTags"):
+        assemble("a", pages, "doctags", figures, "doclang")
+
+
+def test_a_page_of_doclang_that_was_cut_is_read_up_to_there() -> None:
+    for end in range(len("<doclang><he"), len(DOCLANG), 5):
+        words = read_doclang(DOCLANG[:end], "a", (100, 200)).export_to_markdown()
+        assert ("valve" in words) == ("valve" in DOCLANG[:end]), end
+        assert ("| left" in words) == ("left" in DOCLANG[:end]), end
+
+
+def test_what_is_no_doclang_is_words() -> None:
+    document = read_doclang("<doclang><text>Pump</heading> 12", "a", (100, 200))
+    assert "Pump  12" in document.export_to_text()
 
 
 BAD = {

@@ -155,7 +155,8 @@ def test_every_list_knows_a_model_before_it_is_loaded(vlm: VLM, other: Loads, ex
         assert other.count == 0
         answered(server, model="other")
         assert get(server, "/api/tags")["models"][1] == entry
-        assert get(server, "/v1/models/other") == {**card, "status": {"value": "loaded"}}
+        told = card["capabilities"] | {"thinking": False}  # its tokenizer says so
+        assert get(server, "/v1/models/other") == {**card, "capabilities": told, "status": {"value": "loaded"}}
         assert metrics(server)["edgevlm_model_loaded,model=other"] == 1
 
 

@@ -56,9 +56,10 @@ def convert(
 ) -> None:
     """Convert FILES of pages to documents: PDFs, TIFFs of many pages, pictures, and folders of these.
 
-    Page by page a model reads them, so choose one that has learned to: granite-docling writes DocTags, which become any
-    of the formats, with tables as tables, formulas as LaTeX, and figures cropped beside the document; the bundled model
-    cannot read pages. Any other model is asked for Markdown. PDFs and DocTags need pip install 'edgevlm[convert]'.
+    Page by page a model reads them, so choose one that has learned to: granite-docling writes DocTags and
+    granite-for-docling DocLang, which become any of the formats, with tables as tables, formulas as LaTeX, and figures
+    cropped beside the document; the bundled model cannot read pages. Any other model is asked for Markdown. PDFs,
+    DocTags and DocLang need pip install 'edgevlm[convert]'.
 
     Killed or run again, it goes on where it was: what was read of NAME is kept in NAME.pages.jsonl, also for another
     format. A file or a page that cannot be read is told in one line, harms no other, and the exit code is then 1.

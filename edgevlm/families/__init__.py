@@ -31,8 +31,10 @@ def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+    "granite_docling": partial(_load, "granite_docling", "GraniteDocling"),
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),
+    "lighton_ocr": partial(_load, "lighton_ocr", "LightOnOcr"),
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
     "qwen2_5_vl": partial(_load, "qwen_vl", "QwenVL"),

@@ -164,6 +164,15 @@ DOCTAGS_PROMPTS = {
     "code": "Convert code to text.",
 }
 """The instructions of granite-docling's model card."""
+DOCLANG_PROMPTS = {
+    "page": "<doclang>",
+    "text": "<doclang> [<ocr>]",
+    "table": "<doclang> [<table>]",
+    "formula": "<doclang> [<formula>]",
+    "chart": "<doclang> [<chart>]",
+    "code": "<doclang> [<code>]",
+}
+"""Those of granite-for-docling in transformers' documentation."""
 
 
 class Family:
@@ -191,6 +200,8 @@ class Family:
     """What the model is asked about a page for each task, where it answers in Markdown."""
     doctags_prompts: Mapping[str, str] = MappingProxyType(DOCTAGS_PROMPTS)
     """The same for a model whose answers are DocTags."""
+    doclang_prompts: Mapping[str, str] = MappingProxyType(DOCLANG_PROMPTS)
+    """The same for a model whose answers are DocLang."""
     grounding: Grounding | None = None
     """How the model writes places in a picture; None where no convention is known."""
 
@@ -262,3 +273,16 @@ class Family:
     ) -> LanguageInputs:
         """Return positions and extra inputs of a prompt, its pictures in order."""
         return LanguageInputs(np.arange(len(ids), dtype=np.int64)[None])
+
+    def deeper_features(self, ids: npt.NDArray[np.int64], features: Sequence[Arrays]) -> dict[str, Array]:
+        """Return the encoder's outputs besides `image_embeds`, for deeper layers of the decoder, of a prompt.
+
+        They are `(n, D)` by name, and zero at text.
+        """
+        shown = self.image_rows(ids)
+        deeper: dict[str, Array] = {}
+        for name in (name for name in (features[0] if features else {}) if name != IMAGE_EMBEDS):
+            rows = np.concatenate([each[name] for each in features])
+            deeper[name] = np.zeros((len(ids), *rows.shape[1:]), rows.dtype)
+            deeper[name][shown] = rows
+        return deeper

@@ -18,7 +18,7 @@ from edgevlm.errors import ImageError, OptionError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import image_suffixes
 from edgevlm.inputs.pages import DPI, Document, open_document
-from edgevlm.jobs.documents import SUFFIXES, Figures, PageText, Target, assemble
+from edgevlm.jobs.documents import MARKUP, SUFFIXES, Figures, Markup, PageText, Target, assemble
 from edgevlm.jobs.jsonl import Row, beside, writing
 from edgevlm.jobs.spec import ROW_ERRORS, Defaults, Job, job_key
 from edgevlm.jobs.work_queue import WorkQueue, noop
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 4096
 """Of a page."""
-_DOCTAG = "<doctag>"
 OnProgress = Callable[[int, int], object]
 """Called with the pages done and the pages in all."""
 
@@ -130,12 +129,13 @@ class PageReader:
 def page_prompts(vlm: VLM) -> Mapping[str, str]:
     """Return what a model is asked for each task."""
     family = vlm.processor.family
-    return family.doctags_prompts if writes_doctags(vlm) else family.page_prompts
+    prompts = {"doclang": family.doclang_prompts, "doctags": family.doctags_prompts, None: family.page_prompts}
+    return prompts[markup_of(vlm)]
 
 
-def writes_doctags(vlm: VLM) -> bool:
-    """Tell whether a model writes DocTags."""
-    return _DOCTAG in vlm.manifest.text_tokens
+def markup_of(vlm: VLM) -> Markup | None:
+    """Return what a model writes of a page, None for Markdown."""
+    return next((markup for tag, markup in MARKUP.items() if tag in vlm.manifest.text_tokens), None)
 
 
 def convert(
@@ -253,7 +253,7 @@ def _write(
     path = beside(stem, SUFFIXES[conversion.target])
     figures = Figures(beside(stem, "_artifacts"), lambda number: document.page(number, conversion.dpi))
     with writing(path):
-        text = assemble(stem.name, pages, conversion.target, figures, has_doctags=writes_doctags(reader.vlm))
+        text = assemble(stem.name, pages, conversion.target, figures, markup_of(reader.vlm))
         made = beside(path, ".part")
         made.write_text(text, encoding="utf-8", newline="\n")
         made.replace(path)

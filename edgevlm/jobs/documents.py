@@ -1,11 +1,11 @@
 """What a model wrote of each page, put together as one document: Markdown, HTML, JSON, DocTags or text.
 
-DocTags are read and written by docling-core, an optional dependency.
+DocTags and DocLang are read by docling-core, an optional dependency, which writes what becomes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -14,12 +14,16 @@ from PIL import Image
 
 from edgevlm.errors import OptionError
 from edgevlm.families.base import RGB
+from edgevlm.jobs.doclang import crop_figures, read_doclang
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
     from docling_core.types.doc.document import DoclingDocument
     from docling_core.types.doc.items.picture.picture import PictureItem
 
+Markup: TypeAlias = Literal["doclang", "doctags"]
+MARKUP: Mapping[str, Markup] = {"<doclang>": "doclang", "<doctag>": "doctags"}
+"""What a model writes whose vocabulary has that tag."""
 Target: TypeAlias = Literal["markdown", "html", "json", "doctags", "text"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 SUFFIXES: dict[Target, str] = {
@@ -53,18 +57,23 @@ class Figures:
     """Return the picture of a page."""
 
 
-def assemble(name: str, pages: Sequence[PageText], target: Target, figures: Figures, *, has_doctags: bool) -> str:
+def assemble(
+    name: str, pages: Sequence[PageText], target: Target, figures: Figures, markup: Markup | None = None
+) -> str:
     """Return the document; figures are written beside it, as it refers to them.
+
+    `markup` is what the model writes, None for Markdown.
 
     Raises `OptionError` for a target that the model's answers cannot become, and without docling-core.
     """
     if target == "doctags":
-        if not has_doctags:
-            raise OptionError("this model writes Markdown, not DocTags; choose --to markdown, html, json or text")
+        if markup != "doctags":
+            found = "DocLang" if markup else "Markdown"
+            raise OptionError(f"this model writes {found}, not DocTags; choose --to markdown, html, json or text")
         return "\n".join(page.text.strip() for page in pages) + "\n"
-    if not has_doctags:
+    if markup is None:
         return _of_markdown(name, pages, target)
-    return _written(_read(name, pages, figures), target, figures)
+    return _written(_read(name, pages, figures, markup), target, figures)
 
 
 def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
@@ -79,19 +88,15 @@ def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
     return _PAGE_BREAK.join(texts) + "\n"
 
 
-def _read(name: str, pages: Sequence[PageText], figures: Figures) -> DoclingDocument:
-    """Return pages of DocTags as one document, which holds no page's picture, and its figures by their paths."""
+def _read(name: str, pages: Sequence[PageText], figures: Figures, markup: Markup) -> DoclingDocument:
+    """Return pages of markup as one document, which holds no page's picture, and its figures by their paths."""
     try:
-        from docling_core.types.doc.doctags import DocTagsDocument
         from docling_core.types.doc.document import DoclingDocument
     except ImportError:
         raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'") from None
     read = []
     for page in pages:
-        has_figures = any(tag in page.text for tag in _FIGURE_TAGS)
-        sheet = Image.fromarray(figures.page(page.number)) if has_figures else Image.new("1", page.size)
-        tags = DocTagsDocument.from_doctags_and_image_pairs([page.text], [sheet])
-        document = DoclingDocument.load_from_doctags(tags, document_name=name)
+        document = (_of_doclang if markup == "doclang" else _of_doctags)(name, page, figures)
         for item in document.pages.values():
             item.image = None
         for index, picture in enumerate(document.pictures, 1):
@@ -100,6 +105,23 @@ def _read(name: str, pages: Sequence[PageText], figures: Figures) -> DoclingDocu
     whole = DoclingDocument.concatenate(read)
     whole.name = name
     return whole
+
+
+def _of_doctags(name: str, page: PageText, figures: Figures) -> DoclingDocument:
+    from docling_core.types.doc.doctags import DocTagsDocument
+    from docling_core.types.doc.document import DoclingDocument
+
+    has_figures = any(tag in page.text for tag in _FIGURE_TAGS)
+    sheet = Image.fromarray(figures.page(page.number)) if has_figures else Image.new("1", page.size)
+    tags = DocTagsDocument.from_doctags_and_image_pairs([page.text], [sheet])
+    return DoclingDocument.load_from_doctags(tags, document_name=name)
+
+
+def _of_doclang(name: str, page: PageText, figures: Figures) -> DoclingDocument:
+    document = read_doclang(page.text, name, page.size)
+    if document.pictures:
+        crop_figures(document, Image.fromarray(figures.page(page.number)))
+    return document
 
 
 def _put_beside(picture: PictureItem, folder: Path, name: str) -> None:

@@ -19,6 +19,9 @@ class Reference:
     torchvision for their video parts.
     """
 
+    strip = 9
+    """Rows of the flat strip in the suite; there are references that take none which they shrink to nothing."""
+
     def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any]) -> None:
         import torch
         from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
@@ -38,6 +41,10 @@ class Reference:
         )
         pictures = {"images": [list(images)]} if images else {}
         return dict(self.processor(text=[text], return_tensors="pt", **pictures))
+
+    def pixels(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Return what the vision model is given of all pictures, in the order of the views made here, flat."""
+        return np.asarray(inputs["pixel_values"].numpy()).ravel()
 
     def positions(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Return the position ids that the model gives a prompt, `(axes, S)`."""

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import idefics3, internvl, llava, llava_onevision, qwen_vl
+from edgevlm_export.families import granite_docling, idefics3, internvl, lighton_ocr, llava, llava_onevision, qwen_vl
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -22,8 +22,10 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, FamilyExporter] = {
+    "granite_docling": granite_docling.EXPORTER,
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
+    "lighton_ocr": lighton_ocr.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,

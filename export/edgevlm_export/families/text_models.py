@@ -54,6 +54,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096 * 32,
         "sliding_window": 4096,
     },
+    "granite_docling_text": _LLAMA
+    | {
+        "vocab_size": 133800,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 32768,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.015625,
+        "residual_multiplier": 0.263,
+        "logits_scaling": 4.0,
+    },
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
     "qwen2_vl_text": _QWEN2_VL,
@@ -179,7 +194,25 @@ def read_qwen3_vl(text: ConfigReader, names: Names) -> Decoder:
     return make_decoder(text, names, qkv_bias=bias, o_bias=bias, qk_norm=True, mrope=mrope)
 
 
+def read_granite(text: ConfigReader, names: Names) -> Decoder:
+    """Llama with four scalars: of embeddings, of attention scores, of what each mixer and MLP adds, and of logits."""
+    _refuse_sliding_windows(text, always=False)
+    bias = text.flag("attention_bias")
+    decoder = make_decoder(
+        text,
+        names,
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=text.flag("mlp_bias"),
+        attention_scale=text.number("attention_multiplier"),
+        residual_multiplier=text.number("residual_multiplier"),
+    )
+    embedding, logits = text.number("embedding_multiplier"), text.number("logits_scaling")
+    return replace(decoder, embedding_multiplier=embedding, logits_scaling=logits)
+
+
 TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
+    "granite_docling_text": read_granite,
     "llama": read_llama,
     "mistral": read_mistral,
     "qwen2": read_qwen2,
@@ -201,6 +234,8 @@ def make_decoder(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     mrope: MRope | None = None,
+    attention_scale: float | None = None,
+    residual_multiplier: float = 1.0,
 ) -> Decoder:
     """Return a decoder whose layers are all alike: Llama's, with biases, norms and RoPE as asked for."""
     hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
@@ -215,7 +250,7 @@ def make_decoder(
         )
         q_norm, k_norm = (Norm(f"{at}.{name}_norm", head_dim, eps) if qk_norm else None for name in "qk")
         o = Linear(f"{at}.o_proj", hidden, heads * head_dim, o_bias)
-        return Attention(q, k, v, o, heads, kv_heads, head_dim, rope, q_norm, k_norm)
+        return Attention(q, k, v, o, heads, kv_heads, head_dim, rope, q_norm, k_norm, scale=attention_scale)
 
     def mlp(at: str) -> GatedMLP:
         gate, up = (Linear(f"{at}.{name}_proj", inner, hidden, mlp_bias) for name in ("gate", "up"))
@@ -223,7 +258,8 @@ def make_decoder(
 
     def layer(at: str) -> Layer:
         before, after = (Norm(f"{at}.{name}_layernorm", hidden, eps) for name in ("input", "post_attention"))
-        return Layer(at, before, attention(f"{at}.self_attn"), after, mlp(f"{at}.mlp"))
+        mixer = attention(f"{at}.self_attn")
+        return Layer(at, before, mixer, after, mlp(f"{at}.mlp"), residual_multiplier=residual_multiplier)
 
     layers = tuple(layer(f"{names.prefix}.layers.{index}") for index in range(text.size("num_hidden_layers")))
     table = Embedding(f"{names.prefix}.embed_tokens", vocab, hidden)

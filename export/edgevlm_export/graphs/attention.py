@@ -43,6 +43,8 @@ class Attention:
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     """RMSNorms over each head's channels, before the rotation."""
+    scale: float | None = None
+    """What scores are multiplied by, 1 / sqrt(head_dim) where it is None."""
 
     def states(self, index: int) -> dict[str, State]:
         """Return the states of layer `index` by name."""
@@ -65,7 +67,7 @@ class Attention:
         for kind, new in (("key", k), ("value", v)):
             values[cache_name(index, kind)] = named(new, f"{cache_name(index, kind)}/new")
         k, v = repeat_heads(k, self), repeat_heads(v, self)
-        scale = np.float32(head_dim**-0.5)
+        scale = np.float32(self.scale or head_dim**-0.5)
         mixed = opset.scaled_dot_product_attention(q, k, v, values["attention_bias"], scale, causal=False)
         return linear(from_heads(mixed, heads * head_dim), constants, self.o_proj)
 

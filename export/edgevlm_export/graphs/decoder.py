@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from edgevlm.runtime.core import import_openvino
 from edgevlm_export.graphs.attention import causal_bias
 from edgevlm_export.graphs.constants import Constants, Output, named
-from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, split
+from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, scaled, split
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
@@ -56,6 +58,8 @@ class Layer:
     mixer: Mixer
     mlp_norm: Norm
     mlp: GatedMLP
+    residual_multiplier: float = 1.0
+    """Of what mixer and MLP add."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ class Decoder:
     deepstack: int = 0
     """After so many of the first layers features of the pictures' earlier layers are added: DeepStack
     (https://arxiv.org/abs/2406.04334)."""
+    embedding_multiplier: float = 1.0
+    """Of `inputs_embeds`, before the first layer."""
+    logits_scaling: float = 1.0
+    """What the logits are divided by."""
 
     @property
     def hidden_size(self) -> int:
@@ -83,7 +91,7 @@ def language_graph(decoder: Decoder) -> Graph:
     added after layer K.
     """
     ropes = list({rope.name: rope for layer in decoder.layers if (rope := layer.mixer.rope)}.values())
-    start = Stage(partial(rope_and_mask, ropes))
+    start = Stage(partial(rope_and_mask, ropes, decoder.embedding_multiplier))
     extras = [deepstack_name(index) for index in range(decoder.deepstack)]
     layers: list[Stage] = []
     for index, layer in enumerate(decoder.layers):
@@ -113,13 +121,13 @@ def text_embeddings_graph(decoder: Decoder) -> Graph:
     return Graph(inputs, [Stage(look_up, (decoder.embed_tokens,))], "inputs_embeds", "inputs_embeds")
 
 
-def rope_and_mask(ropes: Sequence[Rope], values: Values, constants: Constants) -> None:  # noqa: ARG001
-    """Set what all layers share: cosines and sines of each RoPE, and the causal mask."""
+def rope_and_mask(ropes: Sequence[Rope], multiplier: float, values: Values, constants: Constants) -> None:  # noqa: ARG001
+    """Set what all layers share, cosines and sines of each RoPE and the causal mask, and the first `hidden_states`."""
     for rope in ropes:
         cos, sin = rope.names
         values[cos], values[sin] = rotations(values["position_ids"], rope)
     values["attention_bias"] = causal_bias(values["inputs_embeds"], values["attention_mask"])
-    values.outputs["hidden_states"] = values["inputs_embeds"]
+    values.outputs["hidden_states"] = scaled(values["inputs_embeds"], multiplier)
 
 
 def decoder_layer(layer: Layer, index: int, values: Values, constants: Constants) -> None:
@@ -127,9 +135,11 @@ def decoder_layer(layer: Layer, index: int, values: Values, constants: Constants
     opset = import_openvino().opset13
     x = values["hidden_states"]
     normal = rms_norm(x, constants, layer.input_norm)
-    x = opset.add(x, layer.mixer.mix(normal, index, values, constants))
+    mixed = layer.mixer.mix(normal, index, values, constants)
+    x = opset.add(x, scaled(mixed, layer.residual_multiplier))
     normal = rms_norm(x, constants, layer.mlp_norm)
-    values["hidden_states"] = named(opset.add(x, gated_mlp(normal, layer.mlp, constants)), layer.name)
+    inner = gated_mlp(normal, layer.mlp, constants)
+    values["hidden_states"] = named(opset.add(x, scaled(inner, layer.residual_multiplier)), layer.name)
 
 
 def deepstack_name(index: int) -> str:
@@ -155,4 +165,6 @@ def lm_head(decoder: Decoder, values: Values, constants: Constants) -> None:
     opset = import_openvino().opset13
     normal = rms_norm(values["hidden_states"], constants, decoder.norm)
     weight = constants.matrix(f"{decoder.lm_head.name}.weight")
-    values["logits"] = named(opset.matmul(normal, weight, False, True), "lm_head")
+    logits = named(opset.matmul(normal, weight, False, True), "lm_head")
+    divisor = np.float32(decoder.logits_scaling)
+    values["logits"] = logits if divisor == 1 else opset.divide(logits, divisor)

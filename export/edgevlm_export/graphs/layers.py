@@ -57,6 +57,11 @@ def patch_embedding(pixel_values: Output, constants: Constants, patches: PatchCo
     return opset.transpose(row, np.array([0, 2, 1]))
 
 
+def scaled(x: Output, factor: float) -> Output:
+    """Return x * factor, `x` itself where that is 1."""
+    return x if factor == 1 else import_openvino().opset13.multiply(x, np.float32(factor)).output(0)
+
+
 def activation(x: Output, name: str) -> ov.Node:
     """The activation function that a config calls `name`."""
     opset = import_openvino().opset13

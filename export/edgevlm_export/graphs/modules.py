@@ -79,6 +79,11 @@ class PatchConvolution:
     size: int
     bias: bool = True
 
+    @property
+    def values(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.size**2
+
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield names and shapes."""
         yield f"{self.name}.weight", (self.hidden, self.channels, self.size, self.size)

@@ -35,8 +35,12 @@ _TOKENIZER_FILES = (
 )
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder a PEFT adapter."""
-_DOCTAG = re.compile(r"</?[a-z][a-z0-9_]*>?")
 _PLACE = re.compile(r"<(loc|seg)_?\d+>")
+_MARKUP: Mapping[str, re.Pattern[str]] = {
+    "<doclang>": re.compile(r"(</?[a-z][^<>|]*>?)+|<!\[CDATA\[|\]\]>|\"/>"),
+    "<doctag>": re.compile(r"</?[a-z][a-z0-9_]*>?"),
+}
+"""The special tokens of a vocabulary that has this one; a token of DocLang may be several tags, or part of one."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES: Mapping[str, tuple[str, ...]] = {
@@ -165,10 +169,11 @@ class Checkpoint:
     def text_tokens(self, written: str) -> tuple[str, ...]:
         """Return the special tokens that are part of an answer: markup and places, which its reader needs.
 
-        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`), but for what the
-        tokenizer's files name or the prompt is made of: `written` is all that templates and image blocks write.
+        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`) or DocLang
+        (`<doclang>`), but for what the tokenizer's files name or the prompt is made of: `written` is all that templates
+        and image blocks write.
         """
-        pattern = _DOCTAG if "<doctag>" in self.added_tokens else _PLACE
+        pattern = next((each for name, each in _MARKUP.items() if name in self.added_tokens), _PLACE)
         control = {*self.named_tokens.values()}
         return tuple(
             name

@@ -11,6 +11,7 @@ import mmap
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -111,10 +112,14 @@ class Weights(Tensors):
         super().__init__(checkpoint.weight_files())
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`."""
+        """Check that the checkpoint has these tensors and no others but `unused`, or such by pattern (`mtp.*`).
+
+        Raises `SourceError`.
+        """
         for name, shape in shapes.items():
             self._check(name, shape)
-        unknown = sorted(self._entries.keys() - shapes.keys() - set(unused))
+        others = sorted(self._entries.keys() - shapes.keys() - set(unused))
+        unknown = [name for name in others if not any(fnmatchcase(name, pattern) for pattern in unused)]
         if found := next((name for name in unknown if not _BUFFERS.search(name)), None):
             raise SourceError(
                 f"the checkpoint holds weights that its config has no place for, such as {found};"
