@@ -85,6 +85,7 @@ FACTS: dict[str, dict[str, Any]] = {
     },
     "qwen2_vl": {"model_type": "qwen2_vl", **QWEN_VL},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl", "window_size": 4 * TILE, **QWEN_VL},
+    "qwen3_5": {"model_type": "qwen3_5", "table_side": 8, **QWEN_VL},
     "qwen3_vl": {"model_type": "qwen3_vl", "table_side": 8, **QWEN_VL},
 }
 LEAST = {
@@ -97,6 +98,7 @@ LEAST = {
     "llava_onevision": 17,
     "qwen2_vl": 4,
     "qwen2_5_vl": 4,
+    "qwen3_5": 4,
     "qwen3_vl": 4,
 }
 SIZES = [(20, 30), (TILE, TILE), (64, 96), (100, 250), (250, 90), (400, 400)]

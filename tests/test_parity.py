@@ -70,7 +70,7 @@ def check_parity(reference: Reference, vlm: VLM, images: list[np.ndarray]) -> No
     np.testing.assert_allclose(prompt.inputs_embeds[0, places], image_embeds, atol=1e-4)
     assert np.ptp(logits) > 5  # logits flat enough to agree by accident would prove nothing
     found = vlm.language_model.session().prefill(prompt.inputs_embeds, len(prompt), inputs=prompt.inputs)
-    np.testing.assert_allclose(found, logits, atol=1e-4)
+    np.testing.assert_allclose(found, logits, atol=reference.logits_atol)
     check_tokens(vlm, images, reference.generate(images, QUESTION, TOKENS))
 
 
@@ -92,7 +92,8 @@ def test_a_second_question_reuses_the_first_s_prefix(pair: tuple[Reference, VLM]
     assert wanted.ask(QUESTION, photograph("china.jpg")).token_ids == first.token_ids
     wanted._vlm = VLM(vlm.folder, F32)
     assert wanted.ask("And the number?").token_ids == second.token_ids
-    assert second.cached_tokens >= first.prompt_tokens - 1
+    if vlm.manifest.decoder_traits.rewindable:  # else only where the answer's text makes the tokens that it was
+        assert second.cached_tokens >= first.prompt_tokens - 1
     assert second.cached_views == second.views == first.views
     assert second.image_tokens == first.image_tokens
 

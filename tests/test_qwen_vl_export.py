@@ -1,4 +1,4 @@
-"""The graphs of Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers, on inputs that its own functions make."""
+"""The graphs of Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 against transformers, on inputs of its own functions."""
 
 from __future__ import annotations
 
@@ -33,8 +33,10 @@ from edgevlm_export.source.safetensors_reader import Weights
 from tests.conftest import F32, noise
 from tests.families.qwen_vl import (
     NAMES,
+    OF_QWEN3,
     PATCH,
     TEMPLATE,
+    TEXT,
     QwenReference,
     as_published,
     make_checkpoint,
@@ -152,13 +154,15 @@ def in_bfloat16(checkpoint: Path, folder: Path) -> Path:
 
 def yarn(kind: str) -> dict[str, Any]:
     """RoPE stretched as the model cards advise for long texts."""
-    sections = [6, 5, 5] if kind == "qwen3_vl" else [2, 3, 3]
-    stated = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "mrope_section": sections}
-    return {**stated, "rope_theta": 10000.0, **({"mrope_interleaved": True} if kind == "qwen3_vl" else {})}
+    stated = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    return {**TEXT[kind]["rope_parameters"], **stated}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", KINDS)
+OF_EACH = [(kind, each) for kind in KINDS for each in VARIANTS if kind != "qwen3_5" or each not in ("saved", "held")]
+"""Published tensors of Qwen3.5 are called as they are held, and the tied variant is saved by transformers 5."""
+
+
+@pytest.mark.parametrize(("kind", "variant"), OF_EACH)
 def test_features_and_logits_are_those_of_transformers(kind: str, variant: str, folder: Path) -> None:
     """Without pictures, with one and with two, read at once and in two pieces, the cut within a picture."""
     checkpoint = VARIANTS[variant](folder, kind)
@@ -173,7 +177,8 @@ def test_features_and_logits_are_those_of_transformers(kind: str, variant: str, 
                 np.testing.assert_allclose(one, other, atol=1e-4)
         logits = reference.logits(inputs)
         for cuts in ([], [7]):
-            np.testing.assert_allclose(model.logits(reference, inputs, features, cuts), logits, atol=1e-4)
+            found = model.logits(reference, inputs, features, cuts)
+            np.testing.assert_allclose(found, logits, atol=reference.logits_atol)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,6 +205,7 @@ def test_inputs_and_outputs_are_what_the_runtime_expects(kind: str, folder: Path
         "qwen2_vl": {},
         "qwen2_5_vl": {"window_index": [-1, -1], "window_ids": [-1, -1]},
         "qwen3_vl": {"table_indices": [-1, 4, -1], "table_weights": [-1, 4, -1]},
+        "qwen3_5": {"table_indices": [-1, 4, -1], "table_weights": [-1, 4, -1]},
     }
     assert model.inputs[VISION] == {name: PartialShape(shape) for name, shape in {**patches, **own[kind]}.items()}
     extras = ["deepstack_embeds.0", "deepstack_embeds.1"] if kind == "qwen3_vl" else []
@@ -207,10 +213,12 @@ def test_inputs_and_outputs_are_what_the_runtime_expects(kind: str, folder: Path
     shapes |= {name: [-1, -1, 64] for name in extras}
     assert model.inputs[LANGUAGE] == {name: PartialShape(shape) for name, shape in shapes.items()}
     assert [each.get_any_name() for each in model.compiled[VISION].outputs] == ["image_embeds", *extras]
-    assert model.architecture.traits == DecoderTraits(position_axes=3)
+    assert model.architecture.traits == DecoderTraits(
+        position_axes=3, recurrent=kind == "qwen3_5", rewindable=kind != "qwen3_5"
+    )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3_5"])
 def test_the_parts_run_fused(kind: str, folder: Path) -> None:
     """Of both parts every attention is one node, every norm, every rotation of q and of k.
 
@@ -323,6 +331,23 @@ def test_an_export_in_pieces_is_verified(kind: str, folder: Path, tmp_path: Path
             "builds no vision_config.rope_parameters.factor",
         ),
         ("qwen3_vl", "config.json", "text_config", {"num_hidden_layers": 1}, "more than the decoder's layers"),
+        ("qwen3_5", "config.json", "", {"vision_config": None}, "is a text model of Qwen3.5"),
+        ("qwen3_5", "config.json", "", {"language_model_only": True}, "is a text model of Qwen3.5"),
+        ("qwen3_5", "config.json", "", {"quantization": {"bits": 4}}, "quantized already"),
+        ("qwen3_5", "config.json", "vision_config", {"deepstack_visual_indexes": [0]}, "with deepstack_visual_indexes"),
+        ("qwen3_5", "config.json", "text_config", {"attn_output_gate": False}, "with attn_output_gate false"),
+        ("qwen3_5", "config.json", "text_config", {"output_gate_type": "sigmoid"}, "output_gate_type 'sigmoid'"),
+        ("qwen3_5", "config.json", "text_config", {"mamba_ssm_dtype": "float16"}, "in float32, not in 'float16'"),
+        ("qwen3_5", "config.json", "text_config", {"mlp_only_layers": [0]}, "as mlp_only_layers [0] asks"),
+        ("qwen3_5", "config.json", "text_config", {"layer_types": ["full_attention"]}, "must be 4 types of layers"),
+        ("qwen3_5", "config.json", "text_config", {"layer_types": ["linear_attention"] * 4}, "full_attention among"),
+        ("qwen3_5", "config.json", "text_config", {"layer_types": ["mamba"] * 4}, "layers of type mamba"),
+        ("qwen3_5", "config.json", "text_config", {"linear_num_value_heads": 3}, "3 value heads cannot share 2 key"),
+        ("qwen3_5", "config.json", "text_config", {"linear_conv_kernel_dim": 1}, "with linear_conv_kernel_dim 1"),
+        ("qwen3_5", "config.json", "text_config", {"jev_qk_normalization": "x"}, "does not know text_config.jev_qk_"),
+        ("qwen3_5", "config.json", "rope", {"partial_rotary_factor": 0.1}, "partial_rotary_factor 0.1 makes no pairs"),
+        ("qwen3_5", "config.json", "rope", {"partial_rotary_factor": 0.25}, "three numbers that make 4 together"),
+        ("qwen3_vl", "config.json", "rope", {"partial_rotary_factor": 0.5}, "RoPE over a part of each head"),
         ("qwen2_vl", "config.json", "text_config", {"use_sliding_window": True, "sliding_window": 64}, "of 64 tokens"),
         (
             "qwen2_vl",
@@ -474,6 +499,36 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, **_HALF},
     ),
+    "Qwen__Qwen3.5-0.8B": (
+        {
+            "model_type": "qwen3_5",
+            "text_config": {
+                "model_type": "qwen3_5_text",
+                "hidden_size": 1024,
+                "intermediate_size": 3584,
+                "linear_num_value_heads": 16,
+                "max_position_embeddings": 262144,
+                "num_attention_heads": 8,
+                "num_hidden_layers": 24,
+                "num_key_value_heads": 2,
+                "rope_parameters": {
+                    "mrope_interleaved": True,
+                    "mrope_section": [11, 11, 10],
+                    "rope_type": "default",
+                    "rope_theta": 10000000,
+                },
+            },
+            "tie_word_embeddings": True,
+            "vision_config": {
+                "depth": 12,
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_heads": 12,
+                "out_hidden_size": 1024,
+            },
+        },
+        {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16, **_HALF},
+    ),
 }
 
 
@@ -503,7 +558,7 @@ def test_tensors_and_their_shapes_are_those_of_transformers(name: str, held: boo
     checkpoint = Checkpoint(folder, folder.name, None, read_json(folder / "config.json"))
     kind = checkpoint.model_type
     wanted = {
-        each if held or kind == "qwen3_vl" else published_name(each): tuple(weight.shape)
+        each if held or kind in OF_QWEN3 else published_name(each): tuple(weight.shape)
         for each, weight in model.state_dict().items()
         if each != "lm_head.weight"  # tied
     }
@@ -511,12 +566,16 @@ def test_tensors_and_their_shapes_are_those_of_transformers(name: str, held: boo
     found = architecture(checkpoint, facts, wanted)
     assert dict(found.shapes) == wanted
     assert overlooked([*found.sections, preprocessor]) == {}
-    rope = found.decoder.layers[0].mixer.rope
+    rope = next(rope for layer in found.decoder.layers if (rope := layer.mixer.rope))
+    sections = {"qwen3_vl": ([24, 20, 20], 5e6), "qwen3_5": ([11, 11, 10], 1e7)}
+    counts, theta = sections.get(kind, ([16, 24, 24], 1e6))
     assert rope.axes is not None
-    assert np.bincount(rope.axes).tolist() == ([24, 20, 20] if kind == "qwen3_vl" else [16, 24, 24])
-    assert rope.frequencies[1] ** -64 == pytest.approx(5e6 if kind == "qwen3_vl" else 1e6, rel=1e-5)
-    small = {"qwen2_vl": (3136, None, None), "qwen2_5_vl": (3136, 112, None), "qwen3_vl": (65536, None, 48)}
-    assert (facts["min_pixels"], facts.get("window_size"), facts.get("table_side")) == small[kind]
+    assert np.bincount(rope.axes).tolist() == counts
+    assert rope.frequencies[1] ** -sum(counts) == pytest.approx(theta, rel=1e-5)
+    small = {"qwen2_vl": (3136, None, None), "qwen2_5_vl": (3136, 112, None)}
+    assert (facts["min_pixels"], facts.get("window_size"), facts.get("table_side")) == small.get(
+        kind, (65536, None, 48)
+    )
 
 
 def published_name(name: str) -> str:
@@ -529,7 +588,7 @@ def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
 
     for kind, name in NAMES.items():
         classes = [
-            (getattr(transformers, f"{name}Config")(), exporter._DEFAULTS),
+            (getattr(transformers, f"{name}Config")(), exporter._DEFAULTS[kind]),
             (getattr(transformers, f"{name}VisionConfig")(), exporter._VISION_DEFAULTS[kind]),
             (transformers.Qwen2VLImageProcessorPil(), exporter._PREPROCESSOR_DEFAULTS),
         ]

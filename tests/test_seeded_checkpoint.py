@@ -66,12 +66,46 @@ SMALL = {
             "out_hidden_size": 128,
         },
     },
+    "qwen3.5-0.8b": {
+        "text_config": {
+            "head_dim": 128,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "linear_key_head_dim": 16,
+            "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2,
+            "linear_value_head_dim": 16,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "rope_parameters": {
+                "mrope_interleaved": True,
+                "mrope_section": [6, 5, 5],
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 10000000,
+                "rope_type": "default",
+            },
+        },
+        "vision_config": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+        },
+    },
 }
 """Changes of config.json that leave the vocabulary, the picture's tokens and the structure as they are."""
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("granite-docling-500m", 528e6), ("internvl3-1b", 938e6), ("qwen3-vl-2b", 2127e6)]
+    ("name", "weights"),
+    [
+        ("granite-docling-500m", 528e6),
+        ("internvl3-1b", 938e6),
+        ("qwen3-vl-2b", 2127e6),
+        ("qwen3.5-0.8b", 853e6),
+    ],
 )
 def test_a_shape_has_as_many_weights_as_the_model(name: str, weights: float, tmp_path: Path) -> None:
     shape = read_shape(name)

@@ -35,7 +35,7 @@ from tests.helpers.clips import RATE, make_clip, moving_square, static
 from tests.helpers.json_files import read_json, write_json
 from tests.helpers.serving import request, serving
 
-KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 QUESTION = "What moves?"
 HIGH = ImageBudget("high")
 TOKENS = 8
@@ -59,7 +59,7 @@ class Pair:
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
         self.checkpoint = qwen_vl.make_checkpoint(folder / "saved", kind)
-        self.sizes = {"shortest_edge": 256, "longest_edge": 64 * (200 if kind == "qwen3_vl" else 24)}
+        self.sizes = {"shortest_edge": 256, "longest_edge": 64 * (200 if kind in qwen_vl.OF_QWEN3 else 24)}
         write_json(
             self.checkpoint / "video_preprocessor_config.json",
             {"size": self.sizes, "patch_size": qwen_vl.PATCH, "temporal_patch_size": 2, "merge_size": qwen_vl.MERGE},
@@ -72,13 +72,14 @@ class Pair:
 
     def processor(self) -> Any:
         """Return the reference's processor, its video part included."""
-        made = getattr(transformers, f"{qwen_vl.NAMES[self.kind]}Processor")
+        name = "Qwen3VL" if self.kind in qwen_vl.OF_QWEN3 else qwen_vl.NAMES[self.kind]
+        made = getattr(transformers, f"{name}Processor")
         words = self.reference.processor.tokenizer
         return made(qwen_vl.image_processor(), words, self.video_processor(), chat_template=qwen_vl.TEMPLATE)
 
     def video_processor(self) -> Any:
         """Return the reference's video processor."""
-        name = "Qwen3VLVideoProcessor" if self.kind == "qwen3_vl" else "Qwen2VLVideoProcessor"
+        name = "Qwen3VLVideoProcessor" if self.kind in qwen_vl.OF_QWEN3 else "Qwen2VLVideoProcessor"
         return getattr(transformers, name)(
             size=self.sizes, patch_size=qwen_vl.PATCH, merge_size=qwen_vl.MERGE, cap_pixels_per_frame=False
         )

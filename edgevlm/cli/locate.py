@@ -35,8 +35,8 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 def locate(image: str, phrase: str, output: Path | None, as_json: bool, max_locations: int, **options: Any) -> None:
     """Find PHRASE in the IMAGE and print where it is, in pixels. An IMAGE of - is read from stdin.
 
-    The pixels are those of the picture turned upright. Qwen2-VL, Qwen2.5-VL and Qwen3-VL give boxes, the bundled model
-    gives the point where a drawn shape is.
+    The pixels are those of the picture turned upright. Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 give boxes, the
+    bundled model gives the point where a drawn shape is.
 
     \b
     edgevlm locate shapes.png "the red star"

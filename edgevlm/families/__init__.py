@@ -39,10 +39,11 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
     "qwen2_5_vl": partial(_load, "qwen_vl", "QwenVL"),
     "qwen2_vl": partial(_load, "qwen_vl", "QwenVL"),
+    "qwen3_5": partial(_load, "qwen_vl", "QwenVL"),
     "qwen3_vl": partial(_load, "qwen_vl", "QwenVL"),
     "smolvlm": partial(_load, "idefics3", "Idefics3"),
 }
-LOCATING = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL and the bundled panel"
+LOCATING = "Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5 and the bundled panel"
 """The models whose families have a `grounding`, in words."""
 
 

@@ -144,6 +144,8 @@ class DecoderTraits:
     position_axes: int = 1
     atomic_images: bool = False
     """Image tokens attend to each other both ways: an image is reused whole or not at all."""
+    recurrent: bool = False
+    """A state is made of itself, token after token: rounded to 16 bits it would drift, so a CPU computes in float32."""
     rewindable: bool = True
     """False for state that can be continued and not truncated, such as a convolution's."""
 

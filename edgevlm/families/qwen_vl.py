@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: a picture at its own shape is one view, positions lie on three axes.
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: a picture at its own shape is one view, positions lie on three axes.
 
 A video is one view for each temporal patch of `frames` frames. Which frames, their sizes and arithmetic follow
 `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`, resampling Pillow, one level from torchvision's at the most.
@@ -46,12 +46,14 @@ AUTO_TOKENS, LOW_TOKENS = 1280, 256
 AUTO_VIDEO_TOKENS, LOW_VIDEO_TOKENS = 256, 64
 """Most image tokens of a temporal patch at `detail="auto"` and `"low"`."""
 SAMPLED_FPS = 2.0
-"""Frames sampled for each second: `fps` of `Qwen3VLVideoProcessor`, and of qwen-vl-utils for all three models."""
+"""Frames sampled for each second: `fps` of `Qwen3VLVideoProcessor`, and of qwen-vl-utils for all of them."""
 MIN_FRAMES, MAX_FRAMES, AUTO_FRAMES = 4, 768, 64
 """Fewest and most frames sampled by rate, as in both video processors, and most unless `detail="high"` or asked for."""
 MAX_ASPECT_RATIO = 200
 """Pictures with a longer side beyond this multiple of the shorter are refused, as in the reference's `smart_resize`."""
 
+_OF_QWEN3 = ("qwen3_vl", "qwen3_5")
+"""What has a table of positions, stretched over the picture, and timestamps in videos."""
 GROUNDING = {
     "qwen2_vl": Grounding(
         "Please provide the bounding box coordinate of the region this sentence describes: {phrase}",
@@ -65,8 +67,10 @@ GROUNDING = {
         1000,
     ),
 }
+GROUNDING["qwen3_5"] = GROUNDING["qwen3_vl"]
 """Boxes by model type: per mille in tokens of their own (arXiv:2409.12191, section 2.2); pixels of the resized picture
-(Qwen2.5-VL, arXiv:2502.13923, section 2.2.2) and per mille (Qwen3-VL) in JSON, asked for as in Qwen's own cookbooks."""
+(Qwen2.5-VL, arXiv:2502.13923, section 2.2.2) and per mille (Qwen3-VL and Qwen3.5) in JSON, asked for as in Qwen's own
+cookbooks."""
 
 
 class Grid(NamedTuple):
@@ -117,13 +121,13 @@ class QwenVL(Family):
         self.least_tokens = math.ceil(self.min_pixels / self.unit**2)
         self.resample = Image.Resampling(int(facts["resample"]))
         self.lookup = normalisation(facts)
-        self.table_side = int(facts["table_side"]) if model_type == "qwen3_vl" else None
+        self.table_side = int(facts["table_side"]) if model_type in _OF_QWEN3 else None
         self.window_size = int(facts["window_size"]) if model_type == "qwen2_5_vl" else None
         self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
         self.grounding = GROUNDING[model_type]
         self.vision_start, self.vision_end = str(facts["vision_start"]), str(facts["vision_end"])
-        self.has_timestamps = model_type == "qwen3_vl"
+        self.has_timestamps = model_type in _OF_QWEN3
         """A video's temporal patches are told apart by text, and its bounds of pixels hold for all frames together."""
         if "video" in facts:
             self._set_up_video(facts["video"])
@@ -211,7 +215,7 @@ class QwenVL(Family):
     def image_text(self, layout: Hashable) -> str:
         """Return the image tokens of a picture or a video; those around them are the template's.
 
-        Qwen3-VL has the time of each temporal patch before it: `replace_video_token` of its processor.
+        Qwen3-VL and Qwen3.5 have the time of each temporal patch before it: `replace_video_token` of its processor.
         """
         if isinstance(layout, Clip):
             tokens = self.video_token * layout.grid.tokens
@@ -278,8 +282,9 @@ class QwenVL(Family):
 
         The view is a picture `(H, W, 3)`, or T frames `(T, H, W, 3)`.
 
-        All have `pixel_values` `(1, N, C * T * P * P)` and `patch_positions` `(1, N, 2)`. Qwen3-VL has `table_indices`
-        and `table_weights` `(1, 4, N)` besides, Qwen2.5-VL `window_index` `(1, M)` and `window_ids` `(1, N)`.
+        All have `pixel_values` `(1, N, C * T * P * P)` and `patch_positions` `(1, N, 2)`. Qwen3-VL and Qwen3.5 have
+        `table_indices` and `table_weights` `(1, 4, N)` besides, Qwen2.5-VL `window_index` `(1, M)` and `window_ids`
+        `(1, N)`.
         """
         rows, cols = (side // self.patch_size for side in pixels.shape[-3:-1])
         order = packed_order(rows, cols, self.merge_size)

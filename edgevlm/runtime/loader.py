@@ -71,7 +71,10 @@ class ModelLoader:
 
     @property
     def _properties(self) -> dict[str, Any]:
-        return self.config.language_properties(self.device)
+        properties = self.config.language_properties(self.device)
+        if self.manifest.decoder_traits.recurrent and self.device.startswith("CPU"):
+            properties.setdefault("INFERENCE_PRECISION_HINT", "f32")
+        return properties
 
     def _paged(self) -> ov.CompiledModel | None:
         """Return the LM with paged attention, or None where the device or the graph has none."""

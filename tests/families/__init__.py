@@ -12,6 +12,7 @@ BUILDERS: dict[str, Builder] = {
     "llava_onevision": llava_onevision.BUILDER,
     "qwen2_5_vl": qwen_vl.builder("qwen2_5_vl"),
     "qwen2_vl": qwen_vl.builder("qwen2_vl"),
+    "qwen3_5": qwen_vl.builder("qwen3_5"),
     "qwen3_vl": qwen_vl.builder("qwen3_vl"),
     "smolvlm": idefics3.builder("smolvlm"),
 }

@@ -21,6 +21,8 @@ class Reference:
 
     strip = 9
     """Rows of the flat strip in the suite; there are references that take none which they shrink to nothing."""
+    logits_atol = 1e-4
+    """How near logits are to its own."""
 
     def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any]) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Tiny seeded Qwen2-VL, Qwen2.5-VL and Qwen3-VL checkpoints, and transformers on them."""
+"""Tiny seeded Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 checkpoints, and transformers on them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from tests.helpers.json_files import read_json, write_json
 PATCH, MERGE = 4, 2
 WINDOW = 2 * MERGE * PATCH
 """Two image tokens a side, so that small pictures have several windows."""
-NAMES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}
+NAMES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_5": "Qwen3_5"}
+OF_QWEN3 = ("qwen3_vl", "qwen3_5")
+"""Those with a table of positions for patches, and timestamps in videos."""
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|vision_start|>", "<|vision_end|>"]
 TOKENS += ["<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
 BOX_TOKENS = ["<|box_start|>", "<|box_end|>"]
@@ -39,10 +41,22 @@ _TEXT: dict[str, Any] = {
 }
 _SECTIONED = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
 _INTERLEAVED = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True, "rope_theta": 10000.0}
+_PARTIAL = {"mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
 TEXT: dict[str, dict[str, Any]] = {
     "qwen2_vl": {**_TEXT, "rope_parameters": _SECTIONED},
     "qwen2_5_vl": {**_TEXT, "rope_parameters": _SECTIONED},
     "qwen3_vl": {**_TEXT, "head_dim": 32, "rope_parameters": _INTERLEAVED},
+    "qwen3_5": {
+        **_TEXT,
+        "num_hidden_layers": 4,
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "rope_parameters": {"rope_type": "default", **_PARTIAL},
+    },
 }
 _VISION = {"depth": 3, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": 2}
 VISION: dict[str, dict[str, Any]] = {
@@ -62,6 +76,13 @@ VISION: dict[str, dict[str, Any]] = {
         "intermediate_size": 48,
         "num_position_embeddings": 36,
         "deepstack_visual_indexes": [0, 1],
+    },
+    "qwen3_5": {
+        **_VISION,
+        "hidden_size": 32,
+        "out_hidden_size": 64,
+        "intermediate_size": 48,
+        "num_position_embeddings": 36,
     },
 }
 
@@ -105,6 +126,7 @@ def make_checkpoint(
         text_config={**TEXT[kind], "vocab_size": len(made), **sections.get("text_config", {})},
         vision_config={**VISION[kind], **sections.get("vision_config", {})},
     )
+    transformers.set_seed(7)  # what is left as it is initialised, such as the decay of a delta net
     model = seed_weights(getattr(transformers, f"{NAMES[kind]}ForConditionalGeneration")(config))
     model.generation_config = transformers.GenerationConfig(
         eos_token_id=made.eos_token_id, pad_token_id=made.pad_token_id
@@ -135,9 +157,11 @@ def as_published(checkpoint: Path, folder: Path) -> Path:
     kept = {name: text[name] for name in (*TEXT[kind], "vocab_size", "rms_norm_eps") if name != "rope_parameters"}
     kept["rope_theta"] = rope.pop("rope_theta")
     config["vision_config"] = {**VISION[kind], "model_type": kind, "in_channels": 3}
-    if kind == "qwen3_vl":
-        config["text_config"] = {**kept, "rope_scaling": rope, "model_type": "qwen3_vl_text", "attention_bias": False}
-    else:
+    if kind in OF_QWEN3:
+        config["text_config"] = {**kept, "rope_scaling": rope, "model_type": f"{kind}_text", "attention_bias": False}
+    if kind == "qwen3_5":
+        add_published_extras(folder, config)
+    if kind not in OF_QWEN3:
         rope = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         config |= {**kept, "rope_scaling": rope, "use_sliding_window": False, "sliding_window": 32768}
         config["vision_config"] |= {"in_chans": 3, "spatial_patch_size": PATCH}
@@ -147,6 +171,26 @@ def as_published(checkpoint: Path, folder: Path) -> Path:
         write_json(folder / "preprocessor_config.json", settings)
     write_json(folder / "config.json", config)
     return folder
+
+
+def add_published_extras(folder: Path, config: dict[str, Any]) -> None:
+    """Write what published Qwen3.5 checkpoints hold besides: layers for multi-token prediction, and keys of others."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    norm = tensors["model.language_model.norm.weight"]
+    extras = {f"mtp.{name}.weight": norm.clone() for name in ("norm", "layers.0.input_layernorm")}
+    save_file(tensors | extras, folder / "model.safetensors", {"format": "pt"})
+    config["text_config"] |= {
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
+    }
+    config["vision_config"] |= {"deepstack_visual_indexes": []}
+    config["language_model_only"] = False
 
 
 def reference_processor(words: Any, image_processor: Any, config: Any) -> Any:
@@ -166,6 +210,8 @@ class QwenReference(Reference):
     def __init__(self, checkpoint: Path) -> None:
         super().__init__(checkpoint, reference_processor)
         self.config = self.model.config
+        if self.config.model_type == "qwen3_5":
+            self.logits_atol = 1e-3  # that much it differs itself, a prompt read in chunks or token by token
 
     def inputs(self, images: Sequence[np.ndarray], question: str) -> dict[str, Any]:
         """Return the model's inputs for one question about `images`."""
@@ -197,7 +243,7 @@ class QwenReference(Reference):
         views = []
         for grid, rows in zip(inputs["image_grid_thw"][:, None], inputs["pixel_values"].split(counts), strict=True):
             view = {"pixel_values": rows, "patch_positions": vision_utils.get_vision_position_ids(grid, MERGE)}
-            if self.config.model_type == "qwen3_vl":
+            if self.config.model_type in OF_QWEN3:
                 found = vision_utils.get_vision_interpolation_indices_and_weights(
                     grid, 6, align_corners=True, spatial_merge_size=MERGE
                 )
@@ -240,13 +286,12 @@ _PICTURES = {"input_data_format": "channels_last", "return_tensors": "pt"}
 
 
 def builder(kind: str) -> Builder:
-    """Return the builder of one of the three models."""
-    return Builder(
-        {
-            "published": lambda folder: as_published(make_checkpoint(folder / "saved", kind), folder / "published"),
-            "saved": lambda folder: make_checkpoint(folder / "saved", kind),
-            "held": lambda folder: make_checkpoint(folder / "saved", kind, held=True),
-            "tied": lambda folder: make_checkpoint(folder / "saved", kind, tied=True),
-        },
-        QwenReference,
-    )
+    """Return the builder of one of the models; of Qwen3.5 published tensors are called as those held in memory."""
+    variants = {
+        "published": lambda folder: as_published(make_checkpoint(folder / "saved", kind), folder / "published"),
+        "saved": lambda folder: make_checkpoint(folder / "saved", kind),
+        "held": lambda folder: make_checkpoint(folder / "saved", kind, held=True),
+        "tied": lambda folder: make_checkpoint(folder / "saved", kind, tied=True),
+    }
+    kept = ("published",) if kind == "qwen3_5" else tuple(variants)
+    return Builder({name: variants[name] for name in kept}, QwenReference)

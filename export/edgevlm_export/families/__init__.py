@@ -30,6 +30,7 @@ FAMILIES: dict[str, FamilyExporter] = {
     "llava_onevision": llava_onevision.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,
     "qwen2_vl": qwen_vl.EXPORTER,
+    "qwen3_5": qwen_vl.EXPORTER,
     "qwen3_vl": qwen_vl.EXPORTER,
     "smolvlm": idefics3.EXPORTER,
 }
@@ -56,6 +57,6 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
 
     Raises `SourceError`, and `UnsupportedError` where there are none.
     """
-    if checkpoint.config.get("quantization_config") is not None:
+    if any(checkpoint.config.get(key) is not None for key in ("quantization_config", "quantization")):  # of MLX
         raise SourceError("the checkpoint is quantized already; take the original one")
     return exporter(checkpoint).architecture(checkpoint, facts, tensors)

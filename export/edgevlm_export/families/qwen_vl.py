@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the facts about preprocessing and prompt that the runtime needs, and graphs."""
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5: the facts about preprocessing and prompt for the runtime, and graphs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,24 @@ from edgevlm_export.graphs.stages import Graph
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
-# What transformers' Qwen2VLImageProcessor and the config classes of the three models assume where the checkpoint is
-# silent: models/qwen2_vl/, models/qwen2_5_vl/ and models/qwen3_vl/ of transformers 5.24.
-_DEFAULTS: dict[str, Any] = {
+# What transformers' Qwen2VLImageProcessor and the config classes of the four models assume where the checkpoint is
+# silent: models/qwen2_vl/, models/qwen2_5_vl/, models/qwen3_vl/ and models/qwen3_5/ of transformers 5.24.
+_QWEN2: dict[str, Any] = {
     "image_token_id": 151655,
+    "video_token_id": 151656,
     "vision_start_token_id": 151652,
     "vision_end_token_id": 151653,
     "tie_word_embeddings": False,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), _QWEN2),
+    "qwen3_5": {
+        "image_token_id": 248056,
+        "video_token_id": 248057,
+        "vision_start_token_id": 248053,
+        "vision_end_token_id": 248054,
+        "tie_word_embeddings": False,
+    },
 }
 _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280},
@@ -47,6 +58,7 @@ _VIDEO_DEFAULTS: dict[str, dict[str, Any]] = {
     for kind, unit in (("qwen2_vl", 28), ("qwen2_5_vl", 28), ("qwen3_vl", 32))
 }
 _VIDEO_DEFAULTS["qwen3_vl"] |= {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_VIDEO_DEFAULTS["qwen3_5"] = _VIDEO_DEFAULTS["qwen3_vl"]
 """Of `Qwen2VLVideoProcessor` and `Qwen3VLVideoProcessor`."""
 _VISION: dict[str, Any] = {
     "depth": 32,
@@ -80,9 +92,16 @@ _VISION_DEFAULTS: dict[str, dict[str, Any]] = {
         "deepstack_visual_indexes": [8, 16, 24],
     },
 }
+_VISION_DEFAULTS["qwen3_5"] = {
+    key: value for key, value in _VISION_DEFAULTS["qwen3_vl"].items() if key != "deepstack_visual_indexes"
+}
+_OF_QWEN3 = ("qwen3_vl", "qwen3_5")
+"""Whose vision transformer has a table of positions, stretched over the picture."""
 _HARMLESS = ("ignore_index", "video_token_id", "vision_end_token_id", "vision_start_token_id", "vision_token_id")
 """Of videos and training, and ids that the runtime has as facts."""
-_TEXT_HARMLESS = (*_HARMLESS, "image_token_id")
+_TEXT_HARMLESS = (*_HARMLESS, "image_token_id", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+"""Layers for multi-token prediction besides, which transformers does not load either."""
+_UNUSED = {"qwen3_5": ("mtp.*",)}
 _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers")
 """Beside `text_config`, which has its own; without it they are read."""
 _PREPROCESSOR_HARMLESS = ("data_format", "default_to_square", "do_pad", "image_processor_type")
@@ -114,6 +133,7 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
     Raises `SourceError` where they do not fit together.
     """
     _refuse_retrieval(checkpoint)
+    _refuse_text_model(checkpoint)
     preprocessor = checkpoint.image_processor(_PREPROCESSOR_DEFAULTS, _PREPROCESSOR_HARMLESS)
     check_always_done(preprocessor)
     kind = checkpoint.model_type
@@ -132,7 +152,7 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
         **read_arithmetic(preprocessor),
         **_video(checkpoint, vision),
     }
-    if kind == "qwen3_vl":
+    if kind in _OF_QWEN3:
         facts["table_side"] = _table_side(vision)
     if kind == "qwen2_5_vl":
         facts["window_size"] = _window_size(vision)
@@ -148,6 +168,16 @@ def _refuse_retrieval(checkpoint: Checkpoint) -> None:
     if checkpoint.model_type == "qwen3_vl" and (kind := _retrieval_kind(checkpoint)):
         raise SourceError(
             f"{checkpoint.source} is a Qwen3-VL {kind} checkpoint, which writes no answers; take Qwen3-VL itself"
+        )
+
+
+def _refuse_text_model(checkpoint: Checkpoint) -> None:
+    """Raise `SourceError` for a Qwen3.5 without its vision encoder, whose `model_type` may be the same."""
+    config = checkpoint.config
+    is_text = config.get("language_model_only") or config.get("vision_config") is None
+    if checkpoint.model_type == "qwen3_5" and is_text:
+        raise SourceError(
+            f"{checkpoint.source} is a text model of Qwen3.5, without a vision encoder; take one that looks at pictures"
         )
 
 
@@ -180,11 +210,12 @@ def _template(checkpoint: Checkpoint, name: str) -> str:
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the tokens of an image block are called, and their ids."""
+    defaults = _DEFAULTS[checkpoint.model_type]
     names = {**_TOKENS, "image_token": checkpoint.named_tokens.get("image_token", _TOKENS["image_token"])}
     ids = {}
     for name, token in names.items():
         key = f"{name.removesuffix('_token')}_token_id"
-        ids[key] = read_image_token_id(checkpoint, _DEFAULTS[key], key)
+        ids[key] = read_image_token_id(checkpoint, defaults[key], key)
         if (held := checkpoint.added_tokens.get(token, {}).get("id", ids[key])) != ids[key]:
             raise SourceError(f"the checkpoint contradicts itself: {token} is {held}, {key} of config.json {ids[key]}")
     return {**names, "image_token_id": ids["image_token_id"], "vision_start_token_id": ids["vision_start_token_id"]}
@@ -195,7 +226,8 @@ def _video(checkpoint: Checkpoint, vision: ConfigReader) -> dict[str, Any]:
     kind = checkpoint.model_type
     token = checkpoint.named_tokens.get("video_token", "<|video_pad|>")
     token_id = checkpoint.added_tokens.get(token, {}).get("id")
-    if token_id is None or token_id != read_image_token_id(checkpoint, 151656, "video_token_id"):
+    default = _DEFAULTS[kind]["video_token_id"]
+    if token_id is None or token_id != read_image_token_id(checkpoint, default, "video_token_id"):
         return {}
     processor = checkpoint.video_processor(_VIDEO_DEFAULTS[kind], ())
     check_always_done(processor)
@@ -240,8 +272,9 @@ def _window_size(vision: ConfigReader) -> int:
 
 def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Container[str]) -> Architecture:  # noqa: ARG001
     """Return the model's graphs. Raises `SourceError`, and `UnsupportedError` for what is not built here."""
-    config = checkpoint.section("", _DEFAULTS, harmless=(*_HARMLESS, *_WINDOWS, *_repeated(checkpoint)))
     kind, names = checkpoint.model_type, _Names(tensors)
+    harmless = (*_HARMLESS, *_WINDOWS, *_repeated(checkpoint), "language_model_only")
+    config = checkpoint.section("", _DEFAULTS[kind], harmless=harmless)
     text = text_section(config, _TEXT_HARMLESS)
     seen = config.section("vision_config", _VISION_DEFAULTS[kind], harmless=_VISION_HARMLESS)
     decoder = read_decoder(text, names.decoder, "lm_head", tied=is_tied(config, text, tensors))
@@ -252,7 +285,8 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     first, *others = vision.outputs
     graph = Graph(vision.inputs, packed_stages(vision), first, first, others=others)
     decoder = replace(decoder, deepstack=len(others))
-    return Architecture(decoder, graph, (), (config, text, seen), DecoderTraits(position_axes=3))
+    traits = DecoderTraits(position_axes=3, recurrent=decoder.recurrent, rewindable=decoder.rewindable)
+    return Architecture(decoder, graph, _UNUSED.get(kind, ()), (config, text, seen), traits)
 
 
 def _repeated(checkpoint: Checkpoint) -> list[str]:
@@ -273,7 +307,7 @@ class _Names:
 
 @dataclass(frozen=True)
 class _VisionReader:
-    """Reads `vision_config` of one of the three models."""
+    """Reads `vision_config` of one of the four models."""
 
     section: ConfigReader
     prefix: str
@@ -283,7 +317,7 @@ class _VisionReader:
 
     def read(self) -> PackedTransformer:
         """Return the vision submodel. Raises `SourceError` and `UnsupportedError`."""
-        section, is_third = self.section, self.kind == "qwen3_vl"
+        section, is_third = self.section, self.kind in _OF_QWEN3
         hidden, depth = self._width(), section.size("depth")
         heads = section.heads("num_heads", hidden)
         if hidden // heads % 4:
@@ -291,7 +325,7 @@ class _VisionReader:
         frames, patch = section.size("temporal_patch_size"), section.size("patch_size")
         table = Embedding(f"{self.prefix}.pos_embed", _table_side(section) ** 2, hidden) if is_third else None
         windowed = self._windowed(depth) if self.kind == "qwen2_5_vl" else set()
-        tapped = read_layer_indexes(section, "deepstack_visual_indexes", depth) if is_third else []
+        tapped = self._tapped(depth)
         merge = section.size("spatial_merge_size")
         return PackedTransformer(
             FrameConvolution(
@@ -309,6 +343,14 @@ class _VisionReader:
             axial_rope(hidden // heads, self._theta()),
             (_window_size(section) // merge // patch * merge) ** 2 if windowed else 0,
         )
+
+    def _tapped(self, depth: int) -> list[int]:
+        """Return the blocks after which Qwen3-VL takes features for deeper layers of the decoder."""
+        if self.kind == "qwen3_vl":
+            return read_layer_indexes(self.section, "deepstack_visual_indexes", depth)
+        if self.kind == "qwen3_5" and self.section.get("deepstack_visual_indexes"):
+            raise UnsupportedError("the native route builds no Qwen3.5 with deepstack_visual_indexes")
+        return []
 
     def _windowed(self, depth: int) -> set[int]:
         """Return the blocks whose attention stays within windows."""
@@ -360,7 +402,7 @@ class _VisionReader:
 
     def _merger(self, name: str, hidden: int, merge: int, *, joins_first: bool = False) -> Merger:
         at, joined = f"{self.prefix}.{name}", hidden * merge**2
-        third = self.kind == "qwen3_vl"
+        third = self.kind in _OF_QWEN3
         norm, first, second = ("norm", "linear_fc1", "linear_fc2") if third else ("ln_q", "mlp.0", "mlp.2")
         size = joined if joins_first else hidden
         mlp = PlainMLP(

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
 from edgevlm_export.graphs.attention import Attention
-from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer
-from edgevlm_export.graphs.modules import Embedding, Linear, Norm
+from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer, Mixer
+from edgevlm_export.graphs.gated_delta_net import GatedDeltaNet
+from edgevlm_export.graphs.modules import Embedding, Linear, Norm, Tensor
 from edgevlm_export.graphs.rope import Rope, interleaved, make_rope, sectioned
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
 
@@ -79,6 +81,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "rope_theta": 500000.0,
         "max_position_embeddings": 128000,
+    },
+    "qwen3_5_text": _LLAMA
+    | {
+        "vocab_size": 248320,
+        "intermediate_size": 12288,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "partial_rotary_factor": 0.25,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
     },
 }
 """What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; 4.57
@@ -211,6 +228,88 @@ def read_granite(text: ConfigReader, names: Names) -> Decoder:
     return replace(decoder, embedding_multiplier=embedding, logits_scaling=logits)
 
 
+def read_qwen3_5(text: ConfigReader, names: Names) -> Decoder:
+    """Gated delta nets, and in every few layers attention that rotates a part of each head and gates its output.
+
+    All norms multiply by 1 + weight, but those of the delta nets.
+    """
+    if not text.flag("attn_output_gate", True):
+        raise UnsupportedError("the native route does not build this text model with attn_output_gate false")
+    gate, dtype = text.get("output_gate_type", "swish"), text.get("mamba_ssm_dtype", "float32")
+    if gate not in ("swish", "silu"):
+        raise UnsupportedError(f"the native route does not build a delta net with output_gate_type {gate!r}")
+    if dtype != "float32":
+        raise UnsupportedError(f"the native route keeps a delta net's state in float32, not in {dtype!r}")
+    if others := text.get("mlp_only_layers"):
+        raise UnsupportedError(f"the native route builds no layers without attention, as mlp_only_layers {others} asks")
+    bias = text.flag("attention_bias")
+    mixers = {
+        index: _read_delta_net(text, f"{names.prefix}.layers.{index}.linear_attn")
+        for index, kind in enumerate(_read_layer_types(text))
+        if kind == "linear_attention"
+    }
+    mrope = MRope((11, 11, 10), interleaved=True)
+    return make_decoder(
+        text,
+        names,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        mrope=mrope,
+        partial_rotary=True,
+        gated=True,
+        unit_offset=True,
+        mixers=mixers,
+    )
+
+
+def _read_layer_types(text: ConfigReader) -> list[str]:
+    """Return what each layer mixes positions with, some of them with attention. Raises `SourceError`."""
+    count, interval = text.size("num_hidden_layers"), text.size("full_attention_interval", 4)
+    regular = ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(count)]
+    found = text.get("layer_types", regular)
+    kinds = found if isinstance(found, list) and all(isinstance(each, str) for each in found) else []
+    if other := {*kinds} - {"linear_attention", "full_attention"}:
+        raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
+    if len(kinds) != count or "full_attention" not in kinds:
+        raise SourceError(
+            f"config.json: {text.name_of('layer_types')} must be {count} types of layers, full_attention among them"
+        )
+    return kinds
+
+
+def _read_delta_net(text: ConfigReader, at: str) -> GatedDeltaNet:
+    """Return the delta net whose weights begin with `at`. Raises `SourceError` and `UnsupportedError`."""
+    hidden, kernel = text.size("hidden_size"), text.size("linear_conv_kernel_dim")
+    k_heads, v_heads = text.size("linear_num_key_heads"), text.size("linear_num_value_heads")
+    k_dim, v_dim = text.size("linear_key_head_dim"), text.size("linear_value_head_dim")
+    if v_heads % k_heads:
+        raise SourceError(f"config.json contradicts itself: {v_heads} value heads cannot share {k_heads} key heads")
+    if kernel < 2:
+        raise UnsupportedError(f"the native route does not build a delta net with linear_conv_kernel_dim {kernel}")
+    channels, values = 2 * k_heads * k_dim + v_heads * v_dim, v_heads * v_dim
+    qkv, z, b, a = (
+        Linear(f"{at}.in_proj_{name}", rows, hidden)
+        for name, rows in (("qkv", channels), ("z", values), ("b", v_heads), ("a", v_heads))
+    )
+    return GatedDeltaNet(
+        qkv,
+        z,
+        b,
+        a,
+        Tensor(f"{at}.conv1d.weight", (channels, 1, kernel)),
+        Tensor(f"{at}.dt_bias", (v_heads,)),
+        Tensor(f"{at}.A_log", (v_heads,)),
+        Norm(f"{at}.norm", v_dim, text.number("rms_norm_eps")),
+        Linear(f"{at}.out_proj", hidden, values),
+        k_heads,
+        v_heads,
+        k_dim,
+        v_dim,
+        read_activation(text, "hidden_act"),
+    )
+
+
 TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
     "granite_docling_text": read_granite,
     "llama": read_llama,
@@ -222,6 +321,7 @@ TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
     "qwen2_5_vl": read_qwen2_vl,
     "qwen2_5_vl_text": read_qwen2_vl,
     "qwen3_vl_text": read_qwen3_vl,
+    "qwen3_5_text": read_qwen3_5,
 }
 
 
@@ -236,34 +336,47 @@ def make_decoder(
     mrope: MRope | None = None,
     attention_scale: float | None = None,
     residual_multiplier: float = 1.0,
+    partial_rotary: bool = False,
+    gated: bool = False,
+    unit_offset: bool = False,
+    mixers: Mapping[int, Mixer] | None = None,
 ) -> Decoder:
-    """Return a decoder whose layers are all alike: Llama's, with biases, norms and RoPE as asked for."""
+    """Return Llama's decoder, with biases, norms, RoPE and gates of attention as asked for.
+
+    `partial_rotary` allows a config to rotate a part of each head, `unit_offset` is that of all norms here, and
+    `mixers` are the layers', by index, that have no attention.
+    """
     hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
     heads, kv_heads, head_dim = _heads(text, hidden)
     inner, eps = text.size("intermediate_size"), text.number("rms_norm_eps")
-    act, rope = read_activation(text, "hidden_act"), _read_rope(text, head_dim, mrope)
+    act, rope = read_activation(text, "hidden_act"), _read_rope(text, head_dim, mrope, allow_partial=partial_rotary)
+    norm = partial(Norm, eps=eps, unit_offset=unit_offset)
+    others = mixers or {}
 
     def attention(at: str) -> Attention:
         q, k, v = (
             Linear(f"{at}.{name}_proj", rows * head_dim, hidden, qkv_bias)
-            for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+            for name, rows in (("q", heads * (2 if gated else 1)), ("k", kv_heads), ("v", kv_heads))
         )
-        q_norm, k_norm = (Norm(f"{at}.{name}_norm", head_dim, eps) if qk_norm else None for name in "qk")
+        q_norm, k_norm = (norm(f"{at}.{name}_norm", head_dim) if qk_norm else None for name in "qk")
         o = Linear(f"{at}.o_proj", hidden, heads * head_dim, o_bias)
-        return Attention(q, k, v, o, heads, kv_heads, head_dim, rope, q_norm, k_norm, scale=attention_scale)
+        return Attention(
+            q, k, v, o, heads, kv_heads, head_dim, rope, q_norm, k_norm, scale=attention_scale, gated=gated
+        )
 
     def mlp(at: str) -> GatedMLP:
         gate, up = (Linear(f"{at}.{name}_proj", inner, hidden, mlp_bias) for name in ("gate", "up"))
         return GatedMLP(gate, up, Linear(f"{at}.down_proj", hidden, inner, mlp_bias), act)
 
-    def layer(at: str) -> Layer:
-        before, after = (Norm(f"{at}.{name}_layernorm", hidden, eps) for name in ("input", "post_attention"))
-        mixer = attention(f"{at}.self_attn")
+    def layer(index: int) -> Layer:
+        at = f"{names.prefix}.layers.{index}"
+        before, after = (norm(f"{at}.{name}_layernorm", hidden) for name in ("input", "post_attention"))
+        mixer = others[index] if index in others else attention(f"{at}.self_attn")
         return Layer(at, before, mixer, after, mlp(f"{at}.mlp"), residual_multiplier=residual_multiplier)
 
-    layers = tuple(layer(f"{names.prefix}.layers.{index}") for index in range(text.size("num_hidden_layers")))
+    layers = tuple(layer(index) for index in range(text.size("num_hidden_layers")))
     table = Embedding(f"{names.prefix}.embed_tokens", vocab, hidden)
-    return Decoder(table, layers, Norm(f"{names.prefix}.norm", hidden, eps), Linear(names.head, vocab, hidden))
+    return Decoder(table, layers, norm(f"{names.prefix}.norm", hidden), Linear(names.head, vocab, hidden))
 
 
 def _heads(text: ConfigReader, hidden: int) -> tuple[int, int, int]:
@@ -289,34 +402,50 @@ def _refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
         raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
 
 
-def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None) -> Rope:
+def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None, *, allow_partial: bool = False) -> Rope:
     """Return the rotation, stated as transformers 5 does it (`rope_parameters`) or as 4 (`rope_theta`, `rope_scaling`).
 
-    What goes before what follows `RotaryEmbeddingConfigMixin` of transformers 5.24.
+    What goes before what follows `RotaryEmbeddingConfigMixin` of transformers 5.24. Raises `UnsupportedError` for a
+    rotation of a part of each head, unless `allow_partial`.
     """
     old, new = text.get("rope_scaling"), text.get("rope_parameters")
     stated, name = (old, "rope_scaling") if old else (new or {}, "rope_parameters")
     if not isinstance(stated, Mapping):
         raise SourceError(f"config.json: text_config.{name} is not a JSON object")
     parameters = {key: value for key, value in stated.items() if value is not None}
-    axes = _read_axes(parameters, mrope, head_dim) if mrope else None
+    rotary_dim = _rotary_dim(text, parameters, head_dim, allow_partial=allow_partial)
+    axes = _read_axes(parameters, mrope, rotary_dim) if mrope else None
     if unknown := sorted(parameters.keys() - _ROPE_KEYS):
         raise UnsupportedError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
     if (original := text.get("original_max_position_embeddings")) is not None:
         parameters["original_max_position_embeddings"] = original
-    if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
-        raise UnsupportedError("the native route does not build RoPE over a part of each head")
     theta = text.number("rope_theta")
     try:
         theta = float(parameters.get("rope_theta", theta))
-        return replace(make_rope(head_dim, theta, parameters, text.size("max_position_embeddings")), axes=axes)
+        return replace(make_rope(rotary_dim, theta, parameters, text.size("max_position_embeddings")), axes=axes)
     except NotImplementedError as error:
         raise UnsupportedError(f"the native route does not build RoPE of type {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise SourceError(f"config.json: text_config.{name} is incomplete: {error}") from None
 
 
-def _read_axes(parameters: dict[str, Any], mrope: MRope, head_dim: int) -> tuple[int, ...]:
+def _rotary_dim(text: ConfigReader, parameters: Mapping[str, Any], head_dim: int, *, allow_partial: bool) -> int:
+    """Return how many channels of each head are rotated. Raises `SourceError`, `UnsupportedError` for not all."""
+    factor = parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1))
+    if factor == 1:
+        return head_dim
+    if not allow_partial:
+        raise UnsupportedError("the native route does not build RoPE over a part of each head")
+    is_share = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 < factor < 1
+    rotary_dim = int(head_dim * factor) if is_share else 0
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise SourceError(
+            f"config.json: partial_rotary_factor {factor!r} makes no pairs of channels of heads that have {head_dim}"
+        )
+    return rotary_dim
+
+
+def _read_axes(parameters: dict[str, Any], mrope: MRope, rotary_dim: int) -> tuple[int, ...]:
     """Return the axis of each pair of channels, and take what `parameters` say of it out of them.
 
     The type `mrope` of older checkpoints is the default one, as in `Qwen2VLTextConfig` of transformers 5.24.
@@ -328,9 +457,9 @@ def _read_axes(parameters: dict[str, Any], mrope: MRope, head_dim: int) -> tuple
         )
     counts = sections if isinstance(sections, list) else []
     is_whole = all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in counts)
-    if len(counts) != 3 or not is_whole or sum(counts) != head_dim // 2:
+    if len(counts) != 3 or not is_whole or sum(counts) != rotary_dim // 2:
         raise SourceError(
-            f"config.json: mrope_section must be three numbers that make {head_dim // 2} together, not {sections!r}"
+            f"config.json: mrope_section must be three numbers that make {rotary_dim // 2} together, not {sections!r}"
         )
     for key in ("rope_type", "type"):
         if parameters.get(key) == "mrope":

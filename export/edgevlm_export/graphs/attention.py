@@ -45,6 +45,8 @@ class Attention:
     """RMSNorms over each head's channels, before the rotation."""
     scale: float | None = None
     """What scores are multiplied by, 1 / sqrt(head_dim) where it is None."""
+    gated: bool = False
+    """q_proj makes a gate of each head behind its query, by whose sigmoid the head's output is multiplied."""
 
     def states(self, index: int) -> dict[str, State]:
         """Return the states of layer `index` by name."""
@@ -58,18 +60,25 @@ class Attention:
         cos, sin = (values[name] for name in self.rope.names)
         qkv = linear(x, constants, self.q_proj, self.k_proj, self.v_proj)
         q, k, v = split(qkv, [self.q_proj.rows, self.k_proj.rows, self.v_proj.rows])
+        gate = None
+        if self.gated:
+            q, gate = split(per_head(q, heads, 2 * head_dim), [head_dim] * 2)
         if self.q_norm and self.k_norm:
             q = rms_norm(per_head(q, heads, head_dim), constants, self.q_norm)
             k = rms_norm(per_head(k, self.num_kv_heads, head_dim), constants, self.k_norm)
         q = to_heads(q, heads, head_dim)
         k, v = (to_heads(each, self.num_kv_heads, head_dim) for each in (k, v))
-        q, k = rotate(q, cos, sin, head_dim), rotate(k, cos, sin, head_dim)
+        q, k = (rotate(each, cos, sin, head_dim, self.rope.rotary_dim) for each in (q, k))
         for kind, new in (("key", k), ("value", v)):
             values[cache_name(index, kind)] = named(new, f"{cache_name(index, kind)}/new")
         k, v = repeat_heads(k, self), repeat_heads(v, self)
         scale = np.float32(self.scale or head_dim**-0.5)
         mixed = opset.scaled_dot_product_attention(q, k, v, values["attention_bias"], scale, causal=False)
-        return linear(from_heads(mixed, heads * head_dim), constants, self.o_proj)
+        mixed = from_heads(mixed, heads * head_dim)
+        if gate is not None:
+            gate = opset.reshape(gate, np.array([0, 0, heads * head_dim]), special_zero=True)
+            mixed = opset.multiply(mixed, opset.sigmoid(gate))
+        return linear(mixed, constants, self.o_proj)
 
 
 def repeat_heads(x: Output, attention: Attention) -> Output:

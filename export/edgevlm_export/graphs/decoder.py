@@ -19,7 +19,7 @@ from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
-from edgevlm_export.graphs.states import State, make_stateful, value_names
+from edgevlm_export.graphs.states import FixedState, KVCache, State, make_stateful, value_names
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -83,6 +83,21 @@ class Decoder:
         """Channels of the hidden states."""
         return self.embed_tokens.columns
 
+    @property
+    def states(self) -> dict[str, State]:
+        """The states of all layers by name."""
+        return {name: state for i, layer in enumerate(self.layers) for name, state in layer.mixer.states(i).items()}
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether a sequence can be truncated: a KV cache can, a state of a fixed size cannot."""
+        return all(isinstance(state, KVCache) for state in self.states.values())
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether any state is made of itself."""
+        return any(isinstance(state, FixedState) and state.recurrent for state in self.states.values())
+
 
 def language_graph(decoder: Decoder) -> Graph:
     """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache.
@@ -104,11 +119,8 @@ def language_graph(decoder: Decoder) -> Graph:
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
-    states: dict[str, State] = {}
-    for index, layer in enumerate(decoder.layers):
-        states |= layer.mixer.states(index)
-    finish = partial(make_stateful, states=states)
-    return Graph(inputs, [start, *layers, head], "logits", "logits", value_names(states), finish)
+    finish = partial(make_stateful, states=decoder.states)
+    return Graph(inputs, [start, *layers, head], "logits", "logits", value_names(decoder.states), finish)
 
 
 def text_embeddings_graph(decoder: Decoder) -> Graph:

@@ -29,12 +29,14 @@ def linear(x: Output, constants: Constants, *modules: Linear) -> ov.Node:
 
 
 def rms_norm(x: Output, constants: Constants, norm: Norm) -> ov.Node:
-    """x / sqrt(mean(x^2) + eps) * weight, over the last axis."""
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; 1 + weight for a norm with `unit_offset`."""
     opset = import_openvino().opset13
     square = opset.power(x, np.float32(2))
     mean = opset.reduce_mean(square, np.array([-1]), keep_dims=True)
     scale = opset.divide(np.float32(1), opset.sqrt(opset.add(mean, np.float32(norm.eps))))
     weight = constants.vector(f"{norm.name}.weight")
+    if norm.unit_offset:
+        weight = weight + np.float32(1)
     return named(opset.multiply(opset.multiply(x, scale), weight), norm.name)
 
 

@@ -48,6 +48,8 @@ class Norm:
     size: int
     eps: float
     bias: bool = False
+    unit_offset: bool = False
+    """The weights are stored less 1: the norm multiplies by 1 + weight."""
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield names and shapes."""

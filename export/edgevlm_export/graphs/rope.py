@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from edgevlm.runtime.core import import_openvino
 from edgevlm_export.graphs.constants import Output
+from edgevlm_export.graphs.layers import split
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -26,10 +27,10 @@ Frequencies = npt.NDArray[np.float32]
 class Rope:
     """Angle per position of each pair of channels, and what cosine and sine are multiplied by."""
 
-    frequencies: Frequencies  # (head_dim / 2,)
+    frequencies: Frequencies  # (rotary_dim / 2,)
     scale: float = 1.0
     axes: tuple[int, ...] | None = None
-    """Which axis of the positions turns each pair of channels, `(head_dim / 2,)`; None where there is one axis."""
+    """Which axis of the positions turns each pair of channels, `(rotary_dim / 2,)`; None where there is one axis."""
     name: str = ""
     """Tells the rotations of one decoder apart, where its layers differ in them."""
 
@@ -38,13 +39,18 @@ class Rope:
         """What the values of its cosines and sines are called."""
         return (f"cos.{self.name}", f"sin.{self.name}") if self.name else ("cos", "sin")
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many of a head's channels are rotated, from the first on."""
+        return 2 * len(self.frequencies)
 
-def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, context_length: int) -> Rope:
-    """Return the rotation that the base `theta` and `rope_scaling` (or `rope_parameters`) ask for.
+
+def make_rope(rotary_dim: int, theta: float, scaling: Mapping[str, Any] | None, context_length: int) -> Rope:
+    """Return the rotation of `rotary_dim` channels that `theta` and `rope_scaling` (or `rope_parameters`) ask for.
 
     Raises `KeyError` for a value that `scaling` lacks, and `NotImplementedError` naming an unknown type.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / np.float32(rotary_dim)
     frequencies = (1 / np.float32(theta) ** exponents).astype(np.float32)
     scaling = scaling or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -55,7 +61,7 @@ def make_rope(head_dim: int, theta: float, scaling: Mapping[str, Any] | None, co
     if kind == "llama3":
         return Rope(_llama3(frequencies, scaling, context_length))
     if kind == "yarn":
-        return _yarn(frequencies, head_dim, theta, scaling, context_length)
+        return _yarn(frequencies, rotary_dim, theta, scaling, context_length)
     raise NotImplementedError(str(kind))
 
 
@@ -68,20 +74,20 @@ def _llama3(frequencies: Frequencies, scaling: Mapping[str, Any], context_length
 
 
 def _yarn(
-    frequencies: Frequencies, head_dim: int, theta: float, scaling: Mapping[str, Any], context_length: int
+    frequencies: Frequencies, rotary_dim: int, theta: float, scaling: Mapping[str, Any], context_length: int
 ) -> Rope:
     """https://arxiv.org/abs/2309.00071: as above over channels, and attention made sharper."""
     original = scaling.get("original_max_position_embeddings") or context_length
     factor = scaling.get("factor") or context_length / original
 
     def channel(turns: float) -> float:
-        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        return rotary_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = channel(scaling.get("beta_fast") or 32), channel(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    ramp = np.clip((np.arange(rotary_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
     stretched = frequencies / factor * ramp + frequencies * (1 - ramp)
     scale = scaling.get("attention_factor")
     if scale is None:
@@ -114,12 +120,12 @@ def interleaved(sections: Sequence[int]) -> tuple[int, ...]:
 
 
 def rotations(position_ids: Output, rope: Rope) -> tuple[ov.Node, ov.Node]:
-    """Return cosine and sine `(B, 1, S, head_dim)` of int64 position ids `(B, S)`, of several axes `(axes, B, S)`."""
+    """Return cosine and sine `(B, 1, S, rotary_dim)` of int64 position ids `(B, S)`, of several axes `(axes, B, S)`."""
     opset = import_openvino().opset13
     if rope.axes is None:
         positions = opset.unsqueeze(position_ids, np.array([1, 3]))
     else:
-        each = opset.gather(position_ids, np.array(rope.axes), np.int64(0))  # (head_dim / 2, B, S)
+        each = opset.gather(position_ids, np.array(rope.axes), np.int64(0))  # (rotary_dim / 2, B, S)
         positions = opset.unsqueeze(opset.transpose(each, np.array([1, 2, 0])), np.array([1]))
     positions = opset.convert(positions, "f32")
     angles = opset.multiply(positions, rope.frequencies.reshape(1, 1, 1, -1))
@@ -130,9 +136,12 @@ def rotations(position_ids: Output, rope: Rope) -> tuple[ov.Node, ov.Node]:
     return opset.multiply(cos, np.float32(rope.scale)), opset.multiply(sin, np.float32(rope.scale))
 
 
-def rotate(x: Output, cos: Output, sin: Output, head_dim: int) -> ov.Node:
-    """x * cos + rotate_half(x) * sin, for x `(B, H, S, head_dim)`."""
+def rotate(x: Output, cos: Output, sin: Output, head_dim: int, rotary_dim: int | None = None) -> ov.Node:
+    """x * cos + rotate_half(x) * sin, for x `(B, H, S, head_dim)`; of the first `rotary_dim` channels, where given."""
     opset = import_openvino().opset13
+    if rotary_dim is not None and rotary_dim < head_dim:
+        rotated, kept = split(x, [rotary_dim, head_dim - rotary_dim])
+        return opset.concat([rotate(rotated, cos, sin, rotary_dim), kept], -1)
     half, end = np.array([head_dim // 2]), np.array([np.iinfo(np.int64).max])
     start, step, axis = np.array([0]), np.array([1]), np.array([3])
     second = opset.multiply(opset.slice(x, half, end, step, axis), np.float32(-1))
