@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +25,7 @@ from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
 from edgevlm.inputs.image import ImageInput, content_digest, load_picture
 from edgevlm.inputs.messages import Message, user_message
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
+from edgevlm.inputs.thinking import Opening
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
 from edgevlm.interrupt import checked
@@ -148,7 +150,7 @@ class VLM:
 
         Arguments as in `generate`. An answer cut short of its constraint is not an error here: its `satisfied` is
         False. Raises `ImageError`, `PromptError`, and `OptionError` for an unknown option, for a budget that no picture
-        fits, and for a constraint that the model's tokens cannot follow.
+        fits, and for a constraint that the model's tokens cannot follow; `ThinkingError` for a model that cannot think.
         """
         config, image_budget = override(config, image_budget, options)
         pictures = as_visuals(images)
@@ -170,7 +172,8 @@ class VLM:
         `Progress` for every view that is encoded and every token that is generated. Errors as in `stream`.
         """
         config, watch = config or GenerationConfig(), Stopwatch()
-        prompt = yield from self._prepare(messages, images, config, watch, image_budget, cache_salt)
+        opening = self._opening(config)
+        prompt = yield from self._prepare(messages, images, opening, watch, image_budget, cache_salt)
         model = TextModel(
             self.processor.tokenizer,
             self.grammar_tokenizer,
@@ -179,9 +182,9 @@ class VLM:
             self.load_s,
             self._earlier_answers,
         )
-        prefix = self.processor.template.response_prefix(config.chat_template_kwargs) if config.constraint else ""
+        prefix = self.processor.thinking.response_prefix(opening) if config.constraint else ""
         with self.session(prompt) as session:
-            yield from stream_answer(session, prompt, config, model, watch, prefix)
+            yield from stream_answer(session, prompt, config, model, watch, prefix, opening.thought)
 
     def score(
         self,
@@ -196,8 +199,9 @@ class VLM:
     ) -> Scores:
         """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
 
-        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts. Raises `ImageError`,
-        `PromptError`, `OptionError` for choices that are empty or alike, and `DeviceError` where the logits overflow.
+        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the model does not
+        think. Raises `ImageError`, `PromptError`, `OptionError` for choices that are empty or alike, and `DeviceError`
+        where the logits overflow.
         """
         config, image_budget = override(config, image_budget, options)
         return result_of(self.score_events(images, question, choices, config, image_budget, cache_salt))
@@ -216,8 +220,9 @@ class VLM:
         config, watch = config or GenerationConfig(), Stopwatch()
         pictures = as_visuals(images)
         messages = [user_message(question, kinds_of(pictures))]
-        prompt = yield from self._prepare(messages, pictures, config, watch, image_budget, cache_salt)
-        prefix = self.processor.template.response_prefix(config.chat_template_kwargs)
+        opening = self._opening(replace(config, think=False))
+        prompt = yield from self._prepare(messages, pictures, opening, watch, image_budget, cache_salt)
+        prefix = self.processor.thinking.response_prefix(opening)
         answers = [self.grammar_tokenizer.encode(prefix + choice) for choice in choices]
         self._check_length(len(prompt) + max(map(len, answers)))
         with self.session(prompt) as session:
@@ -246,8 +251,9 @@ class VLM:
         """Return where in a picture `phrase` is, such as "the red valve": boxes or points in pixels, see `Locations`.
 
         Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the answer is greedy
-        under the grammar of the model's own convention. Raises `ImageError`, `PromptError`, `OptionError` for a model
-        without a known convention, and `IncompleteAnswerError` where the context is full before the answer ends.
+        under the grammar of the model's own convention, without a thought. Raises `ImageError`, `PromptError`,
+        `OptionError` for a model without a known convention, and `IncompleteAnswerError` where the context is full
+        before the answer ends.
         """
         config, image_budget = override(config, image_budget, options)
         return result_of(self.locate_events(image, phrase, config, image_budget, max_locations, cache_salt))
@@ -335,9 +341,13 @@ class VLM:
         image_budget: ImageBudget | None = None,
     ) -> int:
         """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
-        config = config or GenerationConfig()
+        opening = self._opening(config or GenerationConfig())
         preprocessed = self.preprocess(images, image_budget)
-        return len(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs))
+        return len(self.processor.prompt_ids(messages, preprocessed, opening.variables, opening.suffix))
+
+    def _opening(self, config: GenerationConfig) -> Opening:
+        """Return how the prompt opens the answer's turn. Raises `ThinkingError`."""
+        return self.processor.thinking.opening(config.think, config.chat_template_kwargs)
 
     def prepare(
         self,
@@ -349,13 +359,14 @@ class VLM:
         cache_salt: str = "",
     ) -> Prompt:
         """Return a conversation with its pictures as the language model's inputs. Errors as in `events`."""
-        return result_of(self._prepare(messages, images, config, watch, image_budget, cache_salt))
+        opening = self._opening(config)
+        return result_of(self._prepare(messages, images, opening, watch, image_budget, cache_salt))
 
     def _prepare(
         self,
         messages: Sequence[Message],
         images: Sequence[ImageInput | Video | PreprocessedImage],
-        config: GenerationConfig,
+        opening: Opening,
         watch: Stopwatch,
         image_budget: ImageBudget | None,
         cache_salt: str,
@@ -363,7 +374,8 @@ class VLM:
         family = self.processor.family
         with watch.stage("preprocess"):
             preprocessed = self.preprocess(images, image_budget, cache_salt)
-            ids = np.asarray(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs), np.int64)
+            found = self.processor.prompt_ids(messages, preprocessed, opening.variables, opening.suffix)
+            ids = np.asarray(found, np.int64)
         self.processor.check_known(ids)
         self._check_length(len(ids))
         with watch.stage("load"):

@@ -30,6 +30,7 @@ from edgevlm.families.base import ImageBudget
 from edgevlm.server.engine import FairQueue, Job
 from edgevlm.server.errors import QueueFullError
 from edgevlm.server.middleware import OPEN_PATHS
+from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig, read_keys
 from tests.conftest import F32
@@ -681,7 +682,7 @@ def test_logs_hold_no_content_unless_asked(vlm: VLM, caplog: pytest.LogCaptureFi
 def test_a_taken_port_is_told(server: Server, vlm: VLM) -> None:
     port = server.socket.getsockname()[1]
     with pytest.raises(ServerError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
-        Server(lambda: vlm, ServeConfig(port=port), "tiny")
+        Server([Source("tiny", lambda: vlm)], ServeConfig(port=port))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
@@ -689,7 +690,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
         raise OptionError("no such thing")
 
     with pytest.raises(OptionError, match="no such thing"):
-        Server(load, ServeConfig(port=0), "tiny").run()
+        Server([Source("tiny", load)], ServeConfig(port=0)).run()
 
 
 def test_before_the_model_is_there_only_health_answers(vlm: VLM) -> None:
@@ -699,7 +700,7 @@ def test_before_the_model_is_there_only_health_answers(vlm: VLM) -> None:
         assert go.wait(30)
         return vlm
 
-    server = Server(load, ServeConfig(port=0), "tiny")
+    server = Server([Source("tiny", load)], ServeConfig(port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: request(server, "GET", "/healthz")[0] == 200)

@@ -16,8 +16,10 @@ from edgevlm.decoding.repetition import RepetitionGuard
 from edgevlm.decoding.sampling import Logits, TokenSelector, make_sampler, token_logprob
 from edgevlm.decoding.stop_text import StopText
 from edgevlm.decoding.structured import GrammarTokenizer
+from edgevlm.decoding.thinking import ThoughtSelector, ThoughtSplitter
 from edgevlm.errors import IncompleteAnswerError
 from edgevlm.inputs.prompt import Prompt
+from edgevlm.inputs.thinking import Thought
 from edgevlm.metrics import Stopwatch, peak_memory
 from edgevlm.runtime.kv_session import Session
 
@@ -90,20 +92,25 @@ def stream_answer(
     model: TextModel,
     watch: Stopwatch,
     response_prefix: str = "",
+    thought: Thought | None = None,
 ) -> Iterator[Event]:
     """Yield `Progress` for every token and the answer's pieces; the last piece carries the `Answer`.
 
-    `response_prefix` is what the model writes before an answer: one with a constraint begins after it.
+    `response_prefix` is what the model writes before an answer: one with a constraint begins after it. `thought` tells
+    the thought that comes before that.
     """
     context_left = model.context_length - len(prompt)
     max_tokens = min(config.max_new_tokens, context_left)
-    sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
     token_bytes = model.grammar_tokenizer.token_bytes
-    selector, text = TokenSelector(sampler), StopText(config.stop)
-    if config.constraint:
-        selector = model.grammar_tokenizer.matcher(config.constraint, sampler, response_prefix)
-        text = StopText(config.stop, response_prefix)
-    detokenizer = model.tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
+    selector = make_selector(config, model, response_prefix, thought)
+    text = StopText(config.stop, response_prefix)
+    splitter = ThoughtSplitter(
+        model.tokenizer,
+        thought,
+        text,
+        skip_special_tokens=config.skip_special_tokens,
+        strip=config.constraint is None,
+    )
     earlier = model.earlier_answers.of(prompt)
     drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0, earlier)
     guard = RepetitionGuard(config.repetition_detection, token_bytes) if config.repetition_detection else None
@@ -117,10 +124,11 @@ def stream_answer(
         if token in model.eos_token_ids:
             reason = "stop"
             break
-        if config.top_logprobs is not None:
+        reasoning, piece = splitter.add(token)
+        if config.top_logprobs is not None and splitter.part == "answer":
             logprobs.append(token_logprob(token, logits, config.top_logprobs, token_bytes))
-        if piece := text.add(detokenizer.add(token)):
-            yield Piece(piece, logprobs=tuple(logprobs[logprobs_sent:]))
+        if reasoning or piece:
+            yield Piece(piece, None, tuple(logprobs[logprobs_sent:]), reasoning)
             logprobs_sent = len(logprobs)
         if text.stopped:
             break
@@ -128,7 +136,7 @@ def stream_answer(
             reason = "repetition"
             break
     model.earlier_answers.add(prompt, ids)
-    rest = text.finish(detokenizer.finish())
+    reasoning, rest = splitter.finish()
     if text.stopped or selector.finished:
         reason = "stop"
     answer = Answer(
@@ -148,8 +156,28 @@ def stream_answer(
         logprobs=tuple(logprobs),
         timings=watch.timings(model.load_s, len(ids)),
         peak_memory_bytes=peak_memory(),
+        reasoning_content=splitter.reasoning_content,
+        reasoning_tokens=splitter.reasoning_tokens,
     )
-    yield Piece(rest, answer, tuple(logprobs[logprobs_sent:]))
+    yield Piece(rest, answer, tuple(logprobs[logprobs_sent:]), reasoning)
+
+
+def make_selector(
+    config: GenerationConfig, model: TextModel, response_prefix: str, thought: Thought | None
+) -> TokenSelector:
+    """Return what selects an answer's tokens, and those of the thought before it. Raises `OptionError`.
+
+    Under a constraint the model thinks where the prompt opens the thought, or where the caller has asked for one.
+    """
+    sampler = make_sampler(config.temperature, config.top_p, config.top_k, config.seed)
+    selector = TokenSelector(sampler)
+    if config.constraint:
+        selector = model.grammar_tokenizer.matcher(config.constraint, sampler, response_prefix)
+        if thought and (thought.opened or thought.asked):
+            return ThoughtSelector(sampler, thought, selector, config.thinking_budget, model.eos_token_ids)
+    elif thought and config.thinking_budget is not None:
+        return ThoughtSelector(sampler, thought, selector, config.thinking_budget)
+    return selector
 
 
 def collect(events: Iterable[Event]) -> Answer:
@@ -163,8 +191,9 @@ def collect(events: Iterable[Event]) -> Answer:
 def check_satisfied(answer: Answer) -> None:
     """Raise `IncompleteAnswerError` for an answer that ended before it satisfied its constraint."""
     if answer.satisfied is False:
+        less = "a thinking_budget" if answer.reasoning_content and not answer.text else "a shorter form"
         why = {
-            "length": f"max_new_tokens ({answer.generated_tokens}) was reached; allow more, or a shorter form",
+            "length": f"max_new_tokens ({answer.generated_tokens}) was reached; allow more, or {less}",
             "repetition": "it had become a loop",
             "context": "the context is full; ask about fewer or smaller pictures",
             "stop": "a stop text came in the middle of it",

@@ -14,6 +14,7 @@ from edgevlm.errors import OptionError
 SHORTEST_KEY = 16
 ANY_ORIGIN = "*"
 _POSITIVE = (
+    "max_loaded_models",
     "max_body_bytes",
     "max_images",
     "max_pixels",
@@ -47,8 +48,12 @@ class ServeConfig:
     """
     image_folder: Path | None = None
     """Pictures under it may be named by path or `file:` URL; None lets no file be read."""
-    model_name: str | None = None
-    """What callers call the model; None is its folder's name."""
+    model_names: tuple[str, ...] = ()
+    """What callers call the models, in their order; one without is called by its folder's name."""
+    max_loaded_models: int = 3
+    """Models in memory at the same time; the least recently used one makes room for another."""
+    unload_after_s: float = 300.0
+    """How long a model stays in memory after its last use; inf keeps it. The first model stays in any case."""
     max_body_bytes: int = 32 * 2**20
     max_images: int = 8
     """Pictures of one request."""
@@ -72,10 +77,10 @@ class ServeConfig:
     """Write questions and answers into the log."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
+        for name in (*_POSITIVE, "unload_after_s"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
-            if getattr(self, name) == inf:
+            if getattr(self, name) == inf and name in _POSITIVE:
                 raise OptionError(f"{name} must be finite")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be between 0 and 65535, not {self.port}")

@@ -18,6 +18,7 @@ from PIL import Image
 
 from edgevlm import VLM
 from edgevlm.answer import Event, Progress
+from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig
 from edgevlm.strict_json import read_json
@@ -46,9 +47,9 @@ LOOK = tool("look", side={"enum": ["left", "right"]})
 
 
 @contextmanager
-def serving(vlm: VLM, **options: Any) -> Iterator[Server]:
-    """Run a server for `vlm` on a free port until the block ends."""
-    server = Server(lambda: vlm, ServeConfig(port=0, **options), options.get("model_name", "tiny"))
+def serving(vlm: VLM, *others: Source, model_name: str = "tiny", **options: Any) -> Iterator[Server]:
+    """Run a server for `vlm`, and for others that are loaded when they are used, until the block ends."""
+    server = Server([Source(model_name, lambda: vlm), *others], ServeConfig(port=0, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
