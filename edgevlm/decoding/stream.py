@@ -42,7 +42,8 @@ def stream_tokens(
 
     The caller stops at the end token. One step feeds the last token together with the tokens expected after it: those
     the grammar fast-forwards, which always come true, or a prompt-lookup draft, of which the first token that the
-    selector does not select, and all after it, are taken back from the KV cache.
+    selector does not select, and all after it, are taken back from the KV cache. Where its states cannot be cut there,
+    those before them since the draft began are read once more, with the next token.
     """
     lookahead, drafted = selector.fast_forward[: max_tokens - 1], 0
     with watch.stage("prefill"):
@@ -51,7 +52,8 @@ def stream_tokens(
         if lookahead:
             inputs_embeds = np.concatenate([inputs_embeds, session.embed(lookahead)], axis=1)
         keys = [*prompt.prefix_keys[start:], *lookahead]
-        logits = session.prefill(inputs_embeds, 1 + len(lookahead), keys, prompt.inputs.after(start))
+        rest, marks = prompt.inputs.after(start), prompt.marks_after(start)
+        logits = session.prefill(inputs_embeds, 1 + len(lookahead), keys, rest, marks)
     watch.count("cached_tokens", start)
     left = max_tokens
     while True:
@@ -68,14 +70,16 @@ def stream_tokens(
                 break
             accepted += 1
             watch.count("accepted_tokens", bool(drafted))
+        again: list[int] = []
         if drafted:
-            session.rewind(session.length - drafted + accepted)
+            again = session.take_back(drafted - accepted)
             drafter.learn(drafted, accepted)
-        forced = selector.fast_forward[: left - 1]
-        draft = [] if forced else selector.filter_draft(drafter.draft(left - 1))
+        forced, draft = selector.fast_forward[: left - 1], []
+        if not forced and not again and session.takes_drafts:
+            draft = selector.filter_draft(drafter.draft(left - 1))
         lookahead, drafted = forced or draft, len(draft)
         watch.count("drafted_tokens", drafted)
-        logits = session.step([token, *lookahead])
+        logits = session.step([*again, token, *lookahead], drafted)[len(again) :]
 
 
 def stream_answer(
@@ -99,7 +103,7 @@ def stream_answer(
         selector = model.grammar_tokenizer.matcher(config.constraint, sampler, response_prefix)
         text = StopText(config.stop, response_prefix)
     detokenizer = model.tokenizer.detokenizer(skip_special_tokens=config.skip_special_tokens)
-    drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0)
+    drafter = PromptLookup(prompt.ids, config.draft_tokens)
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []
     logprobs_sent = 0
