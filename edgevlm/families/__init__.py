@@ -33,6 +33,7 @@ def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),
+    "lfm2_vl": partial(_load, "lfm2_vl", "Lfm2VL"),
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
     "qwen2_5_vl": partial(_load, "qwen_vl", "QwenVL"),

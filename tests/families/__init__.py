@@ -1,11 +1,12 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
-from tests.families import idefics3, internvl, llava, llava_onevision, qwen_vl
+from tests.families import idefics3, internvl, lfm2_vl, llava, llava_onevision, qwen_vl
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
     "idefics3": idefics3.builder("idefics3"),
     "internvl": internvl.BUILDER,
+    "lfm2_vl": lfm2_vl.BUILDER,
     "llava": llava.BUILDER,
     "llava_onevision": llava_onevision.BUILDER,
     "qwen2_5_vl": qwen_vl.builder("qwen2_5_vl"),

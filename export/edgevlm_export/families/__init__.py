@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import idefics3, internvl, llava, llava_onevision, qwen_vl
+from edgevlm_export.families import idefics3, internvl, lfm2_vl, llava, llava_onevision, qwen_vl
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -24,6 +24,7 @@ __all__ = [
 FAMILIES: dict[str, FamilyExporter] = {
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
+    "lfm2_vl": lfm2_vl.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,

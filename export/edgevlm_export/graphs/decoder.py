@@ -17,7 +17,7 @@ from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
-from edgevlm_export.graphs.states import State, make_stateful, value_names
+from edgevlm_export.graphs.states import FixedState, State, make_stateful, value_names
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -75,6 +75,18 @@ class Decoder:
         """Channels of the hidden states."""
         return self.embed_tokens.columns
 
+    @property
+    def states(self) -> dict[str, State]:
+        """What all layers keep from one call to the next, by name."""
+        return {
+            name: state for index, layer in enumerate(self.layers) for name, state in layer.mixer.states(index).items()
+        }
+
+    @property
+    def has_fixed_states(self) -> bool:
+        """Whether any layer keeps a state that cannot be cut, only restored where it was kept."""
+        return any(isinstance(each, FixedState) for each in self.states.values())
+
 
 def language_graph(decoder: Decoder) -> Graph:
     """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache.
@@ -96,9 +108,7 @@ def language_graph(decoder: Decoder) -> Graph:
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
-    states: dict[str, State] = {}
-    for index, layer in enumerate(decoder.layers):
-        states |= layer.mixer.states(index)
+    states = decoder.states
     finish = partial(make_stateful, states=states)
     return Graph(inputs, [start, *layers, head], "logits", "logits", value_names(states), finish)
 

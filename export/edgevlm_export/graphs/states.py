@@ -120,7 +120,9 @@ def _replace(previous: Output, new: Output, name: str, beam_idx: ov.Node, state:
     past = _past(name, beam_idx, state.shape, state.shape)
     for reader in _readers(previous):
         reader.replace_source_output(past.output(0))
-    return import_openvino().opset13.assign(new, name)
+    opset, node = import_openvino().opset13, new.get_node()
+    only = node if node.get_output_size() == 1 else opset.concat([new], 0)  # an Assign takes a node of one output
+    return opset.assign(only, name)
 
 
 def _readers(value: Output) -> list[ov.Input]:
