@@ -46,7 +46,8 @@ def stream_tokens(
 
     The caller stops at the end token. One step feeds the last token together with the tokens expected after it: those
     the grammar fast-forwards, which always come true, or a draft, of which the first token that the selector does not
-    select, and all after it, are taken back from the KV cache.
+    select, and all after it, are taken back from the KV cache. Where its states cannot be cut there, those before them
+    since the draft began are read once more, with the next token.
     """
     forced = selector.fast_forward[: max_tokens - 1]
     draft = [] if forced else selector.filter_draft(drafter.first_draft(max_tokens - 1))
@@ -58,7 +59,8 @@ def stream_tokens(
         if lookahead:
             inputs_embeds = np.concatenate([inputs_embeds, session.embed(lookahead)], axis=1)
         keys = [*prompt.prefix_keys[start:], *lookahead]
-        logits = session.prefill(inputs_embeds, 1 + len(lookahead), keys, prompt.inputs.after(start))
+        rest, marks = prompt.inputs.after(start), prompt.marks_after(start)
+        logits = session.prefill(inputs_embeds, 1 + len(lookahead), keys, rest, marks)
     watch.count("cached_tokens", start)
     left = max_tokens
     while True:
@@ -75,14 +77,16 @@ def stream_tokens(
                 break
             accepted += 1
             watch.count("accepted_tokens", bool(drafted))
+        again: list[int] = []
         if drafted:
-            session.rewind(session.length - drafted + accepted)
+            again = session.take_back(drafted - accepted)
             drafter.learn(drafted, accepted)
-        forced = selector.fast_forward[: left - 1]
-        draft = [] if forced else selector.filter_draft(drafter.draft(left - 1))
+        forced, draft = selector.fast_forward[: left - 1], []
+        if not forced and not again and session.takes_drafts:
+            draft = selector.filter_draft(drafter.draft(left - 1))
         lookahead, drafted = forced or draft, len(draft)
         watch.count("drafted_tokens", drafted)
-        logits = session.step([token, *lookahead])
+        logits = session.step([*again, token, *lookahead], drafted)[len(again) :]
 
 
 def stream_answer(
@@ -111,8 +115,7 @@ def stream_answer(
         skip_special_tokens=config.skip_special_tokens,
         strip=config.constraint is None,
     )
-    earlier = model.earlier_answers.of(prompt)
-    drafter = PromptLookup(prompt.ids, config.draft_tokens if session.rewindable else 0, earlier)
+    drafter = PromptLookup(prompt.ids, config.draft_tokens, model.earlier_answers.of(prompt))
     guard = RepetitionGuard(config.repetition_detection, token_bytes) if config.repetition_detection else None
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []

@@ -34,6 +34,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "granite_docling": partial(_load, "granite_docling", "GraniteDocling"),
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),
+    "lfm2_vl": partial(_load, "lfm2_vl", "Lfm2VL"),
     "lighton_ocr": partial(_load, "lighton_ocr", "LightOnOcr"),
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),

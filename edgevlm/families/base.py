@@ -133,8 +133,12 @@ class LanguageInputs:
 
     def after(self, start: int) -> LanguageInputs:
         """Return what is left after the first `start` tokens."""
-        extras = {name: array[start:] for name, array in self.extras.items()}
-        return LanguageInputs(self.positions[:, start:], extras)
+        return self.between(start, None)
+
+    def between(self, start: int, stop: int | None) -> LanguageInputs:
+        """Return those of the tokens `start` to `stop`, None being the end."""
+        extras = {name: array[start:stop] for name, array in self.extras.items()}
+        return LanguageInputs(self.positions[:, start:stop], extras)
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,8 @@ class DecoderTraits:
     """A state is made of itself, token after token: rounded to 16 bits it would drift, so a CPU computes in float32."""
     rewindable: bool = True
     """False for state that can be continued and not truncated, such as a convolution's."""
+    fixed_states: bool = False
+    """What cannot be truncated are states of a fixed size, which sessions copy at lengths that they may go back to."""
 
 
 PAGE_PROMPTS = {

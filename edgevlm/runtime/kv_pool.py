@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
-from edgevlm.runtime.kv_session import Session, common_length
+from edgevlm.runtime.kv_session import Session
 
 
 class SessionPool:
@@ -22,7 +22,7 @@ class SessionPool:
 
     @contextmanager
     def take(self, keys: Sequence[Hashable]) -> Iterator[Session]:
-        """Lend the session with the longest common prefix with `keys`, or a new one; after an error it is discarded."""
+        """Lend the session that reuses the longest prefix of `keys`, or a new one; after an error it is discarded."""
         session = self._choose(keys)
         try:
             yield session
@@ -33,9 +33,9 @@ class SessionPool:
 
     def _choose(self, keys: Sequence[Hashable]) -> Session:
         with self._lock:
-            best = max(self._idle, key=lambda each: common_length(each.prefix_keys, keys), default=None)
+            best = max(self._idle, key=lambda each: each.reusable_length(keys), default=None)
             # Do not evict a longer cached prefix for a short common one while the pool has space.
-            if best and (len(self._idle) >= self._limit or 2 * common_length(best.prefix_keys, keys) >= best.length):
+            if best and (len(self._idle) >= self._limit or 2 * best.reusable_length(keys) >= best.length):
                 self._idle.remove(best)
                 return best
         return self._make()

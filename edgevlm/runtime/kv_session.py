@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ _SHORT_STEP = 32
 _KEY_COST, _NARROWEST = 1 / 6, 512
 """Cost of attending to one cached key, relative to a token's matmuls: (2 hidden) / (12 hidden^2) for each layer. Below
 the narrowest width overheads hide the difference."""
+_MOST_STOP_COST = 1 / 4
+"""Of a prefill's cost, as much more is spent at most to stop where a later prompt may go on: one that does saves nearly
+all of it."""
 
 
 def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -88,9 +92,21 @@ class Session(ABC):
         return len(self.prefix_keys)
 
     @property
-    def rewindable(self) -> bool:
-        """Whether the sequence can be truncated, and so whether drafts can be rejected."""
+    def takes_drafts(self) -> bool:
+        """Whether tokens of a draft can be taken back."""
         return self._decoder.traits.rewindable
+
+    def _reachable(self, length: int) -> int:
+        """Return the greatest length of at most `length` that the sequence can be truncated to."""
+        return length if self._decoder.traits.rewindable or length >= self.length else 0
+
+    def _keep(self, *, for_draft: bool = False) -> None:  # noqa: ARG002
+        """Let the sequence go back to where it ends now, where states need copies for that; a draft does so once."""
+        return
+
+    def reusable_length(self, keys: Sequence[Hashable]) -> int:
+        """Return how many entries a sequence of these keys would reuse at most."""
+        return self._reachable(common_length(self.prefix_keys, keys))
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -99,14 +115,24 @@ class Session(ABC):
         self._positions = self._positions[:, :0]
 
     def rewind(self, length: int) -> None:
-        """Truncate the sequence to its first `length` entries."""
+        """Truncate the sequence to its first `length` entries, or to fewer where its states cannot be cut there."""
+        length = self._reachable(length)
         if length == 0:
             self.reset()
         elif length < self.length:
-            assert self.rewindable, "a state that cannot be cut can only be begun anew"
             self._forget(length)
             del self.prefix_keys[length:]
             self._positions = self._positions[:, :length]
+
+    def take_back(self, count: int) -> list[int]:
+        """Take the last `count` tokens of a step with a draft back.
+
+        Returns those before them that had to be taken back, too, and must be read again.
+        """
+        length = self.length - count
+        lost = self.prefix_keys[self._reachable(length) : length]
+        self.rewind(length)
+        return cast("list[int]", lost)  # the keys of a step's tokens
 
     def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
@@ -115,7 +141,7 @@ class Session(ABC):
 
         Rewinds to the beginning where a full prefill is faster than continuing. A cached entry counts as common only if
         its position in `inputs` is equal, too. `images` are the places of each picture's rows, for decoders whose
-        images are reused whole or not at all.
+        images are reused whole or not at all. Where states cannot be cut, the prefix ends at a length that was kept.
         """
         common = min(common_length(self.prefix_keys, keys), len(keys) - 1)
         if inputs:
@@ -123,8 +149,7 @@ class Session(ABC):
             common = int(np.argmin(same)) if not same.all() else common
         if self._decoder.traits.atomic_images:
             common = next((each.start for each in images if each.start < common < each.stop), common)
-        if not self.rewindable and common < self.length:
-            common = 0
+        common = self._reachable(common)
         self.rewind(common if self._reuse_is_faster(common, len(keys)) else 0)
         return self.length
 
@@ -145,18 +170,44 @@ class Session(ABC):
         logits_to_keep: int = 1,
         keys: Sequence[Hashable] | None = None,
         inputs: LanguageInputs | None = None,
+        marks: Sequence[int] = (),
     ) -> npt.NDArray[np.float32]:
         """Append n tokens, `(1, n, hidden)`, to the cache; return the last ones' logits `(logits_to_keep, V)`.
 
         `keys` identify the tokens for prefix reuse; without them no later prompt reuses the entries. `inputs` holds
-        positions and extra inputs of the first of them; the rest continue as text.
+        positions and extra inputs of the first of them; the rest continue as text. `marks` are places among them, and
+        the beginning besides, that later prompts may go on from: states that cannot be cut are kept there.
         """
         count = inputs_embeds.shape[1]
         whole = self._completed(inputs, count)
-        logits = self._read(inputs_embeds, whole, logits_to_keep)
-        self.prefix_keys += [object() for _ in range(count)] if keys is None else keys
-        self._positions = np.concatenate([self._positions, whole.positions], axis=1)
-        return logits
+        names = [object() for _ in range(count)] if keys is None else keys
+        logits: list[npt.NDArray[np.float32]] = []
+        if marks:
+            self._keep()
+        for start, stop in pairwise([0, *self._stops(marks, count), count]):
+            kept = max(1, stop - max(start, count - logits_to_keep))
+            part = whole.between(start, stop)
+            logits.append(self._read(inputs_embeds[:, start:stop], part, kept))
+            self.prefix_keys += names[start:stop]
+            self._positions = np.concatenate([self._positions, part.positions], axis=1)
+            if stop in marks:
+                self._keep()
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)[-logits_to_keep:]
+
+    def _stops(self, marks: Sequence[int], count: int) -> list[int]:
+        """Return the marks within a prefill of `count` tokens at which it is interrupted, to keep states.
+
+        What follows attends to cached keys, which is slow: no stop is made that costs too much.
+        """
+        if not self._decoder.traits.fixed_states:
+            return []
+        whole = count * (1 + self._key_cost * (self.length + count / 2))
+        dearer = self.cached_attention_slowdown * self._key_cost
+        return sorted(
+            mark
+            for mark in {*marks}
+            if 0 < mark < count and (count - mark) * dearer * (self.length + mark) <= _MOST_STOP_COST * whole
+        )
 
     def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
         """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis."""
@@ -170,8 +221,10 @@ class Session(ABC):
                 extras[name][: given.shape[1]] = inputs.extras[name]
         return LanguageInputs(np.concatenate([given, text], axis=1), extras)
 
-    def step(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append n tokens; return the logits `(n, V)` after each of them."""
+    def step(self, token_ids: Sequence[int], drafted: int = 0) -> npt.NDArray[np.float32]:
+        """Append n tokens, the last `drafted` of which may be taken back; return the logits `(n, V)` after each."""
+        if drafted:
+            self._keep(for_draft=True)
         return self.prefill(self.embed(token_ids), len(token_ids), token_ids)
 
 

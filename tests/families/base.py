@@ -26,14 +26,19 @@ class Reference:
 
     def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any]) -> None:
         import torch
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
+        from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
         words = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         words.model_input_names = ["input_ids", "attention_mask"]
-        pictures = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-        self.processor = make_processor(words, pictures, self.model.config)
+        self.processor = make_processor(words, self.image_processor(checkpoint), self.model.config)
+
+    def image_processor(self, checkpoint: Path) -> Any:
+        """Return the checkpoint's image processor."""
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
 
     def inputs(self, images: Sequence[np.ndarray], question: str) -> dict[str, Any]:
         """Return the model's inputs for one question about `images`."""

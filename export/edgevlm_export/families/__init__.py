@@ -6,7 +6,16 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import granite_docling, idefics3, internvl, lighton_ocr, llava, llava_onevision, qwen_vl
+from edgevlm_export.families import (
+    granite_docling,
+    idefics3,
+    internvl,
+    lfm2_vl,
+    lighton_ocr,
+    llava,
+    llava_onevision,
+    qwen_vl,
+)
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -25,6 +34,7 @@ FAMILIES: dict[str, FamilyExporter] = {
     "granite_docling": granite_docling.EXPORTER,
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
+    "lfm2_vl": lfm2_vl.EXPORTER,
     "lighton_ocr": lighton_ocr.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,

@@ -285,7 +285,8 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     first, *others = vision.outputs
     graph = Graph(vision.inputs, packed_stages(vision), first, first, others=others)
     decoder = replace(decoder, deepstack=len(others))
-    traits = DecoderTraits(position_axes=3, recurrent=decoder.recurrent, rewindable=decoder.rewindable)
+    fixed = decoder.has_fixed_states
+    traits = DecoderTraits(3, recurrent=decoder.recurrent, rewindable=not fixed, fixed_states=fixed)
     return Architecture(decoder, graph, _UNUSED.get(kind, ()), (config, text, seen), traits)
 
 

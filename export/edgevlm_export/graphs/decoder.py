@@ -19,7 +19,7 @@ from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
-from edgevlm_export.graphs.states import FixedState, KVCache, State, make_stateful, value_names
+from edgevlm_export.graphs.states import FixedState, State, make_stateful, value_names
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -85,13 +85,13 @@ class Decoder:
 
     @property
     def states(self) -> dict[str, State]:
-        """The states of all layers by name."""
+        """What all layers keep from one call to the next, by name."""
         return {name: state for i, layer in enumerate(self.layers) for name, state in layer.mixer.states(i).items()}
 
     @property
-    def rewindable(self) -> bool:
-        """Whether a sequence can be truncated: a KV cache can, a state of a fixed size cannot."""
-        return all(isinstance(state, KVCache) for state in self.states.values())
+    def has_fixed_states(self) -> bool:
+        """Whether any layer keeps a state that cannot be cut, only restored where it was kept."""
+        return any(isinstance(each, FixedState) for each in self.states.values())
 
     @property
     def recurrent(self) -> bool:

@@ -116,6 +116,22 @@ class FrameConvolution:
             yield f"{self.name}.bias", (self.hidden,)
 
 
+@dataclass(frozen=True)
+class DepthwiseConvolution:
+    """A convolution of `size` places along a sequence, of each channel by itself."""
+
+    name: str
+    channels: int
+    size: int
+    bias: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield names and shapes."""
+        yield f"{self.name}.weight", (self.channels, 1, self.size)
+        if self.bias:
+            yield f"{self.name}.bias", (self.channels,)
+
+
 def declared(tree: Any) -> Iterator[tuple[str, Shape]]:
     """Yield name and shape of every tensor of a module, or of all modules in a dataclass's fields or in a sequence."""
     if hasattr(tree, "tensors"):
