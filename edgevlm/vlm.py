@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
@@ -336,6 +338,23 @@ class VLM:
         preprocessed = self.preprocess(images, image_budget)
         return len(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs))
 
+    def encode_events(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Progress, None, list[PreprocessedImage]]:
+        """Yield the progress of encoding a conversation's pictures ahead of its answer; return them encoded.
+
+        They may then stand for the pictures in `events`, whose vision stage is over at once. Errors as in `events`.
+        """
+        config = config or GenerationConfig()
+        preprocessed, _ = self._preprocess_prompt(messages, images, config, image_budget, cache_salt)
+        encoded = yield from self._encode(self.vision, preprocessed, cache_salt)
+        return [replace(image, image=views) for image, views in zip(preprocessed, encoded, strict=True)]
+
     def prepare(
         self,
         messages: Sequence[Message],
@@ -359,10 +378,7 @@ class VLM:
     ) -> Generator[Progress, None, Prompt]:
         family = self.processor.family
         with watch.stage("preprocess"):
-            preprocessed = self.preprocess(images, image_budget, cache_salt)
-            ids = np.asarray(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs), np.int64)
-        self.processor.check_known(ids)
-        self._check_length(len(ids))
+            preprocessed, ids = self._preprocess_prompt(messages, images, config, image_budget, cache_salt)
         with watch.stage("load"):
             vision = self.vision
         with watch.stage("vision"):
@@ -383,6 +399,21 @@ class VLM:
             views=sum(map(len, encoded)),
             cached_views=sum(len(image) - image.encoded for image in encoded),
         )
+
+    def _preprocess_prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig,
+        image_budget: ImageBudget | None,
+        cache_salt: str,
+    ) -> tuple[list[PreprocessedImage], npt.NDArray[np.int64]]:
+        """Return the pictures of a conversation preprocessed, and the token ids of its prompt, known to fit."""
+        preprocessed = self.preprocess(images, image_budget, cache_salt)
+        ids = np.asarray(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs), np.int64)
+        self.processor.check_known(ids)
+        self._check_length(len(ids))
+        return preprocessed, ids
 
     def _encode(
         self, vision: VisionEncoder, images: Sequence[PreprocessedImage], cache_salt: str

@@ -210,7 +210,7 @@ def test_an_answer_is_stopped(browser: Any, vlm: VLM) -> None:
             page.keyboard.press("Enter")
             wait_until(lambda: model.holding)
             sync_api.expect(page.locator(".answer .text")).not_to_be_empty()
-            job = server.worker._current
+            [job] = server.worker.current
             page.keyboard.press("Escape")
             sync_api.expect(page.locator(".facts")).to_have_text("stopped")
             wait_until(job.abandoned.is_set)

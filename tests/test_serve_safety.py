@@ -437,8 +437,7 @@ def test_a_client_that_goes_away_ends_its_answer_before_the_next_token(braked: B
         with serving(braked) as server:
             connection = raw(server, question(body(stream=stream)))
             wait_until(lambda: braked.holding)
-            job = server.worker._current
-            assert job
+            [job] = server.worker.current
             connection.close()
             wait_until(job.abandoned.is_set)
             braked.release()
