@@ -17,7 +17,7 @@ from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.scoring import Scores, log_likelihoods
-from edgevlm.decoding.stream import TextModel, check_satisfied, collect, stream_answer
+from edgevlm.decoding.stream import Step, TextModel, check_satisfied, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
 from edgevlm.errors import ContextLengthError, DamagedModelError, DeviceError, ImageError
 from edgevlm.families import Family, make_family
@@ -168,6 +168,22 @@ class VLM:
 
         The placeholders of `messages`, parts of type `image` and `video`, stand for `images`, in order. There is a
         `Progress` for every view that is encoded and every token that is generated. Errors as in `stream`.
+        """
+        with closing(self.steps(messages, images, config, image_budget, cache_salt)) as events:
+            yield from (event for event in events if not isinstance(event, Step))
+
+    def steps(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Event | Step, None, None]:
+        """Yield what `events` yields, and each step of the decoder before it is made.
+
+        `make_together` makes the steps of several answers in one inference; one that nobody has made when the generator
+        goes on is made alone.
         """
         config, watch = config or GenerationConfig(), Stopwatch()
         prompt = yield from self._prepare(messages, images, config, watch, image_budget, cache_salt)

@@ -373,7 +373,7 @@ def test_a_model_that_cannot_locate_has_no_button(page: Any, picture: Path) -> N
 
 def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
     class Failing(Braked):
-        def events(self, *_: Any) -> Any:
+        def steps(self, *_: Any) -> Any:
             raise SystemExit  # no Exception, as the panic of a library in Rust is none
 
     with serving(Failing(vlm)) as server:

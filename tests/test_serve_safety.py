@@ -650,10 +650,10 @@ def test_a_model_that_fails_in_one_answer_gives_the_next(vlm: VLM, caplog: pytes
     told = "what the caller sent"
 
     class Failing(Braked):
-        def events(self, messages: Any, *rest: Any) -> Any:
+        def steps(self, messages: Any, *rest: Any) -> Any:
             if messages[0]["content"][0]["text"] == "fail":
                 raise ZeroDivisionError(told)
-            return self._vlm.events(messages, *rest)
+            return self._vlm.steps(messages, *rest)
 
     with serving(Failing(vlm)) as server, caplog.at_level(logging.INFO):
         for stream in (False, True):

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--max-tokens", int, 512, "Default max_tokens of a request."),
-    ("--max-queue", int, 16, "Most requests that may wait."),
+    ("--max-queue", int, 16, "Most requests that may wait, or run beside the first."),
+    ("--max-running", int, 4, "Most answers that are decoded together, under paged attention."),
     ("--max-images", int, 8, "Most pictures of a request."),
     ("--max-pixels", int, 50_000_000, "Most pixels of a picture."),
     ("--max-body-mb", float, 32.0, "Largest request body, in MiB."),
@@ -129,6 +130,7 @@ def _config(options: dict[str, Any]) -> ServeConfig:
         max_images=options["max_images"],
         max_pixels=options["max_pixels"],
         max_queue=options["max_queue"],
+        max_running=options["max_running"],
         max_tokens=options["max_tokens"],
         time_limit_s=options["time_limit"],
         stop_timeout_s=options["stop_timeout"],

@@ -16,7 +16,7 @@ from edgevlm.runtime.inference import infer
 if TYPE_CHECKING:
     import openvino as ov
 
-_SHORT_STEP = 32
+SHORT_STEP = 32
 """Tokens whose inference is over before anything could break it off."""
 _KEY_COST, _NARROWEST = 1 / 6, 512
 """Cost of attending to one cached key, relative to a token's matmuls: (2 hidden) / (12 hidden^2) for each layer. Below
@@ -30,7 +30,7 @@ def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float3
 
 
 class Requests(NamedTuple):
-    """The inference requests of one sequence."""
+    """The inference requests of a sequence; under paged attention all sequences share the decoder's."""
 
     decoder: ov.InferRequest
     embeddings: ov.InferRequest
@@ -74,7 +74,7 @@ class Session(ABC):
 
     def _infer(self, inputs: Mapping[str, Any], count: int) -> Any:
         """Run the decoder on `count` tokens. Raises `Interrupted`: the sequence is then of no use any more."""
-        if count <= _SHORT_STEP:
+        if count <= SHORT_STEP:
             return self._request.infer(inputs, share_inputs=True)
         return infer(self._request, inputs)
 
@@ -107,6 +107,13 @@ class Session(ABC):
             self._forget(length)
             del self.prefix_keys[length:]
             self._positions = self._positions[:, :length]
+
+    def copy_prefix(self, other: Session, length: int) -> int:  # noqa: ARG002
+        """Begin anew with copies of another sequence's entries, at most its first `length`; return how many.
+
+        OpenVINO's state is not copied.
+        """
+        return 0
 
     def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
@@ -154,9 +161,13 @@ class Session(ABC):
         count = inputs_embeds.shape[1]
         whole = self._completed(inputs, count)
         logits = self._read(inputs_embeds, whole, logits_to_keep)
-        self.prefix_keys += [object() for _ in range(count)] if keys is None else keys
-        self._positions = np.concatenate([self._positions, whole.positions], axis=1)
+        self._append([object() for _ in range(count)] if keys is None else keys, whole.positions)
         return logits
+
+    def _append(self, keys: Sequence[Hashable], positions: npt.NDArray[np.int64]) -> None:
+        """Note that the cache holds entries with these keys and positions `(axes, n)` behind the others."""
+        self.prefix_keys += keys
+        self._positions = np.concatenate([self._positions, positions], axis=1)
 
     def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
         """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis."""

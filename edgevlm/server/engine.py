@@ -1,7 +1,8 @@
 """The engine: one model, one thread that answers, and a bounded queue that is fair among callers.
 
-While an answer is prefilled and decoded, a second thread preprocesses and encodes the pictures of the next job, which
-leaves the language model alone.
+Under paged attention the thread makes several answers at once: between two steps of the decoder, which it makes for all
+of them in one inference, at most one more answer is begun, so that nobody waits for longer than one prefill. While the
+language model is at work, a second thread preprocesses and encodes the pictures of the next job.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from threading import Condition, Event, Thread
+from threading import Condition, Thread
+from threading import Event as Flag
 from time import monotonic, time
 
 import numpy as np
 
-from edgevlm.answer import Piece, Progress, result_of
+from edgevlm.answer import Event, Piece, Progress, result_of
 from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.stream import Step, make_together
 from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import ImageInput
@@ -47,7 +49,7 @@ class Job:
     """Called in a thread of the worker's with each piece, or with the error that ended the answer."""
     submitted: float = field(default_factory=monotonic)
     started: float | None = None
-    abandoned: Event = field(default_factory=Event)
+    abandoned: Flag = field(default_factory=Flag)
     encoded: bool = field(init=False)
     """Whether its pictures need the vision encoder no more."""
     failure: BaseException | None = None
@@ -91,6 +93,11 @@ class FairQueue:
         with self._changed:
             return tuple(self._taken)
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing comes any more."""
+        return self._closed
+
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
 
@@ -115,13 +122,17 @@ class FairQueue:
             self._waiting.setdefault(job.caller, deque()).append(job)
             self._notify()
 
-    def take(self) -> Job | None:
+    def take(self, *, wait: bool = True) -> Job | None:
         """Wait for the next job and take it, to be followed by `done`; None when the queue was closed.
 
-        One whose pictures are being encoded ahead is taken when they are.
+        One whose pictures are being encoded ahead is taken when they are. Without `wait` a job is only taken if it is
+        there and needs the vision encoder no more.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._next() not in (None, self._encoding))
+            if wait:
+                self._changed.wait_for(lambda: self._closed or self._next() not in (None, self._encoding))
+            elif not ((job := self._next()) and job.encoded):
+                return None
             return self._pop() if self._waiting else None
 
     def _pop(self) -> Job:
@@ -181,8 +192,18 @@ class FairQueue:
             return left
 
 
+@dataclass(eq=False)
+class _Answer:
+    """An answer in the making."""
+
+    job: Job
+    events: Generator[Event | Step, None, None] | None = None
+    step: Step | None = None
+    """Where it has come to, once it has been prefilled."""
+
+
 class Worker:
-    """Loads the model in a thread of its own, and answers one job after another there; a second encodes ahead."""
+    """Loads the model in a thread of its own, and answers the jobs there; a second one encodes pictures ahead."""
 
     def __init__(
         self,
@@ -190,15 +211,16 @@ class Worker:
         max_queue: int,
         on_done: Callable[[Job, Piece | BaseException], None] | None = None,
         on_failure: Callable[[], None] | None = None,
+        max_running: int = 1,
     ) -> None:
         """`on_done` is told of each job's end, `on_failure` when the model cannot be loaded or a thread dies; both in
-        the thread."""
+        the thread. At most `max_running` answers are made at once."""
         self._load, self._on_done, self._on_failure = load, on_done, on_failure
-        self._queue = FairQueue(max_queue)
-        self._threads = [
+        self._queue, self._max_running = FairQueue(max_queue), max_running
+        self._worker, self._encoder = (
             Thread(target=self._guard, args=(work,), name=f"edgevlm-{name}", daemon=True)
             for name, work in (("worker", self._run), ("encoder", self._encode_ahead))
-        ]
+        )
         self._last_progress = monotonic()
         self.started_at = int(time())
         self.vlm: VLM | None = None
@@ -206,16 +228,16 @@ class Worker:
 
     def start(self) -> None:
         """Begin to load the model."""
-        for thread in self._threads:
+        for thread in (self._worker, self._encoder):
             thread.start()
 
     @property
     def ready(self) -> bool:
-        """Whether the model is loaded, has answered once, and the threads live."""
-        return self.vlm is not None and self.failure is None and self._is_alive()
+        """Whether the model is loaded, has answered once, and the thread that answers lives."""
+        return self.vlm is not None and self._is_alive()
 
     def _is_alive(self) -> bool:
-        return all(thread.is_alive() for thread in self._threads)
+        return self.failure is None and self._worker.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -271,9 +293,9 @@ class Worker:
         self.stop_accepting()
         self.end_current()
         deadline = monotonic() + timeout_s
-        for thread in self._threads:
+        for thread in (self._worker, self._encoder):
             thread.join(max(0.0, deadline - monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not (self._worker.is_alive() or self._encoder.is_alive())
 
     def _guard(self, work: Callable[[], None]) -> None:
         """Do a thread's work; an error that comes here is no answer's own, and ends the other thread as well."""
@@ -290,52 +312,67 @@ class Worker:
         vlm = self._load()
         warm_up(vlm)
         self.vlm = vlm
-        while self._answer_next(vlm):
+        at_once = self._max_running if vlm.language_model.is_paged else 1
+        answers: list[_Answer] = []
+        while self._go_on(vlm, answers, at_once):
             pass
 
-    def _answer_next(self, vlm: VLM) -> bool:
-        """Answer the next job; return whether there was one. A frame of its own: nothing is held between two jobs."""
-        job = self._queue.take()
-        if job is None:
-            return False
-        end: Piece | BaseException = FailedError()
-        try:
-            end = self._answer(vlm, job)
-        finally:  # whatever happens, somebody waits
-            self._queue.done(job)
-            self._count(job, end)
-            job.deliver(end)
-        return True
+    def _go_on(self, vlm: VLM, answers: list[_Answer], at_once: int) -> bool:
+        """Begin one more answer where there is room, and let each go on by a step; return whether any is left to make.
 
-    def _count(self, job: Job, end: Piece | BaseException) -> None:
+        A frame of its own: nothing is held between two jobs.
+        """
+        if len(answers) < at_once and (job := self._queue.take(wait=not answers)):
+            job.started = self._last_progress = monotonic()
+            answers.append(_Answer(job))
+        _make_steps(answers)
+        for answer in list(answers):
+            end = self._advance(vlm, answer)
+            if end is not None:
+                answers.remove(answer)
+                self._end(answer.job, end)
+        return bool(answers) or not self._queue.closed
+
+    def _end(self, job: Job, end: Piece | BaseException) -> None:
+        self._queue.done(job)
         try:
             if self._on_done:
                 self._on_done(job, end)
         except Exception as error:  # no figure is worth an answer
             log_failure(error)
+        job.deliver(end)
 
-    def _answer(self, vlm: VLM, job: Job) -> Piece | BaseException:
-        """Deliver all pieces but the last, and return that, or the error that came instead."""
-        job.started = self._last_progress = monotonic()
+    def _advance(self, vlm: VLM, answer: _Answer) -> Piece | BaseException | None:
+        """Make the step that an answer has come to, and go on to the next one; return the end if it comes before."""
+        job, answer.step = answer.job, None
         if job.failure:
             failure, job.failure = job.failure, None  # else the error, whose frames will hold the job, would be held
             return failure
         try:
-            stream = vlm.events(job.messages, job.images, job.config, job.image_budget, job.caller)
-            with interruptible(job.abandoned.is_set), closing(stream) as events:
-                for event in events:
-                    self._last_progress = monotonic()
-                    if job.abandoned.is_set():
-                        return AbandonedError()
-                    if not job.encoded and not is_encoding(event):
-                        self._queue.encoded(job)
-                    if isinstance(event, Piece):
-                        if event.answer is not None:
-                            return event
-                        job.deliver(event)
-            raise AssertionError("an answer's last piece carries it")
+            with interruptible(job.abandoned.is_set):
+                if answer.events is None:
+                    answer.events = vlm.steps(job.messages, job.images, job.config, job.image_budget, job.caller)
+                event = self._follow(job, answer.events)
+                if isinstance(event, Step):
+                    answer.step = event
+                    return None
+                answer.events.close()
+                return event
         except BaseException as error:  # the panic of a library in Rust is no Exception
             return as_end(error)
+
+    def _follow(self, job: Job, events: Iterator[Event | Step]) -> Step | Piece | BaseException:
+        """Deliver the pieces before the next step, and return that step, or what ends the answer."""
+        while not job.abandoned.is_set():
+            event = next(events)
+            self._last_progress = monotonic()
+            if not job.encoded and not is_encoding(event):
+                self._queue.encoded(job)
+            if isinstance(event, Step) or (isinstance(event, Piece) and event.answer is not None):
+                return event
+            if isinstance(event, Piece):
+                job.deliver(event)
+        return AbandonedError()
 
     def _encode_ahead(self) -> None:
         while self._encode_next():
@@ -360,7 +397,15 @@ class Worker:
         return True
 
 
-def is_encoding(event: Piece | Progress) -> bool:
+def _make_steps(answers: Iterable[_Answer]) -> None:
+    """Make the steps that answers have come to, in one inference where that is possible."""
+    try:
+        make_together([each.step for each in answers if each.step and not each.job.abandoned.is_set()])
+    except Exception as error:  # each is then made alone, and fails or does not
+        log_failure(error)
+
+
+def is_encoding(event: Event | Step) -> bool:
     """Whether the vision encoder goes on after this event."""
     return isinstance(event, Progress) and event.stage == "vision" and event.done < event.total
 

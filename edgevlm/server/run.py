@@ -51,7 +51,7 @@ class Server:
 
     def __init__(self, load: Callable[[], VLM], config: ServeConfig, model: str) -> None:
         self.socket = _listen(config.host, config.port)
-        self.worker = Worker(load, config.max_queue, self._count, self._failed)
+        self.worker = Worker(load, config.max_queue, self._count, self._failed, config.max_running)
         worker = self.worker
         self.metrics = Metrics(lambda: worker.waiting, lambda: worker.running, lambda: worker.ready)
         self._config = config
