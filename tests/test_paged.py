@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from edgevlm.runtime.core import import_openvino, read_ir
 from edgevlm.runtime.kv_paged import PagedSession, step_together, with_paged_attention
 from edgevlm.runtime.kv_session import Session
 from edgevlm.runtime.kv_stateful import StatefulSession
-from tests.conftest import F32, photograph
+from tests.conftest import F32, noise, photograph
 
 
 def sessions(folder: Path, **options: Any) -> tuple[Session, Session]:
@@ -190,3 +191,15 @@ def test_a_prompt_that_comes_while_another_is_answered_copies_what_they_share(ex
         assert vlm.generate(picture, "And what is this?", config, cache_salt="another").cached_tokens == 0
         rest = "".join(map(str, running))
     assert vlm.generate(picture, "What is this?", max_new_tokens=50).text.endswith(rest)
+
+
+def test_threads_share_the_blocks(exported: Path) -> None:
+    """While they grow, are given back, copied and read, each answer is the one of a model that answers nothing else."""
+    vlm = VLM(exported, replace(F32, kv_cache="paged"))
+    config = GenerationConfig(max_new_tokens=16)
+    asked = [(noise(40, 40 + 20 * (number % 3)), "What is it? " * (1 + 5 * number)) for number in range(6)]
+    alone = VLM(exported, F32)
+    wanted = [alone.generate(*each, config).token_ids for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: vlm.generate(*each, config).token_ids, asked * 3))
+    assert found == wanted * 3
