@@ -11,13 +11,14 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.prompt_lookup import MOST_QUESTIONS, EarlierAnswers
 from edgevlm.decoding.scoring import Scores, log_likelihoods
-from edgevlm.decoding.stream import TextModel, check_satisfied, collect, stream_answer
+from edgevlm.decoding.stream import Step, TextModel, check_satisfied, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
 from edgevlm.errors import ContextLengthError, DamagedModelError, DeviceError, ImageError
 from edgevlm.families import Family, make_family
@@ -170,6 +171,22 @@ class VLM:
 
         The placeholders of `messages`, parts of type `image` and `video`, stand for `images`, in order. There is a
         `Progress` for every view that is encoded and every token that is generated. Errors as in `stream`.
+        """
+        with closing(self.steps(messages, images, config, image_budget, cache_salt)) as events:
+            yield from (event for event in events if not isinstance(event, Step))
+
+    def steps(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Event | Step, None, None]:
+        """Yield what `events` yields, and each step of the decoder before it is made.
+
+        `make_together` makes the steps of several answers in one inference; one that nobody has made when the generator
+        goes on is made alone.
         """
         config, watch = config or GenerationConfig(), Stopwatch()
         opening = self._opening(config)
@@ -349,6 +366,23 @@ class VLM:
         """Return how the prompt opens the answer's turn. Raises `ThinkingError`."""
         return self.processor.thinking.opening(config.think, config.chat_template_kwargs)
 
+    def encode_events(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Progress, None, list[PreprocessedImage]]:
+        """Yield the progress of encoding a conversation's pictures ahead of its answer; return them encoded.
+
+        They may then stand for the pictures in `events`, whose vision stage is over at once. Errors as in `events`.
+        """
+        opening = self._opening(config or GenerationConfig())
+        preprocessed, _ = self._preprocess_prompt(messages, images, opening, image_budget, cache_salt)
+        encoded = yield from self._encode(self.vision, preprocessed, cache_salt)
+        return [replace(image, image=views) for image, views in zip(preprocessed, encoded, strict=True)]
+
     def prepare(
         self,
         messages: Sequence[Message],
@@ -373,11 +407,7 @@ class VLM:
     ) -> Generator[Progress, None, Prompt]:
         family = self.processor.family
         with watch.stage("preprocess"):
-            preprocessed = self.preprocess(images, image_budget, cache_salt)
-            found = self.processor.prompt_ids(messages, preprocessed, opening.variables, opening.suffix)
-            ids = np.asarray(found, np.int64)
-        self.processor.check_known(ids)
-        self._check_length(len(ids))
+            preprocessed, ids = self._preprocess_prompt(messages, images, opening, image_budget, cache_salt)
         with watch.stage("load"):
             vision = self.vision
         with watch.stage("vision"):
@@ -399,6 +429,22 @@ class VLM:
             cached_views=sum(len(image) - image.encoded for image in encoded),
             cache_salt=cache_salt,
         )
+
+    def _preprocess_prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        opening: Opening,
+        image_budget: ImageBudget | None,
+        cache_salt: str,
+    ) -> tuple[list[PreprocessedImage], npt.NDArray[np.int64]]:
+        """Return the pictures of a conversation preprocessed, and the token ids of its prompt, known to fit."""
+        preprocessed = self.preprocess(images, image_budget, cache_salt)
+        found = self.processor.prompt_ids(messages, preprocessed, opening.variables, opening.suffix)
+        ids = np.asarray(found, np.int64)
+        self.processor.check_known(ids)
+        self._check_length(len(ids))
+        return preprocessed, ids
 
     def _encode(
         self, vision: VisionEncoder, images: Sequence[PreprocessedImage], cache_salt: str

@@ -25,6 +25,7 @@ from edgevlm.runtime.kv_stateful import StatefulSession
 from edgevlm_export.output_folder import FILE_NAMES
 from tests.conftest import F32, photograph
 from tests.helpers.damage import copy_export, edit_manifest, reseal
+from tests.helpers.together import together
 
 QUESTION = "What is in this picture?"
 NEXT = "And what is left of it? The number 42.7."
@@ -132,6 +133,14 @@ def test_answers_are_those_of_sessions_that_read_all_anew(
         assert list(answer.token_ids) == uncached(vlm, question, [image], 16)
     answer = vlm.generate([china, changed], NEXT, SHORT)
     assert list(answer.token_ids) == uncached(vlm, NEXT, [china, changed], 16)
+
+
+def test_answers_made_together_are_those_made_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = load(folder, monkeypatch, {}, kv_cache="paged")
+    china = photograph("china.jpg")
+    asked = [([china], QUESTION), ([china, china[:64, :128]], NEXT), ([], NEXT)]
+    found = together(vlm.steps([user_message(text, len(images))], images, SHORT) for images, text in asked)
+    assert [list(each.token_ids) for each in found] == [uncached(vlm, text, images, 16) for images, text in asked]
 
 
 def test_positions_and_extra_inputs_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,7 +231,7 @@ def test_an_answer_is_stopped(browser: Any, vlm: VLM) -> None:
             page.keyboard.press("Enter")
             wait_until(lambda: model.holding)
             sync_api.expect(page.locator(".answer .text")).not_to_be_empty()
-            job = server.worker._current
+            [job] = server.worker.current
             page.keyboard.press("Escape")
             sync_api.expect(page.locator(".facts")).to_have_text("stopped")
             wait_until(job.abandoned.is_set)
@@ -394,7 +394,7 @@ def test_a_model_that_cannot_locate_has_no_button(page: Any, picture: Path) -> N
 
 def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
     class Failing(Braked):
-        def events(self, *_: Any) -> Any:
+        def steps(self, *_: Any) -> Any:
             raise SystemExit  # no Exception, as the panic of a library in Rust is none
 
     with serving(Failing(vlm)) as server:

@@ -438,8 +438,7 @@ def test_a_client_that_goes_away_ends_its_answer_before_the_next_token(braked: B
         with serving(braked) as server:
             connection = raw(server, question(body(stream=stream)))
             wait_until(lambda: braked.holding)
-            job = server.worker._current
-            assert job
+            [job] = server.worker.current
             connection.close()
             wait_until(job.abandoned.is_set)
             braked.release()
@@ -652,10 +651,10 @@ def test_a_model_that_fails_in_one_answer_gives_the_next(vlm: VLM, caplog: pytes
     told = "what the caller sent"
 
     class Failing(Braked):
-        def events(self, messages: Any, *rest: Any) -> Any:
+        def steps(self, messages: Any, *rest: Any) -> Any:
             if messages[0]["content"][0]["text"] == "fail":
                 raise ZeroDivisionError(told)
-            return self._vlm.events(messages, *rest)
+            return self._vlm.steps(messages, *rest)
 
     with serving(Failing(vlm)) as server, caplog.at_level(logging.INFO):
         for stream in (False, True):

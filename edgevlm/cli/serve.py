@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--max-tokens", int, 512, "Default max_tokens of a request."),
-    ("--max-queue", int, 16, "Most requests that may wait."),
+    ("--max-queue", int, 16, "Most requests that may wait, or run beside the first."),
+    ("--max-running", int, 4, "Most answers that are decoded together, under paged attention."),
     ("--max-loaded-models", int, 3, "Most models in memory; the least recently used makes room for another."),
     ("--unload-after", float, 300.0, "Seconds that models but the first stay loaded after their last use."),
     ("--max-images", int, 8, "Most pictures of a request."),
@@ -141,6 +142,7 @@ def _config(options: dict[str, Any]) -> ServeConfig:
         max_queue=options["max_queue"],
         max_loaded_models=options["max_loaded_models"],
         unload_after_s=options["unload_after"],
+        max_running=options["max_running"],
         max_tokens=options["max_tokens"],
         time_limit_s=options["time_limit"],
         stop_timeout_s=options["stop_timeout"],

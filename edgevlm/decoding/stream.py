@@ -21,7 +21,8 @@ from edgevlm.errors import IncompleteAnswerError
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.thinking import Thought
 from edgevlm.metrics import Stopwatch, peak_memory
-from edgevlm.runtime.kv_session import Session
+from edgevlm.runtime.kv_paged import PagedSession, step_together
+from edgevlm.runtime.kv_session import SHORT_STEP, Session
 
 if TYPE_CHECKING:
     from edgevlm.inputs.tokenizer import Tokenizer
@@ -39,10 +40,41 @@ class TextModel:
     earlier_answers: EarlierAnswers = field(default_factory=EarlierAnswers)
 
 
+@dataclass(eq=False)
+class Step:
+    """The next step of an answer, announced before it is made: whoever drives several answers may join theirs."""
+
+    session: Session
+    token_ids: Sequence[int]
+    drafted: int = 0
+    """How many of the tokens, the last ones, are a draft."""
+    logits: Logits | None = None
+    """`(n, V)`, after each of the tokens, once the step has been made."""
+
+    def make(self) -> Logits:
+        """Return the logits; make the step if it has not been made."""
+        return self.session.step(self.token_ids, self.drafted) if self.logits is None else self.logits
+
+
+def make_together(steps: Sequence[Step]) -> None:
+    """Make the steps of several answers of one model in one inference.
+
+    Those whose KV cache is OpenVINO's state are left to be made alone, and so are long ones, which may have to be
+    broken off.
+    """
+    joined = [(step, step.session) for step in steps if len(step.token_ids) <= SHORT_STEP]
+    paged = [(step, session) for step, session in joined if isinstance(session, PagedSession)]
+    if len(paged) < 2:
+        return
+    made = step_together([session for _, session in paged], [step.token_ids for step, _ in paged])
+    for (step, _), logits in zip(paged, made, strict=True):
+        step.logits = logits
+
+
 def stream_tokens(
     session: Session, prompt: Prompt, selector: TokenSelector, max_tokens: int, watch: Stopwatch, drafter: PromptLookup
-) -> Iterator[tuple[int, Logits]]:
-    """Yield up to `max_tokens` token ids after the prompt, each with the logits `(V,)` it was selected from.
+) -> Iterator[tuple[int, Logits] | Step]:
+    """Yield up to `max_tokens` token ids after the prompt with their logits `(V,)`, and each step before it is made.
 
     The caller stops at the end token. One step feeds the last token together with the tokens expected after it: those
     the grammar fast-forwards, which always come true, or a draft, of which the first token that the selector does not
@@ -50,7 +82,9 @@ def stream_tokens(
     since the draft began are read once more, with the next token.
     """
     forced = selector.fast_forward[: max_tokens - 1]
-    draft = [] if forced else selector.filter_draft(drafter.first_draft(max_tokens - 1))
+    draft = []
+    if not forced and session.rewindable:  # a state would have to be kept within the prefill
+        draft = selector.filter_draft(drafter.first_draft(max_tokens - 1))
     lookahead, drafted = forced or draft, len(draft)
     watch.count("drafted_tokens", drafted)
     with watch.stage("prefill"):
@@ -86,7 +120,9 @@ def stream_tokens(
             draft = selector.filter_draft(drafter.draft(left - 1))
         lookahead, drafted = forced or draft, len(draft)
         watch.count("drafted_tokens", drafted)
-        logits = session.step([*again, token, *lookahead], drafted)[len(again) :]
+        step = Step(session, [*again, token, *lookahead], drafted)
+        yield step
+        logits = step.make()[len(again) :]
 
 
 def stream_answer(
@@ -97,11 +133,11 @@ def stream_answer(
     watch: Stopwatch,
     response_prefix: str = "",
     thought: Thought | None = None,
-) -> Iterator[Event]:
-    """Yield `Progress` for every token and the answer's pieces; the last piece carries the `Answer`.
+) -> Iterator[Event | Step]:
+    """Yield `Progress` for every token, the answer's pieces, and each step before it is made.
 
-    `response_prefix` is what the model writes before an answer: one with a constraint begins after it. `thought` tells
-    the thought that comes before that.
+    The last piece carries the `Answer`. `response_prefix` is what the model writes before an answer: one with a
+    constraint begins after it. `thought` tells the thought that comes before that.
     """
     context_left = model.context_length - len(prompt)
     max_tokens = min(config.max_new_tokens, context_left)
@@ -121,7 +157,11 @@ def stream_answer(
     logprobs: list[TokenLogprob] = []
     logprobs_sent = 0
     reason: FinishReason = "length" if config.max_new_tokens <= context_left else "context"
-    for token, logits in stream_tokens(session, prompt, selector, max_tokens, watch, drafter):
+    for made in stream_tokens(session, prompt, selector, max_tokens, watch, drafter):
+        if isinstance(made, Step):
+            yield made
+            continue
+        token, logits = made
         ids.append(token)
         yield Progress("decode", len(ids), max_tokens)
         if token in model.eos_token_ids:

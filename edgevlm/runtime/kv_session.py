@@ -17,7 +17,7 @@ from edgevlm.runtime.inference import infer
 if TYPE_CHECKING:
     import openvino as ov
 
-_SHORT_STEP = 32
+SHORT_STEP = 32
 """Tokens whose inference is over before anything could break it off."""
 _KEY_COST, _NARROWEST = 1 / 6, 512
 """Cost of attending to one cached key, relative to a token's matmuls: (2 hidden) / (12 hidden^2) for each layer. Below
@@ -34,7 +34,7 @@ def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float3
 
 
 class Requests(NamedTuple):
-    """The inference requests of one sequence."""
+    """The inference requests of a sequence; under paged attention all sequences share the decoder's."""
 
     decoder: ov.InferRequest
     embeddings: ov.InferRequest
@@ -78,7 +78,7 @@ class Session(ABC):
 
     def _infer(self, inputs: Mapping[str, Any], count: int) -> Any:
         """Run the decoder on `count` tokens. Raises `Interrupted`: the sequence is then of no use any more."""
-        if count <= _SHORT_STEP:
+        if count <= SHORT_STEP:
             return self._request.infer(inputs, share_inputs=True)
         return infer(self._request, inputs)
 
@@ -90,6 +90,11 @@ class Session(ABC):
     def length(self) -> int:
         """Number of entries in the KV cache, masked ones not counted."""
         return len(self.prefix_keys)
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether the sequence can be truncated anywhere."""
+        return self._decoder.traits.rewindable
 
     @property
     def takes_drafts(self) -> bool:
@@ -133,6 +138,13 @@ class Session(ABC):
         lost = self.prefix_keys[self._reachable(length) : length]
         self.rewind(length)
         return cast("list[int]", lost)  # the keys of a step's tokens
+
+    def copy_prefix(self, other: Session, length: int) -> int:  # noqa: ARG002
+        """Begin anew with copies of another sequence's entries, at most its first `length`; return how many.
+
+        OpenVINO's state is not copied.
+        """
+        return 0
 
     def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
@@ -188,8 +200,7 @@ class Session(ABC):
             kept = max(1, stop - max(start, count - logits_to_keep))
             part = whole.between(start, stop)
             logits.append(self._read(inputs_embeds[:, start:stop], part, kept))
-            self.prefix_keys += names[start:stop]
-            self._positions = np.concatenate([self._positions, part.positions], axis=1)
+            self._append(names[start:stop], part.positions)
             if stop in marks:
                 self._keep()
         return logits[0] if len(logits) == 1 else np.concatenate(logits)[-logits_to_keep:]
@@ -208,6 +219,11 @@ class Session(ABC):
             for mark in {*marks}
             if 0 < mark < count and (count - mark) * dearer * (self.length + mark) <= _MOST_STOP_COST * whole
         )
+
+    def _append(self, keys: Sequence[Hashable], positions: npt.NDArray[np.int64]) -> None:
+        """Note that the cache holds entries with these keys and positions `(axes, n)` behind the others."""
+        self.prefix_keys += keys
+        self._positions = np.concatenate([self._positions, positions], axis=1)
 
     def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
         """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis."""

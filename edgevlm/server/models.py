@@ -277,7 +277,7 @@ class Models:
 
     def _make_worker(self, model: ServedModel, on_failure: Callable[[], None] | None = None) -> Worker:
         on_done = partial(self._on_done, model.name)
-        model.worker = Worker(model.load, self._config.max_queue, on_done, on_failure)
+        model.worker = Worker(model.load, self._config.max_queue, on_done, on_failure, self._config.max_running)
         return model.worker
 
     async def _wait_for(self, model: ServedModel, receive: Receive) -> None:

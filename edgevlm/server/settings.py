@@ -21,6 +21,7 @@ _POSITIVE = (
     "max_prompt_chars",
     "max_schema_chars",
     "max_queue",
+    "max_running",
     "max_tokens",
     "time_limit_s",
     "body_timeout_s",
@@ -64,7 +65,9 @@ class ServeConfig:
     max_schema_chars: int = 50_000
     """Characters of a request's JSON schemas, those of its tools included."""
     max_queue: int = 16
-    """Requests that wait while one is answered."""
+    """Requests that are held beside one that is answered: those that wait, and others that are answered with it."""
+    max_running: int = 4
+    """Answers that are decoded together, where the KV cache lies under paged attention; else there is one at a time."""
     max_tokens: int = 512
     """Longest answer of a request that does not say."""
     time_limit_s: float = 300.0

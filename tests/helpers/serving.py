@@ -18,6 +18,7 @@ from PIL import Image
 
 from edgevlm import VLM
 from edgevlm.answer import Event, Progress
+from edgevlm.decoding.stream import Step
 from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig
@@ -169,9 +170,9 @@ class Braked:
         """Let this answer and all others go on."""
         self._go.set()
 
-    def events(self, *request: Any) -> Generator[Event, None, None]:
+    def steps(self, *request: Any) -> Generator[Event | Step, None, None]:
         self.tokens.append(0)
-        with closing(self._vlm.events(*request)) as events:
+        with closing(self._vlm.steps(*request)) as events:
             for event in events:
                 if isinstance(event, Progress) and event.stage == "decode":
                     self.tokens[-1] = event.done
