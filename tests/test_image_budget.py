@@ -11,7 +11,7 @@ import pytest
 
 from edgevlm import OptionError
 from edgevlm.families import FAMILIES
-from edgevlm.families.base import DETAILS, Detail, Family, ImageBudget
+from edgevlm.families.base import DETAILS, Detail, ImageBudget
 
 TILE = 32
 PIXELS = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -39,6 +39,18 @@ QWEN_VL: dict[str, Any] = {
     **PIXELS,
 }
 FACTS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "image_token_id": 4,
+        "image_seq_len": 16,
+        "preprocessing": {
+            "side": TILE,
+            "pan_and_scan": {"min_crop_size": TILE, "max_num_crops": 4, "min_ratio_to_activate": 1.2},
+            **PIXELS,
+        },
+    },
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
     "internvl": {
@@ -71,6 +83,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"model_type": "qwen3_vl", "table_side": 8, **QWEN_VL},
 }
 LEAST = {
+    "gemma3": 16,
     "idefics3": 5,
     "smolvlm": 5,
     "internvl": 5,
@@ -87,10 +100,10 @@ def test_every_family_is_here() -> None:
     assert FACTS.keys() == LEAST.keys() == FAMILIES.keys()
 
 
-def image_tokens(family: Family, size: tuple[int, int], budget: ImageBudget) -> int:
+def image_tokens(family: Any, size: tuple[int, int], budget: ImageBudget) -> int:
     """Return how many image tokens the prompt has for a picture of that size."""
     visual = family.preprocess(np.zeros((*size, 3), np.uint8), budget)
-    return family.image_text(visual.layout).count(family.placeholder)
+    return family.image_text(visual.layout).count(family.image_token)
 
 
 @pytest.mark.parametrize("detail", DETAILS)

@@ -23,6 +23,8 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 Detail: TypeAlias = Literal["low", "high", "auto"]
 PIXEL_VALUES, IMAGE_EMBEDS = "pixel_values", "image_embeds"
+IMAGE_GROUPS = "image_group_ids"
+"""Input of a decoder whose image tokens attend to each other: 1 for those of the first view, 2 for the next, 0 for text."""
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from edgevlm.errors import SourceError
@@ -54,6 +55,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096 * 32,
         "sliding_window": 4096,
     },
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+    },
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
     "qwen2_vl_text": _QWEN2_VL,
@@ -70,6 +88,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
 _FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Families whose config.json may have the text model's keys beside the others, instead of in `text_config`."""
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+"""Types of layers, as configs name them."""
 _WINDOW = 4096
 """Of the classes, where windows slide and no size is stated."""
 _ROPE_KEYS = frozenset(
@@ -179,7 +199,44 @@ def read_qwen3_vl(text: ConfigReader, names: Names) -> Decoder:
     return make_decoder(text, names, qkv_bias=bias, o_bias=bias, qk_norm=True, mrope=mrope)
 
 
+def read_gemma3(text: ConfigReader, names: Names) -> Decoder:
+    """Llama with norms of each head, of what attention gives and of what the MLP gives, and with scaled embeddings.
+
+    Layers are local, with a sliding window, or global, each kind with a rotation of its own.
+    """
+    if text.flag("use_bidirectional_attention"):
+        raise UnsupportedError("the native route does not build text_config.use_bidirectional_attention")
+    bias, make_norm = text.flag("attention_bias"), partial(Norm, unit_offset=True)
+    kinds, ropes = _layer_types(text), _read_ropes(text)
+    plain = make_decoder(
+        text,
+        names,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        act_key="hidden_activation",
+        rope=ropes[_GLOBAL],
+        make_norm=make_norm,
+    )
+    window, scale = text.size("sliding_window"), text.number("query_pre_attn_scalar") ** -0.5
+
+    def layer(each: Layer, kind: str) -> Layer:
+        assert isinstance(each.mixer, Attention)
+        mixer = replace(each.mixer, rope=ropes[kind], scale=scale, window=window if kind == _LOCAL else None)
+        before, after = (
+            replace(each.mlp_norm, name=f"{each.name}.{place}_feedforward_layernorm") for place in ("pre", "post")
+        )
+        return replace(
+            each, mixer=mixer, mixer_output_norm=each.mlp_norm, mlp_norm=before, mlp_output_norm=after
+        )
+
+    table = replace(plain.embed_tokens, scale=plain.hidden_size**0.5)
+    layers = tuple(layer(each, kind) for each, kind in zip(plain.layers, kinds, strict=True))
+    return replace(plain, embed_tokens=table, layers=layers)
+
+
 TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
+    "gemma3_text": read_gemma3,
     "llama": read_llama,
     "mistral": read_mistral,
     "qwen2": read_qwen2,
@@ -201,33 +258,39 @@ def make_decoder(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     mrope: MRope | None = None,
+    rope: Rope | None = None,
+    act_key: str = "hidden_act",
+    make_norm: Callable[[str, int, float], Norm] = Norm,
 ) -> Decoder:
-    """Return a decoder whose layers are all alike: Llama's, with biases, norms and RoPE as asked for."""
+    """Return a decoder whose layers are all alike: Llama's, with biases, norms and RoPE as asked for.
+
+    RoPE is as the config states it where `rope` is None.
+    """
     hidden, vocab = text.size("hidden_size"), text.size("vocab_size")
     heads, kv_heads, head_dim = _heads(text, hidden)
     inner, eps = text.size("intermediate_size"), text.number("rms_norm_eps")
-    act, rope = read_activation(text, "hidden_act"), _read_rope(text, head_dim, mrope)
+    act, rotation = read_activation(text, act_key), rope or _read_rope(text, head_dim, mrope)
 
     def attention(at: str) -> Attention:
         q, k, v = (
             Linear(f"{at}.{name}_proj", rows * head_dim, hidden, qkv_bias)
             for name, rows in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        q_norm, k_norm = (Norm(f"{at}.{name}_norm", head_dim, eps) if qk_norm else None for name in "qk")
+        q_norm, k_norm = (make_norm(f"{at}.{name}_norm", head_dim, eps) if qk_norm else None for name in "qk")
         o = Linear(f"{at}.o_proj", hidden, heads * head_dim, o_bias)
-        return Attention(q, k, v, o, heads, kv_heads, head_dim, rope, q_norm, k_norm)
+        return Attention(q, k, v, o, heads, kv_heads, head_dim, rotation, q_norm, k_norm)
 
     def mlp(at: str) -> GatedMLP:
         gate, up = (Linear(f"{at}.{name}_proj", inner, hidden, mlp_bias) for name in ("gate", "up"))
         return GatedMLP(gate, up, Linear(f"{at}.down_proj", hidden, inner, mlp_bias), act)
 
     def layer(at: str) -> Layer:
-        before, after = (Norm(f"{at}.{name}_layernorm", hidden, eps) for name in ("input", "post_attention"))
+        before, after = (make_norm(f"{at}.{name}_layernorm", hidden, eps) for name in ("input", "post_attention"))
         return Layer(at, before, attention(f"{at}.self_attn"), after, mlp(f"{at}.mlp"))
 
     layers = tuple(layer(f"{names.prefix}.layers.{index}") for index in range(text.size("num_hidden_layers")))
     table = Embedding(f"{names.prefix}.embed_tokens", vocab, hidden)
-    return Decoder(table, layers, Norm(f"{names.prefix}.norm", hidden, eps), Linear(names.head, vocab, hidden))
+    return Decoder(table, layers, make_norm(f"{names.prefix}.norm", hidden, eps), Linear(names.head, vocab, hidden))
 
 
 def _heads(text: ConfigReader, hidden: int) -> tuple[int, int, int]:
@@ -264,16 +327,51 @@ def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None) ->
         raise SourceError(f"config.json: text_config.{name} is not a JSON object")
     parameters = {key: value for key, value in stated.items() if value is not None}
     axes = _read_axes(parameters, mrope, head_dim) if mrope else None
+    return replace(_make_rope(text, name, parameters, text.number("rope_theta"), head_dim), axes=axes)
+
+
+def _read_ropes(text: ConfigReader) -> dict[str, Rope]:
+    """Return the rotation of each type of layers, stated as transformers 5 or as 4 does it.
+
+    The one has `rope_parameters` of each type. The other has `rope_theta` and `rope_scaling`, of global layers alone, and
+    `rope_local_base_freq`. `Gemma3TextConfig` of transformers 5.24 reads both, in this order.
+    """
+    scaling, stated = text.section("rope_scaling"), text.section("rope_parameters")
+    ropes = {}
+    for kind, base in ((_GLOBAL, "rope_theta"), (_LOCAL, "rope_local_base_freq")):
+        parameters = stated.section(kind).stated | (scaling.stated if kind == _GLOBAL else {})
+        rope = _make_rope(text, f"rope_parameters.{kind}", parameters, text.number(base), text.size("head_dim"))
+        ropes[kind] = replace(rope, name=kind)
+    if other := next(stated.unread(), None):
+        raise UnsupportedError(f"the native route does not build {other[1]}")
+    return ropes
+
+
+def _layer_types(text: ConfigReader) -> list[str]:
+    """Return the type of each layer, stated or every so many of them global. Raises `SourceError`."""
+    count, pattern = text.size("num_hidden_layers"), text.size("sliding_window_pattern")
+    text.get("_sliding_window_pattern")  # transformers 5 saves it beside `layer_types`
+    usual = [_LOCAL if (index + 1) % pattern else _GLOBAL for index in range(count)]
+    found = text.get("layer_types", usual)
+    kinds = found if isinstance(found, list) else []
+    if len(kinds) != count or any(each not in (_LOCAL, _GLOBAL) for each in kinds):
+        raise SourceError(
+            f"config.json: text_config.layer_types must be {count} times {_LOCAL} or {_GLOBAL}, not {found!r}"
+        )
+    return kinds
+
+
+def _make_rope(text: ConfigReader, name: str, parameters: dict[str, Any], theta: float, head_dim: int) -> Rope:
+    """Return the rotation of these parameters, which stand at `name`; `theta` is the base where they have none."""
     if unknown := sorted(parameters.keys() - _ROPE_KEYS):
         raise UnsupportedError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
     if (original := text.get("original_max_position_embeddings")) is not None:
         parameters["original_max_position_embeddings"] = original
     if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
         raise UnsupportedError("the native route does not build RoPE over a part of each head")
-    theta = text.number("rope_theta")
     try:
         theta = float(parameters.get("rope_theta", theta))
-        return replace(make_rope(head_dim, theta, parameters, text.size("max_position_embeddings")), axes=axes)
+        return make_rope(head_dim, theta, parameters, text.size("max_position_embeddings"))
     except NotImplementedError as error:
         raise UnsupportedError(f"the native route does not build RoPE of type {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:

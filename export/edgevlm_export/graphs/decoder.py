@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from edgevlm.families.base import IMAGE_GROUPS
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.attention import causal_bias
+from edgevlm_export.graphs.attention import Attention, causal_biases
 from edgevlm_export.graphs.constants import Constants, Output, named
 from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, split
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
@@ -56,6 +57,10 @@ class Layer:
     mixer: Mixer
     mlp_norm: Norm
     mlp: GatedMLP
+    mixer_output_norm: Norm | None = None
+    """Of what the mixer gives, before it is added."""
+    mlp_output_norm: Norm | None = None
+    """Of what the MLP gives, before it is added."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Decoder:
     deepstack: int = 0
     """After so many of the first layers features of the pictures' earlier layers are added: DeepStack
     (https://arxiv.org/abs/2406.04334)."""
+    groups_images: bool = False
+    """Image tokens of one view attend to each other both ways."""
 
     @property
     def hidden_size(self) -> int:
@@ -80,10 +87,13 @@ def language_graph(decoder: Decoder) -> Graph:
     """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache.
 
     Its position_ids are `(B, S)`, or `(axes, B, S)` where RoPE has several axes; `deepstack_embeds.K` `(B, S, D)` are
-    added after layer K.
+    added after layer K. `image_group_ids` `(B, S)` number the views whose image tokens
+    attend to each other, from 1.
     """
     ropes = list({rope.name: rope for layer in decoder.layers if (rope := layer.mixer.rope)}.values())
-    start = Stage(partial(rope_and_mask, ropes))
+    mixers = [layer.mixer for layer in decoder.layers]
+    windows = list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention)))
+    start = Stage(partial(rope_and_mask, ropes, windows))
     extras = [deepstack_name(index) for index in range(decoder.deepstack)]
     layers: list[Stage] = []
     for index, layer in enumerate(decoder.layers):
@@ -94,6 +104,7 @@ def language_graph(decoder: Decoder) -> Graph:
     inputs = {
         "attention_mask": ("i64", (-1, -1)),
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
+        **dict.fromkeys([IMAGE_GROUPS] if decoder.groups_images else [], ("i64", (-1, -1))),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
     states: dict[str, State] = {}
@@ -113,12 +124,19 @@ def text_embeddings_graph(decoder: Decoder) -> Graph:
     return Graph(inputs, [Stage(look_up, (decoder.embed_tokens,))], "inputs_embeds", "inputs_embeds")
 
 
-def rope_and_mask(ropes: Sequence[Rope], values: Values, constants: Constants) -> None:  # noqa: ARG001
-    """Set what all layers share: cosines and sines of each RoPE, and the causal mask."""
+def rope_and_mask(
+    ropes: Sequence[Rope],
+    windows: Sequence[int | None],
+    values: Values,
+    constants: Constants,  # noqa: ARG001
+) -> None:
+    """Set what layers share: cosines and sines of each RoPE, and the causal mask of each sliding window."""
     for rope in ropes:
         cos, sin = rope.names
         values[cos], values[sin] = rotations(values["position_ids"], rope)
-    values["attention_bias"] = causal_bias(values["inputs_embeds"], values["attention_mask"])
+    groups = values.outputs.get(IMAGE_GROUPS)
+    for name, bias in causal_biases(values["inputs_embeds"], values["attention_mask"], windows, groups).items():
+        values[name] = bias
     values.outputs["hidden_states"] = values["inputs_embeds"]
 
 
@@ -126,10 +144,14 @@ def decoder_layer(layer: Layer, index: int, values: Values, constants: Constants
     """Set `hidden_states` after one layer, and what its states become."""
     opset = import_openvino().opset13
     x = values["hidden_states"]
-    normal = rms_norm(x, constants, layer.input_norm)
-    x = opset.add(x, layer.mixer.mix(normal, index, values, constants))
-    normal = rms_norm(x, constants, layer.mlp_norm)
-    values["hidden_states"] = named(opset.add(x, gated_mlp(normal, layer.mlp, constants)), layer.name)
+    mixed = layer.mixer.mix(rms_norm(x, constants, layer.input_norm), index, values, constants)
+    if layer.mixer_output_norm:
+        mixed = rms_norm(mixed, constants, layer.mixer_output_norm)
+    x = opset.add(x, mixed)
+    y = gated_mlp(rms_norm(x, constants, layer.mlp_norm), layer.mlp, constants)
+    if layer.mlp_output_norm:
+        y = rms_norm(y, constants, layer.mlp_output_norm)
+    values["hidden_states"] = named(opset.add(x, y), layer.name)
 
 
 def deepstack_name(index: int) -> str:

@@ -48,6 +48,8 @@ class Norm:
     size: int
     eps: float
     bias: bool = False
+    unit_offset: bool = False
+    """The weights are stored less 1."""
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield names and shapes."""
@@ -63,6 +65,8 @@ class Embedding:
     name: str
     rows: int
     columns: int
+    scale: float = 1.0
+    """What its vectors are multiplied by, rounded to the type of the stored table, as transformers does it."""
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield name and shape."""

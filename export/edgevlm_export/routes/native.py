@@ -65,8 +65,9 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
     calibration_pairs = with_questions(pairs) if needs_data else []
     samples = {pair: make_sample(processor, pair) for pair in [*verified.values(), *calibration_pairs]}
-    table = weights.get(f"{architecture.decoder.embed_tokens.name}.weight")
-    embeds = {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
+    embed_tokens = architecture.decoder.embed_tokens
+    table = weights.get(f"{embed_tokens.name}.weight")
+    embeds = {pair: look_up(table, sample.ids, embed_tokens.scale) for pair, sample in samples.items()}
     writer = SubmodelWriter(architecture, weights, job)
 
     views = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
@@ -110,14 +111,17 @@ def compared(sample: Sample) -> int:
     return min(VERIFY_TOKENS, answer + 1 if answer else len(sample.ids))
 
 
-def look_up(table: RawTensor, ids: Array) -> Array:
-    """Return the embeddings `(1, n, D)` of token ids. Raises `SourceError` for a token that the table lacks."""
+def look_up(table: RawTensor, ids: Array, scale: float) -> Array:
+    """Return the embeddings `(1, n, D)` of token ids, multiplied by `scale` as in the graph.
+
+    Raises `SourceError` for a token that the table lacks.
+    """
     if ids.max() >= len(table.array):
         raise SourceError(
             f"the tokenizer makes token {ids.max()}, and the model knows {len(table.array)}: tokenizer.json and the"
             " weights do not belong together"
         )
-    return replace(table, array=table.array[ids]).float32()[None]
+    return replace(table, array=table.array[ids]).float32()[None] * table.rounded(scale)
 
 
 def _zero_extras(graph: Graph, count: int) -> Arrays:
