@@ -68,7 +68,8 @@ def facts(crops: dict[str, Any] | None) -> dict[str, Any]:
     return {**tiny.NAMED, "image_token_id": 7, "image_seq_len": tiny.IMAGE_SEQ_LEN, "preprocessing": preprocessing}
 
 
-SIZES = [(1, 1), (2, 3), (1, 500), (500, 1), (32, 32), (79, 80), (100, 119), (100, 120), (100, 250), (330, 70), (90, 900)]
+SIZES = [(1, 1), (2, 3), (1, 500), (500, 1), (32, 32), (79, 80), (100, 119), (100, 120), (100, 250), (330, 70)]
+SIZES += [(90, 900)]
 
 
 @pytest.mark.parametrize("crops", [None, CROPS], ids=["whole", "pan-and-scan"])
@@ -207,9 +208,9 @@ def test_answers_after_reuse_are_those_of_sessions_that_read_all_anew(vlm: VLM) 
     china, flower = photograph("china.jpg"), photograph("flower.jpg")
     cached = []
     for images, question in (
-        ([china], QUESTION),
-        ([china], NEXT),
+        ([china, flower], QUESTION),
         ([china, flower], NEXT),
+        ([china], NEXT),
         ([flower, china], NEXT),
         ([china], QUESTION),
         ([], NEXT),
@@ -219,7 +220,7 @@ def test_answers_after_reuse_are_those_of_sessions_that_read_all_anew(vlm: VLM) 
         prompt = vlm.prepare([user_message(question, len(images))], images, SHORT, Stopwatch(), HIGH)
         assert all(not place.start < answer.cached_tokens < place.stop for place in prompt.images)
         cached.append(answer.cached_tokens)
-    assert cached[1] > tiny.IMAGE_SEQ_LEN
+    assert cached[1] > 2 * tiny.IMAGE_SEQ_LEN
 
 
 def test_image_tokens_that_did_not_see_each_other_would_answer_otherwise(vlm: VLM) -> None:
@@ -350,7 +351,8 @@ def test_what_files_are_silent_about_is_what_the_classes_have() -> None:
     assert {name: getattr(config, name) for name in exporter._DEFAULTS} == exporter._DEFAULTS
     found = {name: Gemma3Processor.images_kwargs.get(name) for name in exporter._PREPROCESSOR_DEFAULTS}
     found |= {name: getattr(processor, name) for name, value in found.items() if value is None}
-    assert {**found, "size": dict(found["size"])} == exporter._PREPROCESSOR_DEFAULTS
+    lists = {name: list(found[name]) for name in ("image_mean", "image_std")}
+    assert {**found, **lists, "size": dict(found["size"])} == exporter._PREPROCESSOR_DEFAULTS
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

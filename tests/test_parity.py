@@ -63,7 +63,7 @@ def check_parity(reference: Reference, vlm: VLM, images: list[np.ndarray]) -> No
     if images:
         views = [view for visual in vlm.processor.preprocess(images, HIGH) for view in visual.views]
         found = np.concatenate([view.inputs()[PIXEL_VALUES].ravel() for view in views])  # views may differ in size
-        assert np.array_equal(found, inputs["pixel_values"].numpy().ravel())
+        assert np.array_equal(found, reference.pixel_values(inputs))
     logits, image_embeds = reference.run(images, QUESTION)
     places = np.asarray(prompt.ids) == vlm.processor.family.image_token_id
     assert not images or np.ptp(image_embeds) > 1

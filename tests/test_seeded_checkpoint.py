@@ -62,7 +62,10 @@ SMALL = {
 """Changes of config.json that leave the vocabulary, the picture's tokens and the structure as they are."""
 
 
-@pytest.mark.parametrize(("name", "weights"), [("gemma-3-4b", 4300e6), ("internvl3-1b", 938e6), ("qwen3-vl-2b", 2127e6)])
+WEIGHTS = {"gemma-3-4b": 4300e6, "internvl3-1b": 938e6, "qwen3-vl-2b": 2127e6}
+
+
+@pytest.mark.parametrize(("name", "weights"), WEIGHTS.items())
 def test_a_shape_has_as_many_weights_as_the_model(name: str, weights: float, tmp_path: Path) -> None:
     shape = read_shape(name)
     for file, content in small_files(shape).items():

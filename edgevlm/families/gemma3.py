@@ -1,8 +1,8 @@
 """Gemma 3: one view of a picture, and crops of a long one where the checkpoint asks for pan-and-scan.
 
 Crops, resampling and arithmetic follow transformers' Pillow-based `Gemma3ImageProcessor`, and the prompt follows
-`Gemma3Processor` (both of transformers 5.24), so that `detail="high"` gives equal arrays and equal token ids. Image tokens
-of a view attend to each other both ways: `get_block_sequence_ids_for_mask`.
+`Gemma3Processor` (both of transformers 5.24), so that `detail="high"` gives equal arrays and equal token ids. Image
+tokens of a view attend to each other both ways: `get_block_sequence_ids_for_mask`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
-from tests.families import gemma3, idefics3, internvl, llava, llava_onevision, qwen_vl
+from tests.families import gemma3, gemma4, idefics3, internvl, llava, llava_onevision, qwen_vl
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
     "gemma3": gemma3.BUILDER,
+    "gemma4": gemma4.BUILDER,
     "idefics3": idefics3.builder("idefics3"),
     "internvl": internvl.BUILDER,
     "llava": llava.BUILDER,

@@ -44,6 +44,10 @@ class Reference:
         """Return the position ids that the model gives a prompt, `(axes, S)`."""
         return np.arange(inputs["input_ids"].shape[1])[None]
 
+    def pixel_values(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Return the values of all views of a prompt in the order in which the runtime has them."""
+        return np.asarray(inputs["pixel_values"].numpy().ravel())
+
     def run(self, images: Sequence[np.ndarray], question: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the logits at every position `(S, V)` and the image embeddings `(n, D)`."""
         import torch

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import gemma3, idefics3, internvl, llava, llava_onevision, qwen_vl
+from edgevlm_export.families import gemma3, gemma4, idefics3, internvl, llava, llava_onevision, qwen_vl
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -23,6 +23,7 @@ __all__ = [
 
 FAMILIES: dict[str, FamilyExporter] = {
     "gemma3": gemma3.EXPORTER,
+    "gemma4": gemma4.EXPORTER,
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
     "llava": llava.EXPORTER,
@@ -36,7 +37,6 @@ FAMILIES: dict[str, FamilyExporter] = {
 _NOT_BUILT: Mapping[str, str] = {
     "gemma3_text": "a Gemma 3 that takes no pictures",
     "gemma3n": "Gemma 3n, whose encoders and per-layer embeddings are not built",
-    "gemma4": "Gemma 4, whose encoder and per-layer embeddings are not built",
 }
 """Relatives of the families that are taken for them, and what they are."""
 

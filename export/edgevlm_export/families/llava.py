@@ -259,7 +259,10 @@ def tower_section(config: ConfigReader, usual: str = "clip_vision_model") -> Con
 
 
 def make_tower(section: ConfigReader, layer: Any, prefix: str) -> Tower:
-    """Return the tower of that section up to a layer, counted as `vision_feature_layer` is. Raises `SourceError` and `UnsupportedError`."""
+    """Return the tower of that section up to a layer, counted as `vision_feature_layer` is.
+
+    Raises `SourceError` and `UnsupportedError`.
+    """
     count = section.size("num_hidden_layers")
     if isinstance(layer, bool) or not isinstance(layer, int) or not -count - 1 <= layer <= count:
         raise UnsupportedError(f"the native route builds no vision_feature_layer {layer!r} of {count} layers")

@@ -70,7 +70,29 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000.0,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
-        "sliding_window_pattern": 6,
+    },
+    "gemma4_text": {
+        "vocab_size": 262144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+        },
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window": 512,
+        "vocab_size_per_layer_input": 262144,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": 0,
+        "pad_token_id": 0,
     },
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
@@ -88,7 +110,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
 _FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Families whose config.json may have the text model's keys beside the others, instead of in `text_config`."""
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """Types of layers, as configs name them."""
 _WINDOW = 4096
 """Of the classes, where windows slide and no size is stated."""
@@ -207,7 +229,7 @@ def read_gemma3(text: ConfigReader, names: Names) -> Decoder:
     if text.flag("use_bidirectional_attention"):
         raise UnsupportedError("the native route does not build text_config.use_bidirectional_attention")
     bias, make_norm = text.flag("attention_bias"), partial(Norm, unit_offset=True)
-    kinds, ropes = _layer_types(text), _read_ropes(text)
+    kinds, ropes = read_layer_types(text), read_ropes(text, dict.fromkeys((LOCAL, GLOBAL), text.size("head_dim")))
     plain = make_decoder(
         text,
         names,
@@ -215,20 +237,18 @@ def read_gemma3(text: ConfigReader, names: Names) -> Decoder:
         o_bias=bias,
         qk_norm=True,
         act_key="hidden_activation",
-        rope=ropes[_GLOBAL],
+        rope=ropes[GLOBAL],
         make_norm=make_norm,
     )
     window, scale = text.size("sliding_window"), text.number("query_pre_attn_scalar") ** -0.5
 
     def layer(each: Layer, kind: str) -> Layer:
         assert isinstance(each.mixer, Attention)
-        mixer = replace(each.mixer, rope=ropes[kind], scale=scale, window=window if kind == _LOCAL else None)
+        mixer = replace(each.mixer, rope=ropes[kind], scale=scale, window=window if kind == LOCAL else None)
         before, after = (
             replace(each.mlp_norm, name=f"{each.name}.{place}_feedforward_layernorm") for place in ("pre", "post")
         )
-        return replace(
-            each, mixer=mixer, mixer_output_norm=each.mlp_norm, mlp_norm=before, mlp_output_norm=after
-        )
+        return replace(each, mixer=mixer, mixer_output_norm=each.mlp_norm, mlp_norm=before, mlp_output_norm=after)
 
     table = replace(plain.embed_tokens, scale=plain.hidden_size**0.5)
     layers = tuple(layer(each, kind) for each, kind in zip(plain.layers, kinds, strict=True))
@@ -330,33 +350,33 @@ def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None) ->
     return replace(_make_rope(text, name, parameters, text.number("rope_theta"), head_dim), axes=axes)
 
 
-def _read_ropes(text: ConfigReader) -> dict[str, Rope]:
-    """Return the rotation of each type of layers, stated as transformers 5 or as 4 does it.
+def read_ropes(text: ConfigReader, head_dims: Mapping[str, int]) -> dict[str, Rope]:
+    """Return the rotation of each type of layers, whose heads have so many channels, as transformers 5 or 4 states it.
 
-    The one has `rope_parameters` of each type. The other has `rope_theta` and `rope_scaling`, of global layers alone, and
-    `rope_local_base_freq`. `Gemma3TextConfig` of transformers 5.24 reads both, in this order.
+    The one has `rope_parameters` of each type. The other has `rope_theta` and `rope_scaling`, of global layers alone,
+    and `rope_local_base_freq`. `Gemma3TextConfig` of transformers 5.24 reads both, in this order.
     """
     scaling, stated = text.section("rope_scaling"), text.section("rope_parameters")
     ropes = {}
-    for kind, base in ((_GLOBAL, "rope_theta"), (_LOCAL, "rope_local_base_freq")):
-        parameters = stated.section(kind).stated | (scaling.stated if kind == _GLOBAL else {})
-        rope = _make_rope(text, f"rope_parameters.{kind}", parameters, text.number(base), text.size("head_dim"))
+    for kind, base in ((GLOBAL, "rope_theta"), (LOCAL, "rope_local_base_freq")):
+        parameters = stated.section(kind).stated | (scaling.stated if kind == GLOBAL else {})
+        rope = _make_rope(text, f"rope_parameters.{kind}", parameters, text.number(base), head_dims[kind])
         ropes[kind] = replace(rope, name=kind)
     if other := next(stated.unread(), None):
         raise UnsupportedError(f"the native route does not build {other[1]}")
     return ropes
 
 
-def _layer_types(text: ConfigReader) -> list[str]:
+def read_layer_types(text: ConfigReader) -> list[str]:
     """Return the type of each layer, stated or every so many of them global. Raises `SourceError`."""
-    count, pattern = text.size("num_hidden_layers"), text.size("sliding_window_pattern")
+    count, pattern = text.size("num_hidden_layers"), text.size("sliding_window_pattern", 6)
     text.get("_sliding_window_pattern")  # transformers 5 saves it beside `layer_types`
-    usual = [_LOCAL if (index + 1) % pattern else _GLOBAL for index in range(count)]
+    usual = [LOCAL if (index + 1) % pattern else GLOBAL for index in range(count)]
     found = text.get("layer_types", usual)
     kinds = found if isinstance(found, list) else []
-    if len(kinds) != count or any(each not in (_LOCAL, _GLOBAL) for each in kinds):
+    if len(kinds) != count or any(each not in (LOCAL, GLOBAL) for each in kinds):
         raise SourceError(
-            f"config.json: text_config.layer_types must be {count} times {_LOCAL} or {_GLOBAL}, not {found!r}"
+            f"config.json: text_config.layer_types must be {count} times {LOCAL} or {GLOBAL}, not {found!r}"
         )
     return kinds
 
@@ -367,7 +387,8 @@ def _make_rope(text: ConfigReader, name: str, parameters: dict[str, Any], theta:
         raise UnsupportedError(f"the native route does not build RoPE with text_config.{name}.{unknown[0]}")
     if (original := text.get("original_max_position_embeddings")) is not None:
         parameters["original_max_position_embeddings"] = original
-    if parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1)) != 1:
+    part = parameters.get("partial_rotary_factor", text.get("partial_rotary_factor", 1))
+    if part != 1 and parameters.get("rope_type") != "proportional":
         raise UnsupportedError("the native route does not build RoPE over a part of each head")
     try:
         theta = float(parameters.get("rope_theta", theta))

@@ -48,6 +48,10 @@ class Attention:
     """What scores are multiplied by, 1 / sqrt(head_dim) where it is None."""
     window: int | None = None
     """How many of the last tokens a token attends to, itself among them; None is all."""
+    v_norm: Norm | None = None
+    """RMSNorm over each head's channels of the values."""
+    is_reused: bool = False
+    """Layers after it attend to its keys and values, too."""
 
     def states(self, index: int) -> dict[str, State]:
         """Return the states of layer `index` by name."""
@@ -64,18 +68,64 @@ class Attention:
         if self.q_norm and self.k_norm:
             q = rms_norm(per_head(q, heads, head_dim), constants, self.q_norm)
             k = rms_norm(per_head(k, self.num_kv_heads, head_dim), constants, self.k_norm)
+        if self.v_norm:
+            v = rms_norm(per_head(v, self.num_kv_heads, head_dim), constants, self.v_norm)
         q = to_heads(q, heads, head_dim)
         k, v = (to_heads(each, self.num_kv_heads, head_dim) for each in (k, v))
         q, k = rotate(q, cos, sin, head_dim), rotate(k, cos, sin, head_dim)
         for kind, new in (("key", k), ("value", v)):
             values[cache_name(index, kind)] = named(new, f"{cache_name(index, kind)}/new")
-        k, v = repeat_heads(k, self), repeat_heads(v, self)
-        scale, bias = np.float32(self.scale or head_dim**-0.5), values[bias_name(self.window)]
-        mixed = opset.scaled_dot_product_attention(q, k, v, bias, scale, causal=False)
-        return linear(from_heads(mixed, heads * head_dim), constants, self.o_proj)
+            if self.is_reused:  # a node of its own, so that it is a value of its own between partitions
+                values[reused_name(index, kind)] = opset.reshape(new, np.zeros(4, np.int64), special_zero=True)
+        return attend(q, k, v, self, values, constants)
 
 
-def repeat_heads(x: Output, attention: Attention) -> Output:
+@dataclass(frozen=True)
+class ReusingAttention:
+    """Attention to the keys and values of an earlier layer, which it adds none to."""
+
+    q_proj: Linear
+    o_proj: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    q_norm: Norm
+    source: int
+    """Index of the layer whose keys and values they are."""
+    scale: float | None = None
+    window: int | None = None
+
+    def states(self, index: int) -> dict[str, State]:  # noqa: ARG002
+        """Return no states."""
+        return {}
+
+    def mix(self, x: Output, index: int, values: Values, constants: Constants) -> ov.Node:  # noqa: ARG002
+        """Grouped-query attention `(B, S, D)` -> `(B, S, D)`."""
+        cos, sin = (values[name] for name in self.rope.names)
+        q = per_head(linear(x, constants, self.q_proj), self.num_heads, self.head_dim)
+        q = to_heads(rms_norm(q, constants, self.q_norm), self.num_heads, self.head_dim)
+        k, v = (values[reused_name(self.source, kind)] for kind in ("key", "value"))
+        return attend(rotate(q, cos, sin, self.head_dim), k, v, self, values, constants)
+
+
+def reused_name(index: int, kind: str) -> str:
+    """Return what the keys or values of layer `index` are called that other layers attend to."""
+    return f"reused.{index}.{kind}"
+
+
+def attend(
+    q: Output, k: Output, v: Output, attention: Attention | ReusingAttention, values: Values, constants: Constants
+) -> ov.Node:
+    """Return what queries `(B, H, S, d)` get of keys and values `(B, KV heads, T, d)`, projected: `(B, S, D)`."""
+    opset, head_dim = import_openvino().opset13, attention.head_dim
+    k, v = repeat_heads(k, attention), repeat_heads(v, attention)
+    scale, bias = np.float32(attention.scale or head_dim**-0.5), values[bias_name(attention.window)]
+    mixed = opset.scaled_dot_product_attention(q, k, v, bias, scale, causal=False)
+    return linear(from_heads(mixed, attention.num_heads * head_dim), constants, attention.o_proj)
+
+
+def repeat_heads(x: Output, attention: Attention | ReusingAttention) -> Output:
     """`(B, KV heads, T, d)` -> `(B, heads, T, d)`.
 
     The CPU plugin fuses attention with the cache only where this is a bidirectional Broadcast to a target whose heads,

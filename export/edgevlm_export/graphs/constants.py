@@ -35,9 +35,20 @@ class Constants:
         return self._shared(concatenate([self._weights.get(name) for name in names]), names[0])
 
     def transposed(self, name: str) -> Output:
-        """Return a weight matrix that is stored as x is multiplied by it, `(columns, rows)`, as `matrix` returns one."""
+        """Return a weight matrix that is stored as `(columns, rows)`, as `matrix` returns one."""
         tensor = self._weights.get(name)
         return self._shared(replace(tensor, array=np.ascontiguousarray(tensor.array.T)), name)
+
+    def part(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Output:
+        """Return some rows and columns of a weight matrix as `matrix` returns the whole."""
+        tensor = self._weights.get(name)
+        label = f"{name}/{rows.start or columns.start or 0}"
+        return self._shared(replace(tensor, array=np.ascontiguousarray(tensor.array[rows, columns])), label)
+
+    def table(self, name: str) -> Output:
+        """Return a tensor as a table of the vectors along its last axis."""
+        tensor = self._weights.get(name)
+        return self._shared(replace(tensor, array=tensor.array.reshape(-1, tensor.array.shape[-1])), name)
 
     def kernel(self, name: str) -> Output:
         """Return a convolution's kernel as a matrix: a row for each channel that comes out."""

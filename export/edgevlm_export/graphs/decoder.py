@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from edgevlm.families.base import IMAGE_GROUPS
+import numpy as np
+
+from edgevlm.families.base import IMAGE_GROUPS, PER_LAYER_IDS
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.attention import Attention, causal_biases
+from edgevlm_export.graphs.attention import Attention, ReusingAttention, causal_biases
 from edgevlm_export.graphs.constants import Constants, Output, named
 from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, split
-from edgevlm_export.graphs.modules import Embedding, Linear, Norm
+from edgevlm_export.graphs.modules import Embedding, Linear, Norm, Tensor
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
 from edgevlm_export.graphs.states import State, make_stateful, value_names
@@ -49,6 +51,25 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
+class PerLayerEmbedding:
+    """A small embedding of each token for one layer, which is added to the hidden states as they gate it.
+
+    Tables and projections of all layers are columns or rows of one: this layer has `width` from `index * width` on.
+    """
+
+    index: int
+    width: int
+    table: Embedding
+    context: Linear
+    """Of the first layer's input, added to the token's."""
+    context_norm: Norm
+    gate: Linear
+    projection: Linear
+    norm: Norm
+    hidden_act: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """A mixer and an MLP, each behind an RMSNorm and added to what came in."""
 
@@ -61,6 +82,9 @@ class Layer:
     """Of what the mixer gives, before it is added."""
     mlp_output_norm: Norm | None = None
     """Of what the MLP gives, before it is added."""
+    per_layer: PerLayerEmbedding | None = None
+    scalar: Tensor | None = None
+    """What comes out is multiplied by it, `(1,)`."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +100,8 @@ class Decoder:
     (https://arxiv.org/abs/2406.04334)."""
     groups_images: bool = False
     """Image tokens of one view attend to each other both ways."""
+    logit_softcap: float | None = None
+    """Logits are bent to lie within it: c tanh(x / c)."""
 
     @property
     def hidden_size(self) -> int:
@@ -92,7 +118,7 @@ def language_graph(decoder: Decoder) -> Graph:
     """
     ropes = list({rope.name: rope for layer in decoder.layers if (rope := layer.mixer.rope)}.values())
     mixers = [layer.mixer for layer in decoder.layers]
-    windows = list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention)))
+    windows = list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention | ReusingAttention)))
     start = Stage(partial(rope_and_mask, ropes, windows))
     extras = [deepstack_name(index) for index in range(decoder.deepstack)]
     layers: list[Stage] = []
@@ -101,10 +127,12 @@ def language_graph(decoder: Decoder) -> Graph:
         layers += [Stage(partial(add_features, name)) for name in extras[index : index + 1]]
     head = Stage(partial(lm_head, decoder), (decoder.norm, decoder.lm_head))
     axes = max((max(rope.axes) + 1 for rope in ropes if rope.axes), default=None)
+    numbers = [IMAGE_GROUPS] if decoder.groups_images else []
+    numbers += [PER_LAYER_IDS] if any(layer.per_layer for layer in decoder.layers) else []
     inputs = {
         "attention_mask": ("i64", (-1, -1)),
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
-        **dict.fromkeys([IMAGE_GROUPS] if decoder.groups_images else [], ("i64", (-1, -1))),
+        **dict.fromkeys(numbers, ("i64", (-1, -1))),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
     states: dict[str, State] = {}
@@ -151,7 +179,28 @@ def decoder_layer(layer: Layer, index: int, values: Values, constants: Constants
     y = gated_mlp(rms_norm(x, constants, layer.mlp_norm), layer.mlp, constants)
     if layer.mlp_output_norm:
         y = rms_norm(y, constants, layer.mlp_output_norm)
-    values["hidden_states"] = named(opset.add(x, y), layer.name)
+    x = opset.add(x, y)
+    if layer.per_layer:
+        x = add_token(x, layer.per_layer, values, constants)
+    if layer.scalar:
+        x = opset.multiply(x, constants.vector(layer.scalar.name))
+    values["hidden_states"] = named(x, layer.name)
+
+
+def add_token(x: Output, each: PerLayerEmbedding, values: Values, constants: Constants) -> ov.Node:
+    """Return the hidden states with a layer's own embedding of each token added."""
+    opset = import_openvino().opset13
+    own = slice(each.index * each.width, (each.index + 1) * each.width)
+    table, projection = f"{each.table.name}.weight", f"{each.context.name}.weight"
+    ids = opset.convert(values[PER_LAYER_IDS], "i32")
+    token = opset.gather(constants.part(table, columns=own), ids, np.int32(0))
+    token = opset.multiply(token, constants.rounded(each.table.scale, table))
+    context = opset.matmul(values["inputs_embeds"], constants.part(projection, rows=own), False, True)
+    context = opset.multiply(context, np.float32(each.context.columns**-0.5))
+    context = named(rms_norm(context, constants, each.context_norm), f"{each.gate.name}/context")
+    both = opset.multiply(opset.add(context, token), np.float32(0.5**0.5))
+    gated = opset.multiply(activation(linear(x, constants, each.gate), each.hidden_act), both)
+    return opset.add(x, rms_norm(linear(gated, constants, each.projection), constants, each.norm))
 
 
 def deepstack_name(index: int) -> str:
@@ -177,4 +226,7 @@ def lm_head(decoder: Decoder, values: Values, constants: Constants) -> None:
     opset = import_openvino().opset13
     normal = rms_norm(values["hidden_states"], constants, decoder.norm)
     weight = constants.matrix(f"{decoder.lm_head.name}.weight")
-    values["logits"] = named(opset.matmul(normal, weight, False, True), "lm_head")
+    logits = named(opset.matmul(normal, weight, False, True), "lm_head")
+    if cap := decoder.logit_softcap:
+        logits = opset.multiply(opset.tanh(opset.divide(logits, np.float32(cap))), np.float32(cap))
+    values["logits"] = logits

@@ -34,6 +34,8 @@ def rms_norm(x: Output, constants: Constants, norm: Norm) -> ov.Node:
     square = opset.power(x, np.float32(2))
     mean = opset.reduce_mean(square, np.array([-1]), keep_dims=True)
     scale = opset.divide(np.float32(1), opset.sqrt(opset.add(mean, np.float32(norm.eps))))
+    if not norm.scaled:
+        return named(opset.multiply(x, scale), norm.name)
     weight = constants.vector(f"{norm.name}.weight")
     if norm.unit_offset:
         weight = weight + np.float32(1)

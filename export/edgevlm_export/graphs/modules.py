@@ -50,10 +50,13 @@ class Norm:
     bias: bool = False
     unit_offset: bool = False
     """The weights are stored less 1."""
+    scaled: bool = True
+    """Whether there are weights."""
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield names and shapes."""
-        yield f"{self.name}.weight", (self.size,)
+        if self.scaled:
+            yield f"{self.name}.weight", (self.size,)
         if self.bias:
             yield f"{self.name}.bias", (self.size,)
 

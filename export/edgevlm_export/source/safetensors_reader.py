@@ -80,10 +80,15 @@ class Weights:
         return sum(math.prod(entry["shape"]) for _, _, entry in self._entries.values())
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`."""
+        """Check that the checkpoint has these tensors and no others but `unused`. Raises `SourceError`.
+
+        One of `unused` that ends with a dot stands for all names that begin so.
+        """
         for name, shape in shapes.items():
             self._check(name, shape)
+        families = tuple(name for name in unused if name.endswith("."))
         unknown = sorted(self._entries.keys() - shapes.keys() - set(unused))
+        unknown = [name for name in unknown if not name.startswith(families)]
         if found := next((name for name in unknown if not _BUFFERS.search(name)), None):
             raise SourceError(
                 f"the checkpoint holds weights that its config has no place for, such as {found};"
