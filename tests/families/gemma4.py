@@ -97,6 +97,9 @@ def make_checkpoint(folder: Path, *, tied: bool = True, **sections: dict[str, An
         model.model.language_model.embed_tokens.weight.mul_(0.3 if tied else 1)
         if not tied:  # transformers would read an image token that the model wrote as padding
             model.lm_head.weight[made.convert_tokens_to_ids("<|image|>")] = 0
+        for name, weight in model.named_parameters():  # scores have no scale but these
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.mul_(0.5)
         for name, value in model.named_buffers():  # as if they had been trained
             if name.endswith("layer_scalar"):
                 value.fill_(0.9)
