@@ -107,8 +107,10 @@ def make_checkpoint(folder: Path, *, tied: bool = True, bfloat16: bool = False, 
         )
     )
     seed_weights(model)
-    with torch.no_grad():  # scaled, so wide a table would make logits of hundreds
-        model.model.language_model.embed_tokens.weight.mul_(0.3 if tied else 1)
+    with torch.no_grad():
+        if tied:  # else a token's own embedding would outweigh all that layers add, and the answer repeat it
+            model.model.language_model.embed_tokens.weight.mul_(0.03)
+            model.model.language_model.norm.weight.add_(8)
     if bfloat16:
         model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(bos_token_id=made.bos_token_id, eos_token_id=made.eos_token_id)
