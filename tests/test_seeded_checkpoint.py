@@ -17,6 +17,15 @@ from tests.conftest import F32
 
 BYTES = BPE(sorted(pre_tokenizers.ByteLevel.alphabet()), [], [])
 SMALL = {
+    "gemma-3-4b": {
+        "text_config": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
     "granite-docling-500m": {
         "text_config": {
             "hidden_size": 64,
@@ -115,6 +124,7 @@ SMALL = {
 
 
 WEIGHTS = {
+    "gemma-3-4b": 4300e6,
     "granite-docling-500m": 528e6,
     "internvl3-1b": 938e6,
     "lfm2.5-vl-450m": 449e6,

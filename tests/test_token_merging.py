@@ -24,7 +24,7 @@ from edgevlm_export.options import MERGED_SHARES
 from edgevlm_export.routes import native
 from edgevlm_export.tune.scores import is_right
 from tests.conftest import F32, make_checkpoint, photograph
-from tests.families import granite_docling, internvl, llava, llava_onevision, qwen_vl
+from tests.families import gemma3, granite_docling, internvl, llava, llava_onevision, qwen_vl
 from tests.helpers.command import cli
 from tests.helpers.graphs import runtime_kinds
 from training.settings import PANEL
@@ -73,6 +73,12 @@ def siglip_end(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 TOWERS = {
+    "gemma3": Tower(
+        lambda model, pixel_values: model.vision_tower.embeddings(pixel_values),
+        lambda model: model.vision_tower.encoder.layers,
+        lambda model, hidden: model.multi_modal_projector(model.vision_tower.post_layernorm(hidden)),
+        lambda folder: gemma3.make_checkpoint(folder / "saved", vision_config={"num_hidden_layers": LAYER_COUNT}),
+    ),
     "granite_docling": Tower(
         lambda model, pixel_values: model.vision_model.embeddings(pixel_values),
         lambda model: model.vision_model.encoder.layers,

@@ -31,6 +31,8 @@ def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+    "gemma3": partial(_load, "gemma3", "Gemma3"),
+    "gemma4": partial(_load, "gemma4", "Gemma4"),
     "granite_docling": partial(_load, "granite_docling", "GraniteDocling"),
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),

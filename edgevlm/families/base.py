@@ -23,6 +23,10 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 Detail: TypeAlias = Literal["low", "high", "auto"]
 PIXEL_VALUES, IMAGE_EMBEDS = "pixel_values", "image_embeds"
+IMAGE_GROUPS = "image_group_ids"
+"""Input of a decoder whose image tokens attend to each other: the view of each, counted from 1, and 0 for text."""
+PER_LAYER_IDS = "per_layer_token_ids"
+"""Input of a decoder whose layers have tables of token embeddings of their own; at image tokens that of padding."""
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 

@@ -243,8 +243,8 @@ def step_together(
     ends = np.cumsum([len(ids) for ids in token_ids])
     embeds = sessions[0].embed([token for ids in token_ids for token in ids])[0]
     parts = [
-        _Part(session, rows, session._completed(None, len(rows)))
-        for session, rows in zip(sessions, np.split(embeds, ends[:-1]), strict=True)
+        _Part(session, rows, session._completed(None, len(rows), ids))
+        for session, rows, ids in zip(sessions, np.split(embeds, ends[:-1]), token_ids, strict=True)
     ]
     logits = sessions[0]._read_all(parts, len(embeds))
     for part, ids in zip(parts, token_ids, strict=True):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.families.base import DecoderTraits, LanguageInputs
+from edgevlm.families.base import PER_LAYER_IDS, DecoderTraits, LanguageInputs
 from edgevlm.runtime.inference import infer
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Session(ABC):
         the beginning besides, that later prompts may go on from: states that cannot be cut are kept there.
         """
         count = inputs_embeds.shape[1]
-        whole = self._completed(inputs, count)
+        whole = self._completed(inputs, count, keys)
         names = [object() for _ in range(count)] if keys is None else keys
         logits: list[npt.NDArray[np.float32]] = []
         if marks:
@@ -225,8 +225,11 @@ class Session(ABC):
         self.prefix_keys += keys
         self._positions = np.concatenate([self._positions, positions], axis=1)
 
-    def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
-        """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis."""
+    def _completed(self, inputs: LanguageInputs | None, count: int, keys: Sequence[Hashable] | None) -> LanguageInputs:
+        """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis.
+
+        The keys of text are its token ids.
+        """
         given = inputs.positions if inputs else self._positions[:, :0]
         last = max((int(each.max()) for each in (self._positions, given) if each.size), default=-1)
         text = np.broadcast_to(np.arange(count - given.shape[1]) + last + 1, (len(given), count - given.shape[1]))
@@ -235,6 +238,8 @@ class Session(ABC):
             extras[name] = np.zeros((count, *shape), dtype)
             if inputs and name in inputs.extras:
                 extras[name][: given.shape[1]] = inputs.extras[name]
+            if name == PER_LAYER_IDS and keys is not None:
+                extras[name][given.shape[1] :] = keys[given.shape[1] :]
         return LanguageInputs(np.concatenate([given, text], axis=1), extras)
 
     def step(self, token_ids: Sequence[int], drafted: int = 0) -> npt.NDArray[np.float32]:

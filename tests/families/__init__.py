@@ -1,6 +1,8 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
 from tests.families import (
+    gemma3,
+    gemma4,
     granite_docling,
     idefics3,
     internvl,
@@ -13,6 +15,8 @@ from tests.families import (
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
+    "gemma3": gemma3.BUILDER,
+    "gemma4": gemma4.BUILDER,
     "granite_docling": granite_docling.BUILDER,
     "idefics3": idefics3.builder("idefics3"),
     "internvl": internvl.BUILDER,

@@ -47,7 +47,8 @@ class Reference:
             messages, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=True
         )
         pictures = {"images": [list(images)]} if images else {}
-        return dict(self.processor(text=[text], return_tensors="pt", **pictures))
+        begun = text.startswith(self.processor.tokenizer.bos_token)  # as the processor's own apply_chat_template asks
+        return dict(self.processor(text=[text], add_special_tokens=not begun, return_tensors="pt", **pictures))
 
     def pixels(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Return what the vision model is given of all pictures, in the order of the views made here, flat."""

@@ -65,7 +65,8 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
     calibration_pairs = with_questions(pairs) if needs_data else []
     samples = {pair: make_sample(processor, pair) for pair in [*verified.values(), *calibration_pairs]}
-    embeds = text_embeds(weights.get(f"{architecture.decoder.embed_tokens.name}.weight"), samples)
+    embed_tokens = architecture.decoder.embed_tokens
+    embeds = text_embeds(weights.get(f"{embed_tokens.name}.weight"), samples, embed_tokens.scale)
     writer = SubmodelWriter(architecture, weights, job)
 
     views = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
@@ -109,19 +110,22 @@ def compared(sample: Sample) -> int:
     return min(VERIFY_TOKENS, answer + 1 if answer else len(sample.ids))
 
 
-def text_embeds(table: RawTensor, samples: Mapping[Pair, Sample]) -> dict[Pair, Array]:
+def text_embeds(table: RawTensor, samples: Mapping[Pair, Sample], scale: float) -> dict[Pair, Array]:
     """Return the embeddings of each sample's token ids; the table, which may be a merged one, is let go of."""
-    return {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
+    return {pair: look_up(table, sample.ids, scale) for pair, sample in samples.items()}
 
 
-def look_up(table: RawTensor, ids: Array) -> Array:
-    """Return the embeddings `(1, n, D)` of token ids. Raises `SourceError` for a token that the table lacks."""
+def look_up(table: RawTensor, ids: Array, scale: float) -> Array:
+    """Return the embeddings `(1, n, D)` of token ids, multiplied by `scale` as in the graph.
+
+    Raises `SourceError` for a token that the table lacks.
+    """
     if ids.max() >= len(table.array):
         raise SourceError(
             f"the tokenizer makes token {ids.max()}, and the model knows {len(table.array)}: tokenizer.json and the"
             " weights do not belong together"
         )
-    return replace(table, array=table.array[ids]).float32()[None]
+    return replace(table, array=table.array[ids]).float32()[None] * table.rounded(scale)
 
 
 def _zero_extras(graph: Graph, count: int) -> Arrays:

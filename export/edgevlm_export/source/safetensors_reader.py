@@ -45,6 +45,13 @@ class RawTensor:
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         return self.array.astype(np.float32, copy=False)
 
+    def rounded(self, value: float) -> np.float32:
+        """Return a number as this tensor's type holds it, rounded to nearest, ties to even."""
+        if self.dtype == "bf16":
+            bits = int(np.float32(value).view(np.uint32))
+            return np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+        return np.float32(self.array.dtype.type(value))
+
 
 def concatenate(tensors: Sequence[RawTensor]) -> RawTensor:
     """Return tensors joined along their first axis, in their own type where it is one, else in float32."""
