@@ -47,7 +47,10 @@ class Attention:
     scale: float | None = None
     """What scores are multiplied by, 1 / sqrt(head_dim) where it is None."""
     window: int | None = None
-    """How many of the last tokens a token attends to, itself among them; None is all."""
+    """How many of the last tokens a token attends to, itself among them; None is all.
+
+    Paged attention takes every mask for a causal one: `DecoderTraits.atomic_images` keeps decoders with windows out.
+    """
     v_norm: Norm | None = None
     """RMSNorm over each head's channels of the values."""
     is_reused: bool = False
