@@ -3,9 +3,10 @@
     python -m benchmarks.make_seeded_checkpoint SHAPE OUT_DIR [--set text_config.num_hidden_layers=3] [--gguf FILE]
 
 A shape is a file in `benchmarks/shapes/`: config.json and the other small files as published, and the special tokens
-from their published ids on. Weights are noise, BF16, written shard by shard: time and memory are the model's, answers
-mean nothing. Text is split by SmolLM2's tokenizer (of `benchmarks.make_checkpoint`), filled up to the first special
-token with tokens that no text has. Needs `gguf`, and transformers to write the tokenizer.
+at their published ids; those of granite-docling-500m are the values of transformers' own classes, its tokens in an
+order made up. Weights are noise, BF16, written shard by shard: time and memory are the model's, answers mean nothing.
+Text is split by SmolLM2's tokenizer (of `benchmarks.make_checkpoint`), whose tokens take the other ids; ids left over
+below the last special token are tokens that no text has. Needs `gguf`, and transformers to write the tokenizer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -46,21 +48,29 @@ def make_tokenizer(shape: Shape, bpe: BPE) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special, first = shape["special_tokens"], shape["first_special_token"]
-    taken = {*special}
-    vocabulary = {f"[{number}]" if token in taken else token: number for number, token in enumerate(bpe.tokens)}
-    vocabulary |= {f"[{number}]": number for number in range(len(bpe.tokens), first)}
+    special = special_tokens(shape)
+    free = (number for number in count() if number not in special)
+    held = {number: token for token, number in zip(bpe.tokens, free, strict=False) if token not in special.values()}
+    fillers = {number: f"[{number}]" for number in range(max([*held, *special]) + 1)}
+    vocabulary = {token: number for number, token in {**fillers, **held, **special}.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=bpe.merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
     named = shape["files"]["tokenizer_config.json"]
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
+        bos_token=named.get("bos_token"),
         eos_token=named["eos_token"],
         pad_token=named["pad_token"],
         chat_template="".join(shape["chat_template"]),
     )
+
+
+def special_tokens(shape: Shape) -> dict[int, str]:
+    """Return the special tokens by their ids."""
+    earlier = {number: token for token, number in shape.get("earlier_special_tokens", {}).items()}
+    return earlier | dict(enumerate(shape["special_tokens"], shape["first_special_token"]))
 
 
 def small_files(shape: Shape) -> dict[str, Any]:

@@ -43,13 +43,20 @@ SAMPLES = 50
 
 
 @contextmanager
-def server(model: Path, *options: str) -> Iterator[tuple[str, psutil.Process]]:
-    """Start `edgevlm serve` on a free port and yield its URL and process once it is ready."""
+def server(model: Path, *options: str, tree: Path | None = None) -> Iterator[tuple[str, psutil.Process]]:
+    """Start `edgevlm serve` on a free port and yield its URL and process once it is ready.
+
+    `tree` is a working tree whose edgevlm is to be served; None is the one that this process has.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "edgevlm", "serve", str(model), "--port", str(port), "--device", "CPU"]
     command += options
-    with Path(os.devnull).open("wb") as nowhere, subprocess.Popen(command, stderr=nowhere) as process:
+    env = os.environ | ({"PYTHONPATH": str(tree)} if tree else {})
+    with (
+        Path(os.devnull).open("wb") as nowhere,
+        subprocess.Popen(command, stderr=nowhere, cwd=tree, env=env) as process,
+    ):
         url = f"http://127.0.0.1:{port}"
         try:
             while not is_ready(url):

@@ -30,6 +30,7 @@ from edgevlm.errors import (
     PromptError,
     ServerError,
     SourceError,
+    ThinkingError,
     TuningError,
     VerificationError,
     VideoError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from edgevlm.answer import Answer, Piece, Progress, TokenLogprob
     from edgevlm.chat import Chat
     from edgevlm.decoding.config import GenerationConfig
+    from edgevlm.decoding.repetition import RepetitionDetection
     from edgevlm.decoding.scoring import Scores
     from edgevlm.decoding.structured import Constraint
     from edgevlm.families.base import ImageBudget
@@ -74,10 +76,12 @@ __all__ = [
     "Piece",
     "Progress",
     "PromptError",
+    "RepetitionDetection",
     "RuntimeConfig",
     "Scores",
     "ServerError",
     "SourceError",
+    "ThinkingError",
     "TokenLogprob",
     "TuningError",
     "VerificationError",
@@ -96,6 +100,7 @@ _LAZY = {
     "RuntimeConfig": "edgevlm.runtime.config",
     "Answer": "edgevlm.answer",
     "GenerationConfig": "edgevlm.decoding.config",
+    "RepetitionDetection": "edgevlm.decoding.repetition",
     "Piece": "edgevlm.answer",
     "Progress": "edgevlm.answer",
     "ImageBudget": "edgevlm.families.base",

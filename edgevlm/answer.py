@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from edgevlm.metrics import Timings
 
-FinishReason: TypeAlias = Literal["stop", "length", "context"]
+FinishReason: TypeAlias = Literal["stop", "length", "context", "repetition"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class Answer:
 
     text: str
     finish_reason: FinishReason
-    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full."""
+    """`stop`: the model ended it or a stop text came; `length`: max_new_tokens; `context`: the context is full;
+    `repetition`: it had become a loop."""
     prompt_tokens: int
     image_tokens: int
     generated_tokens: int
@@ -52,23 +53,29 @@ class Answer:
     accepted_tokens: int
     """Drafted tokens that were accepted."""
     fast_forward_tokens: int
-    """Tokens that the constraint left no choice of; they take no step of their own."""
+    """Tokens that the constraint or the thinking budget left no choice of; they take no step of their own."""
     satisfied: bool | None
     """Whether the answer satisfies its constraint; None without one."""
     logprobs: tuple[TokenLogprob, ...]
-    """One for each token but the end token, when `top_logprobs` asks for them."""
+    """One for each token but the end token and those of the thought, when `top_logprobs` asks for them."""
     timings: Timings
     peak_memory_bytes: int
+    reasoning_content: str | None = None
+    """The thought before the answer, without what opens and closes it; None where the model did not think."""
+    reasoning_tokens: int = 0
+    """Of the generated tokens, those of the thought and those that open and close it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `edgevlm run --json` prints."""
         timings = asdict(self.timings) | {"tokens_per_s": self.timings.tokens_per_s}
         return {
             "answer": self.text,
+            "reasoning_content": self.reasoning_content,
             "finish_reason": self.finish_reason,
             "prompt_tokens": self.prompt_tokens,
             "image_tokens": self.image_tokens,
             "generated_tokens": self.generated_tokens,
+            "reasoning_tokens": self.reasoning_tokens,
             "views": self.views,
             "cached_tokens": self.cached_tokens,
             "cached_views": self.cached_views,
@@ -83,12 +90,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next piece of an answer's text; the last one carries the whole answer."""
+    """The next piece of an answer's text, or of the thought before it; the last one carries the whole answer."""
 
     text: str
+    """What it adds to the answer; empty in a piece of the thought."""
     answer: Answer | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the tokens since the piece before, when `top_logprobs` asks for them."""
+    reasoning_content: str = ""
+    """What it adds to the thought."""
 
     def __str__(self) -> str:
         return self.text

@@ -51,17 +51,24 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """A question, its pictures and videos, and the answer as far as it was generated."""
+    """A question, its pictures and videos, and the answer and its thought as far as they were generated."""
 
     question: str
     images: tuple[Picture | PreprocessedImage, ...]
     answer: str
+    reasoning_content: str = ""
+
+    @property
+    def answered(self) -> bool:
+        """Whether anything was generated."""
+        return bool(self.answer or self.reasoning_content)
 
 
 class Chat:
     """A conversation with one model; make it with `VLM.chat()`. Not for use from several threads at once.
 
-    When it outgrows the model's context, its oldest turns are forgotten, but never its pictures.
+    When it outgrows the model's context, its oldest turns are forgotten, but never its pictures. Of earlier
+    thoughts the model is told what its chat template keeps, which in most is nothing.
     """
 
     def __init__(
@@ -102,18 +109,19 @@ class Chat:
         pictures = [picture for turn in turns for picture in turn.images]
         preprocessed = self._vlm.preprocess(pictures, self.image_budget, self._salt)
         turns = self._fit(turns, preprocessed)
-        messages, answer = self._messages(turns), ""
+        messages, turn = self._messages(turns), turns[-1]
         try:
             with closing(
                 self._vlm.events(messages, preprocessed, self.config, self.image_budget, self._salt)
             ) as events:
                 for event in events:
                     if isinstance(event, Piece):
-                        answer += event.text
+                        said, thought = turn.answer + event.text, turn.reasoning_content + event.reasoning_content
+                        turn = replace(turn, answer=said, reasoning_content=thought)
                     yield event
         finally:
-            if answer:
-                self.turns = [*turns[:-1], replace(turns[-1], answer=answer)]
+            if turn.answered:
+                self.turns = [*turns[:-1], turn]
 
     def _loaded(self, images: Sequence[ImageInput | Video]) -> Iterator[Picture | PreprocessedImage]:
         """Yield each picture decoded, each video sampled and sized: it is read once, however many turns follow."""
@@ -136,6 +144,6 @@ class Chat:
         messages: list[Message] = [] if self._system is None else [text_message("system", self._system)]
         for turn in turns:
             messages.append(user_message(turn.question, kinds_of(turn.images)))
-            if turn.answer:
-                messages.append(text_message("assistant", turn.answer))
+            if turn.answered:
+                messages.append(text_message("assistant", turn.answer, turn.reasoning_content))
         return messages

@@ -7,6 +7,7 @@ EdgeVLMError
 ├── PromptError            the question: it holds the image placeholder, or is no text
 │   └── ContextLengthError
 ├── OptionError            a generation option out of its range, or a constraint that cannot be
+│   └── ThinkingError      a thought asked of a model that does not think
 ├── IncompleteAnswerError  an answer that ended before it satisfied its constraint
 ├── OutputError            results that cannot be written, or a file that holds others
 ├── ModelError             the exported folder
@@ -15,7 +16,7 @@ EdgeVLMError
 ├── DeviceError            no such device, or the device refuses the model
 ├── ServerError            the server cannot listen, lacks what it needs, or its model's thread died
 └── ExportError            the exporter
-    ├── SourceError        the checkpoint: missing, not cached, of an unknown family
+    ├── SourceError        the checkpoint, or an adapter of it: missing, not cached, of an unknown family
     ├── TuningError        rows that nothing can be learned from, or a tuned model that is no better
     └── VerificationError  an exported submodel differs from the reference
 """
@@ -43,6 +44,7 @@ __all__ = [
     "PromptError",
     "ServerError",
     "SourceError",
+    "ThinkingError",
     "TuningError",
     "VerificationError",
     "VideoError",
@@ -75,6 +77,10 @@ class ContextLengthError(PromptError):
 
 class OptionError(EdgeVLMError):
     """An option has a value outside its range."""
+
+
+class ThinkingError(OptionError):
+    """The model cannot be asked to think before it answers."""
 
 
 class IncompleteAnswerError(EdgeVLMError):
@@ -118,7 +124,7 @@ class ExportError(EdgeVLMError):
 
 
 class SourceError(ExportError):
-    """The checkpoint to export is missing, incomplete or of an unknown family."""
+    """The checkpoint to export, or an adapter of it, is missing, incomplete or of an unknown family."""
 
 
 class TuningError(ExportError):

@@ -62,7 +62,7 @@ class Search:
         return [user_message(_SLOT.sub(lambda slot: words[slot[0]], self.grounding.question), 1)]
 
     def config(self, config: GenerationConfig, context_length: int) -> GenerationConfig:
-        """Return how the answer is generated: greedy, under the constraint, which bounds its length.
+        """Return how the answer is generated: greedy, without a thought, under the constraint, which bounds its length.
 
         Of `config` only `chat_template_kwargs` counts.
         """
@@ -71,6 +71,7 @@ class Search:
             constraint=self.constraint,
             top_logprobs=0,
             chat_template_kwargs=config.chat_template_kwargs,
+            think=False,
         )
 
     @property

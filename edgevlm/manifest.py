@@ -43,6 +43,26 @@ class File:
 
 
 @dataclass(frozen=True)
+class MergedAdapter:
+    """A PEFT adapter that was merged into the checkpoint's weights."""
+
+    name: str
+    """Of its folder."""
+    base: str
+    """The checkpoint that it was trained on, as its config names it, without folders."""
+    weight: float
+    """By which the difference that it makes was multiplied."""
+    files: Mapping[str, str]
+    """SHA-256 of its config and of its weights, by the files' names."""
+    config: Mapping[str, Any]
+    """What its config says of how it is merged: rank, alpha and the like."""
+    tensors: int
+    """How many tensors it changes."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of it."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the runtime has to know about an exported folder."""
 
@@ -60,6 +80,8 @@ class Manifest:
     chat_template: str
     tool_versions: Mapping[str, str]
     decoder_traits: DecoderTraits = field(default_factory=DecoderTraits)
+    adapters: tuple[MergedAdapter, ...] = ()
+    """Adapters that were merged into `source`."""
     text_tokens: tuple[str, ...] = ()
     """Special tokens that are part of an answer; all others shape the prompt."""
     overlooked: Mapping[str, Any] = field(default_factory=dict)

@@ -6,16 +6,19 @@ import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from edgevlm.answer import Answer, Event, Piece, Progress, result_of
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig, override
+from edgevlm.decoding.prompt_lookup import MOST_QUESTIONS, EarlierAnswers
 from edgevlm.decoding.scoring import Scores, log_likelihoods
-from edgevlm.decoding.stream import TextModel, check_satisfied, collect, stream_answer
+from edgevlm.decoding.stream import Step, TextModel, check_satisfied, collect, stream_answer
 from edgevlm.decoding.structured import GrammarTokenizer, check_choices
 from edgevlm.errors import ContextLengthError, DamagedModelError, DeviceError, ImageError
 from edgevlm.families import Family, make_family
@@ -23,6 +26,7 @@ from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
 from edgevlm.inputs.image import ImageInput, content_digest, load_picture
 from edgevlm.inputs.messages import Message, user_message
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
+from edgevlm.inputs.thinking import Opening
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
 from edgevlm.interrupt import checked
@@ -88,6 +92,7 @@ class VLM:
             self._submodels.wait()
         self._vision_cache = VisionCache(self.config.image_cache_bytes, self.config.view_tolerance)
         self._sessions = SessionPool(self._submodels.session, self.config.kept_sessions)
+        self._earlier_answers = EarlierAnswers(MOST_QUESTIONS if self.config.kept_sessions else 0)
         self.load_s = perf_counter() - started
 
     def _load(self, family: Family) -> Submodels:
@@ -146,7 +151,7 @@ class VLM:
 
         Arguments as in `generate`. An answer cut short of its constraint is not an error here: its `satisfied` is
         False. Raises `ImageError`, `PromptError`, and `OptionError` for an unknown option, for a budget that no picture
-        fits, and for a constraint that the model's tokens cannot follow.
+        fits, and for a constraint that the model's tokens cannot follow; `ThinkingError` for a model that cannot think.
         """
         config, image_budget = override(config, image_budget, options)
         pictures = as_visuals(images)
@@ -167,18 +172,36 @@ class VLM:
         The placeholders of `messages`, parts of type `image` and `video`, stand for `images`, in order. There is a
         `Progress` for every view that is encoded and every token that is generated. Errors as in `stream`.
         """
+        with closing(self.steps(messages, images, config, image_budget, cache_salt)) as events:
+            yield from (event for event in events if not isinstance(event, Step))
+
+    def steps(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Event | Step, None, None]:
+        """Yield what `events` yields, and each step of the decoder before it is made.
+
+        `make_together` makes the steps of several answers in one inference; one that nobody has made when the generator
+        goes on is made alone.
+        """
         config, watch = config or GenerationConfig(), Stopwatch()
-        prompt = yield from self._prepare(messages, images, config, watch, image_budget, cache_salt)
+        opening = self._opening(config)
+        prompt = yield from self._prepare(messages, images, opening, watch, image_budget, cache_salt)
         model = TextModel(
             self.processor.tokenizer,
             self.grammar_tokenizer,
             self.manifest.eos_token_ids,
             self.context_length,
             self.load_s,
+            self._earlier_answers,
         )
-        prefix = self.processor.template.response_prefix(config.chat_template_kwargs) if config.constraint else ""
+        prefix = self.processor.thinking.response_prefix(opening) if config.constraint else ""
         with self.session(prompt) as session:
-            yield from stream_answer(session, prompt, config, model, watch, prefix)
+            yield from stream_answer(session, prompt, config, model, watch, prefix, opening.thought)
 
     def score(
         self,
@@ -193,8 +216,9 @@ class VLM:
     ) -> Scores:
         """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
 
-        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts. Raises `ImageError`,
-        `PromptError`, `OptionError` for choices that are empty or alike, and `DeviceError` where the logits overflow.
+        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the model does not
+        think. Raises `ImageError`, `PromptError`, `OptionError` for choices that are empty or alike, and `DeviceError`
+        where the logits overflow.
         """
         config, image_budget = override(config, image_budget, options)
         return result_of(self.score_events(images, question, choices, config, image_budget, cache_salt))
@@ -213,8 +237,9 @@ class VLM:
         config, watch = config or GenerationConfig(), Stopwatch()
         pictures = as_visuals(images)
         messages = [user_message(question, kinds_of(pictures))]
-        prompt = yield from self._prepare(messages, pictures, config, watch, image_budget, cache_salt)
-        prefix = self.processor.template.response_prefix(config.chat_template_kwargs)
+        opening = self._opening(replace(config, think=False))
+        prompt = yield from self._prepare(messages, pictures, opening, watch, image_budget, cache_salt)
+        prefix = self.processor.thinking.response_prefix(opening)
         answers = [self.grammar_tokenizer.encode(prefix + choice) for choice in choices]
         self._check_length(len(prompt) + max(map(len, answers)))
         with self.session(prompt) as session:
@@ -243,8 +268,9 @@ class VLM:
         """Return where in a picture `phrase` is, such as "the red valve": boxes or points in pixels, see `Locations`.
 
         Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the answer is greedy
-        under the grammar of the model's own convention. Raises `ImageError`, `PromptError`, `OptionError` for a model
-        without a known convention, and `IncompleteAnswerError` where the context is full before the answer ends.
+        under the grammar of the model's own convention, without a thought. Raises `ImageError`, `PromptError`,
+        `OptionError` for a model without a known convention, and `IncompleteAnswerError` where the context is full
+        before the answer ends.
         """
         config, image_budget = override(config, image_budget, options)
         return result_of(self.locate_events(image, phrase, config, image_budget, max_locations, cache_salt))
@@ -332,9 +358,30 @@ class VLM:
         image_budget: ImageBudget | None = None,
     ) -> int:
         """Return how many tokens the prompt of a conversation has. Raises `ImageError` and `PromptError`."""
-        config = config or GenerationConfig()
+        opening = self._opening(config or GenerationConfig())
         preprocessed = self.preprocess(images, image_budget)
-        return len(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs))
+        return len(self.processor.prompt_ids(messages, preprocessed, opening.variables, opening.suffix))
+
+    def _opening(self, config: GenerationConfig) -> Opening:
+        """Return how the prompt opens the answer's turn. Raises `ThinkingError`."""
+        return self.processor.thinking.opening(config.think, config.chat_template_kwargs)
+
+    def encode_events(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Progress, None, list[PreprocessedImage]]:
+        """Yield the progress of encoding a conversation's pictures ahead of its answer; return them encoded.
+
+        They may then stand for the pictures in `events`, whose vision stage is over at once. Errors as in `events`.
+        """
+        opening = self._opening(config or GenerationConfig())
+        preprocessed, _ = self._preprocess_prompt(messages, images, opening, image_budget, cache_salt)
+        encoded = yield from self._encode(self.vision, preprocessed, cache_salt)
+        return [replace(image, image=views) for image, views in zip(preprocessed, encoded, strict=True)]
 
     def prepare(
         self,
@@ -346,23 +393,21 @@ class VLM:
         cache_salt: str = "",
     ) -> Prompt:
         """Return a conversation with its pictures as the language model's inputs. Errors as in `events`."""
-        return result_of(self._prepare(messages, images, config, watch, image_budget, cache_salt))
+        opening = self._opening(config)
+        return result_of(self._prepare(messages, images, opening, watch, image_budget, cache_salt))
 
     def _prepare(
         self,
         messages: Sequence[Message],
         images: Sequence[ImageInput | Video | PreprocessedImage],
-        config: GenerationConfig,
+        opening: Opening,
         watch: Stopwatch,
         image_budget: ImageBudget | None,
         cache_salt: str,
     ) -> Generator[Progress, None, Prompt]:
         family = self.processor.family
         with watch.stage("preprocess"):
-            preprocessed = self.preprocess(images, image_budget, cache_salt)
-            ids = np.asarray(self.processor.prompt_ids(messages, preprocessed, config.chat_template_kwargs), np.int64)
-        self.processor.check_known(ids)
-        self._check_length(len(ids))
+            preprocessed, ids = self._preprocess_prompt(messages, images, opening, image_budget, cache_salt)
         with watch.stage("load"):
             vision = self.vision
         with watch.stage("vision"):
@@ -382,7 +427,24 @@ class VLM:
             image_tokens=len(image_embeds),
             views=sum(map(len, encoded)),
             cached_views=sum(len(image) - image.encoded for image in encoded),
+            cache_salt=cache_salt,
         )
+
+    def _preprocess_prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        opening: Opening,
+        image_budget: ImageBudget | None,
+        cache_salt: str,
+    ) -> tuple[list[PreprocessedImage], npt.NDArray[np.int64]]:
+        """Return the pictures of a conversation preprocessed, and the token ids of its prompt, known to fit."""
+        preprocessed = self.preprocess(images, image_budget, cache_salt)
+        found = self.processor.prompt_ids(messages, preprocessed, opening.variables, opening.suffix)
+        ids = np.asarray(found, np.int64)
+        self.processor.check_known(ids)
+        self._check_length(len(ids))
+        return preprocessed, ids
 
     def _encode(
         self, vision: VisionEncoder, images: Sequence[PreprocessedImage], cache_salt: str

@@ -92,11 +92,19 @@ def make_tokenizer(special_tokens: Sequence[str] = SPECIAL_TOKENS, end: str = "<
     )
 
 
-def make_checkpoint(folder: Path, family: str, *, vision_layers: int = 2, **text: Any) -> Path:
+def make_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    vision_layers: int = 2,
+    tokenizer: Any = None,
+    template: str = CHAT_TEMPLATE,
+    **text: Any,
+) -> Path:
     """Write a seeded Idefics3 or SmolVLM checkpoint of some hundred thousand parameters; `text` changes its decoder."""
     import transformers
 
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     names = {"idefics3": "Idefics3", "smolvlm": "SmolVLM"}
     config_class = getattr(transformers, f"{names[family]}Config")
     model_class = getattr(transformers, f"{names[family]}ForConditionalGeneration")
@@ -132,7 +140,7 @@ def make_checkpoint(folder: Path, family: str, *, vision_layers: int = 2, **text
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(folder)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     image_processor(family).save_pretrained(folder)
     return folder
@@ -207,6 +215,14 @@ def exported_smolvlm(smolvlm: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def exported_thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that thinks, and then answers, as its script says. Tests must not change it."""
+    from tests.helpers.thinking import export_thinking_model
+
+    return export_thinking_model(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
 def exported_via_optimum(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Idefics3 checkpoint exported without compression by optimum-intel. Tests must not change it."""
     return export_tiny(idefics3, tmp_path_factory.mktemp("exports") / "tiny-optimum-fp32", "fp32", "optimum")
@@ -225,9 +241,24 @@ def exported_int4(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def docling(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export that has learned to answer with a page of DocTags. Tests must not change it."""
+    from tests.helpers.doctags import make_docling
+
+    folder = tmp_path_factory.mktemp("docling")
+    return export_tiny(make_docling(idefics3, folder / "checkpoint"), folder / "tiny-docling", "fp32")
+
+
+@pytest.fixture(scope="session")
 def vlm(exported: Path) -> VLM:
     """The uncompressed export, in float32."""
     return VLM(exported, F32)
+
+
+@pytest.fixture(scope="session")
+def thinker(exported_thinker: Path) -> VLM:
+    """The model that thinks, in float32."""
+    return VLM(exported_thinker, F32)
 
 
 def heed_interrupts() -> None:

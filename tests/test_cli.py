@@ -21,6 +21,7 @@ from tests.helpers.damage import copy_export, edit_manifest, flip, truncate
 QUESTION = "What is in this picture?"
 JSON_KEYS = {"answer", "finish_reason", "prompt_tokens", "image_tokens", "generated_tokens", "views", "timings"}
 JSON_KEYS |= {"cached_tokens", "cached_views", "drafted_tokens", "accepted_tokens", "fast_forward_tokens", "satisfied"}
+JSON_KEYS |= {"reasoning_content", "reasoning_tokens"}
 TIMING_KEYS = {
     "load_s",
     "preprocess_s",

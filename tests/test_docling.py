@@ -10,20 +10,12 @@ import pytest
 
 from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
-from edgevlm_export import ExportOptions, export
 from tests.conftest import F32, photograph
 from tests.helpers.command import cli
-from tests.helpers.doctags import PAGE, PROMPT, TAGS, make_docling, page
+from tests.helpers.doctags import PAGE, PROMPT, TAGS, page
 from tests.helpers.serving import ask, data_url, events, request, serving
 
 SHEET = page(170, 220)
-
-
-@pytest.fixture(scope="module")
-def docling(idefics3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("docling")
-    checkpoint = make_docling(idefics3, folder / "checkpoint")
-    return export(checkpoint, folder / "tiny-docling", ExportOptions("fp32", verify=False)).folder
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from edgevlm import OptionError
 from edgevlm.families import FAMILIES
-from edgevlm.families.base import DETAILS, Detail, Family, ImageBudget
+from edgevlm.families.base import DETAILS, Detail, ImageBudget
 
 TILE = 32
 PIXELS = {"resample": 3, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -39,8 +39,41 @@ QWEN_VL: dict[str, Any] = {
     **PIXELS,
 }
 FACTS: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "boi_token": "<start_of_image>",
+        "eoi_token": "<end_of_image>",
+        "image_token": "<image_soft_token>",
+        "image_token_id": 4,
+        "image_seq_len": 16,
+        "preprocessing": {
+            "side": TILE,
+            "pan_and_scan": {"min_crop_size": TILE, "max_num_crops": 4, "min_ratio_to_activate": 1.2},
+            **PIXELS,
+        },
+    },
+    "gemma4": {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "image_token_id": 4,
+        "pad_token_id": 0,
+        "preprocessing": {
+            "patch_size": TILE // 4,
+            "pooling_kernel_size": 2,
+            "max_soft_tokens": 70,
+            **PIXELS,
+        },
+    },
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
+    "granite_docling": {
+        "image_token": "<image>",
+        "image_token_id": 4,
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "image_seq_len": 5,
+        "preprocessing": {"tile": TILE, "min_patches": 1, "max_patches": 12, **PIXELS},
+    },
     "internvl": {
         "image_token": "<IMG_CONTEXT>",
         "image_token_id": 4,
@@ -48,6 +81,35 @@ FACTS: dict[str, dict[str, Any]] = {
         "end_image_token": "</img>",
         "image_seq_len": 5,
         "preprocessing": {"tile": TILE, "min_patches": 1, "max_patches": 12, **PIXELS},
+    },
+    "lfm2_vl": {
+        "image_token": "<image>",
+        "image_token_id": 4,
+        "image_start_token": "<|image_start|>",
+        "image_end_token": "<|image_end|>",
+        "image_thumbnail_token": "<|img_thumbnail|>",
+        "encoder_patch_size": TILE // 2,
+        "downsample_factor": 2,
+        "min_image_tokens": 4,
+        "max_image_tokens": 16,
+        "splitting": {
+            "tile_size": 2 * TILE,
+            "min_tiles": 2,
+            "max_tiles": 10,
+            "use_thumbnail": True,
+            "max_pixels_tolerance": 2.0,
+        },
+        "table_side": 4,
+        **PIXELS,
+    },
+    "lighton_ocr": {
+        "image_token": "<|image_pad|>",
+        "image_token_id": 4,
+        "patch_size": TILE // 2,
+        "merge_size": 2,
+        "unit": TILE // 2,
+        "longest_edge": 6 * TILE,
+        **PIXELS,
     },
     "llava": {
         "image_token": "<image>",
@@ -85,9 +147,14 @@ FACTS: dict[str, dict[str, Any]] = {
     "qwen3_vl": {"model_type": "qwen3_vl", "table_side": 8, **QWEN_VL},
 }
 LEAST = {
+    "gemma3": 16,
+    "gemma4": 1,
     "idefics3": 5,
     "smolvlm": 5,
+    "granite_docling": 5,
     "internvl": 5,
+    "lfm2_vl": 4,
+    "lighton_ocr": 1,
     "llava": 16,
     "llava_onevision": 17,
     "minicpmv4_6": 4,
@@ -103,10 +170,10 @@ def test_every_family_is_here() -> None:
     assert FACTS.keys() == LEAST.keys() == FAMILIES.keys()
 
 
-def image_tokens(family: Family, size: tuple[int, int], budget: ImageBudget) -> int:
+def image_tokens(family: Any, size: tuple[int, int], budget: ImageBudget) -> int:
     """Return how many image tokens the prompt has for a picture of that size."""
     visual = family.preprocess(np.zeros((*size, 3), np.uint8), budget)
-    return family.image_text(visual.layout).count(family.placeholder)
+    return family.image_text(visual.layout).count(family.image_token)
 
 
 @pytest.mark.parametrize("detail", DETAILS)
@@ -122,7 +189,7 @@ def test_a_picture_stays_within_its_budget(name: str, detail: Detail) -> None:
         assert counts[-3:] == [free] * len(counts[-3:])  # a budget that does not bind changes nothing
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", [name for name, least in LEAST.items() if least > 1])
 def test_a_picture_that_no_budget_fits_is_refused(name: str) -> None:
     family, least = FAMILIES[name](FACTS[name]), LEAST[name]
     line = (

@@ -10,7 +10,8 @@ import pytest
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from edgevlm.families.base import Detail, ImageBudget
-from edgevlm.families.internvl import Grid, InternVL, nearest_grid
+from edgevlm.families.internvl import InternVL
+from edgevlm.families.tiling import Grid, nearest_grid
 from edgevlm_export.samples import pixel_values
 from tests.conftest import noise, photograph
 from tests.families.internvl import IMAGE_SEQ_LEN, TILE, image_processor, reference_pixels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from edgevlm.cli.run import run
 from edgevlm.cli.serve import serve
 from edgevlm.cli.watch import watch
 from edgevlm.runtime.core import import_openvino, read_ir
-from edgevlm.runtime.kv_paged import PagedSession, with_paged_attention
+from edgevlm.runtime.kv_paged import PagedSession, step_together, with_paged_attention
 from edgevlm.runtime.kv_session import Session
 from edgevlm.runtime.kv_stateful import StatefulSession
-from tests.conftest import F32, photograph
+from tests.conftest import F32, noise, photograph
 
 
 def sessions(folder: Path, **options: Any) -> tuple[Session, Session]:
@@ -123,3 +125,81 @@ def test_commands_that_stay_keep_the_cache_in_blocks(command: click.Command, wor
 def test_an_unknown_place_is_refused() -> None:
     with pytest.raises(OptionError, match="KV cache must be one of paged, stateful"):
         RuntimeConfig(kv_cache="elsewhere")  # type: ignore[arg-type]
+
+
+def test_steps_of_several_sequences_in_one_inference(exported: Path) -> None:
+    """Of one token and of several, at, before and after the end of a block, while the blocks grow."""
+    vlm, state = VLM(exported, replace(F32, kv_cache="paged")), VLM(exported, F32)
+    paged = [vlm.language_model.session() for _ in range(3)]
+    stateful = [state.language_model.session() for _ in paged]
+    for number, (one, other) in enumerate(zip(paged, stateful, strict=True)):
+        one.step(tokens(31 + 30 * number, number))
+        other.step(tokens(31 + 30 * number, number))
+    for counts in ((1, 1, 1), (3, 1, 8), (1, 5, 1), (8, 8, 8)):
+        pieces = [tokens(count, seed) for seed, count in enumerate(counts)]
+        together = step_together([each for each in paged if isinstance(each, PagedSession)], pieces)
+        for logits, other, piece in zip(together, stateful, pieces, strict=True):
+            np.testing.assert_allclose(logits, other.step(piece), atol=1e-4)
+        for one, other in zip(paged[:2], stateful[:2], strict=True):
+            one.rewind(one.length - 1)
+            other.rewind(other.length - 1)
+    assert [each.prefix_keys for each in paged] == [each.prefix_keys for each in stateful]
+
+
+def test_a_copied_prefix_is_its_own(exported: Path) -> None:
+    vlm = VLM(exported, replace(F32, kv_cache="paged"))
+    first, second = vlm.language_model.session(), vlm.language_model.session()
+    first.step(tokens(70))
+    second.step(tokens(5, 1))
+    second.copy_prefix(first, 70)
+    assert second.prefix_keys == first.prefix_keys[:64]  # whole blocks
+    first.rewind(40)
+    first.step(tokens(40, 2))  # over what was copied
+    fresh = vlm.language_model.session()
+    fresh.step(tokens(70)[:64])
+    piece = tokens(7, 3)
+    np.testing.assert_allclose(second.step(piece), fresh.step(piece), atol=1e-4)
+
+
+def test_blocks_are_given_back(exported: Path) -> None:
+    """By a sequence that is rewound and by one that is dropped: the tensors grow by what is in use at once alone."""
+    vlm = VLM(exported, replace(F32, kv_cache="paged"))
+    pool = vlm.language_model._pool
+    assert pool
+    vlm.language_model.session().step(tokens(200))
+    blocks = len(pool._buffers["value_cache.0"])
+    for number in range(3 * blocks):
+        session = vlm.language_model.session()
+        session.step(tokens(200, number))
+        session.rewind(33)
+        other = vlm.language_model.session()
+        other.step(tokens(90, number))
+        del session, other
+    assert len(pool._buffers["value_cache.0"]) == blocks
+
+
+def test_a_prompt_that_comes_while_another_is_answered_copies_what_they_share(exported: Path) -> None:
+    picture = photograph("china.jpg")
+    config = GenerationConfig(max_new_tokens=12)
+    wanted = VLM(exported, F32).generate(picture, "And what is this?", config)
+    vlm = VLM(exported, replace(F32, kv_cache="paged", kept_sessions=0))
+    with closing(vlm.stream(picture, "What is this?", max_new_tokens=50)) as running:
+        next(running)
+        found = vlm.generate(picture, "And what is this?", config)
+        assert found.token_ids == wanted.token_ids
+        assert found.cached_tokens >= found.prompt_tokens // 2
+        assert vlm.generate(picture, "And what is this?", config, cache_salt="another").cached_tokens == 0
+        rest = "".join(map(str, running))
+    assert vlm.generate(picture, "What is this?", max_new_tokens=50).text.endswith(rest)
+
+
+def test_threads_share_the_blocks(exported: Path) -> None:
+    """While they grow, are given back, copied and read, each answer is the one of a model that answers nothing else."""
+    vlm = VLM(exported, replace(F32, kv_cache="paged"))
+    config = GenerationConfig(max_new_tokens=16)
+    asked = [(noise(40, 40 + 20 * (number % 3)), "What is it? " * (1 + 5 * number)) for number in range(6)]
+    alone = VLM(exported, F32)
+    wanted = [alone.generate(*each, config).token_ids for each in asked]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: vlm.generate(*each, config).token_ids, asked * 3))
+    assert found == wanted * 3

@@ -539,7 +539,7 @@ class Positions(Session):
     def _forget(self, length: int) -> None:
         pass
 
-    def _read(self, inputs_embeds: Array, inputs: LanguageInputs, logits_to_keep: int) -> Array:  # noqa: ARG002
+    def _read(self, inputs_embeds: Array, inputs: LanguageInputs, logits_to_keep: int) -> Array:
         self.read.append(inputs.positions)
         return np.zeros((logits_to_keep, 8), np.float32)
 

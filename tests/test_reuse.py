@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +13,11 @@ import pytest
 import edgevlm.runtime.kv_stateful
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
 from edgevlm.answer import result_of
-from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, PromptLookup
-from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, ImageBudget, View, Visual
+from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, EarlierAnswers, PromptLookup
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, ImageBudget, LanguageInputs, View, Visual
 from edgevlm.families.imaging import normalised
 from edgevlm.inputs.image import content_digest
+from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
 from edgevlm.runtime.kv_session import common_length
 from edgevlm.runtime.kv_stateful import StatefulSession
@@ -276,6 +277,55 @@ def test_a_draft_never_goes_beyond_the_budget_or_the_context(exported: Path) -> 
         assert vlm.generate(None, REPEATING, GenerationConfig(max_new_tokens=budget)).generated_tokens <= budget
     answer = vlm.generate(None, REPEATING * 4, GenerationConfig(max_new_tokens=1000))
     assert answer.prompt_tokens + answer.generated_tokens <= 512
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_an_answer_is_drafted_from_earlier_ones_to_the_question(vlm: VLM, fresh: VLM, temperature: float) -> None:
+    config = GenerationConfig(max_new_tokens=20, temperature=temperature, seed=3)
+    frames = [photograph("china.jpg")[: TILE + 8 * each, :TILE] for each in (0, 0, 0, 1)]
+    answers = [vlm.generate(frame, QUESTION, config) for frame in frames]
+    for frame, answer in zip(frames, answers, strict=True):
+        assert answer.token_ids == fresh.generate(frame, QUESTION, replace(config, draft_tokens=0)).token_ids
+    assert answers[2].accepted_tokens > 10  # two were alike, so this one is drafted from its first token
+    if temperature:  # a greedy answer of chance is a loop, which is drafted anyway
+        assert answers[0].accepted_tokens < answers[1].accepted_tokens < answers[2].accepted_tokens
+
+
+def test_answers_of_another_salt_and_to_other_questions_are_no_drafts(vlm: VLM, picture: np.ndarray) -> None:
+    for _ in range(2):
+        vlm.generate(picture, QUESTION, SHORT)
+    again = vlm.generate(picture, QUESTION, SHORT)
+    assert again.accepted_tokens > 0
+    for question, salt in (("Which one?", ""), (QUESTION, "another client")):
+        answer = vlm.generate(picture, question, SHORT, cache_salt=salt)
+        assert answer.accepted_tokens < again.accepted_tokens
+
+
+def test_few_earlier_answers_are_kept() -> None:
+    kept = EarlierAnswers(2)
+    prompts = [as_prompt([1, 2, each]) for each in range(3)]
+    for prompt in prompts:
+        kept.add(prompt, [7, 8, 9])
+        kept.add(prompt, [7, 8, 10])
+    assert [kept.of(each) for each in prompts] == [((), 0), ((7, 8, 10), 2), ((7, 8, 10), 2)]
+    kept.add(prompts[1], range(1000))
+    assert len(kept.of(prompts[1]).ids) == 512
+    kept = EarlierAnswers(0)
+    kept.add(prompts[0], [7])
+    assert kept.of(prompts[0]) == ((), 0)
+
+
+def as_prompt(ids: list[int], images: Sequence[range] = (), salt: str = "") -> Prompt:
+    keys = np.zeros((1, len(ids), 1), np.float32)
+    return Prompt(keys, ids, ids, LanguageInputs(np.zeros((1, len(ids)), np.int64), {}), images, 0, 0, 0, salt)
+
+
+def test_a_question_is_the_text_around_the_pictures() -> None:
+    kept = EarlierAnswers()
+    kept.add(as_prompt([1, 50, 50, 2, 3], [range(1, 3)]), [7])
+    assert kept.of(as_prompt([1, 50, 50, 50, 60, 50, 2, 3], [range(1, 6)])).ids == (7,)
+    assert not kept.of(as_prompt([1, 50, 50, 2, 4], [range(1, 3)])).ids
+    assert not kept.of(as_prompt([1, 50, 50, 2, 3], [range(1, 3)], "salt")).ids
 
 
 def lookup(ids: list[int], longest: int = 8) -> PromptLookup:

@@ -17,6 +17,48 @@ from tests.conftest import F32
 
 BYTES = BPE(sorted(pre_tokenizers.ByteLevel.alphabet()), [], [])
 SMALL = {
+    "gemma-3-4b": {
+        "text_config": {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
+    "granite-docling-500m": {
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "deepstack_visual_indexes": [0, 1, 2],
+            "out_hidden_size": 64,
+        },
+    },
+    "lfm2.5-vl-450m": {
+        "text_config": {
+            "hidden_size": 64,
+            "block_ff_dim": 96,
+            "num_hidden_layers": 2,
+            "layer_types": ["conv", "full_attention"],
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
     "internvl3-1b": {
         "text_config": {
             "hidden_size": 64,
@@ -81,9 +123,17 @@ SMALL = {
 """Changes of config.json that leave the vocabulary, the picture's tokens and the structure as they are."""
 
 
-@pytest.mark.parametrize(
-    ("name", "weights"), [("internvl3-1b", 938e6), ("qwen3-vl-2b", 2127e6), ("qwen3.5-0.8b", 853e6)]
-)
+WEIGHTS = {
+    "gemma-3-4b": 4300e6,
+    "granite-docling-500m": 528e6,
+    "internvl3-1b": 938e6,
+    "lfm2.5-vl-450m": 449e6,
+    "qwen3-vl-2b": 2127e6,
+    "qwen3.5-0.8b": 853e6,
+}
+
+
+@pytest.mark.parametrize(("name", "weights"), WEIGHTS.items())
 def test_a_shape_has_as_many_weights_as_the_model(name: str, weights: float, tmp_path: Path) -> None:
     shape = read_shape(name)
     for file, content in small_files(shape).items():

@@ -252,7 +252,7 @@ def test_the_model_is_listed(server: Server) -> None:
     status, _, body = request(server, "GET", "/v1/models")
     [card] = json.loads(body)["data"]
     assert (status, card["id"], card["object"]) == (200, "tiny", "model")
-    assert card["capabilities"] == {"locate": False, "video": False}
+    assert card["capabilities"] == {"locate": False, "video": False, "thinking": False}
     assert json.loads(request(server, "GET", "/v1/models/tiny")[2]) == card
     assert request(server, "GET", "/v1/models/other")[0] == 404
     assert answered(server, model="tiny")["model"] == "tiny"
@@ -285,17 +285,18 @@ def test_metrics(server: Server, china: Path) -> None:
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     assert grown["edgevlm_requests_total,path=/v1/chat/completions,status=200"] == 2
     assert grown["edgevlm_requests_total,path=other,status=404"] == 1
-    assert grown["edgevlm_answers_total,end=length"] == 2
-    assert grown["edgevlm_prompt_tokens_total"] == sum(each["prompt_tokens"] for each in usage)
-    assert grown["edgevlm_image_tokens_total"] == 2 * 52
-    assert grown["edgevlm_generated_tokens_total"] == 12
+    assert grown["edgevlm_answers_total,end=length,model=tiny"] == 2
+    assert grown["edgevlm_prompt_tokens_total,model=tiny"] == sum(each["prompt_tokens"] for each in usage)
+    assert grown["edgevlm_image_tokens_total,model=tiny"] == 2 * 52
+    assert grown["edgevlm_generated_tokens_total,model=tiny"] == 12
     cached = [each["prompt_tokens_details"]["cached_tokens"] for each in usage]
-    assert grown["edgevlm_cached_tokens_total"] == sum(cached)
-    assert grown["edgevlm_views_total"] == 26
-    assert grown["edgevlm_cached_views_total"] >= 13
+    assert grown["edgevlm_cached_tokens_total,model=tiny"] == sum(cached)
+    assert grown["edgevlm_views_total,model=tiny"] == 26
+    assert grown["edgevlm_cached_views_total,model=tiny"] >= 13
     for name in ("time_to_first_token", "time_per_output_token", "queue_wait"):
-        assert grown[f"edgevlm_{name}_seconds_count"] == 2
-    assert (after["edgevlm_queue_waiting"], after["edgevlm_queue_running"], after["edgevlm_ready"]) == (0, 0, 1)
+        assert grown[f"edgevlm_{name}_seconds_count,model=tiny"] == 2
+    assert [after[f"edgevlm_queue_{name},model=tiny"] for name in ("waiting", "running")] == [0, 0]
+    assert after["edgevlm_model_loaded,model=tiny"] == after["edgevlm_ready"] == 1
     assert after["edgevlm_peak_memory_bytes"] >= after["edgevlm_resident_memory_bytes"] > 2**20
 
 

@@ -13,6 +13,7 @@ import pydantic
 import pytest
 from PIL import Image
 
+from benchmarks.serve_mutations import keep_short
 from edgevlm import VLM, GenerationConfig
 from edgevlm.server.run import Server
 from tests.helpers.serving import QUESTION, data_url, request, serving, shown
@@ -161,17 +162,6 @@ def test_requests_made_from_the_server_s_own_openapi_document(server: Server) ->
     for operation in operations:
         statuses = exercise(operation, examples=EXAMPLES if operation.method == "post" else 3)
         assert 400 in statuses or operation.method == "get"
-
-
-def keep_short(body: Any) -> None:
-    """Let a request ask for a few tokens at most, whichever API it is of."""
-    if not isinstance(body, dict):
-        return
-    for name in ("max_tokens", "max_output_tokens", "num_predict"):
-        if type(body.get(name)) is int:
-            body[name] = 4 if name == "num_predict" and body[name] in (0, -1, -2) else min(body[name], 4)
-    if type(body.get("options")) is dict:
-        keep_short(body["options"])
 
 
 def exercise(operation: Any, examples: int) -> set[int]:

@@ -45,11 +45,11 @@ class Failing(Braked):
         super().__init__(vlm)
         self._fail = fail
 
-    def events(self, messages: Any, *rest: Any) -> Any:
+    def steps(self, messages: Any, *rest: Any) -> Any:
         text = messages[0]["content"][0]["text"]
         if text == "fail":
             self._fail()
-        for event in self._vlm.events(messages, *rest):
+        for event in self._vlm.steps(messages, *rest):
             yield event
             if isinstance(event, Piece) and text.startswith("fail"):
                 self._fail()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,8 +76,7 @@ def hang_up(server: Server, model: Braked, token: int, *, stream: bool) -> None:
     fields = {"messages": shown(RED), "max_tokens": 200, "stream": stream}
     connection = raw(server, fields)
     wait_until(lambda: model.holding)
-    job = server.worker._current
-    assert job
+    [job] = server.worker.current
     connection.close()
     wait_until(job.abandoned.is_set)
     model.release()
@@ -170,6 +171,38 @@ def test_an_answer_that_takes_too_long_holds_nothing(model: Braked, uncollected:
         before = held()
         assert ask(server, messages=shown(RED))[0] == 504
         model.release()
+        wait_until(lambda: not grown(before))
+
+
+def test_a_damaged_picture_that_waited_holds_nothing(model: Braked, uncollected: None) -> None:
+    """It is found to be damaged while another answer is made, and told when its turn has come."""
+    with serving(model) as server, ThreadPoolExecutor(2) as pool:
+        before = held()
+        first = pool.submit(ask, server)
+        wait_until(lambda: model.holding)
+        second = pool.submit(ask, server, messages=shown(short_picture()))
+        wait_until(lambda: (job := server.worker._queue._next()) and job.failure)
+        model.release()
+        assert (first.result()[0], second.result()[0]) == (200, 400)
+        wait_until(lambda: not grown(before))
+
+
+def test_answers_decoded_together_hold_nothing(exported: Path, uncollected: None) -> None:
+    """Nor does one of them whose client has gone away."""
+    vlm = VLM(exported, replace(F32, kv_cache="paged"))
+    for question in ("One?", "Quite another question, is it not?"):
+        vlm.generate(Image.new("RGB", (90, 70), (200, 30, 30)), question, max_new_tokens=1)
+    model = Braked(vlm)
+    with serving(model) as server, ThreadPoolExecutor(2) as pool:
+        before = held()
+        gone = raw(server, {"messages": shown(RED), "max_tokens": 200, "stream": True})
+        wait_until(lambda: model.holding)
+        others = [pool.submit(ask, server, messages=shown(RED), max_tokens=30) for _ in range(2)]
+        wait_until(lambda: server.worker.waiting == 2)
+        model.release()
+        gone.close()
+        assert [each.result()[0] for each in others] == [200, 200]
+        wait_until(lambda: not server.worker.running)
         wait_until(lambda: not grown(before))
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig
+from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from tests.families import qwen_vl
 from tests.helpers.serving import Braked, request, serving, wait_until
@@ -189,6 +190,26 @@ def test_detail_and_schema(page: Any, picture: Path) -> None:
     sync_api.expect(page.locator("#question")).to_have_value("Again?")
 
 
+def test_a_thought_is_folded_away_above_the_answer(browser: Any, page: Any, thinker: VLM) -> None:
+    ready(page)
+    page.locator("summary").click()
+    sync_api.expect(page.locator("#detail")).to_be_visible()
+    sync_api.expect(page.get_by_label("Think first")).to_be_hidden()  # of a model that does not
+    wanted = thinker.generate(None, "What is it?")
+    with serving(thinker) as server:
+        for thinking in open_page(browser, server):
+            ready(thinking)
+            assert ask(thinking, "What is it?") == wanted.text
+            thought = thinking.locator(".thought div")
+            sync_api.expect(thought).to_be_hidden()
+            thinking.get_by_text("Thought", exact=True).click()
+            sync_api.expect(thought).to_have_text(wanted.reasoning_content)
+            thinking.get_by_text("Options").click()
+            thinking.get_by_label("Think first").select_option("no")
+            assert ask(thinking, "What is it?", 2) == wanted.text
+            assert thinking.locator(".thought").count() == 1
+
+
 def test_an_error_is_told_and_the_question_kept(page: Any, tmp_path: Path) -> None:
     ready(page)
     (tmp_path / "broken.png").write_bytes(b"no picture at all")
@@ -210,7 +231,7 @@ def test_an_answer_is_stopped(browser: Any, vlm: VLM) -> None:
             page.keyboard.press("Enter")
             wait_until(lambda: model.holding)
             sync_api.expect(page.locator(".answer .text")).not_to_be_empty()
-            job = server.worker._current
+            [job] = server.worker.current
             page.keyboard.press("Escape")
             sync_api.expect(page.locator(".facts")).to_have_text("stopped")
             wait_until(job.abandoned.is_set)
@@ -373,7 +394,7 @@ def test_a_model_that_cannot_locate_has_no_button(page: Any, picture: Path) -> N
 
 def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
     class Failing(Braked):
-        def events(self, *_: Any) -> Any:
+        def steps(self, *_: Any) -> Any:
             raise SystemExit  # no Exception, as the panic of a library in Rust is none
 
     with serving(Failing(vlm)) as server:
@@ -386,3 +407,32 @@ def test_what_fails_in_the_server_is_shown(browser: Any, vlm: VLM) -> None:
             page.click("#send")
             page.wait_for_selector(".wrong >> nth=1")
             assert page.inner_text(".wrong >> nth=1") == "The server does not answer."
+
+
+def test_a_model_is_picked_where_there_are_several(browser: Any, vlm: VLM, boxes: VLM, picture: Path) -> None:
+    source = Source("boxes", lambda: boxes, boxes.manifest)
+    with serving(vlm, source) as server:
+        for page in open_page(browser, server, viewport={"width": 390, "height": 844}):
+            picker, button = page.get_by_label("Model"), page.get_by_role("button", name="Locate")
+            sync_api.expect(picker.locator("option")).to_have_text(["tiny", "boxes"])
+            page.locator("#file").set_input_files(picture)
+            for name, locates in (("tiny", False), ("boxes", True)):
+                picker.select_option(name)
+                sync_api.expect(button).to_be_visible(visible=locates)
+                with page.expect_request("**/v1/chat/completions") as sent:
+                    ask(page, "What is it?", 1 + locates)
+                assert sent.value.post_data_json["model"] == name
+            page.locator("#question").fill("the valve")
+            with page.expect_request("**/v1/locate") as sent:
+                button.click()
+            assert sent.value.post_data_json["model"] == "boxes"
+            whole_answer(page, 3)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_one_model_is_not_picked(page: Any, picture: Path) -> None:
+    ready(page)
+    sync_api.expect(page.get_by_label("Model")).to_be_hidden()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "What is it?")
+    assert "model" not in sent.value.post_data_json

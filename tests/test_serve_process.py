@@ -70,6 +70,20 @@ def test_systemd_is_told_when_it_is_ready_alive_and_stopping(exported: Path, tmp
             assert server.wait(PATIENCE_S) == 0
 
 
+def test_a_process_serves_several_models(exported: Path, exported_smolvlm: Path) -> None:
+    arguments = (exported, exported_smolvlm, "--model-name", "first", "--unload-after", "0.2")
+    with process(*arguments) as server:
+        url = next(line for line in server.stderr or () if "listening on" in line).split()[-1]
+        next(line for line in server.stderr or () if "the model is ready" in line)
+        question = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 4}
+        for name in (exported_smolvlm.name, "first"):
+            body = json.dumps({**question, "model": name}).encode()
+            asked = urllib.request.Request(f"{url}/v1/chat/completions", body, {"content-type": "application/json"})  # noqa: S310
+            with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:  # noqa: S310
+                assert json.load(answer)["model"] == name
+        assert next(line for line in server.stderr or () if f"unloading {exported_smolvlm.name}" in line)
+
+
 @POSIX
 def test_a_server_that_has_answered_imported_no_network_client(exported: Path) -> None:
     command = [sys.executable, "-c", MODULES_AFTER_SERVING, "serve", str(exported), "--port", "0", "--device", "CPU"]
@@ -154,13 +168,13 @@ def test_the_unit_is_printed_with_the_server_s_own_options(exported: Path, tmp_p
     secret = cli("serve", exported, "--api-key", "a-key-of-some-length", "--print-unit").stdout
     assert "a-key-of-some-length" not in secret
     with pytest.raises(ServerError, match="in a home folder, which the service cannot read"):
-        render_unit(Path("/home/me/model"), [])
+        render_unit([Path("/home/me/model")], [])
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd on this machine")
 def test_systemd_accepts_the_unit(exported: Path, tmp_path: Path) -> None:
     unit = tmp_path / "edgevlm.service"
-    unit.write_text(render_unit(exported, []), encoding="utf-8")
+    unit.write_text(render_unit([exported], []), encoding="utf-8")
     command = ["systemd-analyze", "verify", "--man=no", str(unit)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -226,7 +226,8 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "ignore_eos": (True, "but as false; leave it out"),
     "continue_final_message": (True, "but as false; leave it out"),
     "add_generation_prompt": (False, "but as true; leave it out"),
-    "think": (True, "but as false; leave it out"),
+    "enable_thinking": (True, "use think"),
+    "reasoning": ({"effort": "high"}, "use reasoning_effort"),
     "reponse_format": (SCHEMA, "is not known here; leave it out"),
 }
 """Other servers' fields, and a slip: a value that would change the answer, and what a caller is told of it."""

@@ -30,6 +30,7 @@ from edgevlm.families.base import ImageBudget
 from edgevlm.server.engine import FairQueue, Job
 from edgevlm.server.errors import QueueFullError
 from edgevlm.server.middleware import OPEN_PATHS
+from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig, read_keys
 from tests.conftest import F32
@@ -437,8 +438,7 @@ def test_a_client_that_goes_away_ends_its_answer_before_the_next_token(braked: B
         with serving(braked) as server:
             connection = raw(server, question(body(stream=stream)))
             wait_until(lambda: braked.holding)
-            job = server.worker._current
-            assert job
+            [job] = server.worker.current
             connection.close()
             wait_until(job.abandoned.is_set)
             braked.release()
@@ -651,10 +651,10 @@ def test_a_model_that_fails_in_one_answer_gives_the_next(vlm: VLM, caplog: pytes
     told = "what the caller sent"
 
     class Failing(Braked):
-        def events(self, messages: Any, *rest: Any) -> Any:
+        def steps(self, messages: Any, *rest: Any) -> Any:
             if messages[0]["content"][0]["text"] == "fail":
                 raise ZeroDivisionError(told)
-            return self._vlm.events(messages, *rest)
+            return self._vlm.steps(messages, *rest)
 
     with serving(Failing(vlm)) as server, caplog.at_level(logging.INFO):
         for stream in (False, True):
@@ -681,7 +681,7 @@ def test_logs_hold_no_content_unless_asked(vlm: VLM, caplog: pytest.LogCaptureFi
 def test_a_taken_port_is_told(server: Server, vlm: VLM) -> None:
     port = server.socket.getsockname()[1]
     with pytest.raises(ServerError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
-        Server(lambda: vlm, ServeConfig(port=port), "tiny")
+        Server([Source("tiny", lambda: vlm)], ServeConfig(port=port))
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
@@ -689,7 +689,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
         raise OptionError("no such thing")
 
     with pytest.raises(OptionError, match="no such thing"):
-        Server(load, ServeConfig(port=0), "tiny").run()
+        Server([Source("tiny", load)], ServeConfig(port=0)).run()
 
 
 def test_before_the_model_is_there_only_health_answers(vlm: VLM) -> None:
@@ -699,7 +699,7 @@ def test_before_the_model_is_there_only_health_answers(vlm: VLM) -> None:
         assert go.wait(30)
         return vlm
 
-    server = Server(load, ServeConfig(port=0), "tiny")
+    server = Server([Source("tiny", load)], ServeConfig(port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: request(server, "GET", "/healthz")[0] == 200)

@@ -24,7 +24,7 @@ from edgevlm_export.options import MERGED_SHARES
 from edgevlm_export.routes import native
 from edgevlm_export.tune.scores import is_right
 from tests.conftest import F32, make_checkpoint, photograph
-from tests.families import internvl, llava, llava_onevision, qwen_vl
+from tests.families import gemma3, granite_docling, internvl, llava, llava_onevision, qwen_vl
 from tests.helpers.command import cli
 from tests.helpers.graphs import runtime_kinds
 from training.settings import PANEL
@@ -58,6 +58,11 @@ def internvl_end(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     return model.multi_modal_projector(shuffled.reshape(len(patches), -1, shuffled.shape[-1]))
 
 
+def granite_docling_end(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    rows, _ = model.vision_model.connector(model.vision_model.post_layernorm(hidden), [])
+    return rows[None]
+
+
 def clip_start(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     return model.vision_tower.pre_layrnorm(model.vision_tower.embeddings(pixel_values))
 
@@ -68,6 +73,20 @@ def siglip_end(model: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 
 TOWERS = {
+    "gemma3": Tower(
+        lambda model, pixel_values: model.vision_tower.embeddings(pixel_values),
+        lambda model: model.vision_tower.encoder.layers,
+        lambda model, hidden: model.multi_modal_projector(model.vision_tower.post_layernorm(hidden)),
+        lambda folder: gemma3.make_checkpoint(folder / "saved", vision_config={"num_hidden_layers": LAYER_COUNT}),
+    ),
+    "granite_docling": Tower(
+        lambda model, pixel_values: model.vision_model.embeddings(pixel_values),
+        lambda model: model.vision_model.encoder.layers,
+        granite_docling_end,
+        lambda folder: granite_docling.make_checkpoint(
+            folder / "saved", vision_config={"num_hidden_layers": LAYER_COUNT}
+        ),
+    ),
     "idefics3": Tower(
         idefics3_start,
         lambda model: model.vision_model.encoder.layers,

@@ -255,7 +255,7 @@ def test_a_model_learns_what_it_never_knew(tmp_path: Path) -> None:
     report = tune(rows, tmp_path / "woods", options=TuneOptions(8, save_checkpoint=kept), on_progress=told.append)
     assert (report.before.right, report.after.asked) == (0, report.before.asked)
     assert report.after.share > 0.6 and report.steps > 2 and not report.interrupted
-    assert report.known_after.share > 0.4 * report.known_before.share  # 29 to 35 of 62 were right, 51 before
+    assert report.known_after.share > 0.6 * report.known_before.share
     assert any(each.now and each.best and each.seconds_left is not None for each in told)
     vlm = VLM(tmp_path / "woods")
     assert vlm.generate(tmp_path / "0.png", QUESTION).text in WOODS

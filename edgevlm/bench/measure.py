@@ -26,7 +26,7 @@ from edgevlm.bench.conditions import Conditions, Meter, describe_machine
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.prompt_lookup import PromptLookup
 from edgevlm.decoding.sampling import TokenSelector, greedy
-from edgevlm.decoding.stream import stream_tokens
+from edgevlm.decoding.stream import Step, stream_tokens
 from edgevlm.errors import BenchmarkError, OptionError
 from edgevlm.families import Detail, ImageBudget
 from edgevlm.families.base import RGB
@@ -228,8 +228,8 @@ def ask(vlm: VLM, image: ImageInput, question: str, budget: ImageBudget, new_tok
     prompt = vlm.prepare([user_message(question, 1)], [image], GenerationConfig(), watch, budget)
     with vlm.session(prompt) as session:
         drafter = PromptLookup(prompt.ids, 0)
-        tokens = stream_tokens(session, prompt, TokenSelector(greedy), new_tokens, watch, drafter)
-        ids = tuple(token for token, _ in tokens)
+        made = stream_tokens(session, prompt, TokenSelector(greedy), new_tokens, watch, drafter)
+        ids = tuple(each[0] for each in made if not isinstance(each, Step))
     cached = watch.counts.get("cached_tokens", 0)
     return Sample(prompt, watch.timings(vlm.load_s, len(ids)), ids, cached, prompt.cached_views)
 

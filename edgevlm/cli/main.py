@@ -22,6 +22,7 @@ _GROUPS = {
         "serve": ("edgevlm.cli.serve", "Serve OpenAI's and Ollama's APIs and a web page."),
         "batch": ("edgevlm.cli.batch", "Answer a JSON Lines file of questions, resumably."),
         "watch": ("edgevlm.cli.watch", "Answer each new picture of a folder."),
+        "convert": ("edgevlm.cli.convert", "Convert PDFs and pictures of pages to documents, resumably."),
     },
     "Models": {
         "export": ("edgevlm_export.cli", "Convert a checkpoint to OpenVINO IR."),
@@ -29,6 +30,7 @@ _GROUPS = {
         "models": ("edgevlm.cli.models", "List bundled and exported models."),
     },
     "Measure and diagnose": {
+        "eval": ("edgevlm.cli.eval", "Find out what a model can see, and what compression cost it."),
         "bench": ("edgevlm.cli.bench", "Measure a model on this machine."),
         "doctor": ("edgevlm.cli.doctor", "Print what a bug report needs."),
     },
@@ -46,7 +48,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _COMMANDS:
             return None
-        command: click.Command = getattr(import_module(_COMMANDS[cmd_name]), cmd_name)
+        module = import_module(_COMMANDS[cmd_name])
+        command: click.Command = getattr(module, "evaluate" if cmd_name == "eval" else cmd_name)  # `eval` is Python's
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

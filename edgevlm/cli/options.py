@@ -95,8 +95,14 @@ def generation_options(command: Any) -> Any:
             "--template-var",
             multiple=True,
             metavar="NAME=VALUE",
-            help="Set a variable of the chat template, such as enable_thinking=false; repeat for several variables.",
+            help="Set a variable of the chat template, such as add_vision_id=true; repeat for several variables.",
         ),
+        click.option(
+            "--think/--no-think",
+            default=None,
+            help="Have the model think before it answers, or not; left out: as its chat template has it.",
+        ),
+        click.option("--thinking-budget", type=int, metavar="N", help="Most tokens of the thought before an answer."),
     )(command)
     return image_options(command)
 
@@ -176,7 +182,7 @@ def generation_config(options: dict[str, Any]) -> GenerationConfig:
     """Return what `generation_options` say."""
     from edgevlm.decoding.config import GenerationConfig
 
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop", "think", "thinking_budget")
     return GenerationConfig(
         **{name: options[name] for name in names},
         skip_special_tokens=not options["keep_special_tokens"],

@@ -54,7 +54,11 @@ class Bar:
         """Report a failed row."""
         if "error" in row:
             where = f"line {row['line']}" if "line" in row else row["path"]
-            self._progress.console.print(Text(f"{where}: {row['error']}"), soft_wrap=True)
+            self.tell(f"{where}: {row['error']}")
+
+    def tell(self, line: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(Text(line), soft_wrap=True)
 
 
 def print_row(row: Mapping[str, Any]) -> None:
@@ -65,11 +69,12 @@ def print_row(row: Mapping[str, Any]) -> None:
 def print_stats(answer: Answer) -> None:
     """Print tokens, timings and memory of an answer, on stderr so that stdout holds the answer alone."""
     timings = answer.timings
+    thought = f", {answer.reasoning_tokens} of them of the thought" if answer.reasoning_tokens else ""
     speed = f"{timings.tokens_per_s:.1f} tokens/s" if timings.tokens_per_s else "-"
     rows = {
         "prompt": f"{answer.prompt_tokens} tokens, {answer.image_tokens} of them image tokens of {answer.views} views",
         "cached": f"{answer.cached_tokens} tokens, {answer.cached_views} views",
-        "answer": f"{answer.generated_tokens} tokens ({answer.finish_reason})",
+        "answer": f"{answer.generated_tokens} tokens{thought} ({answer.finish_reason})",
         "drafts": f"{answer.accepted_tokens} of {answer.drafted_tokens} tokens came true",
         "load": f"{timings.load_s:.2f} s",
         "preprocess": f"{timings.preprocess_s:.3f} s",

@@ -72,8 +72,32 @@ class Progress:
             self._status = None
 
 
+_WHY_CUT = {
+    "length": "--max-new-tokens was reached",
+    "context": "the context is full",
+    "repetition": "it had become a loop",
+}
+
+
+class AnswerPrinter:
+    """Prints an answer as it comes: its text on stdout, the thought before it on stderr, dim in a terminal."""
+
+    def __init__(self) -> None:
+        self._thinking = False
+
+    def show(self, piece: Piece) -> None:
+        """Print a piece."""
+        if piece.reasoning_content:
+            self._thinking = True
+            click.secho(piece.reasoning_content, dim=True, nl=False, err=True)
+        if self._thinking and (piece.text or piece.answer):
+            self._thinking = False
+            click.echo(err=True)
+        click.echo(piece.text, nl=False)
+
+
 def print_cut(answer: Answer) -> None:
     """Say on stderr why an answer ended before the model did."""
     if answer.finish_reason != "stop":
-        why = "the context is full" if answer.finish_reason == "context" else "--max-new-tokens was reached"
-        click.echo(f"(cut: {why})", err=True)
+        where = " while the model was thinking" if answer.reasoning_content and not answer.text else ""
+        click.echo(f"(cut: {_WHY_CUT[answer.finish_reason]}{where})", err=True)

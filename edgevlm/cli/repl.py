@@ -13,7 +13,7 @@ import click
 from edgevlm.answer import Piece
 from edgevlm.chat import Chat
 from edgevlm.cli.output import print_stats
-from edgevlm.cli.progress import Progress, print_cut
+from edgevlm.cli.progress import AnswerPrinter, Progress, print_cut
 from edgevlm.errors import EdgeVLMError
 from edgevlm.inputs.image import ImageFile, probed_image
 
@@ -56,14 +56,14 @@ class Repl:
         return True
 
     def _ask(self, question: str) -> None:
-        answer = None
+        answer, printer = None, AnswerPrinter()
         with Progress() as progress:
             progress.stage("reading the question")
             for event in self._chat.events(question, self._images):
                 progress.show(event)
                 if isinstance(event, Piece):
                     self._images = []  # part of the conversation from here on, even if the answer is broken off
-                    click.echo(event.text, nl=False)
+                    printer.show(event)
                     answer = event.answer
         click.echo()
         if answer:

@@ -164,20 +164,20 @@ def _score(images: list[ImageFile | Video], request: _Request, choices: Sequence
 
 def _answer(images: list[ImageFile | Video], request: _Request, as_json: bool, stats: bool) -> None:
     from edgevlm.answer import Piece
-    from edgevlm.cli.progress import Progress, print_cut
+    from edgevlm.cli.progress import AnswerPrinter, Progress, print_cut
     from edgevlm.decoding.stream import check_satisfied
     from edgevlm.inputs.messages import user_message
     from edgevlm.inputs.video import kinds_of
 
     with Progress() as progress:
         vlm = _load(request, progress)
-        answer = None
+        answer, printer = None, AnswerPrinter()
         messages = [user_message(request.question, kinds_of(images))]
         for event in vlm.events(messages, images, request.generation, request.image_budget):
             progress.show(event)
             if isinstance(event, Piece):
                 if not as_json:
-                    click.echo(event.text, nl=False)
+                    printer.show(event)
                 answer = event.answer
     assert answer is not None
     if as_json:

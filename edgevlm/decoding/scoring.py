@@ -87,14 +87,12 @@ def log_likelihoods(
     found: dict[tuple[int, ...], float] = {}
     before: tuple[int, ...] = ()
     for ids in sorted(map(tuple, answers)):
-        common = common_length(before, ids)
-        if session.rewindable:
-            session.rewind(len(prompt) + common)
-        elif session.length > len(prompt):
-            session.reset()
-            common, rows = 0, _read(session, prompt, 0)
-        if common < len(ids):
-            rows = np.concatenate([rows[: common + 1], _log_probabilities(session.step(ids[common:]))])
+        session.rewind(len(prompt) + common_length(before, ids))
+        if session.length < len(prompt):  # its states cannot be cut there
+            rows = _read(session, prompt, session.length)
+        begun = session.length - len(prompt)
+        if begun < len(ids):
+            rows = np.concatenate([rows[: begun + 1], _log_probabilities(session.step(ids[begun:]))])
         found[ids] = _sum(rows, ids, eos_token_ids)
         before = ids
     return [found[tuple(ids)] for ids in answers]
@@ -103,7 +101,8 @@ def log_likelihoods(
 def _read(session: Session, prompt: Prompt, start: int) -> npt.NDArray[np.float64]:
     """Prefill the prompt after its first `start` tokens; return the next token's log-probabilities `(1, V)`."""
     embeds, inputs = prompt.inputs_embeds[:, start:], prompt.inputs.after(start)
-    return _log_probabilities(session.prefill(embeds, 1, prompt.prefix_keys[start:], inputs))
+    keys, marks = prompt.prefix_keys[start:], prompt.marks_after(start)
+    return _log_probabilities(session.prefill(embeds, 1, keys, inputs, marks))
 
 
 def _log_probabilities(logits: Logits) -> npt.NDArray[np.float64]:

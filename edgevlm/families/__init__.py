@@ -31,8 +31,13 @@ def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+    "gemma3": partial(_load, "gemma3", "Gemma3"),
+    "gemma4": partial(_load, "gemma4", "Gemma4"),
+    "granite_docling": partial(_load, "granite_docling", "GraniteDocling"),
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),
+    "lfm2_vl": partial(_load, "lfm2_vl", "Lfm2VL"),
+    "lighton_ocr": partial(_load, "lighton_ocr", "LightOnOcr"),
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
     "minicpmv4_6": partial(_load, "minicpm", "MiniCPM"),

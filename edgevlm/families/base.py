@@ -23,6 +23,10 @@ Array: TypeAlias = npt.NDArray[Any]
 Arrays: TypeAlias = Mapping[str, Array]
 Detail: TypeAlias = Literal["low", "high", "auto"]
 PIXEL_VALUES, IMAGE_EMBEDS = "pixel_values", "image_embeds"
+IMAGE_GROUPS = "image_group_ids"
+"""Input of a decoder whose image tokens attend to each other: the view of each, counted from 1, and 0 for text."""
+PER_LAYER_IDS = "per_layer_token_ids"
+"""Input of a decoder whose layers have tables of token embeddings of their own; at image tokens that of padding."""
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 
@@ -133,8 +137,12 @@ class LanguageInputs:
 
     def after(self, start: int) -> LanguageInputs:
         """Return what is left after the first `start` tokens."""
-        extras = {name: array[start:] for name, array in self.extras.items()}
-        return LanguageInputs(self.positions[:, start:], extras)
+        return self.between(start, None)
+
+    def between(self, start: int, stop: int | None) -> LanguageInputs:
+        """Return those of the tokens `start` to `stop`, None being the end."""
+        extras = {name: array[start:stop] for name, array in self.extras.items()}
+        return LanguageInputs(self.positions[:, start:stop], extras)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,35 @@ class DecoderTraits:
     """A state is made of itself, token after token: rounded to 16 bits it would drift, so a CPU computes in float32."""
     rewindable: bool = True
     """False for state that can be continued and not truncated, such as a convolution's."""
+    fixed_states: bool = False
+    """What cannot be truncated are states of a fixed size, which sessions copy at lengths that they may go back to."""
+
+
+PAGE_PROMPTS = {
+    "page": "Convert this page to Markdown. Keep the reading order, and write tables as Markdown tables.",
+    "text": "Write down all text in this picture.",
+    "table": "Convert this table to a Markdown table.",
+    "formula": "Convert this formula to LaTeX.",
+    "chart": "Convert this chart to a Markdown table.",
+}
+DOCTAGS_PROMPTS = {
+    "page": "Convert this page to docling.",
+    "text": "Convert this page to docling.",
+    "table": "Convert this table to OTSL.",
+    "formula": "Convert formula to LaTeX.",
+    "chart": "Convert chart to table.",
+    "code": "Convert code to text.",
+}
+"""The instructions of granite-docling's model card."""
+DOCLANG_PROMPTS = {
+    "page": "<doclang>",
+    "text": "<doclang> [<ocr>]",
+    "table": "<doclang> [<table>]",
+    "formula": "<doclang> [<formula>]",
+    "chart": "<doclang> [<chart>]",
+    "code": "<doclang> [<code>]",
+}
+"""Those of granite-for-docling in transformers' documentation."""
 
 
 class Family:
@@ -171,6 +208,12 @@ class Family:
     """Height and width of every view, for which the encoder is compiled; None where they differ."""
     constants: Arrays = MappingProxyType({})
     """Encoder inputs that are equal for every view, baked in at load."""
+    page_prompts: Mapping[str, str] = MappingProxyType(PAGE_PROMPTS)
+    """What the model is asked about a page for each task, where it answers in Markdown."""
+    doctags_prompts: Mapping[str, str] = MappingProxyType(DOCTAGS_PROMPTS)
+    """The same for a model whose answers are DocTags."""
+    doclang_prompts: Mapping[str, str] = MappingProxyType(DOCLANG_PROMPTS)
+    """The same for a model whose answers are DocLang."""
     grounding: Grounding | None = None
     """How the model writes places in a picture; None where no convention is known."""
 
@@ -246,3 +289,16 @@ class Family:
     ) -> LanguageInputs:
         """Return positions and extra inputs of a prompt, its pictures in order."""
         return LanguageInputs(np.arange(len(ids), dtype=np.int64)[None])
+
+    def deeper_features(self, ids: npt.NDArray[np.int64], features: Sequence[Arrays]) -> dict[str, Array]:
+        """Return the encoder's outputs besides `image_embeds`, for deeper layers of the decoder, of a prompt.
+
+        They are `(n, D)` by name, and zero at text.
+        """
+        shown = self.image_rows(ids)
+        deeper: dict[str, Array] = {}
+        for name in (name for name in (features[0] if features else {}) if name != IMAGE_EMBEDS):
+            rows = np.concatenate([each[name] for each in features])
+            deeper[name] = np.zeros((len(ids), *rows.shape[1:]), rows.dtype)
+            deeper[name][shown] = rows
+        return deeper

@@ -7,28 +7,14 @@ gives equal arrays and equal token ids.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from edgevlm.families.base import RGB, Detail, Family, ImageBudget, Visual
+from edgevlm.families.base import RGB, Family, ImageBudget, Visual
 from edgevlm.families.imaging import normalisation, pixel_view
-
-
-class Grid(NamedTuple):
-    """How a picture was split: `rows` x `cols` tiles; a thumbnail follows where there are several."""
-
-    rows: int
-    cols: int
-
-    @property
-    def views(self) -> int:
-        """How many calls of the vision encoder the picture takes."""
-        tiles = self.rows * self.cols
-        return tiles + 1 if tiles > 1 else 1
+from edgevlm.families.tiling import Grid, cut, nearest_grid, tiles_within
 
 
 class InternVL(Family):
@@ -56,16 +42,10 @@ class InternVL(Family):
         tokens counts the thumbnail, too.
         """
         height, width = image.shape[:2]
-        most = self._most(height * width, budget.detail, self.max_views(budget))
-        rows, cols = grid = nearest_grid(height, width, self.tile, min(self.min_patches, most), most)
-        whole, side = Image.fromarray(image), self.tile
-        gridded = whole.resize((cols * side, rows * side), self.resample)
-        views = [
-            gridded.crop((c * side, r * side, (c + 1) * side, (r + 1) * side)) for r in range(rows) for c in range(cols)
-        ]
-        if len(views) > 1:
-            views.append(whole.resize((side, side), self.resample))
-        return Visual([pixel_view(np.asarray(view), self.lookup) for view in views], grid)
+        most = tiles_within(self.max_patches, height * width, self.tile, budget.detail, self.max_views(budget))
+        grid = nearest_grid(height, width, self.tile, min(self.min_patches, most), most)
+        views = cut(image, grid, self.tile, self.resample)
+        return Visual([pixel_view(view, self.lookup) for view in views], grid)
 
     def image_text(self, layout: Hashable) -> str:
         """Return the image block of the prompt: the image tokens of all views, between two that hold them."""
@@ -75,30 +55,3 @@ class InternVL(Family):
     def block_text(self) -> str:
         """Return all that an image block may be made of."""
         return self.image_text(Grid(1, 1))
-
-    def _most(self, pixels: int, detail: Detail, max_views: int | None) -> int:
-        """Return how many tiles a picture may have at most, the thumbnail not counted."""
-        most = 1 if detail == "low" else self.max_patches
-        if detail == "auto":
-            most = min(most, max(1, pixels // self.tile**2))
-        return most if max_views is None else min(most, max(1, max_views - 1))
-
-
-def nearest_grid(height: int, width: int, tile: int, least: int, most: int) -> Grid:
-    """Return the grid of `least` to `most` tiles whose shape is nearest to the picture's.
-
-    Of grids of one shape the larger one is taken if the picture has more than half of its pixels. A lower `most` so
-    never makes more tiles.
-    """
-    grids = [Grid(rows, cols) for cols in range(1, most + 1) for rows in range(1, most // cols + 1)]
-    best, nearest = Grid(1, 1), math.inf
-    for grid in sorted(grids, key=lambda grid: grid.rows * grid.cols):
-        tiles = grid.rows * grid.cols
-        if tiles < least:
-            continue
-        distance = abs(width / height - grid.cols / grid.rows)
-        if distance < nearest:
-            best, nearest = grid, distance
-        elif distance == nearest and width * height > 0.5 * tile * tile * tiles:
-            best = grid
-    return best

@@ -32,6 +32,7 @@ from edgevlm.families.base import (
 )
 from edgevlm.families.grids import Grid, nearest_grid
 from edgevlm.families.imaging import normalisation
+from edgevlm.families.packing import packed_pixels
 
 MERGED = 4
 """Patches along each side of an image token."""
@@ -160,10 +161,8 @@ class MiniCPM(Family):
         """
         rows, cols = (side // self.patch_size for side in pixels.shape[:2])
         order, places = packed_order(rows, cols), nearest_positions(rows, cols, self.table_side)
-        grid = pixels.reshape(rows, self.patch_size, cols, self.patch_size, 3).transpose(0, 2, 4, 1, 3)
-        patches = grid.reshape(rows * cols, 3, self.patch_size, self.patch_size)[order]
-        values = np.stack([self.lookup[channel][patches[:, channel]] for channel in range(3)], axis=1)
-        return {PIXEL_VALUES: values.reshape(1, len(order), -1), "patch_position_ids": places[order][None]}
+        values = packed_pixels(pixels, order, self.patch_size, 1, self.lookup)
+        return {PIXEL_VALUES: values[None], "patch_position_ids": places[order][None]}
 
 
 def divisible(length: float, divisor: int) -> int:

@@ -24,7 +24,6 @@ from PIL import Image
 
 from edgevlm.errors import ImageError
 from edgevlm.families.base import (
-    IMAGE_EMBEDS,
     PIXEL_VALUES,
     RGB,
     Array,
@@ -41,6 +40,7 @@ from edgevlm.families.base import (
 from edgevlm.families.grids import Grid, nearest_grid
 from edgevlm.families.grounding import Grounding, json_boxes
 from edgevlm.families.imaging import Lookup, fused_normalisation, normalisation, resized
+from edgevlm.families.packing import packed_order, packed_pixels
 
 AUTO_TOKENS, LOW_TOKENS = 1280, 256
 """Most image tokens at `detail="auto"`, the maximum of `Qwen2VLImageProcessor`'s own defaults, and at `"low"`."""
@@ -223,18 +223,9 @@ class QwenVL(Family):
     def language_inputs(
         self, ids: npt.NDArray[np.int64], layouts: Sequence[Hashable], features: Sequence[Arrays]
     ) -> LanguageInputs:
-        """Return the positions `(3, n)` of a prompt, and features for deeper layers `(n, D)` by name.
-
-        The latter are the encoder's outputs besides `image_embeds`, zero at text.
-        """
-        shown = self.image_rows(ids)
-        extras: dict[str, Array] = {}
-        for name in (name for name in (features[0] if features else {}) if name != IMAGE_EMBEDS):
-            rows = np.concatenate([each[name] for each in features])
-            extras[name] = np.zeros((len(ids), *rows.shape[1:]), rows.dtype)
-            extras[name][shown] = rows
+        """Return the positions `(3, n)` of a prompt, and features for deeper layers."""
         blocks = [block for layout in layouts for block in self._blocks(layout)]
-        return LanguageInputs(mrope_positions(shown, blocks), extras)
+        return LanguageInputs(mrope_positions(self.image_rows(ids), blocks), self.deeper_features(ids, features))
 
     def _blocks(self, layout: Hashable) -> Iterator[Block]:
         """Yield the blocks of a picture or a video, whose places in time only Qwen2.5-VL counts in seconds."""
@@ -367,29 +358,6 @@ def sample_evenly(total: int, count: float, most: int, *, asked: bool) -> list[i
     taken = min(int(count) if asked else max(int(count), MIN_FRAMES), most, total)
     places: list[int] = np.linspace(0, total - 1, taken).round().astype(np.int64).tolist()
     return places
-
-
-def packed_order(rows: int, cols: int, merge_size: int) -> npt.NDArray[np.int64]:
-    """Return `(N,)`: the place in raster order, `row * cols + col`, of each packed patch of `rows` x `cols`."""
-    blocks = np.arange(rows * cols).reshape(rows // merge_size, merge_size, cols // merge_size, merge_size)
-    return blocks.transpose(0, 2, 1, 3).reshape(-1)
-
-
-def packed_pixels(
-    pixels: RGB, order: npt.NDArray[np.int64], patch_size: int, frames: int, lookup: Lookup
-) -> npt.NDArray[np.float32]:
-    """Return `(N, C * T * P * P)`: the patches of T = `frames` frames `(T, H, W, 3)`, normalised.
-
-    A picture `(H, W, 3)` is a still, the same for each of them.
-    """
-    shown = pixels.reshape(-1, *pixels.shape[-3:])
-    rows, cols = (side // patch_size for side in shown.shape[1:3])
-    grid = shown.reshape(-1, rows, patch_size, cols, patch_size, 3).transpose(1, 3, 5, 0, 2, 4)
-    patches = grid.reshape(-1, 3, len(shown), patch_size, patch_size)[order]
-    values = np.empty((len(order), 3, frames, patch_size, patch_size), np.float32)
-    for channel in range(3):
-        values[:, channel] = lookup[channel][patches[:, channel]]
-    return values.reshape(len(order), -1)
 
 
 def table_corners(rows: int, cols: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

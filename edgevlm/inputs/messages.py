@@ -21,9 +21,18 @@ def user_message(question: str, images: int | Sequence[str]) -> Message:
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
 
 
-def text_message(role: str, text: str) -> Message:
+_REASONING = ("reasoning_content", "thinking")
+"""What chat templates call the thought before an answer in its message."""
+
+
+def text_message(role: str, text: str, reasoning_content: str = "") -> Message:
     """Return one turn of `role` ("system", "assistant") without pictures."""
-    return {"role": role, "content": [{"type": "text", "text": text}]}
+    return with_reasoning({"role": role, "content": [{"type": "text", "text": text}]}, reasoning_content)
+
+
+def with_reasoning(message: Message, reasoning_content: str | None) -> Message:
+    """Return an answer's message with the thought before it, of which the chat template keeps what it will."""
+    return {**message, **dict.fromkeys(_REASONING, reasoning_content)} if reasoning_content else message
 
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")

@@ -16,6 +16,7 @@ from edgevlm.families.base import ImageBudget, LaidOut
 from edgevlm.inputs.chat_template import ChatTemplate
 from edgevlm.inputs.image import ImageInput, load_image
 from edgevlm.inputs.messages import Message
+from edgevlm.inputs.thinking import Thinking
 from edgevlm.inputs.tokenizer import Tokenizer
 from edgevlm.manifest import Manifest
 
@@ -28,6 +29,7 @@ class Processor:
         self.tokenizer = Tokenizer(folder, manifest.text_tokens)
         source = _read_text(folder / manifest.chat_template)
         self.template = ChatTemplate(source, manifest.special_tokens)
+        self.thinking = Thinking(self.template, self.tokenizer)
         known = (self.family.placeholder, *self.family.other_placeholders)
         self._placeholder = next((each for each in known if each in source), self.family.placeholder)
         video = self.family.video_placeholder
@@ -47,16 +49,21 @@ class Processor:
         return [self.family.preprocess(load_image(image), budget) for image in images]
 
     def prompt_ids(
-        self, messages: Sequence[Message], pictures: Sequence[LaidOut], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Message],
+        pictures: Sequence[LaidOut],
+        variables: Mapping[str, Any] | None = None,
+        suffix: str = "",
     ) -> list[int]:
         """Return the prompt's token ids, each image placeholder replaced by its picture's block.
 
         Only the template and the image blocks make control tokens and placeholders; the same letters in a message stay
-        letters. A template that begins with the BOS token gets no second one, as in transformers.
+        letters. A template that begins with the BOS token gets no second one, as in transformers. `suffix` comes after
+        the rendered template: see `Opening`.
         """
         said, given = self._escaped(list(messages)), self._escaped(dict(variables or {}))
         videos = [self.family.is_video(each.layout) for each in pictures]
-        rendered = (self._video_template if any(videos) else self.template).render(said, given)
+        rendered = (self._video_template if any(videos) else self.template).render(said, given) + suffix
         first, *rest = self._placeholders.split(rendered)
         self._check_placeholders(self._placeholders.findall(rendered), videos)
         blocks = self.family.image_texts([each.layout for each in pictures])

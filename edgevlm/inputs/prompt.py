@@ -27,9 +27,15 @@ class Prompt:
     image_tokens: int
     views: int
     cached_views: int
+    cache_salt: str = ""
+    """Prompts of different salts share nothing that was computed or answered before."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def marks_after(self, start: int) -> list[int]:
+        """Return where later prompts may go on from, counted from `start`: each picture's end, and the prompt's."""
+        return [mark - start for mark in (*(each.stop for each in self.images), len(self))]
 
 
 def join(arrays: Sequence[npt.NDArray[np.float32]], hidden_size: int) -> npt.NDArray[np.float32]:

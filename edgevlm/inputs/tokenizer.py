@@ -36,10 +36,10 @@ class Tokenizer:
             if text_tokens:
                 source = _unmark(source, text_tokens)
             self._fast = _load(source)
+            added = self._fast.get_added_tokens_decoder()
+            self._added = {token.content: token_id for token_id, token in added.items()}
             self._controls = {
-                token_id: token.content
-                for token_id, token in self._fast.get_added_tokens_decoder().items()
-                if token.special and token.content
+                token_id: token.content for token_id, token in added.items() if token.special and token.content
             }
         except Exception as error:  # the library raises bare Exception
             raise DamagedModelError(f"{path} cannot be read as a tokenizer: {error}; export the model again") from None
@@ -79,6 +79,10 @@ class Tokenizer:
     def size(self) -> int:
         """How many tokens there are, added ones included."""
         return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    def added_id(self, token: str) -> int | None:
+        """Return the id of an added token, which no text is split within; None where the vocabulary has no such one."""
+        return self._added.get(token)
 
     def token(self, token_id: int) -> str:
         """Return what a token is called."""

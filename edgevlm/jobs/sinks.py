@@ -24,6 +24,7 @@ _COLUMNS = {
     "job": "TEXT NOT NULL",
     "question": "TEXT NOT NULL",
     "answer": "TEXT",
+    "reasoning_content": "TEXT",
     "value": "TEXT",
     "probabilities": "TEXT",
     "finish_reason": "TEXT",
@@ -126,6 +127,9 @@ class SqliteSink:
                 f"CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, {columns}, UNIQUE (job, path, sha256))"
             )
             database.execute("CREATE INDEX IF NOT EXISTS answers_file ON answers (job, path, size, mtime_ns)")
+            there = {name for _, name, *_ in database.execute("PRAGMA table_info (answers)")}
+            if "reasoning_content" not in there:  # a table that is older than thoughts
+                database.execute("ALTER TABLE answers ADD COLUMN reasoning_content TEXT")
         return self
 
     def __exit__(

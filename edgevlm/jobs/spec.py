@@ -94,6 +94,9 @@ class Defaults:
         options = asdict(self)
         if self.sampling == FrameSampling():
             del options["sampling"]  # the digest of outputs that are older than videos
+        for name in ("think", "thinking_budget"):
+            if options["config"][name] is None:
+                del options["config"][name]  # that of outputs that are older than thinking
         return json.dumps([known, options], sort_keys=True, default=str)
 
 
@@ -212,6 +215,8 @@ def ask(
         config = replace(config, constraint=output_format.constraint)
         answer = vlm.generate(sources, question, config, image_budget)
         row |= {"answer": answer.text, "finish_reason": answer.finish_reason}
+        if answer.reasoning_content is not None:
+            row["reasoning_content"] = answer.reasoning_content
         if output_format.constraint and output_format.constraint.is_json:
             row["value"] = _value(answer.text)
     return row | {"seconds": round(perf_counter() - started, 3)}

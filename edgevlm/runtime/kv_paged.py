@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from heapq import heappop, heappush
+from threading import Lock
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -93,55 +97,165 @@ class KVBlockLayout:
         }
         return cls(blocks, blocks["value_cache.0"][1][1])  # (block, head, token, head_dim)
 
+    def blocks_of(self, length: int) -> int:
+        """Return how many blocks a sequence of so many entries takes."""
+        return -(-length // self.block_size)
 
-class PagedSession(Session):
-    """A sequence with KV blocks of its own; rewinding it only shortens `past_lens`."""
 
-    cached_attention_slowdown = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
+class KVBlockPool:
+    """The KV caches of a language model's sequences: a tensor of blocks for the keys and values of each layer.
 
-    def __init__(self, requests: Requests, decoder: DecoderInfo, pages: KVBlockLayout) -> None:
-        super().__init__(requests, decoder)
-        self._pages = pages
+    A sequence takes blocks as it grows and gives them back. All lie in the same tensors, so that one inference may
+    read those of several sequences. The tensors grow when every block is taken, and do not shrink.
+    """
+
+    def __init__(self, request: ov.InferRequest, layout: KVBlockLayout) -> None:
+        self.request, self.layout = request, layout
+        self.lock = Lock()
+        """To be held while blocks are taken and read: meanwhile the tensors stay where they are."""
         self._buffers = {
             name: np.zeros((0, math.prod(shape) * kind.bitwidth // 8), np.uint8)
-            for name, (kind, shape) in pages.blocks.items()
+            for name, (kind, shape) in layout.blocks.items()
         }
+        self._free: list[int] = []
+        self._given_back: deque[int] = deque()
 
-    def _forget(self, length: int) -> None:
-        pass
+    def take(self, count: int) -> list[int]:
+        """Return so many free blocks, those at the front first."""
+        while self._given_back:
+            heappush(self._free, self._given_back.popleft())
+        if count > len(self._free):
+            self._grow(count - len(self._free))
+        return [heappop(self._free) for _ in range(count)]
 
-    def _reserve(self, blocks: int) -> None:
-        """Allocate so many blocks. New ones are zeros, because kernels multiply entries that they then mask."""
-        before = len(self._buffers["value_cache.0"])
-        if blocks <= before:
-            return
+    def give_back(self, blocks: Sequence[int]) -> None:
+        """Let other sequences take these blocks. Needs no lock: a session may be freed at any time."""
+        self._given_back.extend(blocks)
+
+    def copy(self, blocks: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the content of blocks into others."""
+        for buffer in self._buffers.values():
+            buffer[targets] = buffer[blocks]
+
+    def _grow(self, missing: int) -> None:
+        """Allocate more blocks. New ones are zeros, because kernels multiply entries that they then mask."""
         openvino = import_openvino()
-        held = max(blocks + _MIN_GROWTH_BLOCKS, before * 3 // 2)
-        for name, (kind, shape) in self._pages.blocks.items():
+        before = len(self._buffers["value_cache.0"])
+        held = max(before + missing + _MIN_GROWTH_BLOCKS, before * 3 // 2)
+        for name, (kind, shape) in self.layout.blocks.items():
             old = self._buffers[name]
             new = self._buffers[name] = np.zeros((held, old.shape[1]), np.uint8)
             new[:before] = old
-            self._request.set_tensor(name, openvino.Tensor(new, openvino.Shape([held, *shape]), kind))
+            self.request.set_tensor(name, openvino.Tensor(new, openvino.Shape([held, *shape]), kind))
+        for block in range(before, held):
+            heappush(self._free, block)
+
+
+class PagedSession(Session):
+    """A sequence whose KV cache is a table of blocks; rewinding it shortens `past_lens`."""
+
+    cached_attention_slowdown = 3.3  # 297 tokens after 580 take 0.25 s, 877 at once 0.51 s
+
+    def __init__(self, requests: Requests, decoder: DecoderInfo, pool: KVBlockPool) -> None:
+        super().__init__(requests, decoder)
+        self._pool = pool
+        self._blocks: list[int] = []
+
+    def __del__(self) -> None:
+        self._pool.give_back(self._blocks)
+
+    def _forget(self, length: int) -> None:
+        kept = self._pool.layout.blocks_of(length)
+        dropped = self._blocks[kept:]
+        del self._blocks[kept:]
+        self._pool.give_back(dropped)
+
+    def copy_prefix(self, other: Session, length: int) -> int:
+        """Begin anew with copies of the other's blocks that its first `length` entries fill; return how many entries.
+
+        The other may be at work in another thread: its blocks are written, and taken by others, with the pool locked.
+        """
+        assert isinstance(other, PagedSession)
+        size = self._pool.layout.block_size
+        with self._pool.lock:
+            keys, positions, blocks = list(other.prefix_keys), other._positions, list(other._blocks)
+            count = min(length, len(keys), positions.shape[1], len(blocks) * size) // size
+            if count:
+                self.reset()
+                self._reserve(count * size)
+                self._pool.copy(blocks[:count], self._blocks)
+                self._append(keys[: count * size], positions[:, : count * size])
+        return count * size
+
+    def _reserve(self, length: int) -> None:
+        """Take the blocks that so many entries need, with the pool locked."""
+        missing = self._pool.layout.blocks_of(length) - len(self._blocks)
+        if missing > 0:
+            self._blocks += self._pool.take(missing)
 
     def _read(
         self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
     ) -> npt.NDArray[np.float32]:
-        count = inputs_embeds.shape[1]
-        total = self.length + count
-        blocks = -(-total // self._pages.block_size)
-        self._reserve(blocks)
-        outputs = self._infer(
-            {
-                "inputs_embeds": inputs_embeds[0],
-                "position_ids": inputs.positions[0] if len(inputs.positions) == 1 else inputs.positions,
-                "past_lens": np.array([self.length], np.int32),
-                "subsequence_begins": np.array([0, count], np.int32),
-                "block_indices": np.arange(blocks, dtype=np.int32),
-                "block_indices_begins": np.array([0, blocks], np.int32),
-                "max_context_len": np.array(total, np.int32),
-                LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
-                **{name: array[:, None] for name, array in inputs.extras.items()},
-            },
-            count,
-        )
+        return self._read_all([_Part(self, inputs_embeds[0], inputs)], logits_to_keep)
+
+    def _read_all(self, parts: Sequence[_Part], logits_to_keep: int) -> npt.NDArray[np.float32]:
+        """Run the decoder on what this sequence and others have to read; return the last logits of all together."""
+        counts = [len(part.embeds) for part in parts]
+        lengths = [part.session.length for part in parts]
+        totals = [length + count for length, count in zip(lengths, counts, strict=True)]
+        positions = _join([part.inputs.positions for part in parts], axis=1)
+        with self._pool.lock:
+            for part, total in zip(parts, totals, strict=True):
+                part.session._reserve(total)
+            tables = [part.session._blocks for part in parts]
+            outputs = self._infer(
+                {
+                    "inputs_embeds": _join([part.embeds for part in parts]),
+                    "position_ids": positions[0] if len(positions) == 1 else positions,
+                    "past_lens": np.array(lengths, np.int32),
+                    "subsequence_begins": _begins(counts),
+                    "block_indices": np.array([block for table in tables for block in table], np.int32),
+                    "block_indices_begins": _begins(map(len, tables)),
+                    "max_context_len": np.array(max(totals), np.int32),
+                    LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
+                    **{
+                        name: _join([part.inputs.extras[name] for part in parts])[:, None]
+                        for name in self._decoder.extras
+                    },
+                },
+                sum(counts),
+            )
         return np.asarray(outputs["logits"], np.float32).reshape(logits_to_keep, -1)
+
+
+class _Part(NamedTuple):
+    """What one sequence has to read in an inference."""
+
+    session: PagedSession
+    embeds: npt.NDArray[np.float32]  # (n, hidden)
+    inputs: LanguageInputs
+
+
+def step_together(
+    sessions: Sequence[PagedSession], token_ids: Sequence[Sequence[int]]
+) -> list[npt.NDArray[np.float32]]:
+    """Append tokens to several sequences of one model in one inference; return the logits `(n, V)` of each."""
+    ends = np.cumsum([len(ids) for ids in token_ids])
+    embeds = sessions[0].embed([token for ids in token_ids for token in ids])[0]
+    parts = [
+        _Part(session, rows, session._completed(None, len(rows), ids))
+        for session, rows, ids in zip(sessions, np.split(embeds, ends[:-1]), token_ids, strict=True)
+    ]
+    logits = sessions[0]._read_all(parts, len(embeds))
+    for part, ids in zip(parts, token_ids, strict=True):
+        part.session._append(ids, part.inputs.positions)
+    return np.split(logits, ends[:-1])
+
+
+def _begins(sizes: Iterable[int]) -> npt.NDArray[np.int32]:
+    """Return where each of consecutive ranges of these sizes begins, and where the last one ends."""
+    return np.cumsum([0, *sizes], dtype=np.int32)
+
+
+def _join(arrays: Sequence[npt.NDArray[Any]], axis: int = 0) -> npt.NDArray[Any]:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.families.base import DecoderTraits, LanguageInputs
+from edgevlm.families.base import PER_LAYER_IDS, DecoderTraits, LanguageInputs
 from edgevlm.runtime.inference import infer
 
 if TYPE_CHECKING:
     import openvino as ov
 
-_SHORT_STEP = 32
+SHORT_STEP = 32
 """Tokens whose inference is over before anything could break it off."""
 _KEY_COST, _NARROWEST = 1 / 6, 512
 """Cost of attending to one cached key, relative to a token's matmuls: (2 hidden) / (12 hidden^2) for each layer. Below
 the narrowest width overheads hide the difference."""
+_MOST_STOP_COST = 1 / 4
+"""Of a prefill's cost, as much more is spent at most to stop where a later prompt may go on: one that does saves nearly
+all of it."""
 
 
 def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
@@ -30,7 +34,7 @@ def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float3
 
 
 class Requests(NamedTuple):
-    """The inference requests of one sequence."""
+    """The inference requests of a sequence; under paged attention all sequences share the decoder's."""
 
     decoder: ov.InferRequest
     embeddings: ov.InferRequest
@@ -74,7 +78,7 @@ class Session(ABC):
 
     def _infer(self, inputs: Mapping[str, Any], count: int) -> Any:
         """Run the decoder on `count` tokens. Raises `Interrupted`: the sequence is then of no use any more."""
-        if count <= _SHORT_STEP:
+        if count <= SHORT_STEP:
             return self._request.infer(inputs, share_inputs=True)
         return infer(self._request, inputs)
 
@@ -89,8 +93,25 @@ class Session(ABC):
 
     @property
     def rewindable(self) -> bool:
-        """Whether the sequence can be truncated, and so whether drafts can be rejected."""
+        """Whether the sequence can be truncated anywhere."""
         return self._decoder.traits.rewindable
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether tokens of a draft can be taken back."""
+        return self._decoder.traits.rewindable
+
+    def _reachable(self, length: int) -> int:
+        """Return the greatest length of at most `length` that the sequence can be truncated to."""
+        return length if self._decoder.traits.rewindable or length >= self.length else 0
+
+    def _keep(self, *, for_draft: bool = False) -> None:  # noqa: ARG002
+        """Let the sequence go back to where it ends now, where states need copies for that; a draft does so once."""
+        return
+
+    def reusable_length(self, keys: Sequence[Hashable]) -> int:
+        """Return how many entries a sequence of these keys would reuse at most."""
+        return self._reachable(common_length(self.prefix_keys, keys))
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -99,14 +120,31 @@ class Session(ABC):
         self._positions = self._positions[:, :0]
 
     def rewind(self, length: int) -> None:
-        """Truncate the sequence to its first `length` entries."""
+        """Truncate the sequence to its first `length` entries, or to fewer where its states cannot be cut there."""
+        length = self._reachable(length)
         if length == 0:
             self.reset()
         elif length < self.length:
-            assert self.rewindable, "a state that cannot be cut can only be begun anew"
             self._forget(length)
             del self.prefix_keys[length:]
             self._positions = self._positions[:, :length]
+
+    def take_back(self, count: int) -> list[int]:
+        """Take the last `count` tokens of a step with a draft back.
+
+        Returns those before them that had to be taken back, too, and must be read again.
+        """
+        length = self.length - count
+        lost = self.prefix_keys[self._reachable(length) : length]
+        self.rewind(length)
+        return cast("list[int]", lost)  # the keys of a step's tokens
+
+    def copy_prefix(self, other: Session, length: int) -> int:  # noqa: ARG002
+        """Begin anew with copies of another sequence's entries, at most its first `length`; return how many.
+
+        OpenVINO's state is not copied.
+        """
+        return 0
 
     def reuse_prefix(
         self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
@@ -115,7 +153,7 @@ class Session(ABC):
 
         Rewinds to the beginning where a full prefill is faster than continuing. A cached entry counts as common only if
         its position in `inputs` is equal, too. `images` are the places of each picture's rows, for decoders whose
-        images are reused whole or not at all.
+        images are reused whole or not at all. Where states cannot be cut, the prefix ends at a length that was kept.
         """
         common = min(common_length(self.prefix_keys, keys), len(keys) - 1)
         if inputs:
@@ -123,8 +161,7 @@ class Session(ABC):
             common = int(np.argmin(same)) if not same.all() else common
         if self._decoder.traits.atomic_images:
             common = next((each.start for each in images if each.start < common < each.stop), common)
-        if not self.rewindable and common < self.length:
-            common = 0
+        common = self._reachable(common)
         self.rewind(common if self._reuse_is_faster(common, len(keys)) else 0)
         return self.length
 
@@ -145,21 +182,54 @@ class Session(ABC):
         logits_to_keep: int = 1,
         keys: Sequence[Hashable] | None = None,
         inputs: LanguageInputs | None = None,
+        marks: Sequence[int] = (),
     ) -> npt.NDArray[np.float32]:
         """Append n tokens, `(1, n, hidden)`, to the cache; return the last ones' logits `(logits_to_keep, V)`.
 
         `keys` identify the tokens for prefix reuse; without them no later prompt reuses the entries. `inputs` holds
-        positions and extra inputs of the first of them; the rest continue as text.
+        positions and extra inputs of the first of them; the rest continue as text. `marks` are places among them, and
+        the beginning besides, that later prompts may go on from: states that cannot be cut are kept there.
         """
         count = inputs_embeds.shape[1]
-        whole = self._completed(inputs, count)
-        logits = self._read(inputs_embeds, whole, logits_to_keep)
-        self.prefix_keys += [object() for _ in range(count)] if keys is None else keys
-        self._positions = np.concatenate([self._positions, whole.positions], axis=1)
-        return logits
+        whole = self._completed(inputs, count, keys)
+        names = [object() for _ in range(count)] if keys is None else keys
+        logits: list[npt.NDArray[np.float32]] = []
+        if marks:
+            self._keep()
+        for start, stop in pairwise([0, *self._stops(marks, count), count]):
+            kept = max(1, stop - max(start, count - logits_to_keep))
+            part = whole.between(start, stop)
+            logits.append(self._read(inputs_embeds[:, start:stop], part, kept))
+            self._append(names[start:stop], part.positions)
+            if stop in marks:
+                self._keep()
+        return logits[0] if len(logits) == 1 else np.concatenate(logits)[-logits_to_keep:]
 
-    def _completed(self, inputs: LanguageInputs | None, count: int) -> LanguageInputs:
-        """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis."""
+    def _stops(self, marks: Sequence[int], count: int) -> list[int]:
+        """Return the marks within a prefill of `count` tokens at which it is interrupted, to keep states.
+
+        What follows attends to cached keys, which is slow: no stop is made that costs too much.
+        """
+        if not self._decoder.traits.fixed_states:
+            return []
+        whole = count * (1 + self._key_cost * (self.length + count / 2))
+        dearer = self.cached_attention_slowdown * self._key_cost
+        return sorted(
+            mark
+            for mark in {*marks}
+            if 0 < mark < count and (count - mark) * dearer * (self.length + mark) <= _MOST_STOP_COST * whole
+        )
+
+    def _append(self, keys: Sequence[Hashable], positions: npt.NDArray[np.int64]) -> None:
+        """Note that the cache holds entries with these keys and positions `(axes, n)` behind the others."""
+        self.prefix_keys += keys
+        self._positions = np.concatenate([self._positions, positions], axis=1)
+
+    def _completed(self, inputs: LanguageInputs | None, count: int, keys: Sequence[Hashable] | None) -> LanguageInputs:
+        """Return `inputs` for `count` tokens: text continues after the highest position, equally on every axis.
+
+        The keys of text are its token ids.
+        """
         given = inputs.positions if inputs else self._positions[:, :0]
         last = max((int(each.max()) for each in (self._positions, given) if each.size), default=-1)
         text = np.broadcast_to(np.arange(count - given.shape[1]) + last + 1, (len(given), count - given.shape[1]))
@@ -168,10 +238,14 @@ class Session(ABC):
             extras[name] = np.zeros((count, *shape), dtype)
             if inputs and name in inputs.extras:
                 extras[name][: given.shape[1]] = inputs.extras[name]
+            if name == PER_LAYER_IDS and keys is not None:
+                extras[name][given.shape[1] :] = keys[given.shape[1] :]
         return LanguageInputs(np.concatenate([given, text], axis=1), extras)
 
-    def step(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Append n tokens; return the logits `(n, V)` after each of them."""
+    def step(self, token_ids: Sequence[int], drafted: int = 0) -> npt.NDArray[np.float32]:
+        """Append n tokens, the last `drafted` of which may be taken back; return the logits `(n, V)` after each."""
+        if drafted:
+            self._keep(for_draft=True)
         return self.prefill(self.embed(token_ids), len(token_ids), token_ids)
 
 

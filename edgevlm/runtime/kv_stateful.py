@@ -11,16 +11,20 @@ from edgevlm.families.base import LanguageInputs
 from edgevlm.runtime.core import import_openvino
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
+from edgevlm.runtime.kv_snapshots import Snapshots, is_fixed
 
 _MOST_STALE = 512
 """Most masked entries that stay in the cache; beyond that they are removed, which copies the cache once."""
+_MOST_DRAFT_BYTES = 4 * 2**20
+"""States of more bytes are not copied for every draft."""
 
 
 class StatefulSession(Session):
     """A sequence whose KV cache is the state of its infer request.
 
     Rewinding masks entries instead of touching the cache, which costs nothing and changes no result, until there are
-    `_MOST_STALE` of them and they are removed.
+    `_MOST_STALE` of them and they are removed. Where the decoder has states of a fixed size besides, it goes back to
+    lengths at which it kept copies of them.
     """
 
     cached_attention_slowdown = 13  # 874 tokens at once take 0.63 s, 128 at a time 1.27 s
@@ -29,14 +33,35 @@ class StatefulSession(Session):
         super().__init__(requests, decoder)
         self._beam = np.zeros(1, np.int32)
         self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry of the KV cache, 0 where it is masked
+        self._snapshots = Snapshots(self._request) if decoder.traits.fixed_states else None
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether drafts pay, and can be taken back."""
+        if self._snapshots is None:
+            return super().takes_drafts
+        return self._snapshots.size_bytes <= _MOST_DRAFT_BYTES
+
+    def _reachable(self, length: int) -> int:
+        if self._snapshots is None or length >= self.length:
+            return super()._reachable(length)
+        return self._snapshots.longest(length)
+
+    def _keep(self, *, for_draft: bool = False) -> None:
+        if self._snapshots and self.length:
+            self._snapshots.keep(self.length, for_draft=for_draft)
 
     def _forget(self, length: int) -> None:
         if length:
             live = np.flatnonzero(self._mask[0])
             self._mask[0, live[length:]] = 0
+            if self._snapshots:
+                self._snapshots.restore(length)
         else:
             self._request.reset_state()
             self._mask = np.zeros((1, 0), np.int64)
+            if self._snapshots:
+                self._snapshots.clear()
 
     def _cached_entries(self, common: int) -> int:
         return common + min(self._mask.shape[1] - common, _MOST_STALE)
@@ -54,6 +79,8 @@ class StatefulSession(Session):
         openvino = import_openvino()
         live = np.flatnonzero(self._mask[0])
         for variable in self._request.query_state():
+            if is_fixed(variable.name):
+                continue
             assert _is_keys_or_values(variable.name), f"{variable.name} is no KV cache, and cannot be cut"
             variable.state = openvino.Tensor(np.ascontiguousarray(variable.state.data[:, :, live]))
         self._mask = np.ones((1, len(live)), np.int64)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgevlm.families.base import DecoderTraits
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
-from edgevlm.runtime.kv_paged import KVBlockLayout, PagedSession, family_inputs
+from edgevlm.runtime.kv_paged import KVBlockLayout, KVBlockPool, PagedSession, family_inputs
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session, embed
 from edgevlm.runtime.kv_stateful import StatefulSession
 
@@ -41,9 +41,10 @@ class LanguageModel:
     def __init__(self, compiled: ov.CompiledModel, embeddings: TextEmbeddings, traits: DecoderTraits) -> None:
         self._compiled = compiled
         self._embeddings = embeddings
-        self._pages = KVBlockLayout.of(compiled)
+        layout = KVBlockLayout.of(compiled)
+        self._pool = KVBlockPool(compiled.create_infer_request(), layout) if layout else None
         hidden_size = compiled.input("inputs_embeds").get_partial_shape()[-1].get_length()
-        self._info = DecoderInfo(hidden_size, traits, _extras(compiled, paged=self._pages is not None))
+        self._info = DecoderInfo(hidden_size, traits, _extras(compiled, paged=layout is not None))
 
     def embed(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Return the embeddings `(1, n, hidden)` of `n` token ids."""
@@ -53,12 +54,17 @@ class LanguageModel:
         """Run one token: what OpenVINO defers to the first inference takes longer than a short prefill."""
         self.session().step([0])
 
+    @property
+    def is_paged(self) -> bool:
+        """Whether paged attention reads the KV cache, so that steps of several sequences may share an inference."""
+        return self._pool is not None
+
     def session(self) -> Session:
         """Return a new session; it shares the weights, and its requests take well under a millisecond to create."""
-        requests = Requests(self._compiled.create_infer_request(), self._embeddings.request())
-        if self._pages is None:
-            return StatefulSession(requests, self._info)
-        return PagedSession(requests, self._info, self._pages)
+        embeddings = self._embeddings.request()
+        if self._pool is None:
+            return StatefulSession(Requests(self._compiled.create_infer_request(), embeddings), self._info)
+        return PagedSession(Requests(self._pool.request, embeddings), self._info, self._pool)
 
 
 def _extras(compiled: ov.CompiledModel, *, paged: bool) -> dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import FastAPI, Request
@@ -23,7 +23,7 @@ from edgevlm.answer import Answer, Piece
 from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
 from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
-from edgevlm.server.engine import Job, Worker
+from edgevlm.server.engine import Job
 from edgevlm.server.errors import (
     CALLERS_ERRORS,
     ApiError,
@@ -35,6 +35,7 @@ from edgevlm.server.errors import (
 from edgevlm.server.locate import PLACES, LocatePlan
 from edgevlm.server.metrics import Metrics
 from edgevlm.server.middleware import Guard
+from edgevlm.server.models import Models, ServedModel, Use, until_gone
 from edgevlm.server.ollama_reply import OllamaReply, rfc3339
 from edgevlm.server.page import make_page
 from edgevlm.server.plan import Plan, make_plan
@@ -84,18 +85,18 @@ def _streams(media_type: str, text: str = "The answer.") -> dict[int | str, dict
     return {200: {"description": text, "content": {media_type: {}, "application/json": {}}}}
 
 
-def create_app(worker: Worker, metrics: Metrics, config: ServeConfig, model: str) -> ASGIApp:
-    """Return the application that `worker` answers for, `model` being what callers call it."""
+def create_app(models: Models, metrics: Metrics, config: ServeConfig) -> ASGIApp:
+    """Return the application that `models` answer for."""
     app = FastAPI(
         title="edgevlm",
         version=__version__,
-        description="Answers questions about pictures with one model on this machine.",
+        description="Answers questions about pictures with models on this machine.",
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
         telemetry=_NO_TELEMETRY,
         responses=_RESPONSES,
     )
-    server = _Server(worker, config, model)
+    server = _Server(models, config)
     _add_probes(app, server, metrics)
     _add_openai(app, server)
     _add_ollama(app, server)
@@ -121,7 +122,7 @@ def _add_probes(app: FastAPI, server: _Server, metrics: Metrics) -> None:
     page = make_page()
     app.get("/", include_in_schema=False)(page)
     app.get("/healthz", summary="Whether the process lives")(server.healthz)
-    app.get("/readyz", summary="Whether the model is loaded and warm")(server.readyz)
+    app.get("/readyz", summary="Whether the first model has been loaded and is warm")(server.readyz)
     for path, handler in (("/", page), ("/healthz", server.healthz), ("/readyz", server.readyz)):
         app.head(path, include_in_schema=False)(handler)
 
@@ -132,8 +133,8 @@ def _add_probes(app: FastAPI, server: _Server, metrics: Metrics) -> None:
 
 def _add_openai(app: FastAPI, server: _Server) -> None:
     """Add OpenAI's APIs, and what is written like them."""
-    app.get("/v1/models", summary="The model")(server.models)
-    app.get("/v1/models/{name:path}", summary="The model, if it is called that")(server.model)
+    app.get("/v1/models", summary="The models")(server.list_models)
+    app.get("/v1/models/{name:path}", summary="The model that is called that")(server.model)
     sse = _streams("text/event-stream")
     app.post("/v1/chat/completions", summary="Continue a conversation", responses=sse)(server.chat)
     app.post("/v1/responses", summary="Continue a conversation, as a response", responses=sse)(server.respond)
@@ -145,9 +146,9 @@ def _add_ollama(app: FastAPI, server: _Server) -> None:
     """Add Ollama's API."""
     wrong, lines = _WRONG_AT_OLLAMA, _WRONG_AT_OLLAMA | _streams("application/x-ndjson")
     app.get("/api/version", summary="edgevlm's version", responses=wrong)(server.ollama_version)
-    app.get("/api/tags", summary="The model, as Ollama lists it", responses=wrong)(server.ollama_tags)
-    app.get("/api/ps", summary="The model, once it is loaded", responses=wrong)(server.ollama_ps)
-    app.post("/api/show", summary="The model, as Ollama shows it", responses=wrong)(server.ollama_show)
+    app.get("/api/tags", summary="The models, as Ollama lists them", responses=wrong)(server.ollama_tags)
+    app.get("/api/ps", summary="The models that are loaded", responses=wrong)(server.ollama_ps)
+    app.post("/api/show", summary="A model, as Ollama shows it", responses=wrong)(server.ollama_show)
     app.post("/api/chat", summary="Continue a conversation, as Ollama does", responses=lines)(server.ollama_chat)
     app.post("/api/generate", summary="Answer a question, as Ollama does", responses=lines)(server.ollama_generate)
 
@@ -155,45 +156,42 @@ def _add_ollama(app: FastAPI, server: _Server) -> None:
 class _Server:
     """What the paths do."""
 
-    def __init__(self, worker: Worker, config: ServeConfig, model: str) -> None:
-        self._worker, self._config, self._model = worker, config, model
+    def __init__(self, models: Models, config: ServeConfig) -> None:
+        self._models, self._config = models, config
         self._planners = ThreadPoolExecutor(_PLANS_AT_ONCE, "edgevlm-plan")
         self._plans: set[Future[Any]] = set()
 
     @property
     def full(self) -> bool:
         """Whether another question would be refused: those that are still being understood count as waiting."""
-        return self._worker.held + len(self._plans) > self._config.max_queue
+        return self._models.held + len(self._plans) > self._config.max_queue
 
     async def healthz(self) -> Json:
         return Json({"status": "ok"})
 
     async def readyz(self) -> Json:
-        self._ready()
+        self._models.check_ready()
         return Json({"status": "ready"})
 
-    async def models(self) -> Json:
-        return Json({"object": "list", "data": [self._card()]})
+    async def list_models(self) -> Json:
+        return Json({"object": "list", "data": [self._card(model) for model in self._models]})
 
     async def model(self, name: str) -> Json:
-        self._check_name(name)
-        return Json(self._card())
+        return Json(self._card(self._find(name)))
 
     async def chat(self, request: ChatRequest, http: Request) -> Response:
-        vlm = self._ready()
-        self._check_name(request.model)
-        completion = Completion(
-            self._model,
-            vlm.manifest.fingerprint,
-            logprobs=bool(request.logprobs),
-            include_usage=bool(request.stream_options and request.stream_options.include_usage),
-        )
-        return await self._answer(Asked(request), completion, http)
+        async with self._use(request.model, http) as use:
+            completion = Completion(
+                use.model,
+                use.vlm.manifest.fingerprint,
+                logprobs=bool(request.logprobs),
+                include_usage=bool(request.stream_options and request.stream_options.include_usage),
+            )
+            return await self._answer(request.asked(), completion, http, use)
 
     async def respond(self, request: ResponsesRequest, http: Request) -> Response:
-        self._ready()
-        self._check_name(request.model)
-        return await self._answer(request.asked(), ResponseReply(request, self._model), http)
+        async with self._use(request.model, http) as use:
+            return await self._answer(request.asked(), ResponseReply(request, use.model), http, use)
 
     async def ollama_chat(self, request: ollama.OllamaChat, http: Request) -> Response:
         return await self._answer_ollama(request, http)
@@ -205,46 +203,48 @@ class _Server:
         return Json({"version": __version__})
 
     async def ollama_tags(self) -> Json:
-        since = rfc3339(self._worker.started_at)
-        return Json({"models": [ollama.list_entry(self._worker.vlm, self._model, since)]})
+        since = rfc3339(self._models.started_at)
+        return Json({"models": [ollama.list_entry(model.manifest, model.name, since) for model in self._models]})
 
     async def ollama_ps(self) -> Json:
-        vlm = self._worker.vlm
-        return Json({"models": [ollama.process_entry(vlm, self._model)] if vlm else []})
+        return Json({"models": [self._process(model, vlm) for model in self._models if (vlm := model.vlm) is not None]})
 
     async def ollama_show(self, request: ollama.OllamaShow) -> Json:
-        self._check_name(request.model or request.name, ollama.tagged(self._model))
-        return Json(ollama.show(self._ready(), rfc3339(self._worker.started_at)))
+        model = self._find(request.model or request.name, ollama.tagged)
+        self._models.check_ready()
+        assert model.manifest is not None
+        return Json(ollama.show(model.manifest, rfc3339(self._models.started_at), can_think=_can_think(model)))
 
     async def locate(self, request: LocateRequest, http: Request) -> Response:
-        vlm = self._ready()
-        self._check_name(request.model)
-        started = time.monotonic()
-        located = await self._plan(LocatePlan, request, vlm, self._config)
-        plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
-        with placing(PLACES):
-            async with aclosing(self._pieces(plan, http.receive, started)) as pieces:
-                async for piece, waited_s in pieces:
-                    if piece.answer:
-                        found = await asyncio.to_thread(located.read, piece.answer, waited_s)
-                        return Json({"object": "locations", "model": self._model, **found})
+        async with self._use(request.model, http) as use:
+            located = await self._plan(LocatePlan, request, use.vlm, self._config)
+            plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
+            with placing(PLACES):
+                async with aclosing(self._pieces(plan, http.receive, use)) as pieces:
+                    async for piece, waited_s in pieces:
+                        if piece.answer:
+                            found = await asyncio.to_thread(located.read, piece.answer, waited_s)
+                            return Json({"object": "locations", "model": use.model, **found})
         raise AssertionError("an answer's last piece carries it")
 
     async def _answer_ollama(self, request: ollama.OllamaChat | ollama.OllamaGenerate, http: Request) -> Response:
-        self._ready()
-        self._check_name(request.model, ollama.tagged(self._model))
-        reply = OllamaReply(request, self._model)
-        if request.is_empty:
-            return Json(reply.loaded())
-        return await self._answer(request.asked(), reply, http)
+        self._models.check_ready()
+        model = self._find(request.model, ollama.tagged)
+        reply = OllamaReply(request, model.name)
+        if request.is_empty and request.keep_alive == 0 and not model.stays:
+            model.keep(0.0)
+            return Json(reply.nothing("unload"))
+        async with self._use(model.name, http, request.keep_alive) as use:
+            if request.is_empty:
+                return Json(reply.nothing("load"))
+            return await self._answer(request.asked(), reply, http, use)
 
-    async def _answer(self, asked: Asked, reply: Reply, http: Request) -> Response:
+    async def _answer(self, asked: Asked, reply: Reply, http: Request, use: Use) -> Response:
         """Answer what was asked through any API, in that API's form."""
-        started = time.monotonic()
         with placing(asked.places):
             plan = await self._plan(make_plan, asked.chat, self._config, http.state.caller)
             tools = plan.tools is not None
-            pieces = self._pieces(plan, http.receive, started)
+            pieces = self._pieces(plan, http.receive, use)
             if asked.chat.stream:
                 first = await anext(pieces)  # an error before the first piece has a status of its own
                 deltas = read_deltas(_chain(first, pieces), tools=tools)
@@ -255,28 +255,38 @@ class _Server:
                         return Json(reply.whole(End.of(piece.answer, waited_s, tools=tools)))
         raise AssertionError("an answer's last piece carries it")
 
-    def _ready(self) -> VLM:
-        if self._worker.vlm is None:
-            message = "the model is being loaded; try again in a few seconds"
-            raise ApiError(503, "model_loading", message, headers={"retry-after": "2"})
-        if not self._worker.ready:
-            raise ApiError(503, "model_failed", "the model's thread has died, and the server ends; its log says why")
-        return self._worker.vlm
+    @asynccontextmanager
+    async def _use(self, name: str | None, http: Request, keep_s: float | None = None) -> AsyncIterator[Use]:
+        """Lend the model that is called `name`, loaded. Raises `QueueFullError`, `ApiError` and others of `Models`."""
+        self._models.check_ready()
+        model = self._find(name)
+        if not model.is_open and self.full:
+            raise QueueFullError
+        async with self._models.use(model, http.receive, keep_s) as use:
+            yield use
 
-    def _check_name(self, name: str | None, *others: str) -> None:
-        """Raise `ApiError` unless the model is called that, or by one of the `others`."""
-        if name not in (None, self._model, *others):
-            raise ApiError(404, "model_not_found", f"this server's model is called {self._model}", param="model")
+    def _find(self, name: str | None, spell: Callable[[str], str] = str) -> ServedModel:
+        """Return the model of that name, or of its name as `spell` writes it; the first for None. Raises `ApiError`."""
+        for model in self._models:
+            if name in (None, model.name, spell(model.name)):
+                return model
+        names = ", ".join(model.name for model in self._models)
+        message = f"this server's model{' is' if len(self._models) == 1 else 's are'} called {names}"
+        raise ApiError(404, "model_not_found", message, param="model")
 
-    def _card(self) -> dict[str, Any]:
-        card = {"id": self._model, "object": "model", "created": self._worker.started_at, "owned_by": "edgevlm"}
-        if self._worker.vlm is not None:
-            family = self._worker.vlm.processor.family
+    def _process(self, model: ServedModel, vlm: VLM) -> dict[str, Any]:
+        expires_at = model.expires_at
+        return ollama.process_entry(vlm.manifest, model.name, None if expires_at is None else rfc3339(expires_at))
+
+    def _card(self, model: ServedModel) -> dict[str, Any]:
+        card = {"id": model.name, "object": "model", "created": self._models.started_at, "owned_by": "edgevlm"}
+        if model.family is not None:
             card["capabilities"] = {
-                "locate": family.grounding is not None,
-                "video": family.video_placeholder is not None,
+                "locate": model.family.grounding is not None,
+                "video": model.family.video_placeholder is not None,
+                **({"thinking": _can_think(model)} if model.vlm else {}),
             }
-        return card
+        return {**card, "status": {"value": model.state}}
 
     async def _plan(self, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Return `make(...)`, a request understood in a thread. Raises `QueueFullError`, `ApiError` and its errors."""
@@ -298,11 +308,11 @@ class _Server:
         limit = self._config.time_limit_s
         return ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
 
-    async def _pieces(self, plan: Plan, receive: Receive, started: float) -> Pieces:
-        """Yield the answer's pieces, each with the seconds that the job had waited.
+    async def _pieces(self, plan: Plan, receive: Receive, use: Use) -> Pieces:
+        """Yield the answer's pieces, each with the seconds that the job had waited, for its model included.
 
-        The time limit counts from `started`, on the monotonic clock. Whatever ends this (the client goes away, the time
-        is up, the server stops) ends the generation too.
+        The time limit counts from the beginning of `use`. Whatever ends this (the client goes away, the time is up, the
+        server stops) ends the generation too.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -311,9 +321,17 @@ class _Server:
             _call_soon(loop, events.put_nowait, event)
 
         conversation = plan.conversation
-        job = Job(conversation.messages, conversation.images, plan.config, plan.image_budget, plan.caller, deliver)
-        self._worker.submit(job)
-        left = self._config.time_limit_s - (time.monotonic() - started)
+        job = Job(
+            conversation.messages,
+            conversation.images,
+            plan.config,
+            plan.image_budget,
+            plan.caller,
+            deliver,
+            submitted=time.monotonic() - use.loading_s,
+        )
+        use.worker.submit(job)
+        left = self._config.time_limit_s - (time.monotonic() - use.began)
         timer = loop.call_later(left, lambda: events.put_nowait(self._too_late()))
         watcher = asyncio.create_task(_tell_when_gone(receive, events))
         try:
@@ -332,7 +350,7 @@ class _Server:
         finally:
             timer.cancel()
             watcher.cancel()
-            self._worker.abandon(job)
+            use.worker.abandon(job)
 
     def _log(self, job: Job, answer: Answer) -> None:
         logger.info(
@@ -364,8 +382,7 @@ async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:
 
 
 async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Piece | BaseException]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await until_gone(receive)
     events.put_nowait(ClientGoneError())
 
 
@@ -389,3 +406,8 @@ async def _http_error(request: Request, error: Exception) -> Json:
 
 def _error(request: Request, error: ApiError) -> Json:
     return Json(error.body_at(request.scope["path"]), error.status, error.headers)
+
+
+def _can_think(model: ServedModel) -> bool:
+    """Tell whether a model writes thoughts; False for one that is not loaded, whose tokenizer tells it."""
+    return model.vlm is not None and model.vlm.processor.thinking.supported

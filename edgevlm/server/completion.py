@@ -35,6 +35,8 @@ class Completion:
         """Return the completion that is sent at once."""
         answer, call = end.answer, end.call
         message: dict[str, Any] = {"role": "assistant", "content": None if call else answer.text, "refusal": None}
+        if answer.reasoning_content is not None:
+            message["reasoning_content"] = answer.reasoning_content
         if call:
             message["tool_calls"] = [call]
         choice = {
@@ -53,8 +55,10 @@ class Completion:
             async with aclosing(deltas):
                 async for delta in deltas:
                     logprobs = _logprobs(delta.logprobs) if self._logprobs and delta.logprobs else None
-                    if delta.text or logprobs:
-                        yield self._chunk({"content": delta.text} if delta.text else {}, logprobs=logprobs)
+                    grown = {"reasoning_content": delta.reasoning_content, "content": delta.text}
+                    grown = {name: text for name, text in grown.items() if text}
+                    if grown or logprobs:
+                        yield self._chunk(grown, logprobs=logprobs)
                     if delta.end:
                         for event in self._end(delta.end):
                             yield event
@@ -94,6 +98,8 @@ def _finish_reason(end: End) -> str:
     """Return OpenAI's word for the end."""
     if end.call:
         return "tool_calls"
+    if end.answer.finish_reason == "repetition":  # vLLM's word
+        return "repetition"
     return "stop" if end.complete else "length"
 
 
@@ -112,7 +118,7 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
 
 
 def usage(answer: Answer) -> dict[str, Any]:
-    """Return OpenAI's usage, the tokens of pictures told apart."""
+    """Return OpenAI's usage, the tokens of pictures and of the thought told apart."""
     return {
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": answer.generated_tokens,
@@ -123,6 +129,7 @@ def usage(answer: Answer) -> dict[str, Any]:
             "text_tokens": answer.prompt_tokens - answer.image_tokens,
             "audio_tokens": 0,
         },
+        "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
     }
 
 

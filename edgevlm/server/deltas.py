@@ -1,4 +1,4 @@
-"""An answer as every API sends it on: its text as it grows, or the call that it turns out to be, and its end."""
+"""An answer as every API sends it on: the thought before it and its text as they grow, or its call, and its end."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ class Delta:
     text: str
     logprobs: tuple[TokenLogprob, ...]
     end: End | None
+    reasoning_content: str = ""
+    """What the thought before it has grown by."""
 
 
 Deltas: TypeAlias = AsyncGenerator[Delta, None]
@@ -70,9 +72,9 @@ async def read_deltas(pieces: Pieces, *, tools: bool) -> Deltas:
             undecided = undecided and (OPEN.startswith(held) or held.startswith(OPEN))
             end = End.of(piece.answer, waited_s, tools=tools) if piece.answer else None
             if undecided and not (end and not end.call):
-                yield Delta("", piece.logprobs, end)
+                yield Delta("", piece.logprobs, end, piece.reasoning_content)
             else:
-                yield Delta(held, piece.logprobs, end)
+                yield Delta(held, piece.logprobs, end, piece.reasoning_content)
                 held = ""
 
 

@@ -1,25 +1,32 @@
-"""The engine: one model, one thread that answers, and a bounded queue that is fair among callers."""
+"""The engine: one model, one thread that answers, and a bounded queue that is fair among callers.
+
+Under paged attention the thread makes several answers at once: between two steps of the decoder, which it makes for all
+of them in one inference, at most one more answer is begun, so that nobody waits for longer than one prefill. While the
+language model is at work, a second thread preprocesses and encodes the pictures of the next job.
+"""
 
 from __future__ import annotations
 
 import logging
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from threading import Condition, Event, Thread
+from threading import Condition, Thread
+from threading import Event as Flag
 from time import monotonic, time
 
 import numpy as np
 
-from edgevlm.answer import Piece
+from edgevlm.answer import Event, Piece, Progress, result_of
 from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.stream import Step, make_together
 from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import ImageInput
 from edgevlm.inputs.messages import Message
 from edgevlm.inputs.video import Video
+from edgevlm.inputs.vision_cache import PreprocessedImage
 from edgevlm.interrupt import Interrupted, interruptible
 from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, StoppingError
 from edgevlm.vlm import VLM
@@ -33,16 +40,23 @@ class Job:
     """One conversation to be answered."""
 
     messages: Sequence[Message]
-    images: Sequence[ImageInput | Video]
+    images: Sequence[ImageInput | Video | PreprocessedImage]
     config: GenerationConfig
     image_budget: ImageBudget
     caller: str
     """Who asks: callers take turns, and share no cache."""
     deliver: Deliver
-    """Called in the worker's thread with each piece, or with the error that ended the answer."""
+    """Called in a thread of the worker's with each piece, or with the error that ended the answer."""
     submitted: float = field(default_factory=monotonic)
     started: float | None = None
-    abandoned: Event = field(default_factory=Event)
+    abandoned: Flag = field(default_factory=Flag)
+    encoded: bool = field(init=False)
+    """Whether its pictures need the vision encoder no more."""
+    failure: BaseException | None = None
+    """What ended it while its pictures were encoded ahead."""
+
+    def __post_init__(self) -> None:
+        self.encoded = not self.images
 
     @property
     def waited_s(self) -> float:
@@ -56,7 +70,8 @@ class FairQueue:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
-        self._taken = 0
+        self._taken: list[Job] = []
+        self._encoding: Job | None = None
         self._changed = Condition()
         self._closed = False
 
@@ -68,16 +83,34 @@ class FairQueue:
 
     @property
     def held(self) -> int:
-        """Jobs that wait, and one in the making."""
+        """Jobs that wait, and those in the making."""
         with self._changed:
-            return self._count() + self._taken
+            return self._count() + len(self._taken)
+
+    @property
+    def taken(self) -> Sequence[Job]:
+        """Jobs in the making."""
+        with self._changed:
+            return tuple(self._taken)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing comes any more."""
+        return self._closed
 
     def _count(self) -> int:
         return sum(map(len, self._waiting.values()))
 
     def _is_full(self) -> bool:
         """One job may be in the making beside those that wait."""
-        return self._count() + self._taken > self._limit
+        return self._count() + len(self._taken) > self._limit
+
+    def _next(self) -> Job | None:
+        return next(iter(self._waiting.values()))[0] if self._waiting else None
+
+    def _notify(self) -> None:
+        if self._waiting:  # else nobody would find anything to do
+            self._changed.notify_all()
 
     def put(self, job: Job) -> None:
         """Add a job. Raises `QueueFullError` and `StoppingError`."""
@@ -87,26 +120,57 @@ class FairQueue:
             if self._is_full():
                 raise QueueFullError
             self._waiting.setdefault(job.caller, deque()).append(job)
-            self._changed.notify()
+            self._notify()
 
-    def take(self) -> Job | None:
-        """Wait for the next job and take it, to be followed by `done`; None when the queue was closed."""
+    def take(self, *, wait: bool = True) -> Job | None:
+        """Wait for the next job and take it, to be followed by `done`; None when the queue was closed.
+
+        One whose pictures are being encoded ahead is taken when they are. Without `wait` a job is only taken if it is
+        there and needs the vision encoder no more.
+        """
         with self._changed:
-            while not self._waiting and not self._closed:
-                self._changed.wait()
-            if not self._waiting:
+            if wait:
+                self._changed.wait_for(lambda: self._closed or self._next() not in (None, self._encoding))
+            elif not ((job := self._next()) and job.encoded):
                 return None
-            caller, jobs = self._waiting.popitem(last=False)
-            job = jobs.popleft()
-            if jobs:
-                self._waiting[caller] = jobs  # at the end: the others come first now
-            self._taken += 1
-            return job
+            return self._pop() if self._waiting else None
 
-    def done(self) -> None:
+    def _pop(self) -> Job:
+        caller, jobs = self._waiting.popitem(last=False)
+        job = jobs.popleft()
+        if jobs:
+            self._waiting[caller] = jobs  # at the end: the others come first now
+        self._taken.append(job)
+        self._notify()
+        return job
+
+    def done(self, job: Job) -> None:
         """Tell that a job taken is no longer in the making."""
         with self._changed:
-            self._taken -= 1
+            self._taken.remove(job)
+            self._notify()
+
+    def begin_encoding(self) -> Job | None:
+        """Wait until the next job's pictures can be encoded ahead, and return it; None when the queue was closed.
+
+        That is while the jobs in the making need the language model alone. To be followed by `encoded`.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._may_encode())
+            self._encoding = None if self._closed else self._next()
+            return self._encoding
+
+    def _may_encode(self) -> bool:
+        job = self._next()
+        return bool(job and not job.encoded and self._taken and all(each.encoded for each in self._taken))
+
+    def encoded(self, job: Job) -> None:
+        """Tell that a job's pictures, waiting or taken, need the vision encoder no more."""
+        with self._changed:
+            job.encoded = True
+            if job is self._encoding:
+                self._encoding = None
+            self._notify()
 
     def remove(self, job: Job) -> None:
         """Take out a job that nobody waits for any more, if it is still there."""
@@ -116,6 +180,7 @@ class FairQueue:
                 jobs.remove(job)
                 if not jobs:
                     del self._waiting[job.caller]
+                self._notify()
 
     def close(self) -> list[Job]:
         """Let nothing more in and return what was waiting."""
@@ -127,8 +192,18 @@ class FairQueue:
             return left
 
 
+@dataclass(eq=False)
+class _Answer:
+    """An answer in the making."""
+
+    job: Job
+    events: Generator[Event | Step, None, None] | None = None
+    step: Step | None = None
+    """Where it has come to, once it has been prefilled."""
+
+
 class Worker:
-    """Loads the model in a thread of its own, and answers one job after another there."""
+    """Loads the model in a thread of its own, and answers the jobs there; a second one encodes pictures ahead."""
 
     def __init__(
         self,
@@ -136,13 +211,16 @@ class Worker:
         max_queue: int,
         on_done: Callable[[Job, Piece | BaseException], None] | None = None,
         on_failure: Callable[[], None] | None = None,
+        max_running: int = 1,
     ) -> None:
-        """`on_done` is told of each job's end, `on_failure` when the model cannot be loaded or the thread dies; both in
-        the thread."""
+        """`on_done` is told of each job's end, `on_failure` when the model cannot be loaded or a thread dies; both in
+        the thread. At most `max_running` answers are made at once."""
         self._load, self._on_done, self._on_failure = load, on_done, on_failure
-        self._queue = FairQueue(max_queue)
-        self._thread = Thread(target=self._run, name="edgevlm-worker", daemon=True)
-        self._current: Job | None = None
+        self._queue, self._max_running = FairQueue(max_queue), max_running
+        self._worker, self._encoder = (
+            Thread(target=self._guard, args=(work,), name=f"edgevlm-{name}", daemon=True)
+            for name, work in (("worker", self._run), ("encoder", self._encode_ahead))
+        )
         self._last_progress = monotonic()
         self.started_at = int(time())
         self.vlm: VLM | None = None
@@ -150,12 +228,16 @@ class Worker:
 
     def start(self) -> None:
         """Begin to load the model."""
-        self._thread.start()
+        for thread in (self._worker, self._encoder):
+            thread.start()
 
     @property
     def ready(self) -> bool:
         """Whether the model is loaded, has answered once, and the thread that answers lives."""
-        return self.vlm is not None and self.failure is None and self._thread.is_alive()
+        return self.vlm is not None and self._is_alive()
+
+    def _is_alive(self) -> bool:
+        return self.failure is None and self._worker.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -164,8 +246,13 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Jobs being answered: 0 or 1."""
-        return int(self._current is not None)
+        """Number of jobs being answered."""
+        return len(self.current)
+
+    @property
+    def current(self) -> Sequence[Job]:
+        """Jobs being answered."""
+        return self._queue.taken
 
     @property
     def held(self) -> int:
@@ -173,13 +260,15 @@ class Worker:
         return self._queue.held
 
     def stalled_s(self) -> float:
-        """Return for how many seconds the answer being made has not moved; infinite when the thread has died."""
-        if not self._thread.is_alive():
+        """Return for how many seconds nothing has moved while jobs are held; infinite when a thread has died."""
+        if not self._is_alive():
             return float("inf")
-        return monotonic() - self._last_progress if self._current else 0.0
+        return monotonic() - self._last_progress if self._queue.held else 0.0
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises `QueueFullError` and `StoppingError`."""
+        if not self._queue.held:
+            self._last_progress = monotonic()
         self._queue.put(job)
 
     def abandon(self, job: Job) -> None:
@@ -188,88 +277,148 @@ class Worker:
         self._queue.remove(job)
 
     def stop_accepting(self) -> None:
-        """Refuse all jobs that wait or come; the one being answered goes on."""
+        """Refuse all jobs that wait or come; those being answered go on."""
         for job in self._queue.close():
+            job.abandoned.set()
             job.deliver(StoppingError())
 
     def end_current(self) -> None:
-        """End the answer being made before its next token."""
-        if job := self._current:
+        """End the answers being made before their next token."""
+        for job in self._queue.taken:
             job.abandoned.set()
             job.deliver(StoppingError())
 
     def stop(self, timeout_s: float) -> bool:
-        """End everything and wait for the thread; return whether it ended in time."""
+        """End everything and wait for the threads; return whether they ended in time."""
         self.stop_accepting()
         self.end_current()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        deadline = monotonic() + timeout_s
+        for thread in (self._worker, self._encoder):
+            thread.join(max(0.0, deadline - monotonic()))
+        return not (self._worker.is_alive() or self._encoder.is_alive())
 
-    def _run(self) -> None:
+    def _guard(self, work: Callable[[], None]) -> None:
+        """Do a thread's work; an error that comes here is no answer's own, and ends the other thread as well."""
         try:
-            vlm = self._load()
-            warm_up(vlm)
-            self.vlm = vlm
-            while self._answer_next(vlm):
-                pass
-        except BaseException as error:  # no answer's own error comes here: the thread ends
-            self.failure = error
-            for job in self._queue.close():
+            work()
+        except BaseException as error:
+            self.failure = self.failure or error
+            for job in (*self._queue.close(), *self._queue.taken):
                 job.deliver(FailedError())
             if self._on_failure:
                 self._on_failure()
 
-    def _answer_next(self, vlm: VLM) -> bool:
-        """Answer the next job; return whether there was one. A frame of its own: nothing is held between two jobs."""
-        job = self._queue.take()
-        if job is None:
-            return False
-        self._current = job
-        end: Piece | BaseException = FailedError()
-        try:
-            end = self._answer(vlm, job)
-        finally:  # whatever happens, somebody waits
-            self._current = None
-            self._queue.done()
-            self._count(job, end)
-            job.deliver(end)
-        return True
+    def _run(self) -> None:
+        vlm = self._load()
+        warm_up(vlm)
+        self.vlm = vlm
+        at_once = self._max_running if vlm.language_model.is_paged else 1
+        answers: list[_Answer] = []
+        while self._go_on(vlm, answers, at_once):
+            pass
 
-    def _count(self, job: Job, end: Piece | BaseException) -> None:
+    def _go_on(self, vlm: VLM, answers: list[_Answer], at_once: int) -> bool:
+        """Begin one more answer where there is room, and let each go on by a step; return whether any is left to make.
+
+        A frame of its own: nothing is held between two jobs.
+        """
+        if len(answers) < at_once and (job := self._queue.take(wait=not answers)):
+            job.started = self._last_progress = monotonic()
+            answers.append(_Answer(job))
+        _make_steps(answers)
+        for answer in list(answers):
+            end = self._advance(vlm, answer)
+            if end is not None:
+                answers.remove(answer)
+                self._end(answer.job, end)
+        return bool(answers) or not self._queue.closed
+
+    def _end(self, job: Job, end: Piece | BaseException) -> None:
+        self._queue.done(job)
         try:
             if self._on_done:
                 self._on_done(job, end)
         except Exception as error:  # no figure is worth an answer
             log_failure(error)
+        job.deliver(end)
 
-    def _answer(self, vlm: VLM, job: Job) -> Piece | BaseException:
-        """Deliver all pieces but the last, and return that, or the error that came instead."""
-        job.started = self._last_progress = monotonic()
+    def _advance(self, vlm: VLM, answer: _Answer) -> Piece | BaseException | None:
+        """Make the step that an answer has come to, and go on to the next one; return the end if it comes before."""
+        job, answer.step = answer.job, None
+        if job.failure:
+            failure, job.failure = job.failure, None  # else the error, whose frames will hold the job, would be held
+            return failure
         try:
-            stream = vlm.events(job.messages, job.images, job.config, job.image_budget, job.caller)
-            with interruptible(job.abandoned.is_set), closing(stream) as events:
-                for event in events:
-                    self._last_progress = monotonic()
-                    if job.abandoned.is_set():
-                        return AbandonedError()
-                    if isinstance(event, Piece):
-                        if event.answer is not None:
-                            return event
-                        job.deliver(event)
-            raise AssertionError("an answer's last piece carries it")
-        except Interrupted:
-            return AbandonedError()
-        except EdgeVLMError as error:
-            return without_frames(error)
+            with interruptible(job.abandoned.is_set):
+                if answer.events is None:
+                    answer.events = vlm.steps(job.messages, job.images, job.config, job.image_budget, job.caller)
+                event = self._follow(job, answer.events)
+                if isinstance(event, Step):
+                    answer.step = event
+                    return None
+                answer.events.close()
+                return event
         except BaseException as error:  # the panic of a library in Rust is no Exception
-            log_failure(error)
-            return FailedError()
+            return as_end(error)
+
+    def _follow(self, job: Job, events: Iterator[Event | Step]) -> Step | Piece | BaseException:
+        """Deliver the pieces before the next step, and return that step, or what ends the answer."""
+        while not job.abandoned.is_set():
+            event = next(events)
+            self._last_progress = monotonic()
+            if not job.encoded and not is_encoding(event):
+                self._queue.encoded(job)
+            if isinstance(event, Step) or (isinstance(event, Piece) and event.answer is not None):
+                return event
+            if isinstance(event, Piece):
+                job.deliver(event)
+        return AbandonedError()
+
+    def _encode_ahead(self) -> None:
+        while self._encode_next():
+            pass
+
+    def _encode_next(self) -> bool:
+        """Encode the next job's pictures while others are answered; return whether there was one."""
+        job = self._queue.begin_encoding()
+        if job is None:
+            return False
+        assert self.vlm
+        try:
+            with interruptible(job.abandoned.is_set):
+                job.images = result_of(
+                    self.vlm.encode_events(job.messages, job.images, job.config, job.image_budget, job.caller)
+                )
+        except BaseException as error:
+            job.failure = as_end(error)
+        finally:
+            self._last_progress = monotonic()
+            self._queue.encoded(job)
+        return True
 
 
-def without_frames(error: EdgeVLMError) -> EdgeVLMError:
-    """Return an error without what raised it: those frames hold the KV cache and the pictures."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
+def _make_steps(answers: Iterable[_Answer]) -> None:
+    """Make the steps that answers have come to, in one inference where that is possible."""
+    try:
+        make_together([each.step for each in answers if each.step and not each.job.abandoned.is_set()])
+    except Exception as error:  # each is then made alone, and fails or does not
+        log_failure(error)
+
+
+def is_encoding(event: Event | Step) -> bool:
+    """Whether the vision encoder goes on after this event."""
+    return isinstance(event, Progress) and event.stage == "vision" and event.done < event.total
+
+
+def as_end(error: BaseException) -> BaseException:
+    """Return what ends an answer that raised this, without the frames, which hold the KV cache and the pictures."""
+    if isinstance(error, Interrupted):
+        return AbandonedError()
+    if isinstance(error, EdgeVLMError):
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
+    log_failure(error)
+    return FailedError()
 
 
 def warm_up(vlm: VLM) -> None:

@@ -16,6 +16,7 @@ from edgevlm.errors import (
     ModelError,
     OptionError,
     PromptError,
+    ThinkingError,
     VideoError,
 )
 from edgevlm.strict_json import write_json
@@ -103,6 +104,7 @@ _STATUS: tuple[tuple[type[EdgeVLMError], int, str, str | None], ...] = (
     (ImageError, 400, "invalid_image", "messages"),
     (ContextLengthError, 400, "context_length_exceeded", "messages"),
     (PromptError, 400, "invalid_prompt", "messages"),
+    (ThinkingError, 400, "unsupported_parameter", "think"),
     (OptionError, 400, "invalid_value", None),
     (ModelError, 500, "model_error", None),
     (DeviceError, 500, "device_error", None),
@@ -123,7 +125,8 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(503, "stopping", "the server is stopping", headers={"retry-after": "10"})
     for kind, status, code, param in _STATUS:
         if isinstance(error, kind):
-            return ApiError(status, code, str(error), param=param)
+            message = f"{param}: {error}" if kind is ThinkingError else str(error)  # that field is all that is wrong
+            return ApiError(status, code, message, param=param)
     return ApiError(500, "internal_error", "the server failed on this request; its log says where")
 
 

@@ -13,7 +13,7 @@ from urllib.request import url2pathname
 
 from edgevlm.families.base import Detail
 from edgevlm.inputs.image import ImageFile, probe_image
-from edgevlm.inputs.messages import Message, check_variables
+from edgevlm.inputs.messages import Message, check_variables, with_reasoning
 from edgevlm.inputs.video import Video, probe_video
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatMessage, ImagePart, Part, TextPart, VideoPart, VideoUrl
@@ -79,7 +79,10 @@ class Conversation:
         ]
         if not said:
             raise ApiError(400, "empty_message", f"{place}: a {message.role} message has no content", param=place)
-        return {"role": _ROLES.get(message.role, message.role), "content": said}
+        if message.reasoning_content:
+            self._text(message.reasoning_content)  # which counts like any other
+        answered = {"role": _ROLES.get(message.role, message.role), "content": said}
+        return with_reasoning(answered, message.reasoning_content)
 
     def _part(self, place: str, part: Part) -> dict[str, str]:
         if isinstance(part, TextPart):

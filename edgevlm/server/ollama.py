@@ -6,12 +6,15 @@ always asks for penalties.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from edgevlm.manifest import LANGUAGE, Manifest
 from edgevlm.server import refusals
 from edgevlm.server.schemas import (
     AnyJson,
@@ -28,7 +31,6 @@ from edgevlm.server.schemas import (
 )
 from edgevlm.server.turns import Turns, image_part, text_part, tool_call
 from edgevlm.strict_json import write_json
-from edgevlm.vlm import VLM
 
 _RESOURCES = frozenset(
     {"num_batch", "num_gpu", "main_gpu", "num_thread", "numa", "low_vram", "f16_kv", "use_mmap", "use_mlock"}
@@ -94,15 +96,48 @@ Format: TypeAlias = Annotated[
 ]
 
 
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+_DURATION = re.compile(r"(\d+\.?\d*|\.\d+)(h|ms|m|s|us|µs|ns)")
+"""A part of Go's durations, such as 1h30m."""
+_LONGEST_DURATION = 50
+_FOR_EVER_S = 1e9
+
+
+def _as_seconds(value: object) -> object:
+    """Return a `keep_alive` in seconds: of a number or a duration, for ever (inf) where it is below zero."""
+    if isinstance(value, str):
+        text = value[1:] if value.startswith(("+", "-")) else value
+        parts = _DURATION.findall(text) if len(text) <= _LONGEST_DURATION else []
+        if text != "0" and (not parts or "".join(map("".join, parts)) != text):
+            raise _no_duration()
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+        value = -seconds if value.startswith("-") else seconds
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise _no_duration()
+    return value if value is None or 0 <= value < _FOR_EVER_S else inf
+
+
+def _no_duration() -> PydanticCustomError:
+    return PydanticCustomError("keep_alive", 'must be a number of seconds, or a duration such as "5m"')
+
+
+KeepAlive: TypeAlias = Annotated[float | None, BeforeValidator(_as_seconds, json_schema_input_type=float | str | None)]
+"""How long a model stays loaded after the request, in seconds."""
+
+
 class _Request(Shape):
     """What both ways of asking have in common."""
 
-    hints = refusals.REQUEST_HINTS
+    hints = refusals.REQUEST_HINTS - {"keep_alive"}
     model: str | None = None
     stream: bool | None = None
     """A stream unless it is false."""
     format: Format = None
     options: Options | None = None
+    keep_alive: KeepAlive = None
+    """None is the time that the server was started with. The first model stays loaded in any case."""
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    """Whether the model thinks before it answers, or how much; None: as its chat template has it."""
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
@@ -124,6 +159,8 @@ class _Request(Shape):
             "top_logprobs": self.top_logprobs,
             "response_format": self._response_format(),
             "tools": tools,
+            "think": None if self.think is None else bool(self.think),
+            "reasoning_effort": self.think if isinstance(self.think, str) else None,
         }
         return Asked(ChatRequest.model_validate(fields), {**turns.places, "response_format": "format"})
 
@@ -155,6 +192,8 @@ class OllamaMessage(Shape):
     hints = refusals.MESSAGE_HINTS
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
+    thinking: str | None = None
+    """The thought of an earlier answer."""
     images: list[str] | None = None
     """Pictures in base64."""
     tool_calls: list[OllamaCall] | None = None
@@ -180,7 +219,8 @@ class OllamaChat(_Request):
                 tool_call(call.function.name, write_json(call.function.arguments)) for call in message.tool_calls or ()
             ]
             place = f"messages.{number}"
-            turns.add(place, message.role, _parts(f"{place}.images", message.images, message.content), calls)
+            parts = _parts(f"{place}.images", message.images, message.content)
+            turns.add(place, message.role, parts, calls, message.thinking)
         return self._asked(turns, self.tools)
 
 
@@ -229,50 +269,51 @@ class OllamaError(BaseModel):
     error: str
 
 
-def describe(vlm: VLM | None) -> dict[str, Any]:
+def describe(manifest: Manifest | None) -> dict[str, Any]:
     """Return the details of a model, those that are not known empty."""
-    family = vlm.manifest.family if vlm else ""
+    family = manifest.family if manifest else ""
     return {
         "parent_model": "",
         "format": "openvino",
         "family": family,
         "families": [family] if family else [],
         "parameter_size": "",
-        "quantization_level": vlm.manifest.submodels["language"].precision.upper() if vlm else "",
+        "quantization_level": manifest.submodels[LANGUAGE].precision.upper() if manifest else "",
     }
 
 
-def list_entry(vlm: VLM | None, name: str, since: str) -> dict[str, Any]:
+def list_entry(manifest: Manifest | None, name: str, since: str) -> dict[str, Any]:
     """Return a model's entry of the list; `since` is when it has been served from."""
-    return {**_entry(vlm, name), "modified_at": since}
+    return {**_entry(manifest, name), "modified_at": since}
 
 
-def process_entry(vlm: VLM, name: str) -> dict[str, Any]:
-    """Return the entry of a model in memory, which no `expires_at` ends."""
-    return {**_entry(vlm, name), "size_vram": 0, "context_length": vlm.context_length}
+def process_entry(manifest: Manifest, name: str, expires_at: str | None) -> dict[str, Any]:
+    """Return the entry of a model in memory; one that stays has no `expires_at`."""
+    entry = {**_entry(manifest, name), "size_vram": 0, "context_length": manifest.context_length}
+    return entry if expires_at is None else {**entry, "expires_at": expires_at}
 
 
-def _entry(vlm: VLM | None, name: str) -> dict[str, Any]:
+def _entry(manifest: Manifest | None, name: str) -> dict[str, Any]:
     return {
         "name": tagged(name),
         "model": tagged(name),
-        "size": vlm.manifest.size_bytes if vlm else 0,
-        "digest": vlm.manifest.fingerprint if vlm else "",
-        "details": describe(vlm),
+        "size": manifest.size_bytes if manifest else 0,
+        "digest": manifest.fingerprint if manifest else "",
+        "details": describe(manifest),
     }
 
 
-def show(vlm: VLM, since: str) -> dict[str, Any]:
+def show(manifest: Manifest, since: str, *, can_think: bool) -> dict[str, Any]:
     """Return what Ollama tells of one model."""
-    family = vlm.manifest.family
+    family = manifest.family
     return {
         "modelfile": "",
         "parameters": "",
         "template": "",  # Ollama's are in another language than the model's own
         "modified_at": since,
-        "details": describe(vlm),
-        "model_info": {"general.architecture": family, f"{family}.context_length": vlm.context_length},
-        "capabilities": ["completion", "vision", "tools"],
+        "details": describe(manifest),
+        "model_info": {"general.architecture": family, f"{family}.context_length": manifest.context_length},
+        "capabilities": ["completion", "vision", "tools", *(["thinking"] if can_think else [])],
     }
 
 

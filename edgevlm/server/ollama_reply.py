@@ -26,14 +26,15 @@ class OllamaReply:
         self._model = request.model or model
         self._logprobs, self._ignored = bool(request.logprobs), request.ignored
 
-    def loaded(self) -> dict[str, Any]:
-        """Return the answer to a request that asks nothing: the model is there."""
-        return {**self._body(""), "done": True, "done_reason": "load"}
+    def nothing(self, reason: str) -> dict[str, Any]:
+        """Return the answer to a request that asks nothing but to `load` the model, or to `unload` it."""
+        return {**self._body(""), "done": True, "done_reason": reason}
 
     def whole(self, end: End) -> dict[str, Any]:
         """Return the answer that is sent at once."""
-        calls = _calls(end)
-        return self._body("" if calls else end.answer.text, calls, end.answer.logprobs) | self._figures(end)
+        calls, answer = _calls(end), end.answer
+        body = self._body("" if calls else answer.text, calls, answer.logprobs, answer.reasoning_content or "")
+        return body | self._figures(end)
 
     async def events(self, deltas: Deltas) -> AsyncGenerator[bytes, None]:
         """Yield lines of JSON; an error after the first piece is the last one."""
@@ -43,6 +44,8 @@ class OllamaReply:
             async with aclosing(deltas):
                 async for delta in deltas:
                     held += delta.logprobs
+                    if delta.reasoning_content:
+                        yield _line(self._body("", thinking=delta.reasoning_content))
                     calls = _calls(delta.end) if delta.end else []
                     unread = delta.end.answer.text if delta.end and delta.end.call and not calls else ""
                     if text := delta.text or unread:
@@ -59,11 +62,17 @@ class OllamaReply:
             yield _line(problem)
 
     def _body(
-        self, text: str, calls: Sequence[dict[str, Any]] = (), logprobs: Sequence[TokenLogprob] = ()
+        self,
+        text: str,
+        calls: Sequence[dict[str, Any]] = (),
+        logprobs: Sequence[TokenLogprob] = (),
+        thinking: str = "",
     ) -> dict[str, Any]:
-        said: dict[str, Any] = {"response": text}
+        thought = {"thinking": thinking} if thinking else {}
+        said: dict[str, Any] = {"response": text, **thought}
         if self._chat:
-            said = {"message": {"role": "assistant", "content": text, **({"tool_calls": calls} if calls else {})}}
+            called = {"tool_calls": calls} if calls else {}
+            said = {"message": {"role": "assistant", "content": text, **thought, **called}}
         told = {"logprobs": logprobs_list(logprobs)} if self._logprobs and logprobs else {}
         return {"model": self._model, "created_at": rfc3339(time()), **said, **told, "done": False}
 

@@ -54,12 +54,20 @@ def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:
             constraint=tools.constraint if tools else content,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             skip_special_tokens=request.skip_special_tokens is not False,
-            chat_template_kwargs=conversation.variables(request.chat_template_kwargs),
+            chat_template_kwargs={**_effort(request), **conversation.variables(request.chat_template_kwargs)},
+            think=request.thinks,
+            thinking_budget=request.thinking_budget,
         ),
         ImageBudget(conversation.detail, request.max_image_tokens, request.max_tiles),
         tools,
         caller,
     )
+
+
+def _effort(request: ChatRequest) -> dict[str, Any]:
+    """Return the template variable that says how much the model thinks; most chat templates have no such variable."""
+    effort = request.reasoning_effort
+    return {} if effort in (None, "none") else {"reasoning_effort": effort}
 
 
 def _check_schemas(request: ChatRequest, limit: int) -> None:

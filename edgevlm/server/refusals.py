@@ -26,7 +26,7 @@ REQUEST_HINTS = frozenset(
 MESSAGE_HINTS = frozenset(
     {
         "name", "tool_call_id", "annotations",  # OpenAI's; small models' templates have no place for a name
-        "id", "parsed", "reasoning", "reasoning_content", "reasoning_details", "thinking", "thinking_blocks",
+        "id", "parsed", "reasoning", "reasoning_details", "thinking", "thinking_blocks",
         "provider_specific_fields", "tool_name", "cache_control",  # what clients send back of an answer, or for a cache
     }
 )  # fmt: skip
@@ -70,7 +70,7 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "options": ({},),
     "background": (False,),
     "context_management": ([],),
-    "reasoning": ({}, {"effort": "none"}),
+    "reasoning": ({},),
     "store": (False,),
     "truncation": ("disabled",),
     "context": ([],),
@@ -95,6 +95,8 @@ INSTEAD: Mapping[str, str] = {
     **dict.fromkeys(("input", "prompt"), "messages"),
     **dict.fromkeys(("system", "instructions"), 'a message with the role "system"'),
     "options": _OPTIONS,
+    "reasoning": "reasoning_effort",
+    "enable_thinking": "think",
     "functions": "tools",
     "function_call": "tool_choice in a request, tool_calls in a message",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from edgevlm.server import refusals
@@ -17,6 +17,7 @@ from edgevlm.server.schemas import (
     AnyJson,
     Asked,
     ChatRequest,
+    Effort,
     Function,
     FunctionName,
     Generation,
@@ -94,6 +95,26 @@ class InputCallOutput(Shape):
     output: Annotated[list[InputText], BeforeValidator(_as_texts, json_schema_input_type=str | list[InputText])]
 
 
+class ReasoningText(Shape):
+    """A thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class InputReasoning(Shape):
+    """The thought before an earlier answer, of which the model's chat template keeps what it will."""
+
+    hints = _ITEM_HINTS | {"summary", "encrypted_content"}
+    type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+
+    @property
+    def text(self) -> str:
+        """The thought."""
+        return "".join(part.text for part in self.content or ())
+
+
 class EasyMessage(Shape):
     """A message that does not say that it is one."""
 
@@ -105,9 +126,10 @@ def _as_item(value: object) -> object:
     return {**value, "type": "message"} if isinstance(value, dict) and value.get("type") is None else value
 
 
+_Typed: TypeAlias = InputMessage | InputReasoning | InputCall | InputCallOutput
 InputItem: TypeAlias = Annotated[
-    Annotated[InputMessage | InputCall | InputCallOutput, Field(discriminator="type")],
-    BeforeValidator(_as_item, json_schema_input_type=EasyMessage | InputMessage | InputCall | InputCallOutput),
+    Annotated[_Typed, Field(discriminator="type")],
+    BeforeValidator(_as_item, json_schema_input_type=EasyMessage | _Typed),
 ]
 
 
@@ -115,6 +137,19 @@ def _as_items(value: object) -> object:
     if not isinstance(value, str | list):
         raise PydanticCustomError("input_type", "must be a text or a list of items")
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+def _with_message(items: list[Any]) -> list[Any]:
+    if all(isinstance(item, InputReasoning) for item in items):
+        raise PydanticCustomError("no_message", "must hold more than reasoning")
+    return items
+
+
+class ReasoningConfig(Shape):
+    """Whether the model thinks before it answers, or how much. What it thinks is told whole, and never summarised."""
+
+    hints = frozenset({"summary", "generate_summary"})
+    effort: Effort | None = None
 
 
 class FlatSchema(Shape):
@@ -173,16 +208,17 @@ class ResponsesRequest(Generation):
     hints = refusals.REQUEST_HINTS - {"store", "metadata"} | {"max_tool_calls"}
     model: str | None = None
     input: Annotated[
-        Annotated[list[InputItem], Field(min_length=1)],
+        Annotated[list[InputItem], Field(min_length=1), AfterValidator(_with_message)],
         BeforeValidator(_as_items, json_schema_input_type=str | Annotated[list[InputItem], Field(min_length=1)]),
     ]
     instructions: str | None = None
     text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=2**31)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
-    """The latter asks for nothing here: no answer is encrypted."""
+    """The latter asks for nothing here: no thought is encrypted."""
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
     tool_choice: FunctionChoice | None = None
     metadata: dict[str, str] | None = None
@@ -198,8 +234,11 @@ class ResponsesRequest(Generation):
         turns = Turns("input")
         if self.instructions is not None:
             turns.add("instructions", "system", [("instructions", text_part(self.instructions))])
+        thought = ""
         for number, item in enumerate(self.input):
-            _add(turns, f"input.{number}", item)
+            if not isinstance(item, InputReasoning):
+                _add(turns, f"input.{number}", item, thought)
+            thought = item.text if isinstance(item, InputReasoning) else ""
         chat = ChatRequest(
             **{name: getattr(self, name) for name in Generation.model_fields},
             model=self.model,
@@ -210,8 +249,10 @@ class ResponsesRequest(Generation):
             response_format=self._response_format(),
             tools=self._tools(),
             tool_choice=self._tool_choice(),
+            reasoning_effort=self.reasoning.effort if self.reasoning else None,
         )
-        return Asked(chat, {**turns.places, "response_format": "text.format"})
+        asking = {} if self.think is not None else {"think": "reasoning.effort"}
+        return Asked(chat, {**turns.places, **asking, "response_format": "text.format"})
 
     def _response_format(self) -> ResponseFormat | None:
         form = self.text.format if self.text else None
@@ -233,12 +274,13 @@ class ResponsesRequest(Generation):
         return NamedTool(type="function", function=FunctionName(name=choice.name))
 
 
-def _add(turns: Turns, place: str, item: InputMessage | InputCall | InputCallOutput) -> None:
+def _add(turns: Turns, place: str, item: InputMessage | InputCall | InputCallOutput, thought: str) -> None:
+    """Add an item; `thought` is that before an answer."""
     match item:
         case InputMessage():
-            turns.add(place, item.role, _parts(place, item))
+            turns.add(place, item.role, _parts(place, item), (), thought if item.role == "assistant" else None)
         case InputCall():
-            turns.add(place, "assistant", (), [tool_call(item.name, item.arguments)])
+            turns.add(place, "assistant", (), [tool_call(item.name, item.arguments)], thought)
         case InputCallOutput():
             turns.add(place, "tool", [(place, text_part(part.text)) for part in item.output])
 

@@ -7,7 +7,8 @@ import logging
 import signal
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +17,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from edgevlm.errors import EdgeVLMError, ServerError
+from edgevlm.errors import EdgeVLMError, OptionError, ServerError
 from edgevlm.malloc import return_freed_memory
 from edgevlm.manifest import check_files, load_manifest
 from edgevlm.model_store import find_model
@@ -24,6 +25,7 @@ from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.server.app import create_app
 from edgevlm.server.engine import Worker
 from edgevlm.server.metrics import Metrics
+from edgevlm.server.models import Models, Source
 from edgevlm.server.notify import notify, watchdog_interval_s
 from edgevlm.server.settings import ServeConfig
 from edgevlm.vlm import VLM
@@ -34,30 +36,46 @@ _TIDY_S = 60.0
 logger = logging.getLogger(__name__)
 
 
-def serve(model: str | None, runtime: RuntimeConfig, config: ServeConfig) -> None:
-    """Serve `model` until SIGTERM or Ctrl-C.
+def serve(models: Sequence[str | None], runtime: RuntimeConfig, config: ServeConfig) -> None:
+    """Serve `models`, the first of which is loaded now, until SIGTERM or Ctrl-C.
 
-    Every file of the model is compared with its SHA-256 first. Raises `ModelError`, `DeviceError` and `ServerError`.
+    Every file of the first model is compared with its SHA-256 first, those of another before it is loaded. Raises
+    `ModelError`, `DeviceError`, `OptionError` and `ServerError`.
     """
-    folder = find_model(model)
-    manifest = load_manifest(folder)
-    check_files(folder, manifest, full=True)
-    server = Server(lambda: VLM(folder, runtime), config, config.model_name or folder.name)
-    server.run()
+    if len(config.model_names) > len(models):
+        names, count = len(config.model_names), len(models)
+        raise OptionError(f"--model-name is given {names} times for {count} models; give it once for each, in order")
+    folders = [find_model(model) for model in models]
+    named = zip_longest(folders, config.model_names)
+    sources = [make_source(folder, name, runtime, checked=folder is folders[0]) for folder, name in named]
+    check_files(folders[0], load_manifest(folders[0]), full=True)
+    Server(sources, config).run()
+
+
+def make_source(folder: Path, name: str | None, runtime: RuntimeConfig, *, checked: bool) -> Source:
+    """Return how a folder is served, its every file checked at its first load unless it is. Raises `ModelError`."""
+
+    def load() -> VLM:
+        nonlocal checked
+        if not checked:
+            check_files(folder, load_manifest(folder), full=True)
+            checked = True
+        return VLM(folder, runtime)
+
+    return Source(name or folder.absolute().name, load, load_manifest(folder))
 
 
 class Server:
-    """One server: its socket is open when it has been made. Raises `ServerError`."""
+    """One server: its socket is open when it has been made. Raises `ServerError`, and what `Models` raises."""
 
-    def __init__(self, load: Callable[[], VLM], config: ServeConfig, model: str) -> None:
+    def __init__(self, sources: Sequence[Source], config: ServeConfig) -> None:
+        self.models = Models(sources, config, self._count, self._failed)
         self.socket = _listen(config.host, config.port)
-        self.worker = Worker(load, config.max_queue, self._count, self._failed)
-        worker = self.worker
-        self.metrics = Metrics(lambda: worker.waiting, lambda: worker.running, lambda: worker.ready)
+        self.metrics = Metrics(self.models)
         self._config = config
         self._uvicorn = _Uvicorn(
             uvicorn.Config(
-                create_app(worker, self.metrics, config, model),
+                create_app(self.models, self.metrics, config),
                 http=_Protocol,
                 ws="none",
                 lifespan="off",
@@ -77,10 +95,15 @@ class Server:
         host, port = self.socket.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    @property
+    def worker(self) -> Worker | None:
+        """What answers for the first model, while that is in memory."""
+        return self.models.first.worker
+
     def run(self) -> None:
-        """Serve until told to stop. Raises what kept the model from loading, and `ServerError` if its thread dies."""
+        """Serve until told to stop. Raises what kept the first model from loading; `ServerError` if its thread dies."""
         asyncio.run(self._run())
-        failure = self.worker.failure
+        failure = self.models.failure
         if isinstance(failure, EdgeVLMError):
             raise failure
         if failure:
@@ -91,9 +114,9 @@ class Server:
         self._uvicorn.should_exit = True
 
     async def _run(self) -> None:
-        self.worker.start()
+        self.models.start()
         logger.info("listening on %s", self.url)
-        tasks = [asyncio.create_task(self._report()), asyncio.create_task(_tidy())]
+        tasks = [asyncio.create_task(each) for each in (self._report(), self.models.unload_idle(), _tidy())]
         try:
             await self._uvicorn.serve([self.socket])
         finally:
@@ -101,24 +124,24 @@ class Server:
                 task.cancel()
             notify("STOPPING=1")
             self.socket.close()
-            if not await asyncio.to_thread(self.worker.stop, self._config.stop_timeout_s):
-                logger.warning("the model is still at work; it ends with the process")
+            if not await asyncio.to_thread(self.models.stop, self._config.stop_timeout_s):
+                logger.warning("a model is still at work; it ends with the process")
 
     async def _report(self) -> None:
-        """Tell systemd when the model is ready, and from then on that it has not got stuck."""
+        """Tell systemd when the first model is ready, and from then on that it has not got stuck."""
         interval = watchdog_interval_s()
-        while not self.worker.ready:
+        while not self.models.ready:
             await asyncio.sleep(0.05)
         logger.info("the model is ready")
         notify("READY=1")
         while interval:
-            if self.worker.stalled_s() < self._config.time_limit_s:
+            if self.models.stalled_s() < self._config.time_limit_s:
                 notify("WATCHDOG=1")
             await asyncio.sleep(interval)
 
     def _stop_answering(self) -> None:
-        self.worker.stop_accepting()
-        asyncio.get_running_loop().call_later(self._config.stop_timeout_s, self.worker.end_current)
+        self.models.stop_accepting()
+        asyncio.get_running_loop().call_later(self._config.stop_timeout_s, self.models.end_current)
 
     def _count(self, *end: Any) -> None:
         self.metrics.count_answer(*end)

@@ -140,6 +140,8 @@ class ChatMessage(Shape):
     hints = refusals.MESSAGE_HINTS
     role: Role
     content: Parts = None
+    reasoning_content: str | None = None
+    """The thought of an earlier answer, of which the model's chat template keeps what it will."""
     tool_calls: list[ToolCall] | None = None
 
 
@@ -236,6 +238,10 @@ Stops: TypeAlias = Annotated[
 """Texts that end an answer; one may stand alone."""
 
 
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""How much the model thinks: not at all, or what its chat template makes of the word."""
+
+
 class StreamOptions(Shape):
     """What a stream holds beside the answer."""
 
@@ -262,6 +268,10 @@ class Generation(Shape):
     """Not OpenAI's but vLLM's: False shows special tokens in the answer's text, the end token excepted."""
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_finite)] | None = None
     """Not OpenAI's but vLLM's: the chat template's own variables, such as `enable_thinking`."""
+    think: bool | None = None
+    """Not OpenAI's: whether the model thinks before it answers; None: as its chat template has it."""
+    thinking_budget: int | None = Field(None, ge=0, le=2**31)
+    """Not OpenAI's: most tokens of the thought."""
 
 
 class ChatRequest(Generation):
@@ -278,7 +288,19 @@ class ChatRequest(Generation):
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None
+    reasoning_effort: Effort | None = None
     n: int | None = Field(None, ge=1, le=1)
+
+    @property
+    def thinks(self) -> bool | None:
+        """Whether the model is to think before it answers; None: as its chat template has it."""
+        if self.think is None and self.reasoning_effort is not None:
+            return self.reasoning_effort != "none"
+        return self.think
+
+    def asked(self) -> Asked:
+        """Return the request as the server answers it."""
+        return Asked(self, {} if self.think is not None else {"think": "reasoning_effort"})
 
 
 @dataclass(frozen=True)

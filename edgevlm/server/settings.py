@@ -14,12 +14,14 @@ from edgevlm.errors import OptionError
 SHORTEST_KEY = 16
 ANY_ORIGIN = "*"
 _POSITIVE = (
+    "max_loaded_models",
     "max_body_bytes",
     "max_images",
     "max_pixels",
     "max_prompt_chars",
     "max_schema_chars",
     "max_queue",
+    "max_running",
     "max_tokens",
     "time_limit_s",
     "body_timeout_s",
@@ -47,8 +49,12 @@ class ServeConfig:
     """
     image_folder: Path | None = None
     """Pictures under it may be named by path or `file:` URL; None lets no file be read."""
-    model_name: str | None = None
-    """What callers call the model; None is its folder's name."""
+    model_names: tuple[str, ...] = ()
+    """What callers call the models, in their order; one without is called by its folder's name."""
+    max_loaded_models: int = 3
+    """Models in memory at the same time; the least recently used one makes room for another."""
+    unload_after_s: float = 300.0
+    """How long a model stays in memory after its last use; inf keeps it. The first model stays in any case."""
     max_body_bytes: int = 32 * 2**20
     max_images: int = 8
     """Pictures of one request."""
@@ -59,7 +65,9 @@ class ServeConfig:
     max_schema_chars: int = 50_000
     """Characters of a request's JSON schemas, those of its tools included."""
     max_queue: int = 16
-    """Requests that wait while one is answered."""
+    """Requests that are held beside one that is answered: those that wait, and others that are answered with it."""
+    max_running: int = 4
+    """Answers that are decoded together, where the KV cache lies under paged attention; else there is one at a time."""
     max_tokens: int = 512
     """Longest answer of a request that does not say."""
     time_limit_s: float = 300.0
@@ -72,10 +80,10 @@ class ServeConfig:
     """Write questions and answers into the log."""
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
+        for name in (*_POSITIVE, "unload_after_s"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"{name} must be above 0, not {getattr(self, name)}")
-            if getattr(self, name) == inf:
+            if getattr(self, name) == inf and name in _POSITIVE:
                 raise OptionError(f"{name} must be finite")
         if not 0 <= self.port <= 65535:
             raise OptionError(f"port must be between 0 and 65535, not {self.port}")

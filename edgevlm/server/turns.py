@@ -15,7 +15,14 @@ class Turns:
         self.messages: list[ChatMessage] = []
         self.places = {"messages": place}
 
-    def add(self, place: str, role: Role, parts: Iterable[tuple[str, Part]], calls: Iterable[ToolCall] = ()) -> None:
+    def add(
+        self,
+        place: str,
+        role: Role,
+        parts: Iterable[tuple[str, Part]],
+        calls: Iterable[ToolCall] = (),
+        reasoning_content: str | None = None,
+    ) -> None:
         """Add a message whose parts come with their own places."""
         at = f"messages.{len(self.messages)}"
         self.places[at] = place
@@ -24,7 +31,9 @@ class Turns:
             content.append(part)
             if isinstance(part, ImagePart):
                 self.places[f"{at}.content.{number}.image_url"] = own
-        self.messages.append(ChatMessage(role=role, content=content, tool_calls=list(calls) or None))
+        called = list(calls) or None
+        message = ChatMessage(role=role, content=content, tool_calls=called, reasoning_content=reasoning_content)
+        self.messages.append(message)
 
 
 def text_part(text: str) -> TextPart:

@@ -13,13 +13,13 @@ from edgevlm.errors import ServerError
 _HOMES = (Path("/home"), Path("/root"))
 
 
-def render_unit(model: Path, options: Sequence[str]) -> str:
-    """Return the unit that serves `model` with these command-line options. Raises `ServerError`."""
+def render_unit(models: Sequence[Path], options: Sequence[str]) -> str:
+    """Return the unit that serves `models` with these command-line options. Raises `ServerError`."""
     program = Path(sys.executable).with_name("edgevlm")
-    for path in (program, model):
+    for path in (program, *models):
         if any(path.is_relative_to(home) for home in _HOMES):
             raise ServerError(f"{path} is in a home folder, which the service cannot read; put it under /opt")
-    command = " ".join(_quote(each) for each in (str(program), "serve", str(model), *options))
+    command = " ".join(_quote(each) for each in (str(program), "serve", *map(str, models), *options))
     text = (files("edgevlm.server") / "edgevlm.service").read_text(encoding="utf-8")
     return re.sub(r"^ExecStart=.*$", lambda _: f"ExecStart={command}", text, flags=re.MULTILINE)
 

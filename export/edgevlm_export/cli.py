@@ -40,6 +40,21 @@ _PRECISION = click.Choice(["fp32", "fp16", "int8", "int4"])
     help="Share of the vision encoder's tokens that its early layers merge: the first token comes sooner. Off by "
     "default, for small text and digits may be misread: compare both exports on your own pictures.",
 )
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A PEFT adapter to merge into SOURCE, as TRL and peft save it; repeat for several.",
+)
+@click.option(
+    "--weight",
+    "adapter_weights",
+    multiple=True,
+    type=float,
+    help="What an adapter's change is multiplied by: one for each --adapter, in their order.  [default: 1]",
+)
 @group(
     "INT4",
     click.option("--group-size", type=int, help="Weights that share a scale.  [default: 32]"),
@@ -92,6 +107,7 @@ def export(source: str, output: Path | None, as_json: bool, **options: Any) -> N
     edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4
     edgevlm export ./my-checkpoint --int8 -o ./my-model
     edgevlm export ./my-checkpoint --int4 --gptq --calibration ./pictures
+    edgevlm export HuggingFaceTB/SmolVLM-256M-Instruct --int4 --adapter ./my-sft
     edgevlm export ./my-checkpoint --int8 --via optimum
     edgevlm export ./with-onnx-files --int8 --via onnx
     """
@@ -130,6 +146,8 @@ def _export_options(options: dict[str, Any]) -> ExportOptions:
         chat_template=options["chat_template"],
         ignore_config_keys=options["ignore_config_key"],
         merge_tokens=float(options["merge_tokens"] or 0),
+        adapters=options["adapters"],
+        adapter_weights=options["adapter_weights"],
     )
 
 
@@ -161,6 +179,12 @@ def print_report(report: ExportReport) -> None:
         console.print(
             f"{share:.0%} of vision tokens merged; the figures of vision_embeddings say what that changes, too"
         )
+    for adapter in report.manifest.adapters:
+        digest = adapter.files["adapter_model.safetensors"][:12]
+        text = f"adapter {adapter.name} merged with weight {adapter.weight:g}: {adapter.tensors} tensors changed"
+        console.print(Text(f"{text} (SHA-256 {digest}…)"), soft_wrap=True)
+        for note in adapter.notes:
+            console.print(Text(f"adapter {adapter.name}: {note}"), soft_wrap=True)
     for name, value in report.manifest.overlooked.items():
         console.print(Text(f"not read: {name} = {json.dumps(value, ensure_ascii=False)}"), soft_wrap=True)
     console.print(f"{report.seconds:.1f} s, peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB", highlight=False)

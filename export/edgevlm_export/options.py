@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -73,6 +74,10 @@ class ExportOptions:
     """Keys of the checkpoint's JSON files, known to change nothing, that edgevlm does not know."""
     merge_tokens: float = 0.0
     """Share of the vision encoder's tokens that its early layers merge: 0, 0.25 or 0.5."""
+    adapters: tuple[Path, ...] = ()
+    """Folders of PEFT adapters that are merged into the checkpoint."""
+    adapter_weights: tuple[float, ...] = ()
+    """By which each adapter's difference from the checkpoint is multiplied, in their order; none is 1 for each."""
 
     def __post_init__(self) -> None:
         if "w8a8" in (self.precision, self.lm_precision):
@@ -81,6 +86,20 @@ class ExportOptions:
             raise OptionError(f"merge_tokens must be one of {MERGED_SHARES}, not {self.merge_tokens}")
         if self.merge_tokens and self.via in ("optimum", "onnx"):
             raise OptionError(f"--via {self.via} merges no tokens; leave out --merge-tokens, or use --via native")
+        if self.adapters and self.via in ("optimum", "onnx"):
+            raise OptionError(f"--via {self.via} merges no adapters; leave out --adapter, or use --via native")
+        if self.adapter_weights and len(self.adapter_weights) != len(self.adapters):
+            raise OptionError(
+                f"--weight is given {len(self.adapter_weights)} times and --adapter {len(self.adapters)} times;"
+                " give one weight for each adapter, in their order, or none"
+            )
+        if not all(math.isfinite(weight) for weight in self.adapter_weights):
+            raise OptionError("--weight must be a finite number")
+
+    @property
+    def native_only(self) -> str:
+        """The chosen option that the native route alone covers, empty where there is none."""
+        return "--adapter" if self.adapters else "--merge-tokens" if self.merge_tokens else ""
 
     @property
     def dtype(self) -> str:

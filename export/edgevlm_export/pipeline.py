@@ -13,7 +13,7 @@ from typing import Any
 
 from edgevlm.errors import ExportError, OptionError, SourceError
 from edgevlm.families.base import DecoderTraits
-from edgevlm.manifest import Manifest
+from edgevlm.manifest import Manifest, MergedAdapter
 from edgevlm.model_store import models_dir
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.vlm import VLM
@@ -26,8 +26,10 @@ from edgevlm_export.options import ExportOptions, Route
 from edgevlm_export.output_folder import Written, seal, start_folder
 from edgevlm_export.routes import native, onnx, optimum
 from edgevlm_export.routes.base import ExportJob
+from edgevlm_export.source.adapter import Adapter, notes_about, open_adapter
 from edgevlm_export.source.checkpoint import Checkpoint, open_checkpoint
 from edgevlm_export.source.config_reader import UnsupportedError, overlooked, overlooked_in_decoding
+from edgevlm_export.source.merged_weights import MergedWeights
 from edgevlm_export.source.safetensors_reader import Weights
 from edgevlm_export.verify import Verification, check, scales, verify
 
@@ -53,6 +55,7 @@ class ExportReport:
             "folder": str(self.folder),
             "parts": {name: asdict(part) for name, part in self.manifest.submodels.items()},
             "size_bytes": self.manifest.size_bytes,
+            "adapters": [asdict(adapter) for adapter in self.manifest.adapters],
             "overlooked": self.manifest.overlooked,
             "verification": self.verification.to_dict() if self.verification else None,
             "seconds": round(self.seconds, 2),
@@ -77,21 +80,23 @@ def export(
         clock.begin("checkpoint")
         if output:  # before anything is downloaded
             check_target(output, Path(source), force=options.force)
+        adapters = open_adapters(options)
         checkpoint = open_checkpoint(source, options.revision, options.via)
+        checkpoint = checkpoint.with_files_of(adapter.folder for adapter in adapters)
         target = output or models_dir() / default_name(checkpoint, options)
         check_target(target, checkpoint.folder, force=options.force)
         facts, processor = family_config(checkpoint)
         template = checkpoint.chat_template(options.chat_template)
         unread = overlooked([processor], options.ignore_config_keys)
         unread |= overlooked_in_decoding(checkpoint.read("generation_config.json"))
-        route = choose_route(checkpoint, facts, options)
+        route = choose_route(checkpoint, facts, options, adapters)
         unread |= route.overlooked
         pairs = load_pairs(options.calibration)  # a bad calibration set is refused before the work begins
         with atomic_folder(target, checkpoint.folder, force=options.force) as staging:
             work = staging / "work"
             work.mkdir()
             manifest = start_folder(work, checkpoint, facts, template)
-            manifest = replace(manifest, decoder_traits=route.traits, overlooked=unread)
+            manifest = replace(manifest, decoder_traits=route.traits, adapters=route.adapters, overlooked=unread)
             written = route.write(ExportJob(manifest, pairs, options, staging, work, clock))
             chosen = _as_json(options, route.name)
             manifest = replace(manifest, tool_versions=written.tool_versions, export_options=chosen)
@@ -107,9 +112,17 @@ def export(
     return ExportReport(target, manifest, verification, clock.end(), clock.stages, memory.bytes)
 
 
+def open_adapters(options: ExportOptions) -> list[Adapter]:
+    """Return the adapters that the options name, with their weights. Raises `SourceError`."""
+    weights = options.adapter_weights or [1.0] * len(options.adapters)
+    pairs = zip(options.adapters, weights, strict=True)
+    return [open_adapter(folder, weight, options.ignore_config_keys) for folder, weight in pairs]
+
+
 def default_name(checkpoint: Checkpoint, options: ExportOptions) -> str:
-    """Return the short name of an export: the checkpoint's own, then the precision."""
-    return f"{checkpoint.source.split('/')[-1]}-{options.precision}"
+    """Return the short name of an export: the checkpoint's own, those of the adapters, then the precision."""
+    adapters = [folder.resolve().name for folder in options.adapters]
+    return "-".join([checkpoint.source.split("/")[-1], *adapters, options.precision])
 
 
 @dataclass(frozen=True)
@@ -119,16 +132,22 @@ class ChosenRoute:
     name: Route
     write: Callable[[ExportJob], Written]
     traits: DecoderTraits = field(default_factory=DecoderTraits)
+    adapters: tuple[MergedAdapter, ...] = ()
     overlooked: Mapping[str, Any] = field(default_factory=dict)
     """What config.json states that the route does not read. That is the native route's question alone: the others get
     the model's arithmetic from transformers, or from the ONNX files."""
 
 
-def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions) -> ChosenRoute:
-    """Return the route that the options, or else the checkpoint, ask for. Raises `ExportError` where none can."""
+def choose_route(
+    checkpoint: Checkpoint, facts: Mapping[str, Any], options: ExportOptions, adapters: Sequence[Adapter] = ()
+) -> ChosenRoute:
+    """Return the route that the options, or else the checkpoint, ask for; the native one alone merges adapters.
+
+    Raises `ExportError` where none can.
+    """
     family, kind = exporter(checkpoint), f"family {checkpoint.model_type!r}"
-    if options.merge_tokens and not checkpoint.has_safetensors:
-        raise OptionError("--merge-tokens needs safetensors, which the checkpoint lacks; leave it out")
+    if options.native_only and not checkpoint.has_safetensors:
+        raise OptionError(f"{options.native_only} needs safetensors, which the checkpoint lacks; leave it out")
     if options.via == "onnx" or not checkpoint.has_safetensors:
         if not family.covers_onnx:
             raise SourceError(f"the route from ONNX files does not cover {kind}; use safetensors and --via native")
@@ -138,16 +157,17 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
         return ChosenRoute("onnx", partial(onnx.write_submodels, files))
     if options.via != "optimum":
         try:
-            weights = Weights(checkpoint)
+            weights = MergedWeights(checkpoint, adapters) if adapters else Weights(checkpoint)
             found = architecture(checkpoint, facts, weights).with_merged_tokens(options.merge_tokens, kind)
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)
-            return ChosenRoute("native", partial(native.write_submodels, found, weights), found.traits, unread)
+            records = describe(weights, checkpoint) if isinstance(weights, MergedWeights) else ()
+            return ChosenRoute("native", partial(native.write_submodels, found, weights), found.traits, records, unread)
         except UnsupportedError as error:
             if family.encode_in_torch is None:
                 raise SourceError(f"{error}, and no other route covers {kind}") from None
-            if options.merge_tokens:
-                raise OptionError(f"{error}, and no other route merges tokens; leave out --merge-tokens") from None
+            if option := options.native_only:
+                raise OptionError(f"{error}, and no other route covers {option}; leave it out") from None
             if options.via == "native":
                 raise SourceError(f"{error}; use --via optimum") from None
             _need(optimum.LIBRARIES, f"optimum-intel ({error})", "export-torch")
@@ -155,6 +175,20 @@ def choose_route(checkpoint: Checkpoint, facts: Mapping[str, Any], options: Expo
         raise SourceError(f"the route through optimum-intel does not cover {kind}; use --via native")
     _need(optimum.LIBRARIES, "optimum-intel", "export-torch")
     return ChosenRoute("optimum", partial(optimum.write_submodels, checkpoint))
+
+
+def describe(weights: MergedWeights, checkpoint: Checkpoint) -> tuple[MergedAdapter, ...]:
+    """Return what the manifest says of the adapters that were merged."""
+    records = []
+    for adapter in weights.adapters:
+        notes = notes_about(adapter, checkpoint)
+        if weights.moves_head(adapter):
+            notes.append(
+                "its LoRA on the embedding table changes the LM head, which is the same tensor, as merge_and_unload"
+                " does, though not in training"
+            )
+        records.append(adapter.record(notes))
+    return tuple(records)
 
 
 def _need(libraries: Sequence[str], route: str, extra: str) -> None:
@@ -174,5 +208,6 @@ def verify_folder(staging: Path, written: Written, options: ExportOptions) -> Ve
 
 
 def _as_json(options: ExportOptions, via: str) -> dict[str, Any]:
+    told_elsewhere = {"adapters", "adapter_weights", "calibration", "force", "verify"}
     plain = asdict(options) | {"via": via}
-    return {name: value for name, value in plain.items() if name not in {"calibration", "force", "verify"}}
+    return {name: value for name, value in plain.items() if name not in told_elsewhere}

@@ -47,7 +47,7 @@ def make_sample(processor: Processor, pair: Pair) -> Sample:
     """Return a pair's prompt and answer, its picture at `detail="low"`."""
     visuals = processor.preprocess([pair.image] if pair.image else [], ImageBudget("low"))
     prompt = processor.prompt_ids([user_message(pair.question, len(visuals))], visuals)
-    answer = processor.tokenizer.encode(pair.answer) if pair.answer else []
+    answer = processor.tokenizer.encode(pair.answer, add_special_tokens=False) if pair.answer else []
     return Sample(np.asarray(prompt + answer, np.int64), len(prompt), visuals)
 
 

@@ -1,11 +1,28 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
-from tests.families import idefics3, internvl, llava, llava_onevision, minicpm, qwen_vl
+from tests.families import (
+    gemma3,
+    gemma4,
+    granite_docling,
+    idefics3,
+    internvl,
+    lfm2_vl,
+    lighton_ocr,
+    llava,
+    llava_onevision,
+    minicpm,
+    qwen_vl,
+)
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
+    "gemma3": gemma3.BUILDER,
+    "gemma4": gemma4.BUILDER,
+    "granite_docling": granite_docling.BUILDER,
     "idefics3": idefics3.builder("idefics3"),
     "internvl": internvl.BUILDER,
+    "lfm2_vl": lfm2_vl.BUILDER,
+    "lighton_ocr": lighton_ocr.BUILDER,
     "llava": llava.BUILDER,
     "llava_onevision": llava_onevision.BUILDER,
     "minicpmv4_6": minicpm.BUILDER,

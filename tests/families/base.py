@@ -19,19 +19,26 @@ class Reference:
     torchvision for their video parts.
     """
 
+    strip = 9
+    """Rows of the flat strip in the suite; there are references that take none which they shrink to nothing."""
     logits_atol = 1e-4
     """How near logits are to its own."""
 
     def __init__(self, checkpoint: Path, make_processor: Callable[[Any, Any, Any], Any]) -> None:
         import torch
-        from transformers import AutoImageProcessor, AutoModelForImageTextToText, PreTrainedTokenizerFast
+        from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 
         self.model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.model.generation_config.eos_token_id = None
         words = PreTrainedTokenizerFast.from_pretrained(checkpoint)
         words.model_input_names = ["input_ids", "attention_mask"]
-        pictures = AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
-        self.processor = make_processor(words, pictures, self.model.config)
+        self.processor = make_processor(words, self.image_processor(checkpoint), self.model.config)
+
+    def image_processor(self, checkpoint: Path) -> Any:
+        """Return the checkpoint's image processor."""
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
 
     def inputs(self, images: Sequence[np.ndarray], question: str) -> dict[str, Any]:
         """Return the model's inputs for one question about `images`."""
@@ -40,15 +47,16 @@ class Reference:
             messages, chat_template=self.processor.chat_template, tokenize=False, add_generation_prompt=True
         )
         pictures = {"images": [list(images)]} if images else {}
-        return dict(self.processor(text=[text], return_tensors="pt", **pictures))
+        begun = text.startswith(self.processor.tokenizer.bos_token)  # as the processor's own apply_chat_template asks
+        return dict(self.processor(text=[text], add_special_tokens=not begun, return_tensors="pt", **pictures))
+
+    def pixels(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Return what the vision model is given of all pictures, in the order of the views made here, flat."""
+        return np.asarray(inputs["pixel_values"].numpy()).ravel()
 
     def positions(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Return the position ids that the model gives a prompt, `(axes, S)`."""
         return np.arange(inputs["input_ids"].shape[1])[None]
-
-    def pixel_values(self, inputs: Mapping[str, Any]) -> np.ndarray:
-        """Return the values of all views, one after another."""
-        return np.asarray(inputs["pixel_values"].numpy().ravel())
 
     def run(self, images: Sequence[np.ndarray], question: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the logits at every position `(S, V)` and the image embeddings `(n, D)`."""

@@ -91,7 +91,7 @@ def reference_processor(words: Any, image_processor: Any, config: Any) -> Any:
     from transformers import MiniCPMV4_6Processor
 
     class ForPictures(MiniCPMV4_6Processor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:  # noqa: ARG002
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return None
 
     words._set_model_specific_special_tokens(NAMED)
@@ -110,7 +110,7 @@ class MiniCPMReference(Reference):
         """Return the position ids `(3, S)`: the text model takes one number for all axes."""
         return np.tile(super().positions(inputs), (3, 1))
 
-    def pixel_values(self, inputs: Mapping[str, Any]) -> np.ndarray:
+    def pixels(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Return the values of all patches, in the order in which the encoder takes them here."""
         values, start, found = inputs["pixel_values"][0].numpy(), 0, []
         for rows, cols in inputs["target_sizes"].tolist():

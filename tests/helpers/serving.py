@@ -18,6 +18,8 @@ from PIL import Image
 
 from edgevlm import VLM
 from edgevlm.answer import Event, Progress
+from edgevlm.decoding.stream import Step
+from edgevlm.server.models import Source
 from edgevlm.server.run import Server
 from edgevlm.server.settings import ServeConfig
 from edgevlm.strict_json import read_json
@@ -46,9 +48,9 @@ LOOK = tool("look", side={"enum": ["left", "right"]})
 
 
 @contextmanager
-def serving(vlm: VLM, **options: Any) -> Iterator[Server]:
-    """Run a server for `vlm` on a free port until the block ends."""
-    server = Server(lambda: vlm, ServeConfig(port=0, **options), options.get("model_name", "tiny"))
+def serving(vlm: VLM, *others: Source, model_name: str = "tiny", **options: Any) -> Iterator[Server]:
+    """Run a server for `vlm`, and for others that are loaded when they are used, until the block ends."""
+    server = Server([Source(model_name, lambda: vlm), *others], ServeConfig(port=0, **options))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -168,9 +170,9 @@ class Braked:
         """Let this answer and all others go on."""
         self._go.set()
 
-    def events(self, *request: Any) -> Generator[Event, None, None]:
+    def steps(self, *request: Any) -> Generator[Event | Step, None, None]:
         self.tokens.append(0)
-        with closing(self._vlm.events(*request)) as events:
+        with closing(self._vlm.steps(*request)) as events:
             for event in events:
                 if isinstance(event, Progress) and event.stage == "decode":
                     self.tokens[-1] = event.done

@@ -6,7 +6,19 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import idefics3, internvl, llava, llava_onevision, minicpm, qwen_vl
+from edgevlm_export.families import (
+    gemma3,
+    gemma4,
+    granite_docling,
+    idefics3,
+    internvl,
+    lfm2_vl,
+    lighton_ocr,
+    llava,
+    llava_onevision,
+    minicpm,
+    qwen_vl,
+)
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -22,8 +34,13 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, FamilyExporter] = {
+    "gemma3": gemma3.EXPORTER,
+    "gemma4": gemma4.EXPORTER,
+    "granite_docling": granite_docling.EXPORTER,
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
+    "lfm2_vl": lfm2_vl.EXPORTER,
+    "lighton_ocr": lighton_ocr.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
     "minicpmv4_6": minicpm.EXPORTER,
@@ -34,12 +51,19 @@ FAMILIES: dict[str, FamilyExporter] = {
     "smolvlm": idefics3.EXPORTER,
 }
 
+_NOT_BUILT: Mapping[str, str] = {
+    "gemma3_text": "a Gemma 3 that takes no pictures",
+    "gemma3n": "Gemma 3n, whose encoders and per-layer embeddings are not built",
+}
+"""Relatives of the families that are taken for them, and what they are."""
+
 
 def exporter(checkpoint: Checkpoint) -> FamilyExporter:
     """Return what knows the checkpoint's family. Raises `SourceError`."""
     if checkpoint.model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise SourceError(f"{checkpoint.source} is of family {checkpoint.model_type!r}; edgevlm exports {known}")
+        known, kind = ", ".join(sorted(FAMILIES)), checkpoint.model_type
+        named = f"{kind!r} ({_NOT_BUILT[kind]})" if kind in _NOT_BUILT else repr(kind)
+        raise SourceError(f"{checkpoint.source} is of family {named}; edgevlm exports {known}")
     return FAMILIES[checkpoint.model_type]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from edgevlm.errors import OptionError
+from edgevlm.errors import OptionError, SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm.manifest import LANGUAGE, TEXT_EMBEDDINGS, VISION
 from edgevlm_export.graphs.decoder import Decoder, language_graph, text_embeddings_graph
@@ -114,3 +114,24 @@ def read_activation(section: ConfigReader, key: str) -> str:
     if found not in ACTIVATIONS:
         raise UnsupportedError(f"the native route does not build the activation {found!r} of {section.name_of(key)}")
     return str(found)
+
+
+def read_side(section: ConfigReader, key: str) -> int:
+    """Return the one side of a size that is stated as one number or as two. Raises `SourceError`."""
+    found = section.get(key)
+    sides = found if isinstance(found, list) else [found]
+    if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides) or len({*sides}) != 1:
+        raise SourceError(f"{section.file}: {section.name_of(key)} must be the side of a square, not {found!r}")
+    return int(sides[0])
+
+
+def read_layer_indexes(section: ConfigReader, key: str, count: int) -> list[int]:
+    """Return the indexes of some of `count` layers, which must rise. Raises `SourceError`."""
+    found = section.get(key)
+    numbers = found if isinstance(found, list) else [None]
+    is_whole = all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < count for each in numbers)
+    if not is_whole or sorted({*numbers}) != numbers:
+        raise SourceError(
+            f"config.json: {section.name_of(key)} must be rising indexes of {count} blocks, not {found!r}"
+        )
+    return numbers

@@ -7,7 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_vision_sizes
+from edgevlm_export.families.base import (
+    Architecture,
+    FamilyExporter,
+    is_tied,
+    read_activation,
+    read_side,
+    read_vision_sizes,
+)
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.connectors import pixel_shuffle
@@ -117,7 +124,7 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
 def _image_seq_len(checkpoint: Checkpoint, tile: int) -> int:
     """Return the image tokens of one tile."""
     vision = checkpoint.section("vision_config", _VISION_DEFAULTS)
-    size, patch = _square(vision, "image_size"), _square(vision, "patch_size")
+    size, patch = read_side(vision, "image_size"), read_side(vision, "patch_size")
     if size != tile:
         raise SourceError(
             f"the checkpoint contradicts itself: tiles of {tile} pixels, and vision_config.image_size {size};"
@@ -136,15 +143,6 @@ def _image_seq_len(checkpoint: Checkpoint, tile: int) -> int:
             f"the sizes in config.json make {computed}"
         )
     return computed
-
-
-def _square(section: ConfigReader, key: str) -> int:
-    """Return the one side of a size that is stated as one number or as two. Raises `SourceError`."""
-    found = section.get(key)
-    sides = found if isinstance(found, list) else [found]
-    if any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in sides) or len({*sides}) != 1:
-        raise SourceError(f"{section.file}: {section.name_of(key)} must be the side of a square, not {found!r}")
-    return int(sides[0])
 
 
 def _factor(config: ConfigReader) -> int:
@@ -211,8 +209,8 @@ def _vision(section: ConfigReader, prefix: str) -> InternViT:
         raise UnsupportedError(f"the native route does not build the norm {norm!r} of {section.name_of('norm_type')}")
     return InternViT(
         prefix=prefix,
-        image_size=_square(section, "image_size"),
-        patch_size=_square(section, "patch_size"),
+        image_size=read_side(section, "image_size"),
+        patch_size=read_side(section, "patch_size"),
         **read_vision_sizes(section),
         attention_bias=section.flag("attention_bias"),
         use_qk_norm=section.flag("use_qk_norm"),

@@ -179,8 +179,8 @@ def make_architecture(config: ConfigReader, tensors: Container[str], *, has_newl
     """
     names, text = Names.found(tensors), text_section(config)
     decoder = read_decoder(text, names.decoder, names.head, tied=is_tied(config, text, tensors, names.head))
-    seen = _tower_section(config)
-    tower = _tower(seen, config, names.tower)
+    seen = tower_section(config)
+    tower = make_tower(seen, config.get("vision_feature_layer"), names.tower)
     first, biased = int(_drops_first(config)), config.flag("multimodal_projector_bias")
     act = read_activation(config, "projector_hidden_act")
     for name in ("image_token_index", "image_token_id"):
@@ -227,9 +227,9 @@ class Names:
     newline: str
 
     @classmethod
-    def found(cls, tensors: Container[str]) -> Names:
-        """Return the names that these tensors have."""
-        at = "model." if "model.multi_modal_projector.linear_1.weight" in tensors else ""
+    def found(cls, tensors: Container[str], projector: str = "linear_1.weight") -> Names:
+        """Return the names that these tensors have; `projector` is one of the projector's."""
+        at = "model." if f"model.multi_modal_projector.{projector}" in tensors else ""
         decoder = next(
             (each for each in ("model.language_model", "language_model") if f"{each}.embed_tokens.weight" in tensors),
             "language_model.model",
@@ -247,19 +247,23 @@ class Names:
 
 def read_tower(config: ConfigReader, prefix: str = "") -> Tower:
     """Return the vision tower of `vision_config`. Raises `SourceError` and `UnsupportedError`."""
-    return _tower(_tower_section(config), config, prefix)
+    return make_tower(tower_section(config), config.get("vision_feature_layer"), prefix)
 
 
-def _tower_section(config: ConfigReader) -> ConfigReader:
-    kind = config.section("vision_config").get("model_type", "clip_vision_model")
+def tower_section(config: ConfigReader, usual: str = "clip_vision_model") -> ConfigReader:
+    """Return `vision_config` with its class's defaults; `usual` is its model_type where it states none."""
+    kind = config.section("vision_config").get("model_type", usual)
     if kind not in _TOWERS:
         raise UnsupportedError(f"the native route builds no {kind!r} vision tower; it knows {', '.join(_TOWERS)}")
-    return config.section("vision_config", _TOWERS[kind], harmless=_TOWER_HARMLESS)
+    return config.section("vision_config", {"model_type": kind, **_TOWERS[kind]}, harmless=_TOWER_HARMLESS)
 
 
-def _tower(section: ConfigReader, config: ConfigReader, prefix: str) -> Tower:
+def make_tower(section: ConfigReader, layer: Any, prefix: str) -> Tower:
+    """Return the tower of that section up to a layer, counted as `vision_feature_layer` is.
+
+    Raises `SourceError` and `UnsupportedError`.
+    """
     count = section.size("num_hidden_layers")
-    layer = config.get("vision_feature_layer")
     if isinstance(layer, bool) or not isinstance(layer, int) or not -count - 1 <= layer <= count:
         raise UnsupportedError(f"the native route builds no vision_feature_layer {layer!r} of {count} layers")
     return Tower(
@@ -267,7 +271,7 @@ def _tower(section: ConfigReader, config: ConfigReader, prefix: str) -> Tower:
         image_size=section.size("image_size"),
         patch_size=section.size("patch_size"),
         **read_vision_sizes(section),
-        has_class_token=section.get("model_type", "clip_vision_model") == "clip_vision_model",
+        has_class_token=section.get("model_type") == "clip_vision_model",
         layers=layer % (count + 1),
     )
 

@@ -114,7 +114,8 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     decoder = read_decoder(text, "model.language_model", "lm_head", tied=is_tied(config, text, tensors))
     vision = _read_vision(config, seen, decoder.hidden_size)
     graph = Graph(vision.inputs, merging_stages(vision), "image_embeds", "image_embeds")
-    traits = DecoderTraits(position_axes=3, recurrent=decoder.recurrent, rewindable=decoder.rewindable)
+    fixed = decoder.has_fixed_states
+    traits = DecoderTraits(3, recurrent=decoder.recurrent, rewindable=not fixed, fixed_states=fixed)
     return Architecture(decoder, graph, ("mtp.*",), (config, text, seen), traits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -13,9 +14,9 @@ from edgevlm_export.source.config_reader import ConfigReader
 _ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 
 
-def check_always_done(preprocessor: ConfigReader) -> None:
+def check_always_done(preprocessor: ConfigReader, steps: Sequence[str] = _ALWAYS_DONE) -> None:
     """Raise `SourceError` where a step that edgevlm never leaves out is switched off."""
-    for name in _ALWAYS_DONE:
+    for name in steps:
         if not preprocessor.flag(name):
             raise SourceError(f"{preprocessor.file} sets {name} to false, which edgevlm does not support")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
-from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation
+from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_layer_indexes
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.decoder import GatedMLP
@@ -285,7 +285,8 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     first, *others = vision.outputs
     graph = Graph(vision.inputs, packed_stages(vision), first, first, others=others)
     decoder = replace(decoder, deepstack=len(others))
-    traits = DecoderTraits(position_axes=3, recurrent=decoder.recurrent, rewindable=decoder.rewindable)
+    fixed = decoder.has_fixed_states
+    traits = DecoderTraits(3, recurrent=decoder.recurrent, rewindable=not fixed, fixed_states=fixed)
     return Architecture(decoder, graph, _UNUSED.get(kind, ()), (config, text, seen), traits)
 
 
@@ -347,14 +348,14 @@ class _VisionReader:
     def _tapped(self, depth: int) -> list[int]:
         """Return the blocks after which Qwen3-VL takes features for deeper layers of the decoder."""
         if self.kind == "qwen3_vl":
-            return self._indexes("deepstack_visual_indexes", depth)
+            return read_layer_indexes(self.section, "deepstack_visual_indexes", depth)
         if self.kind == "qwen3_5" and self.section.get("deepstack_visual_indexes"):
             raise UnsupportedError("the native route builds no Qwen3.5 with deepstack_visual_indexes")
         return []
 
     def _windowed(self, depth: int) -> set[int]:
         """Return the blocks whose attention stays within windows."""
-        windowed = {*range(depth)} - {*self._indexes("fullatt_block_indexes", depth)}
+        windowed = {*range(depth)} - {*read_layer_indexes(self.section, "fullatt_block_indexes", depth)}
         if not windowed:
             raise UnsupportedError("the native route builds no vision transformer of Qwen2.5-VL without windows")
         return windowed
@@ -380,24 +381,13 @@ class _VisionReader:
             raise UnsupportedError(f"the native route builds no {other[1]}")
         return theta
 
-    def _indexes(self, key: str, depth: int) -> list[int]:
-        """Return the indexes of some blocks, which must rise."""
-        found = self.section.get(key)
-        numbers = found if isinstance(found, list) else [None]
-        is_whole = all(isinstance(each, int) and not isinstance(each, bool) and 0 <= each < depth for each in numbers)
-        if not is_whole or sorted({*numbers}) != numbers:
-            raise SourceError(
-                f"config.json: {self.section.name_of(key)} must be rising indexes of {depth} blocks, not {found!r}"
-            )
-        return numbers
-
     def _block(self, index: int, hidden: int, *, windowed: bool) -> Block:
         at = f"{self.prefix}.blocks.{index}"
         norm1, norm2 = (
             Norm(f"{at}.{name}", hidden, _EPS, bias=self.kind != "qwen2_5_vl") for name in ("norm1", "norm2")
         )
         qkv, proj = Linear(f"{at}.attn.qkv", 3 * hidden, hidden, True), Linear(f"{at}.attn.proj", hidden, hidden, True)
-        return Block(at, norm1, qkv, proj, norm2, self._mlp(f"{at}.mlp", hidden), windowed)
+        return Block(at, norm1, (qkv,), proj, norm2, self._mlp(f"{at}.mlp", hidden), windowed)
 
     def _mlp(self, at: str, hidden: int) -> PlainMLP | GatedMLP:
         section = self.section

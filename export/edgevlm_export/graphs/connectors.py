@@ -22,3 +22,12 @@ def pixel_shuffle(x: Output, side: int, width: int, factor: int) -> ov.Node:
     x = opset.reshape(x, np.array([0, few, few, width * factor**2]), special_zero=True)
     x = opset.transpose(x, np.array([0, 2, 1, 3]))
     return opset.reshape(x, np.array([0, few**2, width * factor**2]), special_zero=True)
+
+
+def average_pool(x: Output, side: int, width: int, factor: int) -> ov.Node:
+    """Average `factor` x `factor` neighbouring patches: `(B, side^2, D)` -> `(B, side^2/f^2, D)`."""
+    opset = import_openvino().opset13
+    few = side // factor
+    x = opset.reshape(x, np.array([-1, factor, few, factor, width]), special_zero=False)
+    x = opset.reduce_mean(x, np.array([1, 3]), keep_dims=False)  # (B * few, few, D)
+    return opset.reshape(x, np.array([-1, few**2, width]), special_zero=False)

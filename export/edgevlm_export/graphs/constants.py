@@ -34,10 +34,30 @@ class Constants:
         """Return a weight matrix, or several with their rows concatenated; the graph computes with it in float32."""
         return self._shared(concatenate([self._weights.get(name) for name in names]), names[0])
 
+    def transposed(self, name: str) -> Output:
+        """Return a weight matrix that is stored as `(columns, rows)`, as `matrix` returns one."""
+        tensor = self._weights.get(name)
+        return self._shared(replace(tensor, array=np.ascontiguousarray(tensor.array.T)), name)
+
+    def part(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> Output:
+        """Return some rows and columns of a weight matrix as `matrix` returns the whole."""
+        tensor = self._weights.get(name)
+        label = f"{name}/{rows.start or columns.start or 0}"
+        return self._shared(replace(tensor, array=np.ascontiguousarray(tensor.array[rows, columns])), label)
+
+    def table(self, name: str) -> Output:
+        """Return a tensor as a table of the vectors along its last axis."""
+        tensor = self._weights.get(name)
+        return self._shared(replace(tensor, array=tensor.array.reshape(-1, tensor.array.shape[-1])), name)
+
     def kernel(self, name: str) -> Output:
         """Return a convolution's kernel as a matrix: a row for each channel that comes out."""
         tensor = self._weights.get(name)
         return self._shared(replace(tensor, array=tensor.array.reshape(len(tensor.array), -1)), name)
+
+    def rounded(self, value: float, name: str) -> np.float32:
+        """Return a number as the type of a stored tensor holds it."""
+        return self._weights.get(name).rounded(value)
 
     def _shared(self, tensor: RawTensor, name: str) -> Output:
         if self._upcast:

@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
+from edgevlm.families.base import IMAGE_GROUPS, PER_LAYER_IDS
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.attention import causal_bias
+from edgevlm_export.graphs.attention import Attention, ReusingAttention, causal_biases
 from edgevlm_export.graphs.constants import Constants, Output, named
-from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, split
-from edgevlm_export.graphs.modules import Embedding, Linear, Norm
+from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, scaled, split
+from edgevlm_export.graphs.modules import Embedding, Linear, Norm, Tensor
 from edgevlm_export.graphs.rope import Rope, rotations
 from edgevlm_export.graphs.stages import Graph, Stage, Values
-from edgevlm_export.graphs.states import FixedState, KVCache, State, make_stateful, value_names
+from edgevlm_export.graphs.states import FixedState, State, make_stateful, value_names
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -48,6 +51,25 @@ class GatedMLP:
 
 
 @dataclass(frozen=True)
+class PerLayerEmbedding:
+    """A small embedding of each token for one layer, which is added to the hidden states as they gate it.
+
+    Tables and projections of all layers are columns or rows of one: this layer has `width` from `index * width` on.
+    """
+
+    index: int
+    width: int
+    table: Embedding
+    context: Linear
+    """Of the first layer's input, added to the token's."""
+    context_norm: Norm
+    gate: Linear
+    projection: Linear
+    norm: Norm
+    hidden_act: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """A mixer and an MLP, each behind an RMSNorm and added to what came in."""
 
@@ -56,6 +78,15 @@ class Layer:
     mixer: Mixer
     mlp_norm: Norm
     mlp: GatedMLP
+    residual_multiplier: float = 1.0
+    """Of what mixer and MLP add."""
+    mixer_output_norm: Norm | None = None
+    """Of what the mixer gives, before it is added."""
+    mlp_output_norm: Norm | None = None
+    """Of what the MLP gives, before it is added."""
+    per_layer: PerLayerEmbedding | None = None
+    scalar: Tensor | None = None
+    """What comes out is multiplied by it, `(1,)`."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +100,14 @@ class Decoder:
     deepstack: int = 0
     """After so many of the first layers features of the pictures' earlier layers are added: DeepStack
     (https://arxiv.org/abs/2406.04334)."""
+    embedding_multiplier: float = 1.0
+    """Of `inputs_embeds`, before the first layer."""
+    logits_scaling: float = 1.0
+    """What the logits are divided by."""
+    groups_images: bool = False
+    """Image tokens of one view attend to each other both ways."""
+    logit_softcap: float | None = None
+    """Logits are bent to lie within it: c tanh(x / c)."""
 
     @property
     def hidden_size(self) -> int:
@@ -77,13 +116,13 @@ class Decoder:
 
     @property
     def states(self) -> dict[str, State]:
-        """The states of all layers by name."""
+        """What all layers keep from one call to the next, by name."""
         return {name: state for i, layer in enumerate(self.layers) for name, state in layer.mixer.states(i).items()}
 
     @property
-    def rewindable(self) -> bool:
-        """Whether a sequence can be truncated: a KV cache can, a state of a fixed size cannot."""
-        return all(isinstance(state, KVCache) for state in self.states.values())
+    def has_fixed_states(self) -> bool:
+        """Whether any layer keeps a state that cannot be cut, only restored where it was kept."""
+        return any(isinstance(each, FixedState) for each in self.states.values())
 
     @property
     def recurrent(self) -> bool:
@@ -95,10 +134,13 @@ def language_graph(decoder: Decoder) -> Graph:
     """Return the language model: inputs_embeds `(B, S, D)` -> logits `(B, S, V)`; finished, it keeps a KV cache.
 
     Its position_ids are `(B, S)`, or `(axes, B, S)` where RoPE has several axes; `deepstack_embeds.K` `(B, S, D)` are
-    added after layer K.
+    added after layer K. `image_group_ids` `(B, S)` number the views whose image tokens
+    attend to each other, from 1.
     """
     ropes = list({rope.name: rope for layer in decoder.layers if (rope := layer.mixer.rope)}.values())
-    start = Stage(partial(rope_and_mask, ropes))
+    mixers = [layer.mixer for layer in decoder.layers]
+    windows = list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention | ReusingAttention)))
+    start = Stage(partial(rope_and_mask, ropes, windows, decoder.embedding_multiplier))
     extras = [deepstack_name(index) for index in range(decoder.deepstack)]
     layers: list[Stage] = []
     for index, layer in enumerate(decoder.layers):
@@ -106,9 +148,12 @@ def language_graph(decoder: Decoder) -> Graph:
         layers += [Stage(partial(add_features, name)) for name in extras[index : index + 1]]
     head = Stage(partial(lm_head, decoder), (decoder.norm, decoder.lm_head))
     axes = max((max(rope.axes) + 1 for rope in ropes if rope.axes), default=None)
+    numbers = [IMAGE_GROUPS] if decoder.groups_images else []
+    numbers += [PER_LAYER_IDS] if any(layer.per_layer for layer in decoder.layers) else []
     inputs = {
         "attention_mask": ("i64", (-1, -1)),
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
+        **dict.fromkeys(numbers, ("i64", (-1, -1))),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
     finish = partial(make_stateful, states=decoder.states)
@@ -125,23 +170,58 @@ def text_embeddings_graph(decoder: Decoder) -> Graph:
     return Graph(inputs, [Stage(look_up, (decoder.embed_tokens,))], "inputs_embeds", "inputs_embeds")
 
 
-def rope_and_mask(ropes: Sequence[Rope], values: Values, constants: Constants) -> None:  # noqa: ARG001
-    """Set what all layers share: cosines and sines of each RoPE, and the causal mask."""
+def rope_and_mask(
+    ropes: Sequence[Rope],
+    windows: Sequence[int | None],
+    multiplier: float,
+    values: Values,
+    constants: Constants,  # noqa: ARG001
+) -> None:
+    """Set what layers share, cosines and sines of each RoPE and the causal mask of each sliding window, and the first
+    `hidden_states`.
+    """
     for rope in ropes:
         cos, sin = rope.names
         values[cos], values[sin] = rotations(values["position_ids"], rope)
-    values["attention_bias"] = causal_bias(values["inputs_embeds"], values["attention_mask"])
-    values.outputs["hidden_states"] = values["inputs_embeds"]
+    groups = values.outputs.get(IMAGE_GROUPS)
+    for name, bias in causal_biases(values["inputs_embeds"], values["attention_mask"], windows, groups).items():
+        values[name] = bias
+    values.outputs["hidden_states"] = scaled(values["inputs_embeds"], multiplier)
 
 
 def decoder_layer(layer: Layer, index: int, values: Values, constants: Constants) -> None:
     """Set `hidden_states` after one layer, and what its states become."""
     opset = import_openvino().opset13
     x = values["hidden_states"]
-    normal = rms_norm(x, constants, layer.input_norm)
-    x = opset.add(x, layer.mixer.mix(normal, index, values, constants))
-    normal = rms_norm(x, constants, layer.mlp_norm)
-    values["hidden_states"] = named(opset.add(x, gated_mlp(normal, layer.mlp, constants)), layer.name)
+    mixed = layer.mixer.mix(rms_norm(x, constants, layer.input_norm), index, values, constants)
+    if layer.mixer_output_norm:
+        mixed = rms_norm(mixed, constants, layer.mixer_output_norm)
+    x = opset.add(x, scaled(mixed, layer.residual_multiplier))
+    y = gated_mlp(rms_norm(x, constants, layer.mlp_norm), layer.mlp, constants)
+    if layer.mlp_output_norm:
+        y = rms_norm(y, constants, layer.mlp_output_norm)
+    x = opset.add(x, scaled(y, layer.residual_multiplier))
+    if layer.per_layer:
+        x = add_token(x, layer.per_layer, values, constants)
+    if layer.scalar:
+        x = opset.multiply(x, constants.vector(layer.scalar.name))
+    values["hidden_states"] = named(x, layer.name)
+
+
+def add_token(x: Output, each: PerLayerEmbedding, values: Values, constants: Constants) -> ov.Node:
+    """Return the hidden states with a layer's own embedding of each token added."""
+    opset = import_openvino().opset13
+    own = slice(each.index * each.width, (each.index + 1) * each.width)
+    table, projection = f"{each.table.name}.weight", f"{each.context.name}.weight"
+    ids = opset.convert(values[PER_LAYER_IDS], "i32")
+    token = opset.gather(constants.part(table, columns=own), ids, np.int32(0))
+    token = opset.multiply(token, constants.rounded(each.table.scale, table))
+    context = opset.matmul(values["inputs_embeds"], constants.part(projection, rows=own), False, True)
+    context = opset.multiply(context, np.float32(each.context.columns**-0.5))
+    context = named(rms_norm(context, constants, each.context_norm), f"{each.gate.name}/context")
+    both = opset.multiply(opset.add(context, token), np.float32(0.5**0.5))
+    gated = opset.multiply(activation(linear(x, constants, each.gate), each.hidden_act), both)
+    return opset.add(x, rms_norm(linear(gated, constants, each.projection), constants, each.norm))
 
 
 def deepstack_name(index: int) -> str:
@@ -167,4 +247,9 @@ def lm_head(decoder: Decoder, values: Values, constants: Constants) -> None:
     opset = import_openvino().opset13
     normal = rms_norm(values["hidden_states"], constants, decoder.norm)
     weight = constants.matrix(f"{decoder.lm_head.name}.weight")
-    values["logits"] = named(opset.matmul(normal, weight, False, True), "lm_head")
+    logits = named(opset.matmul(normal, weight, False, True), "lm_head")
+    if decoder.logits_scaling != 1:
+        logits = opset.divide(logits, np.float32(decoder.logits_scaling))
+    if cap := decoder.logit_softcap:
+        logits = opset.multiply(opset.tanh(opset.divide(logits, np.float32(cap))), np.float32(cap))
+    values["logits"] = logits

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.constants import Constants, Output, named
+from edgevlm_export.graphs.constants import Constants, Output
 from edgevlm_export.graphs.layers import activation, dimension, linear, per_head, rms_norm, split, to_heads
-from edgevlm_export.graphs.modules import Linear, Norm, Tensor
+from edgevlm_export.graphs.modules import DepthwiseConvolution, Linear, Norm, Tensor
+from edgevlm_export.graphs.short_conv import causal_convolution, convolution_state
 from edgevlm_export.graphs.stages import Values
 from edgevlm_export.graphs.states import FixedState, State, previous_state, state_name
 
@@ -41,8 +41,7 @@ class GatedDeltaNet:
     """Of beta, how far a value is corrected."""
     in_proj_a: Linear
     """Of the decay."""
-    conv1d: Tensor
-    """`(C, 1, kernel)`."""
+    conv1d: DepthwiseConvolution
     dt_bias: Tensor
     a_log: Tensor
     norm: Norm
@@ -59,19 +58,16 @@ class GatedDeltaNet:
         """None: the recurrence itself knows the order of the tokens."""
 
     @property
-    def conv_state(self) -> FixedState:
-        """The last inputs of the convolution."""
-        channels, _, kernel = self.conv1d.shape
-        return FixedState((kernel - 1, channels))
-
-    @property
     def recurrent_state(self) -> FixedState:
         """What the heads remember."""
         return FixedState((self.num_v_heads, self.head_k_dim, self.head_v_dim), recurrent=True)
 
     def states(self, index: int) -> dict[str, State]:
         """Return the states of layer `index` by name."""
-        return {state_name(index, "conv"): self.conv_state, state_name(index, "recurrent"): self.recurrent_state}
+        return {
+            state_name(index, "conv"): convolution_state(self.conv1d),
+            state_name(index, "recurrent"): self.recurrent_state,
+        }
 
     def mix(self, x: Output, index: int, values: Values, constants: Constants) -> ov.Node:
         """`(B, S, D)` -> `(B, S, D)`; the convolution's and the recurrence's states go on."""
@@ -79,7 +75,8 @@ class GatedDeltaNet:
         both = linear(x, constants, self.in_proj_qkv, self.in_proj_z)
         qkv, z = split(both, [self.in_proj_qkv.rows, self.in_proj_z.rows])
         b, a = split(linear(x, constants, self.in_proj_b, self.in_proj_a), [self.num_v_heads] * 2)
-        qkv = activation(self._convolve(qkv, index, values, constants), self.hidden_act)
+        qkv = causal_convolution(qkv, state_name(index, "conv"), self.conv1d, values, constants)
+        qkv = activation(qkv, self.hidden_act)
         decay = -np.exp(constants.vector(self.a_log.name))
         g = opset.multiply(opset.softplus(opset.add(a, constants.vector(self.dt_bias.name))), decay)
         mixed = self._recur(qkv, g, opset.sigmoid(b), index, values)
@@ -87,13 +84,6 @@ class GatedDeltaNet:
             rms_norm(mixed, constants, self.norm), np.array([0, 0, self.in_proj_z.rows]), special_zero=True
         )
         return linear(opset.multiply(normal, opset.swish(z)), constants, self.out_proj)
-
-    def _convolve(self, x: Output, index: int, values: Values, constants: Constants) -> ov.Node:
-        """Return for each token the sum of its own channels and those before it, weighted: `(B, S, C)`."""
-        name, weight = state_name(index, "conv"), constants.vector(self.conv1d.name)
-        previous = previous_state(x, name, self.conv_state, values)
-        y, values[name] = causal_convolution(x, previous, np.ascontiguousarray(weight[:, 0].T))
-        return named(y, self.conv1d.name.removesuffix(".weight"))
 
     def _recur(self, qkv: Output, g: Output, beta: Output, index: int, values: Values) -> ov.Node:
         """Return the heads' outputs `(B, S, H, V)` of convolved q, k and v `(B, S, C)`, g and beta `(B, S, H)`."""
@@ -120,24 +110,6 @@ class GatedDeltaNet:
         target = np.array([1, 1, self.num_k_heads, repeats, self.head_k_dim])
         wide = opset.broadcast(opset.unsqueeze(x, np.int64(3)), target, broadcast_spec="BIDIRECTIONAL")
         return opset.reshape(wide, np.array([0, 0, self.num_v_heads, self.head_k_dim]), special_zero=True)
-
-
-def causal_convolution(x: Output, previous: Output, weight: npt.NDArray[np.float32]) -> tuple[ov.Node, ov.Node]:
-    """Return a depthwise convolution of `x` `(B, S, C)`, and what the next one has to know of it.
-
-    `weight` is `(kernel, C)`; `previous` and what is returned last are the last `kernel` - 1 inputs, `(B, ..., C)`.
-    """
-    opset = import_openvino().opset13
-    step, axis, before = np.array([1]), np.array([1]), len(weight) - 1
-    joined = opset.concat([previous, x], 1)
-    terms = []
-    for place, row in enumerate(weight):
-        end = np.array([place - before]) if place < before else _END
-        terms.append(opset.multiply(opset.slice(joined, np.array([place]), end, step, axis), row))
-    y = terms[0]
-    for term in terms[1:]:
-        y = opset.add(y, term)
-    return y, opset.slice(joined, np.array([-before]), _END, step, axis)
 
 
 def l2_norm(x: Output) -> ov.Node:

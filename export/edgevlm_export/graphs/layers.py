@@ -34,6 +34,8 @@ def rms_norm(x: Output, constants: Constants, norm: Norm) -> ov.Node:
     square = opset.power(x, np.float32(2))
     mean = opset.reduce_mean(square, np.array([-1]), keep_dims=True)
     scale = opset.divide(np.float32(1), opset.sqrt(opset.add(mean, np.float32(norm.eps))))
+    if not norm.scaled:
+        return named(opset.multiply(x, scale), norm.name)
     weight = constants.vector(f"{norm.name}.weight")
     if norm.unit_offset:
         weight = weight + np.float32(1)
@@ -57,6 +59,11 @@ def patch_embedding(pixel_values: Output, constants: Constants, patches: PatchCo
         grid = opset.add(grid, constants.vector(f"{patches.name}.bias").reshape(1, -1, 1, 1))
     row = opset.reshape(grid, np.array([0, patches.hidden, -1]), special_zero=True)
     return opset.transpose(row, np.array([0, 2, 1]))
+
+
+def scaled(x: Output, factor: float) -> Output:
+    """Return x * factor, `x` itself where that is 1."""
+    return x if factor == 1 else import_openvino().opset13.multiply(x, np.float32(factor)).output(0)
 
 
 def activation(x: Output, name: str) -> ov.Node:
@@ -110,7 +117,10 @@ def embedding(ids: Output, constants: Constants, table: Embedding) -> ov.Node:
     """Rows of a table: int64 `(B, S)` -> `(B, S, D)`."""
     opset = import_openvino().opset13
     weight = constants.matrix(f"{table.name}.weight")
-    return named(opset.gather(weight, opset.convert(ids, "i32"), np.int32(0)), table.name)
+    rows = opset.gather(weight, opset.convert(ids, "i32"), np.int32(0))
+    if table.scale != 1:
+        rows = opset.multiply(rows, constants.rounded(table.scale, f"{table.name}.weight"))
+    return named(rows, table.name)
 
 
 def repeated(row: npt.NDArray[np.float32], like: Output) -> ov.Node:

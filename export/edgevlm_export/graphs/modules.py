@@ -50,10 +50,13 @@ class Norm:
     bias: bool = False
     unit_offset: bool = False
     """The weights are stored less 1: the norm multiplies by 1 + weight."""
+    scaled: bool = True
+    """Whether there are weights."""
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield names and shapes."""
-        yield f"{self.name}.weight", (self.size,)
+        if self.scaled:
+            yield f"{self.name}.weight", (self.size,)
         if self.bias:
             yield f"{self.name}.bias", (self.size,)
 
@@ -65,6 +68,8 @@ class Embedding:
     name: str
     rows: int
     columns: int
+    scale: float = 1.0
+    """What its vectors are multiplied by, rounded to the type of the stored table, as transformers does it."""
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield name and shape."""
@@ -80,6 +85,11 @@ class PatchConvolution:
     channels: int
     size: int
     bias: bool = True
+
+    @property
+    def values(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.size**2
 
     def tensors(self) -> Iterator[tuple[str, Shape]]:
         """Yield names and shapes."""
@@ -109,6 +119,22 @@ class FrameConvolution:
         yield f"{self.name}.weight", (self.hidden, self.channels, self.frames, self.size, self.size)
         if self.bias:
             yield f"{self.name}.bias", (self.hidden,)
+
+
+@dataclass(frozen=True)
+class DepthwiseConvolution:
+    """A convolution of `size` places along a sequence, of each channel by itself."""
+
+    name: str
+    channels: int
+    size: int
+    bias: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Shape]]:
+        """Yield names and shapes."""
+        yield f"{self.name}.weight", (self.channels, 1, self.size)
+        if self.bias:
+            yield f"{self.name}.bias", (self.channels,)
 
 
 def declared(tree: Any) -> Iterator[tuple[str, Shape]]:

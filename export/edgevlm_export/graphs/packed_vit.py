@@ -1,4 +1,4 @@
-"""A vision transformer on packed patches, as the Qwen-VL models have it.
+"""A vision transformer on packed patches, as the Qwen-VL models and Pixtral have it.
 
 A picture comes in its own size, as a row of patches: `merge` x `merge` neighbours follow each other, so that every
 `merge`^2 rows become one image token at the end. Shapes: N patches, M = N / merge^2 image tokens, D channels.
@@ -27,7 +27,7 @@ from edgevlm_export.graphs.layers import (
     split,
     to_heads,
 )
-from edgevlm_export.graphs.modules import Embedding, FrameConvolution, Linear, Norm
+from edgevlm_export.graphs.modules import Embedding, FrameConvolution, Linear, Norm, PatchConvolution
 from edgevlm_export.graphs.rope import Rope, make_rope, rotate, rotations
 from edgevlm_export.graphs.stages import Stage, Values
 
@@ -50,8 +50,8 @@ class Block:
 
     name: str
     norm1: Norm
-    qkv: Linear
-    """Rows of q, then of k, then of v."""
+    qkv: tuple[Linear, ...]
+    """Rows of q, then of k, then of v, of one module or of three."""
     proj: Linear
     norm2: Norm
     mlp: PlainMLP | GatedMLP
@@ -72,11 +72,12 @@ class Merger:
 class PackedTransformer:
     """A vision transformer on packed patches, its merger, and mergers of earlier layers' outputs."""
 
-    patch_embedding: FrameConvolution
+    patch_embedding: FrameConvolution | PatchConvolution
     positions: Embedding | None
     """A table of learned positions, of which each patch gets a weighted sum of four."""
     blocks: tuple[Block, ...]
-    merger: Merger
+    merger: Merger | None
+    """None where `packed_stages` ends with the hidden states."""
     deepstack: tuple[tuple[int, Merger], ...]
     """After which blocks other mergers read the hidden states, in order."""
     num_heads: int
@@ -85,6 +86,8 @@ class PackedTransformer:
     """Its positions are a patch's row and column."""
     window: int = 0
     """Patches of a whole window, of a transformer with windowed blocks."""
+    pre_norm: Norm | None = None
+    """Before the first block."""
 
     @property
     def hidden_size(self) -> int:
@@ -123,8 +126,11 @@ def axial_rope(head_dim: int, theta: float) -> Rope:
 
 
 def packed_stages(vision: PackedTransformer) -> list[Stage]:
-    """Return the stages from pixel_values `(B, N, values of a patch)` to the outputs, each `(B, M, D)`."""
-    stages = [Stage(partial(embed_patches, vision), (vision.patch_embedding, vision.positions))]
+    """Return the stages from pixel_values `(B, N, values of a patch)` to the outputs, each `(B, M, D)`.
+
+    Without a merger they end with hidden_states `(B, N, D)`.
+    """
+    stages = [Stage(partial(embed_patches, vision), (vision.patch_embedding, vision.positions, vision.pre_norm))]
     stages.append(Stage(partial(place_patches, vision)))
     mergers = {after: (deepstack_name(number), each) for number, (after, each) in enumerate(vision.deepstack)}
     for index, block in enumerate(vision.blocks):
@@ -132,7 +138,8 @@ def packed_stages(vision: PackedTransformer) -> list[Stage]:
         if index in mergers:
             name, merger = mergers[index]
             stages.append(Stage(partial(merge_patches, vision, merger, name), (merger,)))
-    stages.append(Stage(partial(merge_patches, vision, vision.merger, "image_embeds"), (vision.merger,)))
+    if vision.merger:
+        stages.append(Stage(partial(merge_patches, vision, vision.merger, "image_embeds"), (vision.merger,)))
     return stages
 
 
@@ -149,7 +156,7 @@ def embed_patches(vision: PackedTransformer, values: Values, constants: Constant
         corners = embedding(values["table_indices"], constants, vision.positions)  # (B, 4, N, D)
         weights = opset.unsqueeze(values["table_weights"], np.int64(-1))
         x = opset.add(x, opset.reduce_sum(opset.multiply(corners, weights), np.array([1]), keep_dims=False))
-    values["hidden_states"] = x
+    values["hidden_states"] = norm(x, constants, vision.pre_norm) if vision.pre_norm else x
 
 
 def place_patches(vision: PackedTransformer, values: Values, constants: Constants) -> None:  # noqa: ARG001
@@ -260,7 +267,7 @@ def attention(x: Output, vision: PackedTransformer, block: Block, values: Values
     opset = import_openvino().opset13
     heads, width = vision.num_heads, vision.hidden_size
     head_dim = width // heads
-    x, prefix, bias = linear(x, constants, block.qkv), "", np.zeros((1, 1), np.float32)
+    x, prefix, bias = linear(x, constants, *block.qkv), "", np.zeros((1, 1), np.float32)
     if block.windowed:
         x, prefix, bias = in_windows(x, vision, values, 3 * width), "window_", values["window_bias"]
     q, k, v = (to_heads(each, heads, head_dim) for each in split(x, [width] * 3))

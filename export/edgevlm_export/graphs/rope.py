@@ -58,11 +58,20 @@ def make_rope(rotary_dim: int, theta: float, scaling: Mapping[str, Any] | None, 
         return Rope(frequencies)
     if kind == "linear":
         return Rope(frequencies / np.float32(scaling["factor"]))
+    if kind == "proportional":
+        return Rope(_proportional(frequencies, scaling))
     if kind == "llama3":
         return Rope(_llama3(frequencies, scaling, context_length))
     if kind == "yarn":
         return _yarn(frequencies, rotary_dim, theta, scaling, context_length)
     raise NotImplementedError(str(kind))
+
+
+def _proportional(frequencies: Frequencies, scaling: Mapping[str, Any]) -> Frequencies:
+    """The first pairs of channels turn, `partial_rotary_factor` of all, and the others stand still."""
+    turning = int(scaling.get("partial_rotary_factor", 1.0) * 2 * len(frequencies) // 2)
+    kept = np.where(np.arange(len(frequencies)) < turning, frequencies, np.float32(0))
+    return np.asarray(kept / np.float32(scaling.get("factor", 1.0)), np.float32)
 
 
 def _llama3(frequencies: Frequencies, scaling: Mapping[str, Any], context_length: int) -> Frequencies:

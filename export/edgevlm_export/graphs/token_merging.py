@@ -83,10 +83,15 @@ def merge_tokens(x: ov.Node, keys: ov.Node, merging: TokenMerging, values: Value
     return opset.divide(x, size)
 
 
+def unmerged(values: Values) -> Output:
+    """Return `hidden_states` with one vector for each token that the view had before any merging."""
+    x, places = values["hidden_states"], values.outputs.get("token_places")
+    return x if places is None else import_openvino().opset13.gather(x, places, np.int64(1), batch_dims=1).output(0)
+
+
 def unmerge_tokens(values: Values, constants: Constants) -> None:  # noqa: ARG001
-    """Set `hidden_states` to one vector for each token that the view had before the first merging."""
-    opset = import_openvino().opset13
-    values["hidden_states"] = opset.gather(values["hidden_states"], values["token_places"], np.int64(1), batch_dims=1)
+    """Set `hidden_states` so."""
+    values.outputs["hidden_states"] = unmerged(values)
 
 
 def _places(keys: ov.Node, merging: TokenMerging) -> ov.Node:

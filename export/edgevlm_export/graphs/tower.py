@@ -60,8 +60,12 @@ class Tower(VisionTransformer):
 def unused(tower: Tower) -> tuple[str, ...]:
     """Return the names of tensors that checkpoints have and that are not read: what follows the last layer run."""
     after = [tower.encoder_layer(index) for index in range(tower.layers, tower.num_hidden_layers)]
-    head = [f"{tower.prefix}.head.{name}" for name in ("probe", *_POOLING)]
-    return (*(name for name, _ in declared([*after, tower.post_layernorm])), *head)
+    return (*(name for name, _ in declared([*after, tower.post_layernorm])), *pooling_head(tower.prefix))
+
+
+def pooling_head(prefix: str) -> tuple[str, ...]:
+    """Return the names of the tensors that make one vector of a picture in SigLIP, which no VLM reads."""
+    return tuple(f"{prefix}.head.{name}" for name in ("probe", *_POOLING))
 
 
 def tower_stages(tower: Tower) -> list[Stage]:

@@ -8,7 +8,7 @@ partitions are mapped back and stitched. So memory is bounded by a partition, wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION
 from edgevlm.runtime.config import RuntimeConfig
 from edgevlm.runtime.core import core, import_openvino, read_ir
-from edgevlm_export.calibration import verification_pairs, with_questions
+from edgevlm_export.calibration import Pair, verification_pairs, with_questions
 from edgevlm_export.compress import compress, import_nncf
 from edgevlm_export.families import Architecture
 from edgevlm_export.graphs.constants import Constants
@@ -65,8 +65,8 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
     needs_data = options.part_precision(LANGUAGE) == "int4" and options.int4.needs_data
     calibration_pairs = with_questions(pairs) if needs_data else []
     samples = {pair: make_sample(processor, pair) for pair in [*verified.values(), *calibration_pairs]}
-    table = weights.get(f"{architecture.decoder.embed_tokens.name}.weight")
-    embeds = {pair: look_up(table, sample.ids) for pair, sample in samples.items()}
+    embed_tokens = architecture.decoder.embed_tokens
+    embeds = text_embeds(weights.get(f"{embed_tokens.name}.weight"), samples, embed_tokens.scale)
     writer = SubmodelWriter(architecture, weights, job)
 
     views = [encoder_inputs(processor.family, view) for sample in samples.values() for view in sample.views]
@@ -110,14 +110,22 @@ def compared(sample: Sample) -> int:
     return min(VERIFY_TOKENS, answer + 1 if answer else len(sample.ids))
 
 
-def look_up(table: RawTensor, ids: Array) -> Array:
-    """Return the embeddings `(1, n, D)` of token ids. Raises `SourceError` for a token that the table lacks."""
+def text_embeds(table: RawTensor, samples: Mapping[Pair, Sample], scale: float) -> dict[Pair, Array]:
+    """Return the embeddings of each sample's token ids; the table, which may be a merged one, is let go of."""
+    return {pair: look_up(table, sample.ids, scale) for pair, sample in samples.items()}
+
+
+def look_up(table: RawTensor, ids: Array, scale: float) -> Array:
+    """Return the embeddings `(1, n, D)` of token ids, multiplied by `scale` as in the graph.
+
+    Raises `SourceError` for a token that the table lacks.
+    """
     if ids.max() >= len(table.array):
         raise SourceError(
             f"the tokenizer makes token {ids.max()}, and the model knows {len(table.array)}: tokenizer.json and the"
             " weights do not belong together"
         )
-    return replace(table, array=table.array[ids]).float32()[None]
+    return replace(table, array=table.array[ids]).float32()[None] * table.rounded(scale)
 
 
 def _zero_extras(graph: Graph, count: int) -> Arrays:

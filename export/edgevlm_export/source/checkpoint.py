@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,27 @@ from edgevlm_export.source.config_reader import ConfigReader
 _PROCESSOR, _PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
 _VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
-_DOCTAG = re.compile(r"</?[a-z][a-z0-9_]*>?")
+_TEMPLATE = "chat_template.jinja"
+_FOLDER_OF_TEMPLATES = "additional_chat_templates"
+_TEMPLATE_FILES = (_TEMPLATE, "chat_template.json")
+_PROCESSOR_FILES = (_PROCESSOR, _PREPROCESSOR, _VIDEO_PREPROCESSOR)
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    _TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder a PEFT adapter."""
 _PLACE = re.compile(r"<(loc|seg)_?\d+>")
+_MARKUP: Mapping[str, re.Pattern[str]] = {
+    "<doclang>": re.compile(r"(</?[a-z][^<>|]*>?)+|<!\[CDATA\[|\]\]>|\"/>"),
+    "<doctag>": re.compile(r"</?[a-z][a-z0-9_]*>?"),
+}
+"""The special tokens of a vocabulary that has this one; a token of DocLang may be several tags, or part of one."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 _ONNX_FILES: Mapping[str, tuple[str, ...]] = {
@@ -41,16 +60,36 @@ class Checkpoint:
     source: str
     revision: str | None
     config: Mapping[str, Any]
+    stand_ins: Mapping[str, Path] = field(default_factory=dict)
+    """The folders of adapters that some files are read from instead, by the files' names."""
 
     @property
     def model_type(self) -> str:
         """The architecture's name in the Hugging Face config."""
         return str(self.config.get("model_type", ""))
 
+    def with_files_of(self, adapters: Iterable[Path]) -> Checkpoint:
+        """Return it with tokenizer, processors' settings and chat templates of the adapters in these folders.
+
+        Each of the three is that of the first folder that has it.
+        """
+        stand_ins: dict[str, Path] = {}
+        for folder in adapters:
+            if (folder / "tokenizer.json").is_file():
+                stand_ins = dict.fromkeys(_TOKENIZER_FILES, folder) | stand_ins
+            if "image_processor" in _read(folder / _PROCESSOR) or (folder / _PREPROCESSOR).is_file():
+                stand_ins = dict.fromkeys(_PROCESSOR_FILES, folder) | stand_ins
+            if _templates_in(folder):
+                stand_ins = dict.fromkeys(_TEMPLATE_FILES, folder) | stand_ins
+        return replace(self, stand_ins=stand_ins)
+
+    def path(self, name: str) -> Path:
+        """Return where a file of the checkpoint is, or would be."""
+        return self.stand_ins.get(name, self.folder) / name
+
     def read(self, name: str) -> dict[str, Any]:
         """Return a JSON file of the checkpoint, empty when there is none."""
-        path = self.folder / name
-        return _read_json(path) if path.is_file() else {}
+        return _read(self.path(name))
 
     def section(
         self, name: str, defaults: Mapping[str, Any] | None = None, harmless: Collection[str] = ()
@@ -59,13 +98,18 @@ class Checkpoint:
         whole = ConfigReader(self.config, "", None if name else defaults, harmless=() if name else harmless)
         return whole.section(name, defaults, harmless=harmless) if name else whole
 
+    def image_settings(self) -> Mapping[str, Any]:
+        """Return the image processor's settings as they are stated."""
+        nested = self.read(_PROCESSOR).get("image_processor")
+        return nested if isinstance(nested, Mapping) else self.read(_PREPROCESSOR)
+
     def image_processor(self, defaults: Mapping[str, Any], harmless: Collection[str]) -> ConfigReader:
         """Return the image processor's settings: transformers 5 keeps them in processor_config.json, 4 in a file of
         their own. Raises `SourceError`."""
         nested = self.read(_PROCESSOR).get("image_processor")
         if nested is not None:
             return ConfigReader(nested, "image_processor", defaults, file=_PROCESSOR, harmless=harmless)
-        if not (self.folder / _PREPROCESSOR).is_file():
+        if not self.path(_PREPROCESSOR).is_file():
             raise SourceError(f"{self.folder} has no {_PREPROCESSOR}, and no image_processor in {_PROCESSOR}")
         return ConfigReader(self.read(_PREPROCESSOR), "", defaults, file=_PREPROCESSOR, harmless=harmless)
 
@@ -78,7 +122,7 @@ class Checkpoint:
         nested = self.read(_PROCESSOR).get("video_processor")
         if nested is not None:
             return ConfigReader(nested, "video_processor", defaults, file=_PROCESSOR, harmless=harmless)
-        file = next((each for each in (_VIDEO_PREPROCESSOR, _PREPROCESSOR) if (self.folder / each).is_file()), None)
+        file = next((each for each in (_VIDEO_PREPROCESSOR, _PREPROCESSOR) if self.path(each).is_file()), None)
         return ConfigReader(self.read(file) if file else {}, "", defaults, file=file or _PROCESSOR, harmless=harmless)
 
     def chat_template(self, name: str = "default") -> str:
@@ -88,19 +132,14 @@ class Checkpoint:
         additional_chat_templates/; chat_template.json, processor_config.json and tokenizer_config.json may hold one, or
         several by name.
         """
-        templates: dict[str, str] = {}
-        for file in (_TOKENIZER_CONFIG, _PROCESSOR, "chat_template.json"):
-            templates |= _templates(self.read(file).get("chat_template"), file)
-        for path in sorted((self.folder / "additional_chat_templates").glob("*.jinja")):
-            templates[path.stem] = _read_text(path)
-        if (jinja := self.folder / "chat_template.jinja").is_file():
-            templates["default"] = _read_text(jinja)
+        folder = self.path(_TEMPLATE).parent
+        templates = _templates_in(folder)
         if name in templates:
             return templates[name]
         if not templates:
             raise SourceError(f"{self.folder} has no chat template; edgevlm needs a chat (instruct) checkpoint")
         known = ", ".join(sorted(templates))
-        raise SourceError(f"{self.folder} has no chat template {name!r}; --chat-template takes one of: {known}")
+        raise SourceError(f"{folder} has no chat template {name!r}; --chat-template takes one of: {known}")
 
     @cached_property
     def named_tokens(self) -> dict[str, str]:
@@ -125,17 +164,16 @@ class Checkpoint:
         try:
             return {str(token["content"]): token for token in added}
         except (KeyError, TypeError):
-            raise SourceError(
-                f"{self.folder / 'tokenizer.json'} is no tokenizer: its added_tokens are broken"
-            ) from None
+            raise SourceError(f"{self.path('tokenizer.json')} is no tokenizer: its added_tokens are broken") from None
 
     def text_tokens(self, written: str) -> tuple[str, ...]:
         """Return the special tokens that are part of an answer: markup and places, which its reader needs.
 
-        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`), but for what the
-        tokenizer's files name or the prompt is made of: `written` is all that templates and image blocks write.
+        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`) or DocLang
+        (`<doclang>`), but for what the tokenizer's files name or the prompt is made of: `written` is all that templates
+        and image blocks write.
         """
-        pattern = _DOCTAG if "<doctag>" in self.added_tokens else _PLACE
+        pattern = next((each for name, each in _MARKUP.items() if name in self.added_tokens), _PLACE)
         control = {*self.named_tokens.values()}
         return tuple(
             name
@@ -163,13 +201,16 @@ class Checkpoint:
 
     def small_files(self) -> list[Path]:
         """Return the files that go into the export unchanged: configs, tokenizer, licence and model card."""
-        return [
-            path
-            for path in sorted(self.folder.iterdir())
+        paths = {
+            path.name: path
+            for folder in {self.folder, *self.stand_ins.values()}
+            for path in folder.iterdir()
             if path.is_file()
+            and path == self.path(path.name)
             and (path.suffix in _COPIED or path.name.startswith("LICENSE") or path.name == "README.md")
             and not path.name.endswith(".safetensors.index.json")
-        ]
+        }
+        return [paths[name] for name in sorted(paths)]
 
     @property
     def has_safetensors(self) -> bool:
@@ -214,8 +255,14 @@ def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None,
 
 def _open_folder(folder: Path, source: str, revision: str | None, via: Route) -> Checkpoint:
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file():
+            base = _read(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+            raise SourceError(
+                f"{folder} is a PEFT adapter{f' of {base}' if base else ''}; export the model that it was trained on,"
+                f" with --adapter {folder}"
+            )
         raise SourceError(f"{folder} has no config.json, so it is no Hugging Face checkpoint")
-    checkpoint = Checkpoint(folder, source, revision, _read_json(folder / "config.json"))
+    checkpoint = Checkpoint(folder, source, revision, read_json(folder / "config.json"))
     has_onnx = any(place.is_dir() and any(place.glob("*.onnx")) for place in (folder / "onnx", folder))
     from_onnx = via == "onnx" or (via == "auto" and has_onnx and not checkpoint.has_safetensors)
     if from_onnx:
@@ -226,7 +273,8 @@ def _open_folder(folder: Path, source: str, revision: str | None, via: Route) ->
     if not (folder / "tokenizer.json").is_file():
         raise SourceError(f"{folder} has no tokenizer.json; save the checkpoint's fast tokenizer there first")
     if not from_onnx:
-        _check_weights(checkpoint)
+        for path in checkpoint.weight_files():
+            check_safetensors(path)
     return checkpoint
 
 
@@ -234,20 +282,19 @@ def _has_safetensors(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _WEIGHT_FILES)
 
 
-def _check_weights(checkpoint: Checkpoint) -> None:
-    """Open every weight file, which reads its header and compares it with the file's length."""
+def check_safetensors(path: Path) -> None:
+    """Open a weight file, which reads its header and compares it with the file's length. Raises `SourceError`."""
     from safetensors import SafetensorError, safe_open
 
-    for path in checkpoint.weight_files():
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except FileNotFoundError:
-            if path.is_file():
-                raise SourceError(f"{path} may not be read") from None
-            raise SourceError(f"{path.parent} lacks {path.name}, which its index names") from None
-        except (SafetensorError, OSError) as error:
-            raise SourceError(f"{path} is damaged or truncated: {error}") from None
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except FileNotFoundError:
+        if path.is_file():
+            raise SourceError(f"{path} may not be read") from None
+        raise SourceError(f"{path.parent} lacks {path.name}, which its index names") from None
+    except (SafetensorError, OSError) as error:
+        raise SourceError(f"{path} is damaged or truncated: {error}") from None
 
 
 def _weight_names(folder: Path) -> list[str]:
@@ -258,7 +305,7 @@ def _weight_names(folder: Path) -> list[str]:
     whole, index = (folder / name for name in _WEIGHT_FILES)
     if whole.is_file() or not index.is_file():
         return [whole.name]
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise SourceError(f"{index} has no weight_map from tensors to files")
     if outside := [name for name in weight_map.values() if Path(name).name != name]:
@@ -315,6 +362,18 @@ def _read_text(path: Path) -> str:
         raise SourceError(f"{path} cannot be read: {error}") from None
 
 
+def _templates_in(folder: Path) -> dict[str, str]:
+    """Return a folder's chat templates by name, whichever file holds them."""
+    templates: dict[str, str] = {}
+    for file in (_TOKENIZER_CONFIG, _PROCESSOR, "chat_template.json"):
+        templates |= _templates(_read(folder / file).get("chat_template"), file)
+    for path in sorted((folder / _FOLDER_OF_TEMPLATES).glob("*.jinja")):
+        templates[path.stem] = _read_text(path)
+    if (jinja := folder / _TEMPLATE).is_file():
+        templates["default"] = _read_text(jinja)
+    return templates
+
+
 def _templates(found: Any, file: str) -> dict[str, str]:
     """Return the chat templates that a file holds, by name: one alone, or several as an object or as pairs."""
     if isinstance(found, list):
@@ -326,7 +385,12 @@ def _templates(found: Any, file: str) -> dict[str, str]:
     return {str(name): text for name, text in pairs if text}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a file's JSON object. Raises `SourceError`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -176,6 +176,11 @@ class ConfigReader:
             raise self._wrong(key, value, "must be true or false")
         return value
 
+    @property
+    def stated(self) -> dict[str, Any]:
+        """All that is stated, null left out."""
+        return dict(self._stated)
+
     def name_of(self, key: str) -> str:
         """Return a key's full name in the file."""
         return f"{self._prefix}{key}"

@@ -9,7 +9,7 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,7 +22,7 @@ from edgevlm.errors import SourceError
 from edgevlm_export.source.checkpoint import Checkpoint
 
 Array: TypeAlias = npt.NDArray[Any]
-_DTYPES: dict[str, tuple[str, type]] = {
+DTYPES: dict[str, tuple[str, type]] = {
     "F32": ("f32", np.float32),
     "F16": ("f16", np.float16),
     "BF16": ("bf16", np.uint16),
@@ -45,6 +45,13 @@ class RawTensor:
             return (self.array.astype(np.uint32) << 16).view(np.float32)
         return self.array.astype(np.float32, copy=False)
 
+    def rounded(self, value: float) -> np.float32:
+        """Return a number as this tensor's type holds it, rounded to nearest, ties to even."""
+        if self.dtype == "bf16":
+            bits = int(np.float32(value).view(np.uint32))
+            return np.uint32((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+        return np.float32(self.array.dtype.type(value))
+
 
 def concatenate(tensors: Sequence[RawTensor]) -> RawTensor:
     """Return tensors joined along their first axis, in their own type where it is one, else in float32."""
@@ -55,26 +62,64 @@ def concatenate(tensors: Sequence[RawTensor]) -> RawTensor:
     return RawTensor(np.concatenate([tensor.float32() for tensor in tensors]), "f32")
 
 
-class Weights:
-    """Tensors by name; `expect` checks them against the shapes that the config asks for."""
+class Tensors:
+    """The tensors of some safetensors files, by name."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         self._maps: dict[Path, mmap.mmap] = {}
         self._entries: dict[str, tuple[Path, int, dict[str, Any]]] = {}
-        for path in checkpoint.weight_files():
+        for path in paths:
             start, header = _read_header(path)
             self._entries |= {name: (path, start, entry) for name, entry in header.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
     @property
     def count(self) -> int:
         """How many numbers all tensors together hold, by the files' headers."""
         return sum(math.prod(entry["shape"]) for _, _, entry in self._entries.values())
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape, by the file's header."""
+        return tuple(self._entries[name][2]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """Return a tensor's element type as the file's header has it, such as BF16."""
+        return str(self._entries[name][2]["dtype"])
+
+    def get(self, name: str) -> RawTensor:
+        """Return a tensor, memory-mapped."""
+        path, start, entry = self._entries[name]
+        kind, dtype = DTYPES[entry["dtype"]]
+        count = int(np.prod(entry["shape"], dtype=np.int64))
+        offset = start + entry["data_offsets"][0]
+        return RawTensor(np.frombuffer(self._map(path), dtype, count, offset).reshape(entry["shape"]), kind)
+
+    def release(self) -> None:
+        """Let the system take back the memory of what was read; it is read from the file again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for each in self._maps.values():
+                each.madvise(mmap.MADV_DONTNEED)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[path]
+
+
+class Weights(Tensors):
+    """A checkpoint's tensors; `expect` checks them against the shapes that the config asks for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.weight_files())
+
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
-        """Check that the checkpoint has these tensors and no others but `unused`, names or patterns such as `mtp.*`.
+        """Check that the checkpoint has these tensors and no others but `unused`, or such by pattern (`mtp.*`).
 
         Raises `SourceError`.
         """
@@ -88,37 +133,16 @@ class Weights:
                 " config.json and the weights do not belong together"
             )
 
-    def get(self, name: str) -> RawTensor:
-        """Return a tensor, memory-mapped."""
-        path, start, entry = self._entries[name]
-        kind, dtype = _DTYPES[entry["dtype"]]
-        count = int(np.prod(entry["shape"], dtype=np.int64))
-        offset = start + entry["data_offsets"][0]
-        return RawTensor(np.frombuffer(self._map(path), dtype, count, offset).reshape(entry["shape"]), kind)
-
-    def release(self) -> None:
-        """Let the system take back the memory of what was read; it is read from the file again when needed."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for each in self._maps.values():
-                each.madvise(mmap.MADV_DONTNEED)
-
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
-        if name not in self._entries:
+        if name not in self:
             raise SourceError(f"the checkpoint lacks weights that its config asks for, such as {name}")
-        entry = self._entries[name][2]
-        if entry["dtype"] not in _DTYPES:
+        if self.dtype(name) not in DTYPES:
             raise SourceError(
-                f"weight {name} is stored as {entry['dtype']}; the native route reads {', '.join(_DTYPES)}"
+                f"weight {name} is stored as {self.dtype(name)}; the native route reads {', '.join(DTYPES)}"
                 " (quantized checkpoints are not exported: take the original one)"
             )
-        if tuple(entry["shape"]) != shape:
-            raise SourceError(f"weight {name} has shape {tuple(entry['shape'])}, its config asks for {shape}")
-
-    def _map(self, path: Path) -> mmap.mmap:
-        if path not in self._maps:
-            with path.open("rb") as file:
-                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[path]
+        if self.shape(name) != shape:
+            raise SourceError(f"weight {name} has shape {self.shape(name)}, its config asks for {shape}")
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
+
+from edgevlm.evals.statistics import wilson
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
@@ -38,8 +39,4 @@ class Scored:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval (Wilson 1927, the score interval)."""
-        if not self.asked:
-            return 0.0, 1.0
-        n, p, z = self.asked, self.share, 1.959964
-        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+        return wilson(self.right, self.asked)

@@ -1,0 +1,91 @@
+"""`edgevlm eval`: what a model can see."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgevlm.cli.help import Command, group
+from edgevlm.cli.options import (
+    LONG_RUNNING_DEFAULTS,
+    chosen_model,
+    generation_config,
+    generation_options,
+    image_budget,
+    model_options,
+    runtime_config,
+)
+from edgevlm.strict_json import write_json
+
+if TYPE_CHECKING:
+    from edgevlm.evals.ask import Model
+
+
+@click.command("eval", cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
+@click.option("--suite", "suites", default="all", show_default=True, help="Suites, separated by commas, or all.")
+@click.option("--items", type=int, help="Items of each suite at most.")
+@click.option("--quick", is_flag=True, help="About a hundred items of each suite.")
+@click.option("--sample-seed", default=0, show_default=True, help="Makes other items of the same kinds.")
+@click.option("--data", type=click.Path(path_type=Path), help="Your own items, for suites that take them.")
+@click.option("--against", metavar="MODEL", help="Another model, asked the same items and compared in pairs.")
+@click.option("--url", help="Ask a server of OpenAI's API at http://…/v1 instead; its key is in EDGEVLM_API_KEY.")
+@click.option("--no-blind", is_flag=True, help="Do not ask each item about grey pictures, too.")
+@model_options
+@generation_options
+@group(
+    "Output",
+    click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the rows; run again, it goes on."),
+    click.option("--report", type=click.Path(path_type=Path), help="Also write a page with the failures' pictures."),
+    click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object."),
+)
+def evaluate(
+    suites: str,
+    items: int | None,
+    quick: bool,
+    sample_seed: int,
+    data: Path | None,
+    against: str | None,
+    url: str | None,
+    no_blind: bool,
+    output: Path | None,
+    report: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find out what a model can see: questions about drawn pictures, whose answers are known.
+
+    Options are scored by their probability, under letters in every order. Beside what is right stand chance, the same
+    questions about grey pictures (blind), and always giving the commonest answer (majority); intervals are of 95 %.
+    --against compares two exports of a model on the same items: what INT4 costs, or what tuning gained.
+
+    \b
+    edgevlm eval --suite spacenum --quick
+    edgevlm eval -m my-int4 --against my-fp32 -o results --report report.html
+    edgevlm eval --url http://localhost:8080/v1 --suite mcq --data MMBench.tsv
+    """
+    from edgevlm.cli.evaluation import Evaluation
+
+    def local(name: str | None) -> Model:
+        from edgevlm.evals.ask import LocalModel
+        from edgevlm.vlm import VLM
+
+        vlm = VLM(chosen_model(name), runtime_config(options))
+        return LocalModel(vlm, generation_config(options), image_budget(options))
+
+    def remote(address: str) -> Model:
+        from edgevlm.evals.remote import RemoteModel
+
+        return RemoteModel(address, options["model"], os.environ.get("EDGEVLM_API_KEY"))
+
+    run = Evaluation(suites, items, quick, sample_seed, data, blind=not no_blind, output=output)
+    first = remote(url) if url else local(options["model"])
+    found = run(first, local(against) if against else None)
+    if report:
+        found.write_page(report)
+    if as_json:
+        click.echo(write_json(found.to_dict()))
+    else:
+        found.show()

@@ -1,0 +1,120 @@
+"""A run of several suites on one model or two, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from edgevlm.cli.output import Bar
+from edgevlm.errors import OptionError
+from edgevlm.evals.ask import Model
+from edgevlm.evals.items import Item, Suite
+from edgevlm.evals.report import HEADINGS, cells, difference_line, write_report
+from edgevlm.evals.results import Difference, SuiteResult, compare, summarize
+from edgevlm.evals.run import Selection, check_knowledge, evaluate
+from edgevlm.evals.suites import SUITES, make_suite
+from edgevlm.jobs.jsonl import Row
+
+
+@dataclass
+class Findings:
+    """What a run found."""
+
+    model: str
+    results: list[tuple[Suite, SuiteResult, Sequence[Row], dict[str, Item]]] = field(default_factory=list)
+    differences: dict[str, Difference] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    other: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm eval --json` prints."""
+        return {
+            "model": self.model,
+            "suites": {result.suite: result.to_dict() for _, result, _, _ in self.results},
+            "against": self.other,
+            "differences": {name: asdict(each) for name, each in self.differences.items()},
+            "left_out": self.left_out,
+        }
+
+    def lines(self) -> list[str]:
+        """Return a line for each verdict, difference and suite that was left out."""
+        found = []
+        for _, result, _, _ in self.results:
+            found.append(f"{result.suite}: {result.verdict}")
+            found += [f"{result.suite}: {name}: {value:.2f}" for name, value in result.figures.items()]
+        found += [difference_line(f"{self.other}, {name}", each) for name, each in self.differences.items()]
+        return found + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
+
+    def show(self) -> None:
+        """Print the tables and the lines."""
+        console = Console()
+        for _, result, _, _ in self.results:
+            table = Table(*HEADINGS, title=f"{self.model}: {result.suite}")
+            for each in (*result.cells, result.total):
+                table.add_row(*map(Text, cells(each)))
+            console.print(table)
+        for line in self.lines():
+            console.print(Text(line), soft_wrap=True)
+
+    def write_page(self, path: Path) -> None:
+        """Write the HTML report. Raises `OutputError`."""
+        write_report(path, self.model, self.results, self.lines())
+
+
+class Evaluation:
+    """Which suites, and how many of their items."""
+
+    def __init__(
+        self,
+        suites: str,
+        items: int | None,
+        quick: bool,
+        seed: int,
+        data: Path | None,
+        *,
+        blind: bool,
+        output: Path | None,
+    ) -> None:
+        self._all = suites == "all"
+        names = list(SUITES) if self._all else [name.strip() for name in suites.split(",")]
+        self._suites: list[Suite] = []
+        self._left_out: dict[str, str] = {}
+        for name in names:
+            try:
+                self._suites.append(make_suite(name, data))
+            except OptionError as error:
+                if not self._all:
+                    raise
+                self._left_out[name] = str(error)
+        self._items, self._quick, self._seed, self._blind, self._output = items, quick, seed, blind, output
+
+    def __call__(self, model: Model, other: Model | None) -> Findings:
+        """Ask every suite's items of a model, and of another on the same items."""
+        found = Findings(model.name, left_out=dict(self._left_out), other=other.name if other else None)
+        for suite in self._suites:
+            count = min(filter(None, (self._items, suite.quick if self._quick else None)), default=None)
+            selection = Selection(count, self._seed, self._blind)
+            try:
+                check_knowledge(suite, model)
+                rows = self._rows(suite, model, selection)
+            except OptionError as error:
+                if not self._all:
+                    raise
+                found.left_out[suite.name] = str(error)
+                continue
+            items = {item.id: item for item in suite.items(count, self._seed)}
+            found.results.append((suite, summarize(suite, rows), rows, items))
+            if other:
+                found.differences[suite.name] = compare(rows, self._rows(suite, other, selection))
+        return found
+
+    def _rows(self, suite: Suite, model: Model, selection: Selection) -> list[Row]:
+        output = self._output / f"{model.name}-{suite.name}.jsonl" if self._output else None
+        with Bar() as bar:
+            return evaluate(suite, model, selection, output, bar.progress)

@@ -1,0 +1,121 @@
+"""A model behind OpenAI's API. Options need log-probabilities: `POST /v1/score`, or the first token's of a letter."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+from PIL import Image
+
+from edgevlm.errors import ModelError, OptionError, one_line
+from edgevlm.evals.ask import Scored
+from edgevlm.evals.items import LETTERS
+from edgevlm.families.base import RGB
+
+_TOP = 20
+_TIMEOUT_S = 600
+
+
+class RemoteModel:
+    """A server's model; edgevlm's own is asked for exact scores, any other for a letter's log-probabilities."""
+
+    is_general = True
+
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+        self._url, self._key = url.rstrip("/"), api_key
+        self.name = model or self._first_model()
+        self._scores = True
+
+    def describe(self) -> dict[str, Any]:
+        """Return the server's address and the model's name."""
+        return {"model": self.name, "url": self._url}
+
+    def score(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
+        """As `Model.score`. Raises `OptionError` where the server gives no log-probabilities."""
+        if self._scores:
+            body = {"model": self.name, "messages": _messages(pictures, question), "choices": list(options)}
+            try:
+                found = self._post("/score", body)
+            except _StatusError as error:
+                if error.code not in (404, 405):
+                    raise
+                self._scores = False
+            else:
+                return Scored(found["probabilities"], found["total_probability"])
+        return self._by_first_token(pictures, question, options)
+
+    def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int) -> str:
+        """As `Model.generate`."""
+        body = {"model": self.name, "messages": _messages(pictures, question), "max_tokens": max_new_tokens}
+        found = self._post("/chat/completions", body | {"temperature": 0})
+        return str(found["choices"][0]["message"]["content"] or "")
+
+    def _by_first_token(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
+        if any(option not in LETTERS for option in options):
+            raise OptionError(
+                f"{self._url} has no /score, so that only options under letters can be scored; leave this suite out"
+            )
+        body = {"model": self.name, "messages": _messages(pictures, question), "max_tokens": 1, "temperature": 0}
+        choice = self._post("/chat/completions", body | {"logprobs": True, "top_logprobs": _TOP})["choices"][0]
+        content = (choice.get("logprobs") or {}).get("content")
+        if not content:
+            raise OptionError(f"{self._url} gives no log-probabilities, which scored suites need")
+        likely = dict.fromkeys(options, 0.0)
+        for each in content[0]["top_logprobs"]:
+            if (letter := each["token"].strip()) in likely:
+                likely[letter] += math.exp(each["logprob"])
+        mass = sum(likely.values())
+        return Scored({letter: p / mass if mass else 1 / len(likely) for letter, p in likely.items()}, mass)
+
+    def _first_model(self) -> str:
+        found = self._request("/models", None)["data"]
+        if not found:
+            raise ModelError(f"{self._url} serves no model")
+        return str(found[0]["id"])
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return self._request(path, json.dumps(body).encode())
+
+    def _request(self, path: str, data: bytes | None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:  # noqa: S310
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise _StatusError(self._url + path, error) from None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self._url} cannot be asked: {one_line(error)}") from None
+
+
+class _StatusError(ModelError):
+    """The server refused a request."""
+
+    is_general = True
+
+    def __init__(self, url: str, error: urllib.error.HTTPError) -> None:
+        self.code = error.code
+        try:
+            told = json.load(error)["error"]["message"]
+        except (OSError, ValueError, KeyError, TypeError):
+            told = error.reason
+        super().__init__(f"{url} answered {error.code}: {' '.join(str(told).split())}")
+
+
+def _messages(pictures: Sequence[RGB], question: str) -> list[dict[str, Any]]:
+    shown = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
+    return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+
+
+def _data_url(picture: RGB) -> str:
+    with BytesIO() as png:
+        Image.fromarray(picture).save(png, format="PNG")
+        return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

@@ -1,0 +1,122 @@
+"""What the rows of a suite add up to: a table by cell, floors, intervals, and two models paired."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from edgevlm.evals.items import Suite
+from edgevlm.evals.statistics import Interval, cluster_bootstrap, mcnemar, wilson
+from edgevlm.jobs.jsonl import Row
+
+_LOW_MASS = 0.05
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The items of one cell, or of all."""
+
+    cell: str
+    asked: int
+    accuracy: float
+    interval: Interval
+    """95 %: Wilson's, or a bootstrap over families where items belong together."""
+    chance: float
+    blind: float | None
+    """Accuracy about grey pictures."""
+    majority: float | None
+    """Accuracy of always giving the commonest right answer; None where each item has options of its own."""
+    robust: float | None
+    """Share right in every order of the options."""
+    unwilling: float | None
+    """Share of items where the model put less than 5 % on all options together."""
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether the interval holds chance."""
+        return self.interval[0] <= self.chance <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """A suite's table and its line."""
+
+    suite: str
+    cells: tuple[CellResult, ...]
+    total: CellResult
+    verdict: str
+    figures: dict[str, float]
+    """What else the suite tells."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `edgevlm eval --json` prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A second model on the same items."""
+
+    difference: float
+    """The second's accuracy less the first's."""
+    interval: Interval
+    only_first: int
+    only_second: int
+    p: float
+    """McNemar's, exact."""
+
+
+def summarize(suite: Suite, rows: Sequence[Row]) -> SuiteResult:
+    """Return the results of a suite's rows."""
+    cells: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        cells[row["cell"]].append(row)
+    total = _count("all", rows)
+    verdict = suite.verdict(total.accuracy, *total.interval, total.chance, total.blind)
+    counted = tuple(_count(cell, some) for cell, some in cells.items())
+    return SuiteResult(suite.name, counted, total, verdict, suite.figures(rows))
+
+
+def compare(first: Sequence[Row], second: Sequence[Row]) -> Difference:
+    """Return how a second model's answers to the same items differ. Only items that both were asked count."""
+    others = {row["item"]: row for row in second}
+    pairs = [(row, others[row["item"]]) for row in first if row["item"] in others]
+    differences = [other["right"] - row["right"] for row, other in pairs]
+    only_first = sum(row["right"] >= 0.5 > other["right"] for row, other in pairs)
+    only_second = sum(other["right"] >= 0.5 > row["right"] for row, other in pairs)
+    interval = cluster_bootstrap(differences, [row["family"] for row, _ in pairs]) if len(pairs) > 1 else (-1.0, 1.0)
+    mean = float(np.mean(differences)) if differences else 0.0
+    return Difference(mean, interval, only_first, only_second, mcnemar(only_first, only_second))
+
+
+def _count(cell: str, rows: Sequence[Row]) -> CellResult:
+    right = [float(row["right"]) for row in rows]
+    families = [row["family"] for row in rows]
+    shares_families = len(set(families)) < len(rows)
+    interval = cluster_bootstrap(right, families) if shares_families else wilson(sum(right), len(right))
+    offered = [row for row in rows if row["options"]]
+    return CellResult(
+        cell,
+        len(rows),
+        float(np.mean(right)),
+        interval,
+        float(np.mean([1 / len(row["options"]) if row["options"] else 0.0 for row in rows])),
+        _mean([row["blind"] for row in rows if "blind" in row]),
+        _majority(offered),
+        _mean([float(row["robust"]) for row in offered]),
+        _mean([float(row["mass"] < _LOW_MASS) for row in offered]),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _majority(rows: Sequence[Row]) -> float | None:
+    if not rows or len({tuple(sorted(row["options"])) for row in rows}) > 1:
+        return None
+    return max(Counter(row["truth"] for row in rows).values()) / len(rows)

@@ -1,0 +1,122 @@
+"""Ask a suite's items of a model, a row for each, resumably."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import edgevlm
+from edgevlm.errors import IncompleteAnswerError, OptionError, OutputError
+from edgevlm.evals.ask import Model, blinded, judge
+from edgevlm.evals.items import Item, Suite
+from edgevlm.jobs.jsonl import Row, append_rows, read_rows, writing
+from edgevlm.jobs.work_queue import noop
+
+OnProgress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which items of a suite are asked."""
+
+    count: int | None = None
+    seed: int = 0
+    blind: bool = True
+    """Ask each item about grey pictures, too."""
+
+    def __post_init__(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise OptionError(f"items must be at least 1, not {self.count}")
+
+
+def evaluate(
+    suite: Suite, model: Model, selection: Selection, output: Path | None = None, on_progress: OnProgress = noop
+) -> list[Row]:
+    """Return the row of each item, in order; rows that `output` has already are not asked again.
+
+    Raises `OutputError` for an output of another suite, model or selection, and what the model raises.
+    """
+    items = suite.items(selection.count, selection.seed)
+    head = _head(suite, model, selection)
+    known = _known(output, head) if output else {}
+    rows = []
+    for number, item in enumerate(items):
+        on_progress(number, len(items))
+        if (row := known.get(item.id)) is None:
+            row = ask(suite, model, item, blind=selection.blind)
+            if output:
+                with writing(output):
+                    append_rows(output, [row])
+        rows.append(row)
+    on_progress(len(items), len(items))
+    return rows
+
+
+def check_knowledge(suite: Suite, model: Model) -> None:
+    """Raise `OptionError` for a suite that asks for more than the model was made for."""
+    if suite.needs_general_model and not model.is_general:
+        raise OptionError(f"the suite {suite.name} needs a general model; {model.name} knows displays and gauges alone")
+
+
+def ask(suite: Suite, model: Model, item: Item, *, blind: bool) -> Row:
+    """Return the row of one item."""
+    started, pictures = perf_counter(), item.pictures()
+    row: Row = {
+        "suite": suite.name,
+        "item": item.id,
+        "family": item.cluster,
+        "variant": item.variant,
+        "cell": item.cell,
+        "question": item.question,
+        "options": list(item.options),
+        "truth": item.truth,
+    }
+    if item.options:
+        seen = judge(suite, model, item, pictures)
+        row |= {"answer": seen.answer, "right": seen.right, "robust": seen.robust, "mass": round(seen.mass, 6)}
+        row["scores"] = {option: round(p, 6) for option, p in seen.scores.items()}
+        if blind:
+            row["blind"] = judge(suite, model, item, blinded(pictures)).right
+    else:
+        answer = _generated(model, item, pictures)
+        row |= {"answer": answer, "right": suite.grade(item, answer)}
+        if blind:
+            row["blind"] = suite.grade(item, _generated(model, item, blinded(pictures)))
+    return row | {"seconds": round(perf_counter() - started, 3)}
+
+
+def _generated(model: Model, item: Item, pictures: Sequence[Any]) -> str:
+    try:
+        return model.generate(pictures, item.question, item.max_new_tokens)
+    except IncompleteAnswerError as error:
+        return error.answer.text
+
+
+def _head(suite: Suite, model: Model, selection: Selection) -> Row:
+    return {
+        "suite": suite.name,
+        "version": suite.version,
+        "items": selection.count,
+        "seed": selection.seed,
+        "blind": selection.blind,
+        "edgevlm": edgevlm.__version__,
+        **model.describe(),
+    }
+
+
+def _known(output: Path, head: Row) -> dict[str, Row]:
+    """Return the rows of an earlier run by item; begin a file that is not there yet with `head`."""
+    rows = [row for row, _ in read_rows(output)]
+    if not rows:
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            append_rows(output, [head])
+        return {}
+    if rows[0] != head:
+        raise OutputError(
+            f"{output} holds the answers of another model, suite or selection; choose another -o, or delete it"
+        )
+    return {row["item"]: row for row in rows[1:]}

@@ -1,0 +1,156 @@
+"""What a model wrote of each page, put together as one document: Markdown, HTML, JSON, DocTags or text.
+
+DocTags and DocLang are read by docling-core, an optional dependency, which writes what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+from PIL import Image
+
+from edgevlm.errors import OptionError
+from edgevlm.families.base import RGB
+from edgevlm.jobs.doclang import crop_figures, read_doclang
+from edgevlm.strict_json import write_json
+
+if TYPE_CHECKING:
+    from docling_core.types.doc.document import DoclingDocument
+    from docling_core.types.doc.items.picture.picture import PictureItem
+
+Markup: TypeAlias = Literal["doclang", "doctags"]
+MARKUP: Mapping[str, Markup] = {"<doclang>": "doclang", "<doctag>": "doctags"}
+"""What a model writes whose vocabulary has that tag."""
+Target: TypeAlias = Literal["markdown", "html", "json", "doctags", "text"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+SUFFIXES: dict[Target, str] = {
+    "markdown": ".md",
+    "html": ".html",
+    "json": ".json",
+    "doctags": ".doctags",
+    "text": ".txt",
+}
+_FIGURE_TAGS = ("<picture>", "<chart>")
+_PAGE_BREAK = "\n\n"
+
+
+@dataclass(frozen=True)
+class PageText:
+    """What a model wrote of one page."""
+
+    number: int
+    """In its file, from 1."""
+    text: str
+    size: tuple[int, int]
+    """Width and height of the page's picture."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Where figures go that are cropped from pages, and the pages."""
+
+    folder: Path
+    page: Callable[[int], RGB]
+    """Return the picture of a page."""
+
+
+def assemble(
+    name: str, pages: Sequence[PageText], target: Target, figures: Figures, markup: Markup | None = None
+) -> str:
+    """Return the document; figures are written beside it, as it refers to them.
+
+    `markup` is what the model writes, None for Markdown.
+
+    Raises `OptionError` for a target that the model's answers cannot become, and without docling-core.
+    """
+    if target == "doctags":
+        if markup != "doctags":
+            found = "DocLang" if markup else "Markdown"
+            raise OptionError(f"this model writes {found}, not DocTags; choose --to markdown, html, json or text")
+        return "\n".join(page.text.strip() for page in pages) + "\n"
+    if markup is None:
+        return _of_markdown(name, pages, target)
+    return _written(_read(name, pages, figures, markup), target, figures)
+
+
+def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
+    texts = [page.text.strip() for page in pages]
+    if target == "json":
+        return write_json({"name": name, "pages": [{"page": each.number, "text": each.text} for each in pages]}) + "\n"
+    if target == "html":
+        from markdown_it import MarkdownIt
+
+        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(_PAGE_BREAK.join(texts))
+        return f'<!DOCTYPE html>\n<html>\n<head><meta charset="utf-8"></head>\n<body>\n{body}</body>\n</html>\n'
+    return _PAGE_BREAK.join(texts) + "\n"
+
+
+def _read(name: str, pages: Sequence[PageText], figures: Figures, markup: Markup) -> DoclingDocument:
+    """Return pages of markup as one document, which holds no page's picture, and its figures by their paths."""
+    try:
+        from docling_core.types.doc.document import DoclingDocument
+    except ImportError:
+        raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'") from None
+    read = []
+    for page in pages:
+        document = (_of_doclang if markup == "doclang" else _of_doctags)(name, page, figures)
+        for item in document.pages.values():
+            item.image = None
+        for index, picture in enumerate(document.pictures, 1):
+            _put_beside(picture, figures.folder, f"page-{page.number}-figure-{index}.png")
+        read.append(document)
+    whole = DoclingDocument.concatenate(read)
+    whole.name = name
+    return whole
+
+
+def _of_doctags(name: str, page: PageText, figures: Figures) -> DoclingDocument:
+    from docling_core.types.doc.doctags import DocTagsDocument
+    from docling_core.types.doc.document import DoclingDocument
+
+    has_figures = any(tag in page.text for tag in _FIGURE_TAGS)
+    sheet = Image.fromarray(figures.page(page.number)) if has_figures else Image.new("1", page.size)
+    tags = DocTagsDocument.from_doctags_and_image_pairs([page.text], [sheet])
+    return DoclingDocument.load_from_doctags(tags, document_name=name)
+
+
+def _of_doclang(name: str, page: PageText, figures: Figures) -> DoclingDocument:
+    document = read_doclang(page.text, name, page.size)
+    if document.pictures:
+        crop_figures(document, Image.fromarray(figures.page(page.number)))
+    return document
+
+
+def _put_beside(picture: PictureItem, folder: Path, name: str) -> None:
+    """Write a figure's crop to a file, and have the document refer to it."""
+    crop = picture.image and picture.image.pil_image
+    if picture.image is None or not isinstance(crop, Image.Image) or 0 in crop.size:
+        picture.image = None
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    crop.save(folder / name)
+    picture.image.uri = Path(folder.name, name)
+
+
+def _written(document: DoclingDocument, target: Target, figures: Figures) -> str:  # noqa: ARG001
+    from docling_core.types.doc.base import ImageRefMode
+
+    if target == "json":
+        return write_json(_plain(document.export_to_dict())) + "\n"
+    if target == "html":
+        return document.export_to_html(image_mode=ImageRefMode.REFERENCED)
+    if target == "text":
+        return document.export_to_text() + "\n"
+    return document.export_to_markdown(image_mode=ImageRefMode.REFERENCED) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold of a document's dictionary, in which paths are objects."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
