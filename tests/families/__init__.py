@@ -1,6 +1,15 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
-from tests.families import granite_docling, idefics3, internvl, lighton_ocr, llava, llava_onevision, qwen_vl
+from tests.families import (
+    granite_docling,
+    idefics3,
+    internvl,
+    lighton_ocr,
+    llava,
+    llava_onevision,
+    paddleocr_vl,
+    qwen_vl,
+)
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
@@ -10,6 +19,7 @@ BUILDERS: dict[str, Builder] = {
     "lighton_ocr": lighton_ocr.BUILDER,
     "llava": llava.BUILDER,
     "llava_onevision": llava_onevision.BUILDER,
+    "paddleocr_vl": paddleocr_vl.BUILDER,
     "qwen2_5_vl": qwen_vl.builder("qwen2_5_vl"),
     "qwen2_vl": qwen_vl.builder("qwen2_vl"),
     "qwen3_5": qwen_vl.builder("qwen3_5"),

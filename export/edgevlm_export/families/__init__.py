@@ -6,7 +6,16 @@ from collections.abc import Container, Mapping
 from typing import Any
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families import granite_docling, idefics3, internvl, lighton_ocr, llava, llava_onevision, qwen_vl
+from edgevlm_export.families import (
+    granite_docling,
+    idefics3,
+    internvl,
+    lighton_ocr,
+    llava,
+    llava_onevision,
+    paddleocr_vl,
+    qwen_vl,
+)
 from edgevlm_export.families.base import Architecture, FamilyExporter
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
@@ -28,6 +37,7 @@ FAMILIES: dict[str, FamilyExporter] = {
     "lighton_ocr": lighton_ocr.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
+    "paddleocr_vl": paddleocr_vl.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,
     "qwen2_vl": qwen_vl.EXPORTER,
     "qwen3_5": qwen_vl.EXPORTER,

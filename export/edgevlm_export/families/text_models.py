@@ -71,6 +71,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.263,
         "logits_scaling": 4.0,
     },
+    "paddleocr_vl_text": _LLAMA
+    | {
+        "vocab_size": 103424,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+    },
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
     "qwen2_vl_text": _QWEN2_VL,
@@ -100,7 +113,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; 4.57
 assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
-_FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+_FLAT = {"paddleocr_vl": "paddleocr_vl_text", "qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Families whose config.json may have the text model's keys beside the others, instead of in `text_config`."""
 _WINDOW = 4096
 """Of the classes, where windows slide and no size is stated."""
@@ -201,6 +214,14 @@ def read_qwen2_vl(text: ConfigReader, names: Names) -> Decoder:
     """Qwen2 with positions on three axes, whose frequencies follow each other."""
     _refuse_sliding_windows(text, always=False)
     return make_decoder(text, names, qkv_bias=True, mrope=MRope((16, 24, 24), interleaved=False))
+
+
+def read_paddleocr_vl(text: ConfigReader, names: Names) -> Decoder:
+    """ERNIE 4.5 with the positions of Qwen2-VL; `use_bias` gives every `Linear` a bias."""
+    _refuse_sliding_windows(text, always=False)
+    bias = text.flag("use_bias")
+    mrope = MRope((16, 24, 24), interleaved=False)
+    return make_decoder(text, names, qkv_bias=bias, o_bias=bias, mlp_bias=bias, mrope=mrope)
 
 
 def read_qwen3_vl(text: ConfigReader, names: Names) -> Decoder:
@@ -314,6 +335,8 @@ TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
     "granite_docling_text": read_granite,
     "llama": read_llama,
     "mistral": read_mistral,
+    "paddleocr_vl": read_paddleocr_vl,
+    "paddleocr_vl_text": read_paddleocr_vl,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
     "qwen2_vl": read_qwen2_vl,

@@ -88,6 +88,8 @@ class PackedTransformer:
     """Patches of a whole window, of a transformer with windowed blocks."""
     pre_norm: Norm | None = None
     """Before the first block."""
+    post_norm: Norm | None = None
+    """After the last block."""
 
     @property
     def hidden_size(self) -> int:
@@ -138,6 +140,8 @@ def packed_stages(vision: PackedTransformer) -> list[Stage]:
         if index in mergers:
             name, merger = mergers[index]
             stages.append(Stage(partial(merge_patches, vision, merger, name), (merger,)))
+    if vision.post_norm:
+        stages.append(Stage(partial(normalise, vision.post_norm), (vision.post_norm,)))
     if vision.merger:
         stages.append(Stage(partial(merge_patches, vision, vision.merger, "image_embeds"), (vision.merger,)))
     return stages
@@ -255,6 +259,11 @@ def transformer_block(vision: PackedTransformer, block: Block, values: Values, c
 def norm(x: Output, constants: Constants, module: Norm) -> ov.Node:
     """LayerNorm where the module has a bias, else RMSNorm."""
     return (layer_norm if module.bias else rms_norm)(x, constants, module)
+
+
+def normalise(module: Norm, values: Values, constants: Constants) -> None:
+    """Set `hidden_states` after a norm."""
+    values["hidden_states"] = norm(values["hidden_states"], constants, module)
 
 
 def plain_mlp(x: Output, mlp: PlainMLP, constants: Constants) -> ov.Node:
