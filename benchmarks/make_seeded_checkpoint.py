@@ -3,10 +3,10 @@
     python -m benchmarks.make_seeded_checkpoint SHAPE OUT_DIR [--set text_config.num_hidden_layers=3] [--gguf FILE]
 
 A shape is a file in `benchmarks/shapes/`: config.json and the other small files as published, and the special tokens
-from their published ids on; those of granite-docling-500m are the values of transformers' own classes, and its tokens
-are in an order made up. Weights are noise, BF16, written shard by shard: time and memory are the model's, answers
-mean nothing. Text is split by SmolLM2's tokenizer (of `benchmarks.make_checkpoint`), filled up to the first special
-token with tokens that no text has. Needs `gguf`, and transformers to write the tokenizer.
+from their published ids on; those of granite-docling-500m and paddleocr-vl-0.9b are the values of transformers' own
+classes, and their tokens are in an order made up. Weights are noise, BF16, written shard by shard: time and memory are
+the model's, answers mean nothing. Text is split by SmolLM2's tokenizer (of `benchmarks.make_checkpoint`), filled up to
+the first special token with tokens that no text has. Needs `gguf`, and transformers to write the tokenizer.
 """
 
 from __future__ import annotations
