@@ -41,6 +41,7 @@ QWEN_VL: dict[str, Any] = {
 FACTS: dict[str, dict[str, Any]] = {
     "idefics3": IDEFICS3,
     "smolvlm": IDEFICS3,
+    "glm_ocr": {"model_type": "glm_ocr", **QWEN_VL},
     "granite_docling": {
         "image_token": "<image>",
         "image_token_id": 4,
@@ -92,6 +93,7 @@ FACTS: dict[str, dict[str, Any]] = {
 LEAST = {
     "idefics3": 5,
     "smolvlm": 5,
+    "glm_ocr": 2,
     "granite_docling": 5,
     "internvl": 5,
     "lighton_ocr": 1,

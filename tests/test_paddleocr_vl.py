@@ -26,7 +26,7 @@ from edgevlm_export.families.text_models import DEFAULTS
 from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import noise
-from tests.families.paddleocr_vl import MERGE, TABLE_SIDE, image_processor, make_checkpoint, packed
+from tests.families.paddleocr_vl import MERGE, TABLE_SIDE, TEMPLATE, image_processor, make_checkpoint, packed
 from tests.helpers.json_files import read_json, write_json
 
 QUICK = ExportOptions("fp32", via="native", verify=False)
@@ -75,6 +75,15 @@ def test_it_is_asked_in_its_own_words() -> None:
     assert prompts.keys() == PAGE_PROMPTS.keys()
     assert prompts["page"] == "OCR:"
     assert prompts["table"] == "Table Recognition:"
+
+
+def test_cells_and_places_are_part_of_an_answer(tmp_path: Path) -> None:
+    shown = ["<fcel>", "<ecel>", "<lcel>", "<ucel>", "<xcel>", "<nl>", "<|LOC_0|>", "<|LOC_1000|>", "<|LOC_SEP|>"]
+    hidden = ["<|begin_of_sentence|>", "</s>", "<mask:0>", "<|IMAGE_START|>", "<|CROP_ROW_SEP|>"]
+    tokens = [{"content": token, "id": number, "special": True} for number, token in enumerate(hidden + shown)]
+    write_json(tmp_path / "tokenizer.json", {"added_tokens": tokens})
+    found = Checkpoint(tmp_path, "paddle", None, {}).text_tokens(TEMPLATE + family(image_processor()).block_text())
+    assert list(found) == shown
 
 
 @pytest.fixture(scope="module")

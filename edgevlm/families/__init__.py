@@ -31,6 +31,7 @@ def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
 
 
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
+    "glm_ocr": partial(_load, "glm_ocr", "GlmOcr"),
     "granite_docling": partial(_load, "granite_docling", "GraniteDocling"),
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),

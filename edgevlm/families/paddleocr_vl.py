@@ -36,10 +36,10 @@ class PaddleOcrVL(QwenVL):
         super().__init__(facts)
         self.table_side = int(facts["table_side"])
 
-    def _smart_grid(self, height: int, width: int, max_pixels: int) -> Grid:
+    def _smart_grid(self, height: int, width: int, most: int | None = None) -> Grid:
         """As Qwen-VL's, but a side of less than an image token is enlarged to one first, the other in proportion."""
         if height < self.unit:
             height, width = self.unit, round(width * self.unit / height)
         if width < self.unit:
             height, width = round(height * self.unit / width), self.unit
-        return super()._smart_grid(height, width, max_pixels)
+        return super()._smart_grid(height, width, most)

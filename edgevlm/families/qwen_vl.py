@@ -268,8 +268,9 @@ class QwenVL(Family):
     def _most_tokens(self, budget: ImageBudget) -> int | None:
         return most_tokens(budget, self.auto_tokens, LOW_TOKENS, self.least_tokens)
 
-    def _smart_grid(self, height: int, width: int, max_pixels: int) -> Grid:
-        """Return the grid of a picture, of at most `max_pixels` where the reference keeps its bounds."""
+    def _smart_grid(self, height: int, width: int, most: int | None = None) -> Grid:
+        """Return the reference's grid of a picture, with the checkpoint's bounds or with `most` image tokens."""
+        max_pixels = self.max_pixels if most is None else most * self.unit**2
         return smart_grid(height, width, self.unit, self.min_pixels, max_pixels)
 
     def _grid(self, height: int, width: int, most: int | None) -> Grid:
@@ -278,10 +279,10 @@ class QwenVL(Family):
         The reference oversteps its bounds where they leave little room. If it does, the grid is that within the bounds
         which is nearest to the picture's shape.
         """
-        grid = self._smart_grid(height, width, self.max_pixels)
+        grid = self._smart_grid(height, width)
         if most is None or grid.tokens <= most:
             return grid
-        grid = self._smart_grid(height, width, most * self.unit**2)
+        grid = self._smart_grid(height, width, most)
         if self.least_tokens <= grid.tokens <= most:
             return grid
         return nearest_grid(height, width, self.least_tokens, most)

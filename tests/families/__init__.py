@@ -1,6 +1,7 @@
 """The families in the parity suite: one builder each, by the names of the runtime's table."""
 
 from tests.families import (
+    glm_ocr,
     granite_docling,
     idefics3,
     internvl,
@@ -13,6 +14,7 @@ from tests.families import (
 from tests.families.base import Builder
 
 BUILDERS: dict[str, Builder] = {
+    "glm_ocr": glm_ocr.BUILDER,
     "granite_docling": granite_docling.BUILDER,
     "idefics3": idefics3.builder("idefics3"),
     "internvl": internvl.BUILDER,

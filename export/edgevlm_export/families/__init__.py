@@ -7,6 +7,7 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families import (
+    glm_ocr,
     granite_docling,
     idefics3,
     internvl,
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, FamilyExporter] = {
+    "glm_ocr": glm_ocr.EXPORTER,
     "granite_docling": granite_docling.EXPORTER,
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,

@@ -71,6 +71,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.263,
         "logits_scaling": 4.0,
     },
+    "glm_ocr_text": _LLAMA
+    | {
+        "vocab_size": 59392,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+    },
     "paddleocr_vl_text": _LLAMA
     | {
         "vocab_size": 103424,
@@ -154,6 +165,8 @@ class MRope:
     sections: tuple[int, ...]
     """Pairs of channels of each axis, where the config does not say."""
     interleaved: bool
+    adjacent: bool = False
+    """Whether a pair of channels is two side by side."""
 
 
 def text_section(config: ConfigReader, harmless: Collection[str] = ()) -> ConfigReader:
@@ -222,6 +235,24 @@ def read_paddleocr_vl(text: ConfigReader, names: Names) -> Decoder:
     bias = text.flag("use_bias")
     mrope = MRope((16, 24, 24), interleaved=False)
     return make_decoder(text, names, qkv_bias=bias, o_bias=bias, mlp_bias=bias, mrope=mrope)
+
+
+def read_glm_ocr(text: ConfigReader, names: Names) -> Decoder:
+    """Llama with norms behind attention and MLP, too, gate and up in one module, and positions on three axes."""
+    _refuse_sliding_windows(text, always=False)
+    decoder = make_decoder(text, names, mrope=MRope((8, 12, 12), False, adjacent=True), partial_rotary=True)
+    return replace(decoder, layers=tuple(_with_post_norms(layer) for layer in decoder.layers))
+
+
+def _with_post_norms(layer: Layer) -> Layer:
+    """Return a layer of GLM-OCR."""
+    mlp, norm = layer.mlp, layer.input_norm
+    gate_up = Linear(f"{layer.name}.mlp.gate_up_proj", 2 * mlp.gate_proj.rows, mlp.gate_proj.columns)
+    after_mixer, after_mlp = (
+        replace(norm, name=f"{layer.name}.post_{name}_layernorm") for name in ("self_attn", "mlp")
+    )
+    mlp = replace(mlp, gate_proj=gate_up, up_proj=None)
+    return replace(layer, mlp=mlp, mixer_post_norm=after_mixer, mlp_post_norm=after_mlp)
 
 
 def read_qwen3_vl(text: ConfigReader, names: Names) -> Decoder:
@@ -332,6 +363,7 @@ def _read_delta_net(text: ConfigReader, at: str) -> GatedDeltaNet:
 
 
 TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
+    "glm_ocr_text": read_glm_ocr,
     "granite_docling_text": read_granite,
     "llama": read_llama,
     "mistral": read_mistral,
@@ -445,7 +477,8 @@ def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None, *,
     theta = text.number("rope_theta")
     try:
         theta = float(parameters.get("rope_theta", theta))
-        return replace(make_rope(rotary_dim, theta, parameters, text.size("max_position_embeddings")), axes=axes)
+        rope = make_rope(rotary_dim, theta, parameters, text.size("max_position_embeddings"))
+        return replace(rope, axes=axes, adjacent=mrope is not None and mrope.adjacent)
     except NotImplementedError as error:
         raise UnsupportedError(f"the native route does not build RoPE of type {error}") from None
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:

@@ -44,14 +44,15 @@ class GatedMLP:
     """down(act(gate(x)) * up(x))."""
 
     gate_proj: Linear
-    up_proj: Linear
+    up_proj: Linear | None
+    """None where its rows follow those of `gate_proj`, in one module."""
     down_proj: Linear
     hidden_act: str
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A mixer and an MLP, each behind an RMSNorm and added to what came in."""
+    """A mixer and an MLP, each behind an RMSNorm and added to what came in, perhaps through another one."""
 
     name: str
     input_norm: Norm
@@ -60,6 +61,8 @@ class Layer:
     mlp: GatedMLP
     residual_multiplier: float = 1.0
     """Of what mixer and MLP add."""
+    mixer_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,13 @@ def decoder_layer(layer: Layer, index: int, values: Values, constants: Constants
     x = values["hidden_states"]
     normal = rms_norm(x, constants, layer.input_norm)
     mixed = layer.mixer.mix(normal, index, values, constants)
+    if layer.mixer_post_norm:
+        mixed = rms_norm(mixed, constants, layer.mixer_post_norm)
     x = opset.add(x, scaled(mixed, layer.residual_multiplier))
     normal = rms_norm(x, constants, layer.mlp_norm)
     inner = gated_mlp(normal, layer.mlp, constants)
+    if layer.mlp_post_norm:
+        inner = rms_norm(inner, constants, layer.mlp_post_norm)
     values["hidden_states"] = named(opset.add(x, scaled(inner, layer.residual_multiplier)), layer.name)
 
 
@@ -167,8 +174,8 @@ def add_features(name: str, values: Values, constants: Constants) -> None:  # no
 def gated_mlp(x: Output, mlp: GatedMLP, constants: Constants) -> ov.Node:
     """down(act(gate(x)) * up(x))."""
     opset = import_openvino().opset13
-    both = linear(x, constants, mlp.gate_proj, mlp.up_proj)
-    gate, up = split(both, [mlp.gate_proj.rows, mlp.up_proj.rows])
+    both = linear(x, constants, mlp.gate_proj, *([mlp.up_proj] if mlp.up_proj else []))
+    gate, up = split(both, [mlp.down_proj.columns] * 2)
     return linear(opset.multiply(activation(gate, mlp.hidden_act), up), constants, mlp.down_proj)
 
 
