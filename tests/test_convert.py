@@ -129,6 +129,23 @@ def test_figures_are_cropped_beside_the_document(tmp_path: Path) -> None:
     assert "base64" not in assemble("a", [PageText(4, tags, (100, 200))], "json", figures, "doctags")
 
 
+def test_tables_in_otsl_alone_become_every_format(tmp_path: Path) -> None:
+    pytest.importorskip("docling_core")
+    otsl = "<fcel>gauge<lcel><nl><fcel>left & low<fcel>42.7<nl><ucel><ecel><nl>"
+    pages, figures = [PageText(1, otsl, (100, 50))] * 2, Figures(tmp_path, lambda _: np.zeros((1, 1, 3), np.uint8))
+    made = {to: assemble("a", pages, to, figures) for to in ("markdown", "html", "json", "doctags")}
+    assert made["markdown"].count("42.7 |") == 2 and "cel>" not in made["markdown"]
+    assert (
+        made["html"].count('<td colspan="2">gauge</td>')
+        == made["html"].count('<td rowspan="2">left &amp; low</td>')
+        == 2
+    )
+    assert len(json.loads(made["json"])["tables"]) == 2
+    assert made["doctags"].count(otsl) == 2
+    mixed = [*pages, PageText(3, "No table.", (100, 50))]
+    assert otsl in assemble("a", mixed, "markdown", figures)
+
+
 HEAD = '<location value="0"/><location value="128"/><location value="512"/><location value="256"/>'
 DOCLANG = (
     f'<doclang><heading level="2">{HEAD}Pump & valve</heading><picture>{HEAD}</picture>'

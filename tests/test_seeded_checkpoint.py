@@ -74,6 +74,21 @@ SMALL = {
             "num_attention_heads": 2,
         },
     },
+    "paddleocr-vl-0.9b": {
+        "text_config": {
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
     "qwen3-vl-2b": {
         "text_config": {
             "hidden_size": 128,
@@ -128,6 +143,7 @@ WEIGHTS = {
     "granite-docling-500m": 528e6,
     "internvl3-1b": 938e6,
     "lfm2.5-vl-450m": 449e6,
+    "paddleocr-vl-0.9b": 904e6,
     "qwen3-vl-2b": 2127e6,
     "qwen3.5-0.8b": 853e6,
 }

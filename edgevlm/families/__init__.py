@@ -33,6 +33,7 @@ def _load(module: str, name: str, facts: Mapping[str, Any]) -> Family:
 FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "gemma3": partial(_load, "gemma3", "Gemma3"),
     "gemma4": partial(_load, "gemma4", "Gemma4"),
+    "glm_ocr": partial(_load, "glm_ocr", "GlmOcr"),
     "granite_docling": partial(_load, "granite_docling", "GraniteDocling"),
     "idefics3": partial(_load, "idefics3", "Idefics3"),
     "internvl": partial(_load, "internvl", "InternVL"),
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
     "minicpmv4_6": partial(_load, "minicpm", "MiniCPM"),
+    "paddleocr_vl": partial(_load, "paddleocr_vl", "PaddleOcrVL"),
     "qwen2_5_vl": partial(_load, "qwen_vl", "QwenVL"),
     "qwen2_vl": partial(_load, "qwen_vl", "QwenVL"),
     "qwen3_5": partial(_load, "qwen_vl", "QwenVL"),

@@ -99,6 +99,11 @@ class Block(NamedTuple):
 class QwenVL(Family):
     """The family's rules, from the facts that the exporter took from the checkpoint."""
 
+    auto_tokens: int | None = AUTO_TOKENS
+    """Most image tokens of a picture at `detail="auto"`; None where that is what `high` is."""
+    aligns_corners = True
+    """Whether the outermost patches stand at the corners of the table of positions, else half a step within them."""
+
     def __init__(self, facts: Mapping[str, Any]) -> None:
         model_type = facts["model_type"]
         self.patch_size = int(facts["patch_size"])
@@ -114,7 +119,7 @@ class QwenVL(Family):
         self.window_size = int(facts["window_size"]) if model_type == "qwen2_5_vl" else None
         self.placeholder = self.image_token = str(facts["image_token"])
         self.image_token_id = int(facts["image_token_id"])
-        self.grounding = GROUNDING[model_type]
+        self.grounding = GROUNDING.get(model_type)
         self.vision_start, self.vision_end = str(facts["vision_start"]), str(facts["vision_end"])
         self.has_timestamps = model_type in _OF_QWEN3
         """A video's temporal patches are told apart by text, and its bounds of pixels hold for all frames together."""
@@ -250,7 +255,12 @@ class QwenVL(Family):
         return smart_video_grid((count, height, width), self.frames, self.unit, min_pixels, max_pixels)
 
     def _most_tokens(self, budget: ImageBudget) -> int | None:
-        return most_tokens(budget, AUTO_TOKENS, LOW_TOKENS, self.least_tokens)
+        return most_tokens(budget, self.auto_tokens, LOW_TOKENS, self.least_tokens)
+
+    def _smart_grid(self, height: int, width: int, most: int | None = None) -> Grid:
+        """Return the reference's grid of a picture, with the checkpoint's bounds or with `most` image tokens."""
+        max_pixels = self.max_pixels if most is None else most * self.unit**2
+        return smart_grid(height, width, self.unit, self.min_pixels, max_pixels)
 
     def _grid(self, height: int, width: int, most: int | None) -> Grid:
         """Return the grid of a picture: the reference's with the checkpoint's bounds, or with `most` image tokens.
@@ -258,10 +268,10 @@ class QwenVL(Family):
         The reference oversteps its bounds where they leave little room. If it does, the grid is that within the bounds
         which is nearest to the picture's shape.
         """
-        grid = smart_grid(height, width, self.unit, self.min_pixels, self.max_pixels)
+        grid = self._smart_grid(height, width)
         if most is None or grid.tokens <= most:
             return grid
-        grid = smart_grid(height, width, self.unit, self.min_pixels, most * self.unit**2)
+        grid = self._smart_grid(height, width, most)
         if self.least_tokens <= grid.tokens <= most:
             return grid
         return nearest_grid(height, width, self.least_tokens, most)
@@ -282,7 +292,7 @@ class QwenVL(Family):
             "patch_positions": np.stack(np.divmod(order, cols), axis=-1),
         }
         if self.table_side is not None:
-            indices, weights = table_corners(rows, cols, self.table_side)
+            indices, weights = table_corners(rows, cols, self.table_side, aligned=self.aligns_corners)
             inputs |= {"table_indices": indices[:, order], "table_weights": weights[:, order]}
         if self.window_size is not None:
             grid = Grid(rows // self.merge_size, cols // self.merge_size)
@@ -291,7 +301,7 @@ class QwenVL(Family):
         return {name: array[None] for name, array in inputs.items()}
 
 
-def most_tokens(budget: ImageBudget, auto: int, low: int, least: int) -> int | None:
+def most_tokens(budget: ImageBudget, auto: int | None, low: int, least: int) -> int | None:
     """Return how many image tokens a view may have beside what the checkpoint allows, `least` at least; None: any."""
     by_detail: dict[Detail, int | None] = {"auto": auto, "low": low, "high": None}
     bounds = [each for each in (by_detail[budget.detail], budget.max_image_tokens) if each is not None]
@@ -360,28 +370,34 @@ def sample_evenly(total: int, count: float, most: int, *, asked: bool) -> list[i
     return places
 
 
-def table_corners(rows: int, cols: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def table_corners(
+    rows: int, cols: int, side: int, *, aligned: bool = True
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return the rows of a position table for each patch in raster order, and their weights, both `(4, N)`.
 
-    The table has `side` x `side` rows and is stretched over the picture, bilinear, corners aligned:
-    `get_vision_interpolation_indices_and_weights`.
+    The table has `side` x `side` rows and is stretched over the picture, bilinear, its corners at the outermost patches
+    where they are `aligned`: `get_vision_interpolation_indices_and_weights`.
     """
-    (down, tall), (across, wide) = _taps(rows, side), _taps(cols, side)
+    (down, tall), (across, wide) = _taps(rows, side, aligned), _taps(cols, side, aligned)
     indices = down[:, None, :, None] * side + across[None, :, None, :]
     weights = tall[:, None, :, None] * wide[None, :, None, :]
     return indices.reshape(4, -1), weights.reshape(4, -1)
 
 
-def _taps(count: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+def _taps(count: int, side: int, aligned: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Return the two entries of an axis of `side` that each of `count` places lies between, and their weights.
 
     Both are `(2, count)`. Computed in float32, in the reference's order of operations.
     """
-    places = np.arange(count, dtype=np.float32) * np.float32(side - 1) / np.float32(max(count - 1, 1))
+    numbers = np.arange(count, dtype=np.float32)
+    if aligned:
+        places = numbers * np.float32(side - 1) / np.float32(max(count - 1, 1))
+    else:
+        places = (numbers + np.float32(0.5)) * np.float32(side) / np.float32(count) - np.float32(0.5)
     low = np.floor(places)
     offsets = np.arange(2, dtype=np.float32)[:, None]
     weights = np.float32(1) - np.abs(places - low - offsets)
-    return np.minimum(low.astype(np.int64) + np.arange(2)[:, None], side - 1), weights
+    return np.clip(low.astype(np.int64) + np.arange(2)[:, None], 0, side - 1), weights
 
 
 def windows(grid: Grid, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

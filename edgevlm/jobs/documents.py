@@ -5,8 +5,9 @@ DocTags and DocLang are read by docling-core, an optional dependency, which writ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -33,6 +34,8 @@ SUFFIXES: dict[Target, str] = {
     "doctags": ".doctags",
     "text": ".txt",
 }
+_OTSL = re.compile(r"\s*<[eflux]cel>")
+"""How a table begins in OTSL without DocTags around it, as PaddleOCR-VL writes tables."""
 _FIGURE_TAGS = ("<picture>", "<chart>")
 _PAGE_BREAK = "\n\n"
 
@@ -62,10 +65,13 @@ def assemble(
 ) -> str:
     """Return the document; figures are written beside it, as it refers to them.
 
-    `markup` is what the model writes, None for Markdown.
+    `markup` is what the model writes, None for Markdown. Pages of OTSL alone, each a table, are read as DocTags.
 
     Raises `OptionError` for a target that the model's answers cannot become, and without docling-core.
     """
+    if markup is None and all(_OTSL.match(page.text) for page in pages):
+        pages = [replace(page, text=f"<doctag><otsl>{page.text.strip()}</otsl></doctag>") for page in pages]
+        markup = "doctags"
     if target == "doctags":
         if markup != "doctags":
             found = "DocLang" if markup else "Markdown"

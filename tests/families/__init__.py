@@ -3,6 +3,7 @@
 from tests.families import (
     gemma3,
     gemma4,
+    glm_ocr,
     granite_docling,
     idefics3,
     internvl,
@@ -11,6 +12,7 @@ from tests.families import (
     llava,
     llava_onevision,
     minicpm,
+    paddleocr_vl,
     qwen_vl,
 )
 from tests.families.base import Builder
@@ -18,6 +20,7 @@ from tests.families.base import Builder
 BUILDERS: dict[str, Builder] = {
     "gemma3": gemma3.BUILDER,
     "gemma4": gemma4.BUILDER,
+    "glm_ocr": glm_ocr.BUILDER,
     "granite_docling": granite_docling.BUILDER,
     "idefics3": idefics3.builder("idefics3"),
     "internvl": internvl.BUILDER,
@@ -26,6 +29,7 @@ BUILDERS: dict[str, Builder] = {
     "llava": llava.BUILDER,
     "llava_onevision": llava_onevision.BUILDER,
     "minicpmv4_6": minicpm.BUILDER,
+    "paddleocr_vl": paddleocr_vl.BUILDER,
     "qwen2_5_vl": qwen_vl.builder("qwen2_5_vl"),
     "qwen2_vl": qwen_vl.builder("qwen2_vl"),
     "qwen3_5": qwen_vl.builder("qwen3_5"),

@@ -9,6 +9,7 @@ from edgevlm.errors import SourceError
 from edgevlm_export.families import (
     gemma3,
     gemma4,
+    glm_ocr,
     granite_docling,
     idefics3,
     internvl,
@@ -17,6 +18,7 @@ from edgevlm_export.families import (
     llava,
     llava_onevision,
     minicpm,
+    paddleocr_vl,
     qwen_vl,
 )
 from edgevlm_export.families.base import Architecture, FamilyExporter
@@ -36,6 +38,7 @@ __all__ = [
 FAMILIES: dict[str, FamilyExporter] = {
     "gemma3": gemma3.EXPORTER,
     "gemma4": gemma4.EXPORTER,
+    "glm_ocr": glm_ocr.EXPORTER,
     "granite_docling": granite_docling.EXPORTER,
     "idefics3": idefics3.EXPORTER,
     "internvl": internvl.EXPORTER,
@@ -44,6 +47,7 @@ FAMILIES: dict[str, FamilyExporter] = {
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
     "minicpmv4_6": minicpm.EXPORTER,
+    "paddleocr_vl": paddleocr_vl.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,
     "qwen2_vl": qwen_vl.EXPORTER,
     "qwen3_5": qwen_vl.EXPORTER,

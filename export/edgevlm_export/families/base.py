@@ -125,6 +125,20 @@ def read_side(section: ConfigReader, key: str) -> int:
     return int(sides[0])
 
 
+def read_axial_theta(vision: ConfigReader) -> float:
+    """Return the base of the rotation by row and column; transformers takes its type `default` for `axial`.
+
+    Raises `UnsupportedError` for another type.
+    """
+    rope = vision.section("rope_parameters", {"rope_theta": 10000.0})
+    kind, theta = rope.get("rope_type", rope.get("type", "axial")), rope.number("rope_theta")
+    if kind not in ("axial", "default"):
+        raise UnsupportedError(f"the native route builds no {rope.name_of('rope_type')} {kind!r}")
+    if other := next(rope.unread(), None):
+        raise UnsupportedError(f"the native route builds no {other[1]}")
+    return theta
+
+
 def read_layer_indexes(section: ConfigReader, key: str, count: int) -> list[int]:
     """Return the indexes of some of `count` layers, which must rise. Raises `SourceError`."""
     found = section.get(key)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -39,6 +39,36 @@ def read_image_token_id(checkpoint: Checkpoint, default: int | None = None, name
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
         raise SourceError(f"config.json: {name} must be a whole number, not {found!r}")
     return found
+
+
+def read_pixels(preprocessor: ConfigReader) -> dict[str, int]:
+    """Return the fewest and the most pixels of a resized picture; `min_pixels` and `max_pixels` go before `size`.
+
+    Raises `SourceError`.
+    """
+    size, pixels = preprocessor.section("size"), {}
+    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        pixels[name] = preprocessor.size(name) if name in preprocessor else size.size(edge)
+    if pixels["min_pixels"] > pixels["max_pixels"]:
+        least, most = pixels.values()
+        raise SourceError(f"{preprocessor.file} asks for pictures of {least} pixels or more, and of {most} at most")
+    return pixels
+
+
+def read_block_token_ids(
+    checkpoint: Checkpoint, tokens: Mapping[str, str], defaults: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return the ids of the tokens of an image block, each by its key in config.json: `image_start_token_id`.
+
+    `tokens` are called there `image_start` or `image_token`. Raises `SourceError` where the tokenizer has another id.
+    """
+    ids = {}
+    for name, token in tokens.items():
+        key = f"{name.removesuffix('_token')}_token_id"
+        ids[key] = read_image_token_id(checkpoint, defaults[key], key)
+        if (held := checkpoint.added_tokens.get(token, {}).get("id", ids[key])) != ids[key]:
+            raise SourceError(f"the checkpoint contradicts itself: {token} is {held}, {key} of config.json {ids[key]}")
+    return ids
 
 
 def _resample(preprocessor: ConfigReader) -> int:

@@ -10,8 +10,21 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
-from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_layer_indexes
-from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
+from edgevlm_export.families.base import (
+    Architecture,
+    FamilyExporter,
+    is_tied,
+    read_activation,
+    read_axial_theta,
+    read_layer_indexes,
+)
+from edgevlm_export.families.preprocessing import (
+    check_always_done,
+    read_arithmetic,
+    read_block_token_ids,
+    read_image_token_id,
+    read_pixels,
+)
 from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.decoder import GatedMLP
 from edgevlm_export.graphs.modules import Embedding, FrameConvolution, Linear, Norm
@@ -148,7 +161,7 @@ def family_config(checkpoint: Checkpoint) -> tuple[dict[str, Any], ConfigReader]
         "model_type": kind,
         **_tokens(checkpoint),
         **{name: preprocessor.size(name) for name in _SIZES},
-        **_pixels(preprocessor),
+        **read_pixels(preprocessor),
         **read_arithmetic(preprocessor),
         **_video(checkpoint, vision),
     }
@@ -210,14 +223,8 @@ def _template(checkpoint: Checkpoint, name: str) -> str:
 
 def _tokens(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the tokens of an image block are called, and their ids."""
-    defaults = _DEFAULTS[checkpoint.model_type]
     names = {**_TOKENS, "image_token": checkpoint.named_tokens.get("image_token", _TOKENS["image_token"])}
-    ids = {}
-    for name, token in names.items():
-        key = f"{name.removesuffix('_token')}_token_id"
-        ids[key] = read_image_token_id(checkpoint, defaults[key], key)
-        if (held := checkpoint.added_tokens.get(token, {}).get("id", ids[key])) != ids[key]:
-            raise SourceError(f"the checkpoint contradicts itself: {token} is {held}, {key} of config.json {ids[key]}")
+    ids = read_block_token_ids(checkpoint, names, _DEFAULTS[checkpoint.model_type])
     return {**names, "image_token_id": ids["image_token_id"], "vision_start_token_id": ids["vision_start_token_id"]}
 
 
@@ -237,21 +244,10 @@ def _video(checkpoint: Checkpoint, vision: ConfigReader) -> dict[str, Any]:
                 f"the checkpoint contradicts itself: {name} of {processor.file} is {processor.size(name)},"
                 f" {vision.name_of(other)} is {vision.size(other)}"
             )
-    facts = {"token": token, "token_id": token_id, **_pixels(processor), **read_arithmetic(processor)}
+    facts = {"token": token, "token_id": token_id, **read_pixels(processor), **read_arithmetic(processor)}
     if kind == "qwen2_5_vl":
         facts["tokens_per_second"] = vision.number("tokens_per_second")
     return {"video": facts}
-
-
-def _pixels(preprocessor: ConfigReader) -> dict[str, int]:
-    """Return the fewest and the most pixels of a resized picture; `min_pixels` and `max_pixels` go before `size`."""
-    size, pixels = preprocessor.section("size"), {}
-    for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        pixels[name] = preprocessor.size(name) if name in preprocessor else size.size(edge)
-    if pixels["min_pixels"] > pixels["max_pixels"]:
-        least, most = pixels.values()
-        raise SourceError(f"{preprocessor.file} asks for pictures of {least} pixels or more, and of {most} at most")
-    return pixels
 
 
 def _table_side(vision: ConfigReader) -> int:
@@ -341,7 +337,7 @@ class _VisionReader:
             ),
             heads,
             merge,
-            axial_rope(hidden // heads, self._theta()),
+            axial_rope(hidden // heads, read_axial_theta(self.section)),
             (_window_size(section) // merge // patch * merge) ** 2 if windowed else 0,
         )
 
@@ -370,16 +366,6 @@ class _VisionReader:
                 f" {self.hidden_size} channels"
             )
         return section.size(width)
-
-    def _theta(self) -> float:
-        """Return the base of the rotation by row and column; transformers takes its type `default` for `axial`."""
-        rope = self.section.section("rope_parameters", {"rope_theta": 10000.0})
-        kind, theta = rope.get("rope_type", rope.get("type", "axial")), rope.number("rope_theta")
-        if kind not in ("axial", "default"):
-            raise UnsupportedError(f"the native route builds no {rope.name_of('rope_type')} {kind!r}")
-        if other := next(rope.unread(), None):
-            raise UnsupportedError(f"the native route builds no {other[1]}")
-        return theta
 
     def _block(self, index: int, hidden: int, *, windowed: bool) -> Block:
         at = f"{self.prefix}.blocks.{index}"

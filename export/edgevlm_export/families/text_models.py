@@ -112,6 +112,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "num_kv_shared_layers": 0,
         "pad_token_id": 0,
     },
+    "glm_ocr_text": _LLAMA
+    | {
+        "vocab_size": 59392,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
+    },
+    "paddleocr_vl_text": _LLAMA
+    | {
+        "vocab_size": 103424,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+    },
     "qwen2": _QWEN2,
     "qwen3": _QWEN2 | {"head_dim": 128},
     "qwen2_vl_text": _QWEN2_VL,
@@ -158,7 +182,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """What the config classes of transformers 5.24 assume where a checkpoint is silent (`models/*/configuration_*.py`; 4.57
 assumes the same). Checkpoints saved by transformers 4 are silent about every value that is the class's own."""
-_FLAT = {"qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
+_FLAT = {"paddleocr_vl": "paddleocr_vl_text", "qwen2_vl": "qwen2_vl_text", "qwen2_5_vl": "qwen2_5_vl_text"}
 """Families whose config.json may have the text model's keys beside the others, instead of in `text_config`."""
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
 """Types of layers, as configs name them."""
@@ -201,6 +225,8 @@ class MRope:
     sections: tuple[int, ...]
     """Pairs of channels of each axis, where the config does not say."""
     interleaved: bool
+    adjacent: bool = False
+    """Whether a pair of channels is two side by side."""
 
 
 def text_section(config: ConfigReader, harmless: Collection[str] = (), usual: str = "llama") -> ConfigReader:
@@ -262,6 +288,32 @@ def read_qwen2_vl(text: ConfigReader, names: Names) -> Decoder:
     """Qwen2 with positions on three axes, whose frequencies follow each other."""
     _refuse_sliding_windows(text, always=False)
     return make_decoder(text, names, qkv_bias=True, mrope=MRope((16, 24, 24), interleaved=False))
+
+
+def read_paddleocr_vl(text: ConfigReader, names: Names) -> Decoder:
+    """ERNIE 4.5 with the positions of Qwen2-VL; `use_bias` gives every `Linear` a bias."""
+    _refuse_sliding_windows(text, always=False)
+    bias = text.flag("use_bias")
+    mrope = MRope((16, 24, 24), interleaved=False)
+    return make_decoder(text, names, qkv_bias=bias, o_bias=bias, mlp_bias=bias, mrope=mrope)
+
+
+def read_glm_ocr(text: ConfigReader, names: Names) -> Decoder:
+    """Llama with norms behind attention and MLP, too, gate and up in one module, and positions on three axes."""
+    _refuse_sliding_windows(text, always=False)
+    decoder = make_decoder(text, names, mrope=MRope((8, 12, 12), False, adjacent=True), partial_rotary=True)
+    return replace(decoder, layers=tuple(_with_post_norms(layer) for layer in decoder.layers))
+
+
+def _with_post_norms(layer: Layer) -> Layer:
+    """Return a layer of GLM-OCR."""
+    mlp, norm = layer.mlp, layer.input_norm
+    gate_up = Linear(f"{layer.name}.mlp.gate_up_proj", 2 * mlp.gate_proj.rows, mlp.gate_proj.columns)
+    after_mixer, after_mlp = (
+        replace(norm, name=f"{layer.name}.post_{name}_layernorm") for name in ("self_attn", "mlp")
+    )
+    mlp = replace(mlp, gate_proj=gate_up, up_proj=None)
+    return replace(layer, mlp=mlp, mixer_output_norm=after_mixer, mlp_output_norm=after_mlp)
 
 
 def read_qwen3_vl(text: ConfigReader, names: Names) -> Decoder:
@@ -443,9 +495,12 @@ def read_gemma3(text: ConfigReader, names: Names) -> Decoder:
 
 TEXT_MODELS: dict[str, Callable[[ConfigReader, Names], Decoder]] = {
     "gemma3_text": read_gemma3,
+    "glm_ocr_text": read_glm_ocr,
     "granite_docling_text": read_granite,
     "llama": read_llama,
     "mistral": read_mistral,
+    "paddleocr_vl": read_paddleocr_vl,
+    "paddleocr_vl_text": read_paddleocr_vl,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
     "qwen2_vl": read_qwen2_vl,
@@ -570,7 +625,8 @@ def _read_rope(text: ConfigReader, head_dim: int, mrope: MRope | None = None, *,
     parameters = {key: value for key, value in stated.items() if value is not None}
     rotary_dim = _rotary_dim(text, parameters, head_dim, allow_partial=allow_partial)
     axes = _read_axes(parameters, mrope, rotary_dim) if mrope else None
-    return replace(_make_rope(text, name, parameters, text.number("rope_theta"), rotary_dim), axes=axes)
+    rope = _make_rope(text, name, parameters, text.number("rope_theta"), rotary_dim)
+    return replace(rope, axes=axes, adjacent=mrope is not None and mrope.adjacent)
 
 
 def read_ropes(text: ConfigReader, head_dims: Mapping[str, int]) -> dict[str, Rope]:

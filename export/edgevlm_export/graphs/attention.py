@@ -21,7 +21,7 @@ from edgevlm_export.graphs.layers import (
     to_heads,
 )
 from edgevlm_export.graphs.modules import Linear, Norm
-from edgevlm_export.graphs.rope import Rope, rotate
+from edgevlm_export.graphs.rope import Rope, halved, rotate
 from edgevlm_export.graphs.stages import Values
 from edgevlm_export.graphs.states import KVCache, State, cache_name
 
@@ -80,6 +80,8 @@ class Attention:
             v = rms_norm(per_head(v, self.num_kv_heads, head_dim), constants, self.v_norm)
         q = to_heads(q, heads, head_dim)
         k, v = (to_heads(each, self.num_kv_heads, head_dim) for each in (k, v))
+        if self.rope.adjacent:
+            q, k = (halved(each, head_dim, self.rope.rotary_dim) for each in (q, k))
         q, k = (rotate(each, cos, sin, head_dim, self.rope.rotary_dim) for each in (q, k))
         for kind, new in (("key", k), ("value", v)):
             values[cache_name(index, kind)] = named(new, f"{cache_name(index, kind)}/new")

@@ -45,7 +45,8 @@ class GatedMLP:
     """down(act(gate(x)) * up(x))."""
 
     gate_proj: Linear
-    up_proj: Linear
+    up_proj: Linear | None
+    """None where its rows follow those of `gate_proj`, in one module."""
     down_proj: Linear
     hidden_act: str
 
@@ -71,7 +72,7 @@ class PerLayerEmbedding:
 
 @dataclass(frozen=True)
 class Layer:
-    """A mixer and an MLP, each behind an RMSNorm and added to what came in."""
+    """A mixer and an MLP, each behind an RMSNorm and added to what came in, perhaps through another one."""
 
     name: str
     input_norm: Norm
@@ -237,8 +238,8 @@ def add_features(name: str, values: Values, constants: Constants) -> None:  # no
 def gated_mlp(x: Output, mlp: GatedMLP, constants: Constants) -> ov.Node:
     """down(act(gate(x)) * up(x))."""
     opset = import_openvino().opset13
-    both = linear(x, constants, mlp.gate_proj, mlp.up_proj)
-    gate, up = split(both, [mlp.gate_proj.rows, mlp.up_proj.rows])
+    both = linear(x, constants, mlp.gate_proj, *([mlp.up_proj] if mlp.up_proj else []))
+    gate, up = split(both, [mlp.down_proj.columns] * 2)
     return linear(opset.multiply(activation(gate, mlp.hidden_act), up), constants, mlp.down_proj)
 
 

@@ -23,6 +23,7 @@ from edgevlm_export.graphs.layers import (
     from_heads,
     layer_norm,
     linear,
+    per_head,
     rms_norm,
     split,
     to_heads,
@@ -57,6 +58,9 @@ class Block:
     mlp: PlainMLP | GatedMLP
     windowed: bool = False
     """Patches attend to those of their window alone."""
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    """RMSNorms over each head's channels, before the rotation."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,8 @@ class PackedTransformer:
     """Patches of a whole window, of a transformer with windowed blocks."""
     pre_norm: Norm | None = None
     """Before the first block."""
+    post_norm: Norm | None = None
+    """After the last block."""
 
     @property
     def hidden_size(self) -> int:
@@ -138,6 +144,8 @@ def packed_stages(vision: PackedTransformer) -> list[Stage]:
         if index in mergers:
             name, merger = mergers[index]
             stages.append(Stage(partial(merge_patches, vision, merger, name), (merger,)))
+    if vision.post_norm:
+        stages.append(Stage(partial(normalise, vision.post_norm), (vision.post_norm,)))
     if vision.merger:
         stages.append(Stage(partial(merge_patches, vision, vision.merger, "image_embeds"), (vision.merger,)))
     return stages
@@ -257,6 +265,11 @@ def norm(x: Output, constants: Constants, module: Norm) -> ov.Node:
     return (layer_norm if module.bias else rms_norm)(x, constants, module)
 
 
+def normalise(module: Norm, values: Values, constants: Constants) -> None:
+    """Set `hidden_states` after a norm."""
+    values["hidden_states"] = norm(values["hidden_states"], constants, module)
+
+
 def plain_mlp(x: Output, mlp: PlainMLP, constants: Constants) -> ov.Node:
     """fc2(act(fc1(x)))."""
     return linear(activation(linear(x, constants, mlp.fc1), mlp.hidden_act), constants, mlp.fc2)
@@ -270,7 +283,13 @@ def attention(x: Output, vision: PackedTransformer, block: Block, values: Values
     x, prefix, bias = linear(x, constants, *block.qkv), "", np.zeros((1, 1), np.float32)
     if block.windowed:
         x, prefix, bias = in_windows(x, vision, values, 3 * width), "window_", values["window_bias"]
-    q, k, v = (to_heads(each, heads, head_dim) for each in split(x, [width] * 3))
+    q, k, v = split(x, [width] * 3)
+    if block.q_norm and block.k_norm:
+        q, k = (
+            rms_norm(per_head(each, heads, head_dim), constants, module)
+            for each, module in ((q, block.q_norm), (k, block.k_norm))
+        )
+    q, k, v = (to_heads(each, heads, head_dim) for each in (q, k, v))
     cos, sin = values[f"{prefix}cos"], values[f"{prefix}sin"]
     q, k = (rotate(each, cos, sin, head_dim) for each in (q, k))
     mixed = opset.scaled_dot_product_attention(q, k, v, bias, np.float32(head_dim**-0.5), causal=False)

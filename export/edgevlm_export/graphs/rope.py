@@ -33,6 +33,8 @@ class Rope:
     """Which axis of the positions turns each pair of channels, `(rotary_dim / 2,)`; None where there is one axis."""
     name: str = ""
     """Tells the rotations of one decoder apart, where its layers differ in them."""
+    adjacent: bool = False
+    """A pair is two channels side by side, instead of one of each half of those that are rotated."""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -143,6 +145,20 @@ def rotations(position_ids: Output, rope: Rope) -> tuple[ov.Node, ov.Node]:
     if rope.scale == 1:
         return cos, sin
     return opset.multiply(cos, np.float32(rope.scale)), opset.multiply(sin, np.float32(rope.scale))
+
+
+def halved(x: Output, head_dim: int, rotary_dim: int) -> ov.Node:
+    """Return `(B, H, S, head_dim)` with the pairs of channels that are side by side apart, as `rotate` takes them.
+
+    Done to q and k alike, it changes no score.
+    """
+    opset = import_openvino().opset13
+    if rotary_dim < head_dim:
+        rotated, kept = split(x, [rotary_dim, head_dim - rotary_dim])
+        return opset.concat([halved(rotated, rotary_dim, rotary_dim), kept], -1)
+    pairs = opset.reshape(x, np.array([0, 0, 0, head_dim // 2, 2]), special_zero=True)
+    pairs = opset.transpose(pairs, np.array([0, 1, 2, 4, 3]))
+    return opset.reshape(pairs, np.array([0, 0, 0, head_dim]), special_zero=True)
 
 
 def rotate(x: Output, cos: Output, sin: Output, head_dim: int, rotary_dim: int | None = None) -> ov.Node:

@@ -39,6 +39,7 @@ _PLACE = re.compile(r"<(loc|seg)_?\d+>")
 _MARKUP: Mapping[str, re.Pattern[str]] = {
     "<doclang>": re.compile(r"(</?[a-z][^<>|]*>?)+|<!\[CDATA\[|\]\]>|\"/>"),
     "<doctag>": re.compile(r"</?[a-z][a-z0-9_]*>?"),
+    "<fcel>": re.compile(r"<([eflux]cel|nl)>|<\|LOC_(\d+|[A-Z]+)\|>"),
 }
 """The special tokens of a vocabulary that has this one; a token of DocLang may be several tags, or part of one."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "LICENSE*", "README.md"]
@@ -169,9 +170,9 @@ class Checkpoint:
     def text_tokens(self, written: str) -> tuple[str, ...]:
         """Return the special tokens that are part of an answer: markup and places, which its reader needs.
 
-        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`) or DocLang
-        (`<doclang>`), but for what the tokenizer's files name or the prompt is made of: `written` is all that templates
-        and image blocks write.
+        They are `<loc_12>` and the like, and the tags of a vocabulary that has DocTags (`<doctag>`), DocLang
+        (`<doclang>`) or OTSL alone (`<fcel>`), but for what the tokenizer's files name or the prompt is made of:
+        `written` is all that templates and image blocks write.
         """
         pattern = next((each for name, each in _MARKUP.items() if name in self.added_tokens), _PLACE)
         control = {*self.named_tokens.values()}
