@@ -15,7 +15,8 @@ from edgevlm.cli.output import Bar
 from edgevlm.errors import OptionError
 from edgevlm.evals.ask import Model
 from edgevlm.evals.items import Item, Suite
-from edgevlm.evals.report import HEADINGS, cells, difference_line, write_report
+from edgevlm.evals.pair import Pair, paired
+from edgevlm.evals.report import difference_line, table, write_report
 from edgevlm.evals.results import Difference, SuiteResult, compare, summarize
 from edgevlm.evals.run import Selection, check_knowledge, evaluate
 from edgevlm.evals.suites import SUITES, make_suite
@@ -47,7 +48,7 @@ class Findings:
         found = []
         for _, result, _, _ in self.results:
             found.append(f"{result.suite}: {result.verdict}")
-            found += [f"{result.suite}: {name}: {value:.2f}" for name, value in result.figures.items()]
+            found += [f"{result.suite}: {name}: {value:.3g}" for name, value in result.figures.items()]
         found += [difference_line(f"{self.other}, {name}", each) for name, each in self.differences.items()]
         return found + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
 
@@ -55,10 +56,11 @@ class Findings:
         """Print the tables and the lines."""
         console = Console()
         for _, result, _, _ in self.results:
-            table = Table(*HEADINGS, title=f"{self.model}: {result.suite}")
-            for each in (*result.cells, result.total):
-                table.add_row(*map(Text, cells(each)))
-            console.print(table)
+            headings, *rows = table(result)
+            shown = Table(*headings, title=f"{self.model}: {result.suite}")
+            for row in rows:
+                shown.add_row(*map(Text, row))
+            console.print(shown)
         for line in self.lines():
             console.print(Text(line), soft_wrap=True)
 
@@ -101,8 +103,9 @@ class Evaluation:
             count = min(filter(None, (self._items, suite.quick if self._quick else None)), default=None)
             selection = Selection(count, self._seed, self._blind)
             try:
-                check_knowledge(suite, model)
-                rows = self._rows(suite, model, selection)
+                asked = paired(model, other) if suite.needs_reference else model
+                check_knowledge(suite, asked)
+                rows = self._rows(suite, asked, selection)
             except OptionError as error:
                 if not self._all:
                     raise
@@ -110,11 +113,11 @@ class Evaluation:
                 continue
             items = {item.id: item for item in suite.items(count, self._seed)}
             found.results.append((suite, summarize(suite, rows), rows, items))
-            if other:
+            if other and not suite.needs_reference:
                 found.differences[suite.name] = compare(rows, self._rows(suite, other, selection))
         return found
 
-    def _rows(self, suite: Suite, model: Model, selection: Selection) -> list[Row]:
+    def _rows(self, suite: Suite, model: Model | Pair, selection: Selection) -> list[Row]:
         output = self._output / f"{model.name}-{suite.name}.jsonl" if self._output else None
         with Bar() as bar:
             return evaluate(suite, model, selection, output, bar.progress)

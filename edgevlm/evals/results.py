@@ -14,6 +14,7 @@ from edgevlm.evals.statistics import Interval, cluster_bootstrap, mcnemar, wilso
 from edgevlm.jobs.jsonl import Row
 
 _LOW_MASS = 0.05
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -24,21 +25,21 @@ class CellResult:
     asked: int
     accuracy: float
     interval: Interval
-    """95 %: Wilson's, or a bootstrap over families where items belong together."""
+    """95 %: Wilson's, or a bootstrap over families where items belong together or are right in part."""
     chance: float
     blind: float | None
     """Accuracy about grey pictures."""
     majority: float | None
     """Accuracy of always giving the commonest right answer; None where each item has options of its own."""
     robust: float | None
-    """Share right in every order of the options."""
+    """Share right in every order of the options; None where options have no letters."""
     unwilling: float | None
     """Share of items where the model put less than 5 % on all options together."""
 
     @property
     def is_chance(self) -> bool:
         """Whether the interval holds chance."""
-        return self.interval[0] <= self.chance <= self.interval[1]
+        return self.interval[0] - _ROUNDING <= self.chance <= self.interval[1] + _ROUNDING
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def summarize(suite: Suite, rows: Sequence[Row]) -> SuiteResult:
     for row in rows:
         cells[row["cell"]].append(row)
     total = _count("all", rows)
-    verdict = suite.verdict(total.accuracy, *total.interval, total.chance, total.blind)
+    figures = suite.figures(rows)
+    verdict = suite.verdict(total.accuracy, *total.interval, total.chance, total.blind) + suite.remark(figures)
     counted = tuple(_count(cell, some) for cell, some in cells.items())
-    return SuiteResult(suite.name, counted, total, verdict, suite.figures(rows))
+    return SuiteResult(suite.name, counted, total, verdict, figures)
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> Difference:
@@ -96,8 +98,8 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> Difference:
 def _count(cell: str, rows: Sequence[Row]) -> CellResult:
     right = [float(row["right"]) for row in rows]
     families = [row["family"] for row in rows]
-    shares_families = len(set(families)) < len(rows)
-    interval = cluster_bootstrap(right, families) if shares_families else wilson(sum(right), len(right))
+    is_proportion = len(set(families)) == len(rows) and {0.0, 1.0}.issuperset(right)
+    interval = wilson(sum(right), len(right)) if is_proportion else cluster_bootstrap(right, families)
     offered = [row for row in rows if row["options"]]
     return CellResult(
         cell,
@@ -107,7 +109,7 @@ def _count(cell: str, rows: Sequence[Row]) -> CellResult:
         float(np.mean([1 / len(row["options"]) if row["options"] else 0.0 for row in rows])),
         _mean([row["blind"] for row in rows if "blind" in row]),
         _majority(offered),
-        _mean([float(row["robust"]) for row in offered]),
+        _mean([float(row["robust"]) for row in offered if "robust" in row]),
         _mean([float(row["mass"] < _LOW_MASS) for row in offered]),
     )
 

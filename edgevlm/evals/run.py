@@ -12,6 +12,7 @@ import edgevlm
 from edgevlm.errors import IncompleteAnswerError, OptionError, OutputError
 from edgevlm.evals.ask import Model, blinded, judge
 from edgevlm.evals.items import Item, Suite
+from edgevlm.evals.pair import Pair
 from edgevlm.jobs.jsonl import Row, append_rows, read_rows, writing
 from edgevlm.jobs.work_queue import noop
 
@@ -33,7 +34,7 @@ class Selection:
 
 
 def evaluate(
-    suite: Suite, model: Model, selection: Selection, output: Path | None = None, on_progress: OnProgress = noop
+    suite: Suite, model: Model | Pair, selection: Selection, output: Path | None = None, on_progress: OnProgress = noop
 ) -> list[Row]:
     """Return the row of each item, in order; rows that `output` has already are not asked again.
 
@@ -55,13 +56,13 @@ def evaluate(
     return rows
 
 
-def check_knowledge(suite: Suite, model: Model) -> None:
+def check_knowledge(suite: Suite, model: Model | Pair) -> None:
     """Raise `OptionError` for a suite that asks for more than the model was made for."""
     if suite.needs_general_model and not model.is_general:
         raise OptionError(f"the suite {suite.name} needs a general model; {model.name} knows displays and gauges alone")
 
 
-def ask(suite: Suite, model: Model, item: Item, *, blind: bool) -> Row:
+def ask(suite: Suite, model: Model | Pair, item: Item, *, blind: bool) -> Row:
     """Return the row of one item."""
     started, pictures = perf_counter(), item.pictures()
     row: Row = {
@@ -73,29 +74,38 @@ def ask(suite: Suite, model: Model, item: Item, *, blind: bool) -> Row:
         "question": item.question,
         "options": list(item.options),
         "truth": item.truth,
+        **({"facts": dict(item.facts)} if item.facts else {}),
     }
-    if item.options:
+    if isinstance(model, Pair):
+        row |= model.follow(pictures, item.question, item.max_new_tokens)
+    elif item.options:
         seen = judge(suite, model, item, pictures)
-        row |= {"answer": seen.answer, "right": seen.right, "robust": seen.robust, "mass": round(seen.mass, 6)}
+        row |= {"answer": seen.answer, "right": seen.right, "mass": round(seen.mass, 6)}
+        if item.is_lettered:
+            row["robust"] = seen.robust
         row["scores"] = {option: round(p, 6) for option, p in seen.scores.items()}
         if blind:
             row["blind"] = judge(suite, model, item, blinded(pictures)).right
     else:
         answer = _generated(model, item, pictures)
-        row |= {"answer": answer, "right": suite.grade(item, answer)}
-        if blind:
+        row |= {"question": _wording(model, item), "answer": answer, "right": suite.grade(item, answer)}
+        if blind and suite.asks_blind:
             row["blind"] = suite.grade(item, _generated(model, item, blinded(pictures)))
     return row | {"seconds": round(perf_counter() - started, 3)}
 
 
 def _generated(model: Model, item: Item, pictures: Sequence[Any]) -> str:
     try:
-        return model.generate(pictures, item.question, item.max_new_tokens)
+        return model.generate(pictures, _wording(model, item), item.max_new_tokens, item.schema)
     except IncompleteAnswerError as error:
         return error.answer.text
 
 
-def _head(suite: Suite, model: Model, selection: Selection) -> Row:
+def _wording(model: Model, item: Item) -> str:
+    return model.prompts.get(item.task, item.question)
+
+
+def _head(suite: Suite, model: Model | Pair, selection: Selection) -> Row:
     return {
         "suite": suite.name,
         "version": suite.version,
