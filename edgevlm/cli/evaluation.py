@@ -49,6 +49,7 @@ class Findings:
         for _, result, _, _ in self.results:
             found.append(f"{result.suite}: {result.verdict}")
             found += [f"{result.suite}: {name}: {value:.3g}" for name, value in result.figures.items()]
+            found += [f"{result.suite}: {count} items not asked: {why}" for why, count in result.unanswered.items()]
         found += [difference_line(f"{self.other}, {name}", each) for name, each in self.differences.items()]
         return found + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
 
@@ -106,13 +107,14 @@ class Evaluation:
                 asked = paired(model, other) if suite.needs_reference else model
                 check_knowledge(suite, asked)
                 rows = self._rows(suite, asked, selection)
+                result = summarize(suite, rows)
             except OptionError as error:
                 if not self._all:
                     raise
                 found.left_out[suite.name] = str(error)
                 continue
             items = {item.id: item for item in suite.items(count, self._seed)}
-            found.results.append((suite, summarize(suite, rows), rows, items))
+            found.results.append((suite, result, rows, items))
             if other and not suite.needs_reference:
                 found.differences[suite.name] = compare(rows, self._rows(suite, other, selection))
         return found

@@ -79,8 +79,10 @@ def node_f1(expected: Graph, found: Graph) -> float:
 def edge_f1(expected: Graph, found: Graph) -> float:
     """Return the F1 of edges: both ends are paired, and the label is the same."""
     pairs = node_pairs(expected, found)
-    wanted = Counter((pairs.get(each["from"]), pairs.get(each["to"]), each["label"]) for each in expected["edges"])
-    there = Counter((each["from"], each["to"], each["label"]) for each in found["edges"])
+    wanted: Counter[Any] = Counter(
+        (pairs.get(each["from"]), pairs.get(each["to"]), each["label"]) for each in expected["edges"]
+    )
+    there: Counter[Any] = Counter((each["from"], each["to"], each["label"]) for each in found["edges"])
     return _f1((wanted & there).total(), len(expected["edges"]), len(found["edges"]))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgevlm.errors import OutputError
 from edgevlm.evals.items import Item, Suite
-from edgevlm.evals.results import CellResult, Difference, SuiteResult
+from edgevlm.evals.results import CellResult, Difference, SuiteResult, answered
 from edgevlm.families.base import RGB
 from edgevlm.jobs.jsonl import Row
 
@@ -65,7 +65,7 @@ def write_report(
         body += [
             f"<h2>{html.escape(suite.name)}</h2><p>{html.escape(result.verdict)}</p><table><tr>{head}{under}</table>"
         ]
-        wrong = [row for row in rows if row["right"] < 0.5 and row["item"] in items]
+        wrong = [row for row in answered(rows) if row["right"] < 0.5 and row["item"] in items]
         body += [_figure(row, items[row["item"]]) for row in wrong[:SHOWN]]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(model)}</title>'

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgevlm.errors import OptionError
 from edgevlm.evals.items import Suite
 from edgevlm.evals.statistics import Interval, cluster_bootstrap, mcnemar, wilson
 from edgevlm.jobs.jsonl import Row
@@ -52,6 +53,8 @@ class SuiteResult:
     verdict: str
     figures: dict[str, float]
     """What else the suite tells."""
+    unanswered: dict[str, int]
+    """Items that could not be asked and do not count, by the reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `edgevlm eval --json` prints."""
@@ -72,7 +75,11 @@ class Difference:
 
 
 def summarize(suite: Suite, rows: Sequence[Row]) -> SuiteResult:
-    """Return the results of a suite's rows."""
+    """Return the results of a suite's rows. Raises `OptionError` where none could be asked."""
+    unanswered = Counter(row["error"] for row in rows if "error" in row)
+    rows = answered(rows)
+    if not rows:
+        raise OptionError(f"no item of the suite {suite.name} can be asked: {next(iter(unanswered), 'it has none')}")
     cells: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         cells[row["cell"]].append(row)
@@ -80,13 +87,18 @@ def summarize(suite: Suite, rows: Sequence[Row]) -> SuiteResult:
     figures = suite.figures(rows)
     verdict = suite.verdict(total.accuracy, *total.interval, total.chance, total.blind) + suite.remark(figures)
     counted = tuple(_count(cell, some) for cell, some in cells.items())
-    return SuiteResult(suite.name, counted, total, verdict, figures)
+    return SuiteResult(suite.name, counted, total, verdict, figures, dict(unanswered))
+
+
+def answered(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of items that could be asked."""
+    return [row for row in rows if "error" not in row]
 
 
 def compare(first: Sequence[Row], second: Sequence[Row]) -> Difference:
     """Return how a second model's answers to the same items differ. Only items that both were asked count."""
-    others = {row["item"]: row for row in second}
-    pairs = [(row, others[row["item"]]) for row in first if row["item"] in others]
+    others = {row["item"]: row for row in answered(second)}
+    pairs = [(row, others[row["item"]]) for row in answered(first) if row["item"] in others]
     differences = [other["right"] - row["right"] for row, other in pairs]
     only_first = sum(row["right"] >= 0.5 > other["right"] for row, other in pairs)
     only_second = sum(other["right"] >= 0.5 > row["right"] for row, other in pairs)

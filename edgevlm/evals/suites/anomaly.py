@@ -29,11 +29,11 @@ _CLASSIFY = "This is a measured signal over time, with one anomaly. Of which kin
 
 
 def _wave(random: np.random.Generator) -> Series:
-    return np.sin(np.arange(POINTS) * 2 * np.pi / random.uniform(24, 48) + random.uniform(0, 6))
+    return np.asarray(np.sin(np.arange(POINTS) * 2 * np.pi / random.uniform(24, 48) + random.uniform(0, 6)))
 
 
 def _trend(random: np.random.Generator) -> Series:
-    return np.linspace(-1, 1, POINTS) * random.uniform(0.5, 1.5) * random.choice([-1, 1])
+    return np.asarray(np.linspace(-1, 1, POINTS) * random.uniform(0.5, 1.5) * random.choice([-1, 1]))
 
 
 def _walk(random: np.random.Generator) -> Series:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -92,24 +92,28 @@ class _Chart:
 
     def step(self, target: str | None = None) -> str:
         """Return the text of a step that is not there yet."""
-        return self._new(lambda: self._step(target))
+        return self.new(lambda: self._step(target))
 
     def decision(self, name: str) -> str:
         """Return the text of a decision that is not there yet."""
-        return self._new(lambda: f"{name} {self.random.choice(['<', '>'])} {self.random.integers(2, 25)}?")
+        return self.new(lambda: f"{name} {self.random.choice(['<', '>'])} {self.random.integers(2, 25)}?")
 
     def bound(self) -> str:
         """Return the text of a loop's decision that is not there yet."""
-        return self._new(lambda: f"x < {self.random.integers(8, 40)}?")
+        return self.new(lambda: f"x < {self.random.integers(8, 40)}?")
 
     def _step(self, target: str | None) -> str:
         name = target or str(self.random.choice(["x", "y"]))
         other = self.random.choice(["x", "y", str(self.random.integers(1, 10))])
         return f"{name} = {name} {self.random.choice(['+', '-'])} {other}"
 
-    def _new(self, make: Any) -> str:
+    def new(self, make: Callable[[], str]) -> str:
+        """Return the first text made that is not there yet."""
         known = {node["text"] for node in self.nodes}
-        return next(text for text in iter(make, None) if text not in known)
+        text = make()
+        while text in known:
+            text = make()
+        return text
 
 
 def program(random: Random, fewest: int, most: int) -> Graph:
@@ -133,7 +137,7 @@ def _block(chart: _Chart, last: list[tuple[str, str]], room: int) -> list[tuple[
     if kind == "loop":
         again = chart.add("decision", chart.bound(), last)
         body = chart.add("step", chart.step("y"), [(again, "yes")])
-        grown = chart.add("step", chart._new(lambda: f"x = x + {chart.random.integers(2, 10)}"), [(body, "")])
+        grown = chart.add("step", chart.new(lambda: f"x = x + {chart.random.integers(2, 10)}"), [(body, "")])
         chart.edges.append({"from": grown, "to": again, "label": ""})
         return [(again, "no")]
     fork = chart.add("decision", chart.decision(str(chart.random.choice(["x", "y"]))), last)

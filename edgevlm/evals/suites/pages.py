@@ -119,7 +119,7 @@ def _drawn(page: Page, seed: int) -> list[RGB]:
     columns = 2 if page.kind == "columns" else 1
     width = (_WIDTH - 2 * _MARGIN - _GUTTER * (columns - 1)) / columns
     per_column = len(page.paragraphs) // columns
-    bottom = top
+    bottom: float = top
     for column in range(columns):
         left, bottom = _MARGIN + column * (width + _GUTTER), top
         for paragraph in page.paragraphs[column * per_column : (column + 1) * per_column]:
