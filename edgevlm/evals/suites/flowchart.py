@@ -129,23 +129,26 @@ def program(random: Random, fewest: int, most: int) -> Graph:
             return graph
 
 
-def _block(chart: _Chart, last: list[tuple[str, str]], room: int) -> list[tuple[str, str]]:
-    """Add a step, a branch, or a loop, of `room` nodes at most; return where arrows go on from."""
-    kind = chart.random.choice(["step", "branch", "both", "loop"])
+def _block(chart: _Chart, last: list[tuple[str, str]], room: int, target: str | None = None) -> list[tuple[str, str]]:
+    """Add a step, a branch, or a loop, nested while there is room for it; return where arrows go on from.
+
+    Within a loop steps change y alone, its `target`, since x counts.
+    """
+    kinds = ["step", "branch", "both"] + ([] if target else ["loop"])
+    kind = chart.random.choice(kinds)
     if kind == "step" or room < 3:
-        return [(chart.add("step", chart.step(), last), "")]
+        return [(chart.add("step", chart.step(target), last), "")]
     if kind == "loop":
         again = chart.add("decision", chart.bound(), last)
-        body = chart.add("step", chart.step("y"), [(again, "yes")])
-        grown = chart.add("step", chart.new(lambda: f"x = x + {chart.random.integers(2, 10)}"), [(body, "")])
+        body = _block(chart, [(again, "yes")], room - 2, "y")
+        grown = chart.add("step", chart.new(lambda: f"x = x + {chart.random.integers(2, 10)}"), body)
         chart.edges.append({"from": grown, "to": again, "label": ""})
         return [(again, "no")]
     fork = chart.add("decision", chart.decision(str(chart.random.choice(["x", "y"]))), last)
-    side = chart.add("step", chart.step(), [(fork, "yes")])
+    side = _block(chart, [(fork, "yes")], room - 2, target)
     if kind == "branch":
-        return [(side, ""), (fork, "no")]
-    other = chart.add("step", chart.step(), [(fork, "no")])
-    return [(side, ""), (other, "")]
+        return [*side, (fork, "no")]
+    return [*side, (chart.add("step", chart.step(target), [(fork, "no")]), "")]
 
 
 def _drawn(graph: Graph, seed: int) -> list[RGB]:
