@@ -25,7 +25,7 @@ from edgevlm.evals.ask import LocalModel, Scored
 from edgevlm.evals.items import Item, Suite, spread
 from edgevlm.evals.pair import Pair
 from edgevlm.evals.remote import RemoteModel
-from edgevlm.evals.results import compare, summarize
+from edgevlm.evals.results import compare, compare_cells, summarize
 from edgevlm.evals.run import Selection, ask, evaluate
 from edgevlm.evals.statistics import auroc, cluster_bootstrap, mcnemar, wilson
 from edgevlm.evals.suites import SUITES, anomaly, flowchart, make_suite, tempglitch
@@ -143,6 +143,8 @@ def test_results_of_two_models_are_paired(tmp_path: Path) -> None:
     found = compare(first, second)
     assert (found.difference, found.only_first, found.only_second) == (pytest.approx(-1 / 3), 2, 0)
     assert found.p == 0.5 and found.interval[0] < -1 / 3 < found.interval[1]
+    by_cell = compare_cells(first, second)
+    assert {cell: each.only_first for cell, each in by_cell.items()} == {"plain": 1, "other": 1}
 
 
 def test_items_that_do_not_fit_the_context_are_told_and_do_not_count(exported: Path) -> None:

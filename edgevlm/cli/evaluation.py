@@ -17,7 +17,7 @@ from edgevlm.evals.ask import Model
 from edgevlm.evals.items import Item, Suite
 from edgevlm.evals.pair import Pair, paired
 from edgevlm.evals.report import difference_line, table, write_report
-from edgevlm.evals.results import Difference, SuiteResult, compare, summarize
+from edgevlm.evals.results import Difference, SuiteResult, compare, compare_cells, summarize
 from edgevlm.evals.run import Selection, check_knowledge, evaluate
 from edgevlm.evals.suites import SUITES, make_suite
 from edgevlm.jobs.jsonl import Row
@@ -30,6 +30,8 @@ class Findings:
     model: str
     results: list[tuple[Suite, SuiteResult, Sequence[Row], dict[str, Item]]] = field(default_factory=list)
     differences: dict[str, Difference] = field(default_factory=dict)
+    by_cell: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    """Of each suite."""
     left_out: dict[str, str] = field(default_factory=dict)
     other: str | None = None
 
@@ -40,6 +42,9 @@ class Findings:
             "suites": {result.suite: result.to_dict() for _, result, _, _ in self.results},
             "against": self.other,
             "differences": {name: asdict(each) for name, each in self.differences.items()},
+            "differences_by_cell": {
+                name: {cell: asdict(each) for cell, each in cells.items()} for name, cells in self.by_cell.items()
+            },
             "left_out": self.left_out,
         }
 
@@ -50,7 +55,10 @@ class Findings:
             found.append(f"{result.suite}: {result.verdict}")
             found += [f"{result.suite}: {name}: {value:.3g}" for name, value in result.figures.items()]
             found += [f"{result.suite}: {count} items not asked: {why}" for why, count in result.unanswered.items()]
-        found += [difference_line(f"{self.other}, {name}", each) for name, each in self.differences.items()]
+        for name, difference in self.differences.items():
+            found.append(difference_line(f"{self.other}, {name}", difference))
+            cells = self.by_cell[name].items()
+            found += [difference_line(f"{self.other}, {name}, {cell}", each) for cell, each in cells]
         return found + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
 
     def show(self) -> None:
@@ -116,7 +124,9 @@ class Evaluation:
             items = {item.id: item for item in suite.items(count, self._seed)}
             found.results.append((suite, result, rows, items))
             if other and not suite.needs_reference:
-                found.differences[suite.name] = compare(rows, self._rows(suite, other, selection))
+                others = self._rows(suite, other, selection)
+                found.differences[suite.name] = compare(rows, others)
+                found.by_cell[suite.name] = compare_cells(rows, others)
         return found
 
     def _rows(self, suite: Suite, model: Model | Pair, selection: Selection) -> list[Row]:

@@ -107,6 +107,12 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> Difference:
     return Difference(mean, interval, only_first, only_second, mcnemar(only_first, only_second))
 
 
+def compare_cells(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Difference]:
+    """Return `compare` for each cell, in order; of many cells one or another differs by chance."""
+    cells = dict.fromkeys(row["cell"] for row in answered(first))
+    return {cell: compare([row for row in first if row["cell"] == cell], second) for cell in cells}
+
+
 def _count(cell: str, rows: Sequence[Row]) -> CellResult:
     right = [float(row["right"]) for row in rows]
     families = [row["family"] for row in rows]
