@@ -15,7 +15,7 @@ from edgevlm.evals.items import LETTERS, Item, Suite
 from edgevlm.families.base import RGB, ImageBudget
 from edgevlm.inputs.messages import user_message
 from edgevlm.jobs.convert import page_prompts
-from edgevlm.manifest import load_manifest
+from edgevlm.manifest import Manifest, load_manifest
 from edgevlm.metrics import Stopwatch
 from edgevlm.model_store import default_model
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from edgevlm.vlm import VLM
 
 Schema: TypeAlias = Mapping[str, Any]
-_GREY = 128
+_GREY, _TOKENIZER = 128, "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LocalModel:
 
     def __init__(self, vlm: VLM, config: GenerationConfig, image_budget: ImageBudget) -> None:
         self.name = vlm.folder.name
-        self.is_general = vlm.manifest.source != load_manifest(default_model()).source
+        self.is_general = not same_tokens(vlm.manifest, load_manifest(default_model()))  # tuned ones keep them
         self.prompts = page_prompts(vlm)
         self.manifest = vlm.manifest
         self._vlm, self._config, self._budget = vlm, config, image_budget
@@ -110,6 +110,11 @@ class LocalModel:
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of token ids."""
         return self._vlm.processor.tokenizer.decode(list(ids))
+
+
+def same_tokens(one: Manifest, other: Manifest) -> bool:
+    """Tell whether two exports have the same tokenizer, as those of one checkpoint have."""
+    return one.files.get(_TOKENIZER) == other.files.get(_TOKENIZER)
 
 
 @dataclass(frozen=True)

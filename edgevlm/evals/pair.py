@@ -7,11 +7,9 @@ from typing import Any
 
 from edgevlm.decoding.fidelity import fidelity
 from edgevlm.errors import OptionError
-from edgevlm.evals.ask import LocalModel, Model
+from edgevlm.evals.ask import LocalModel, Model, same_tokens
 from edgevlm.families.base import RGB
 from edgevlm.jobs.jsonl import Row
-
-_TOKENIZER = "tokenizer.json"
 
 
 def paired(model: Model, reference: Model | None) -> Pair:
@@ -28,8 +26,7 @@ class Pair:
     """A model and its reference, both loaded in this process. Raises `OptionError` where their tokens differ."""
 
     def __init__(self, model: LocalModel, reference: LocalModel) -> None:
-        files = [each.manifest.files.get(_TOKENIZER) for each in (model, reference)]
-        if files[0] != files[1]:
+        if not same_tokens(model.manifest, reference.manifest):
             raise OptionError(
                 f"{model.name} and {reference.name} have different tokenizers; compare exports of one checkpoint"
             )
