@@ -34,6 +34,7 @@ from benchmarks.prompts import TEXT
 from edgevlm import RuntimeConfig
 from edgevlm.bench.conditions import describe_machine
 from edgevlm.bench.measure import sample_picture
+from edgevlm.decoding.fidelity import kl
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.image import load_image
 from edgevlm.inputs.processor import Processor
@@ -41,7 +42,6 @@ from edgevlm.jobs.jsonl import append_rows, read_rows
 from edgevlm.manifest import LANGUAGE, VISION, load_manifest
 from edgevlm.runtime.kv_paged import PagedSession
 from edgevlm.runtime.loader import ModelLoader
-from edgevlm_export.verify import kl
 
 Row: TypeAlias = dict[str, Any]
 DEFAULT, REFERENCE = "default", "f32"

@@ -26,6 +26,7 @@ import numpy as np
 from benchmarks.make_checkpoint import photograph
 from benchmarks.prompts import PICTURE, TEXT
 from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.fidelity import kl
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.inputs.processor import Processor
@@ -40,7 +41,6 @@ from edgevlm_export.compress import compress
 from edgevlm_export.options import Int4Recipe
 from edgevlm_export.output_folder import FILE_NAMES, save_ir, seal
 from edgevlm_export.samples import language_samples
-from edgevlm_export.verify import kl
 
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 FAST = RuntimeConfig(device="CPU", cache=False)

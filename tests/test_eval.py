@@ -5,31 +5,38 @@ from __future__ import annotations
 import base64
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import numpy as np
 import pytest
 from PIL import Image
 
 from edgevlm import VLM, GenerationConfig, ImageBudget, OptionError, OutputError
+from edgevlm.decoding.fidelity import Fidelity, fidelity
+from edgevlm.evals import flow, texts
 from edgevlm.evals.ask import LocalModel, Scored
 from edgevlm.evals.items import Item, Suite, spread
+from edgevlm.evals.pair import Pair
 from edgevlm.evals.remote import RemoteModel
-from edgevlm.evals.results import compare, summarize
+from edgevlm.evals.results import compare, compare_cells, summarize
 from edgevlm.evals.run import Selection, ask, evaluate
-from edgevlm.evals.statistics import cluster_bootstrap, mcnemar, wilson
-from edgevlm.evals.suites import SUITES, make_suite, tempglitch
+from edgevlm.evals.statistics import auroc, cluster_bootstrap, mcnemar, wilson
+from edgevlm.evals.suites import SUITES, anomaly, flowchart, make_suite, tempglitch
+from edgevlm.model_store import default_model
 from edgevlm.server.run import Server
 from tests.conftest import F32
 from tests.helpers.command import cli
 from tests.helpers.evaluating import Guesser, Oracle, picture_digest
 from tests.helpers.serving import serving
 
-GENERATED = [name for name in SUITES if name not in ("mcq", "wikivqa")]
+GENERATED = [name for name in SUITES if name not in ("fidelity", "mcq", "wikivqa")]
 FAST = ["--device", "CPU", "--no-cache", "--kv-cache", "stateful"]
 
 
@@ -136,12 +143,29 @@ def test_results_of_two_models_are_paired(tmp_path: Path) -> None:
     found = compare(first, second)
     assert (found.difference, found.only_first, found.only_second) == (pytest.approx(-1 / 3), 2, 0)
     assert found.p == 0.5 and found.interval[0] < -1 / 3 < found.interval[1]
+    by_cell = compare_cells(first, second)
+    assert {cell: each.only_first for cell, each in by_cell.items()} == {"plain": 1, "other": 1}
+
+
+def test_items_that_do_not_fit_the_context_are_told_and_do_not_count(exported: Path) -> None:
+    local = LocalModel(VLM(exported, F32), GenerationConfig(), ImageBudget("low"))
+    suite = Colours()
+    rows = evaluate(suite, local, Selection(3, blind=False))
+    long = square("long", "plain", 0)
+    rows.append(ask(suite, local, replace(long, question="Which colour? " * 400), blind=False))
+    result = summarize(suite, rows)
+    ((why, count),) = result.unanswered.items()
+    assert result.total.asked == 3 and count == 1 and "the model's context holds 512" in why
+    with pytest.raises(OptionError, match="no item of the suite colours can be asked: the prompt has"):
+        summarize(suite, rows[3:])
+    assert compare(rows, rows).difference == 0
 
 
 class Alphabetical:
     """Always takes the first letter."""
 
     name, is_general = "first", True
+    prompts: Mapping[str, str] = {}
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -149,7 +173,7 @@ class Alphabetical:
     def score(self, pictures: Any, question: str, options: Sequence[str]) -> Scored:
         return Scored({option: float(option == options[0]) for option in options}, 0.01)
 
-    def generate(self, pictures: Any, question: str, max_new_tokens: int) -> str:
+    def generate(self, pictures: Any, question: str, max_new_tokens: int, schema: Any = None) -> str:
         return ""
 
 
@@ -180,10 +204,182 @@ def test_the_command_and_its_page(tmp_path: Path) -> None:
     assert "+0.0 points" in again.stdout and "chance 25%" in again.stdout
     everything = cli("eval", "-m", "panel", "--items", 1, "--no-blind", "--json", *FAST)
     assert everything.exit_code == 0, everything.output
-    assert set(json.loads(everything.stdout)["left_out"]) == {"mcq", "wikivqa"}
+    assert set(json.loads(everything.stdout)["left_out"]) == {"mcq", "wikivqa", "fidelity", "flowchart", "pages"}
     for bad, told in (("none", "there is no suite 'none'"), ("wikivqa", "needs --data"), ("mcq", "needs --data")):
         failed = cli("eval", "-m", "panel", "--suite", bad)
         assert failed.exit_code == 1 and told in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_an_export_agrees_with_itself_and_less_with_fewer_bits(exported: Path, exported_int4: Path) -> None:
+    suite, selection = make_suite("fidelity"), Selection(12)
+    assert {item.cell for item in suite.items(24, 0)} > {"description", "gauge"}
+    models = {path: LocalModel(VLM(path, F32), GenerationConfig(), ImageBudget()) for path in (exported, exported_int4)}
+    same = evaluate(suite, Pair(models[exported], models[exported]), selection)
+    assert all((row["right"], row["first_divergence"]) == (1, None) and abs(row["kl"]) < 1e-9 for row in same)
+    assert all(row["answer"] == row["truth"] and row["positions"] >= 1 for row in same)
+    rows = evaluate(suite, Pair(models[exported_int4], models[exported]), selection)
+    result = summarize(suite, rows)
+    assert result.figures["KL divergence, nats"] > 1e-4 and "chance" not in result.verdict
+    for row in rows:  # the first other token is where the export's own greedy answer leaves the reference's
+        own = models[exported_int4].token_ids(make_picture(suite, row), row["question"], 64)
+        reference = models[exported].token_ids(make_picture(suite, row), row["question"], 64)
+        apart = next((at for at, pair in enumerate(zip(own, reference, strict=False)) if len(set(pair)) > 1), None)
+        assert apart == row["first_divergence"]
+
+
+def make_picture(suite: Suite, row: Mapping[str, Any]) -> Sequence[Any]:
+    return next(item for item in suite.items(None, 0) if item.id == row["item"]).pictures()
+
+
+def test_fidelity_of_logits_by_hand() -> None:
+    reference = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
+    model = np.log(np.array([[0.5, 0.25, 0.25], [0.4, 0.2, 0.4]], np.float32))
+    found = fidelity(reference, model)
+    assert (found.greedy_agreement, found.positions, found.first_divergence) == (0.5, 2, 1)
+    expected = 0.1 * np.log(0.1 / 0.4) * 2 + 0.8 * np.log(0.8 / 0.2)
+    assert found.kl_divergence == pytest.approx(expected / 2, rel=1e-5)
+    assert fidelity(reference, reference) == Fidelity(1.0, 0.0, 2, None)
+
+
+def test_fidelity_needs_two_exports_of_one_checkpoint(exported: Path) -> None:
+    alone = cli("eval", "-m", exported, "--suite", "fidelity", *FAST)
+    assert alone.exit_code == 1 and "add --against" in alone.stderr
+    other = cli("eval", "-m", exported, "--against", "panel", "--suite", "fidelity", "--items", 1, *FAST)
+    assert other.exit_code == 1 and "different tokenizers" in other.stderr
+
+
+def test_a_gauge_s_reading_may_be_a_little_off() -> None:
+    suite = make_suite("tasks")
+    item = next(item for item in suite.items(None, 0) if item.cell == "gauge")
+    near, far = (float(item.truth) + step * item.facts["tolerance"] for step in (0.9, 1.1))
+    assert [suite.grade(item, text) for text in (f"{near:.4f} bar", f"{far:.4f} bar", "", "none")] == [1, 0, 0, 0]
+
+
+def test_series_differ_in_their_anomaly_alone_and_detectors_find_it() -> None:
+    suite = make_suite("anomaly")
+    for index, kind in product(range(3), anomaly.KINDS):
+        clean, odd = (anomaly.make_series([7, index], each) for each in (None, kind))
+        changed = np.flatnonzero(clean != odd)
+        assert 60 <= changed[0] < 170 and not np.array_equal(clean, odd)
+        assert kind == "a lasting shift of level" or changed[-1] < 240 - 10
+    items = suite.items(60, 2)
+    blind = suite.figures([ask(suite, Guesser(), item, blind=False) for item in items])
+    assert blind["AUROC of a rolling z-score"] > 0.7 > blind["AUROC"]
+    assert suite.remark(blind).startswith("; a rolling z-score of the numbers finds more")
+    seen = suite.figures([ask(suite, Oracle(suite, [item]), item, blind=False) for item in items])
+    assert (seen["AUROC"], seen["twins told apart"], suite.remark(seen)) == (1, 1, "")
+
+
+def test_ranks() -> None:
+    assert auroc([3, 2], [1, 0]) == 1 and auroc([0.5], [0.5]) == 0.5 and auroc([0, 2], [1]) == 0.5
+    assert np.isnan(auroc([], [1.0]))
+
+
+def test_flowcharts_are_graded_as_graphs_and_as_programs() -> None:
+    expected = flowchart.program(np.random.default_rng(3), 9, 12)
+    inputs = flowchart.inputs()
+    letters = {node["id"]: f"n{number}" for number, node in enumerate(reversed(expected["nodes"]), 1)}
+    renamed = {
+        "nodes": [node | {"id": letters[node["id"]]} for node in expected["nodes"]],
+        "edges": [edge | {"from": letters[edge["from"]], "to": letters[edge["to"]]} for edge in expected["edges"]],
+    }
+    assert flow.node_f1(expected, renamed) == flow.edge_f1(expected, renamed) == 1
+    assert flow.behaves_alike(expected, renamed, inputs)
+    cut = {"nodes": expected["nodes"], "edges": expected["edges"][:-1]}
+    assert flow.node_f1(expected, cut) == 1 > flow.edge_f1(expected, cut)
+    assert not flow.behaves_alike(expected, cut, inputs)
+    turned = [
+        edge | {"label": {"yes": "no", "no": "yes"}.get(edge["label"], edge["label"])} for edge in expected["edges"]
+    ]
+    assert flow.edge_f1(expected, {"nodes": expected["nodes"], "edges": turned}) < 1
+    assert flow.node_f1(expected, flow.read_graph("no graph")) == 0
+    jsonschema_rs.validator_for(flow.schema(12)).validate(expected)
+
+
+def test_flowcharts_run_nothing_but_their_steps() -> None:
+    def chart(text: str, kind: str = "step") -> flow.Graph:
+        nodes = [{"id": "n1", "kind": "start", "text": "start"}, {"id": "n2", "kind": kind, "text": text}]
+        labels = ("yes", "no") if kind == "decision" else ("",)
+        edges = [
+            {"from": "n1", "to": "n2", "label": ""},
+            *({"from": "n2", "to": "n3", "label": each} for each in labels),
+        ]
+        return {"nodes": [*nodes, {"id": "n3", "kind": "end", "text": "end"}], "edges": edges}
+
+    assert flow.run(chart("x = x * 3"), 2, 5) == (6, 5) and flow.run(chart("y = x"), 2, 5) == (2, 2)
+    assert flow.run(chart("x < 3?", "decision"), 2, 5) == (2, 5)
+    for text in ("__import__('os')", "x = x ** 9", "x = z", "x = x + 1; y = 2", ""):
+        assert flow.run(chart(text), 1, 1) is None
+    endless = {"nodes": chart("x = x * x")["nodes"], "edges": [{"from": "n1", "to": "n2", "label": ""}]}
+    endless["edges"].append({"from": "n2", "to": "n2", "label": ""})
+    assert flow.run(endless, 7, 1) is None
+
+
+PAGE = {
+    "markdown": "# Pump 12\n\nThe *pressure* is 4 &lt; 5 bar.\n\n| gauge | bar |\n|---|:--|\n| left | 42.7 |",
+    "html": "<h1>Pump 12</h1><p>The pressure is 4 &lt; 5 bar.</p>"
+    "<table><thead><tr><th>gauge</th><th>bar</th></tr></thead><tr><td>left</td><td>42.7</td></tr></table>",
+    "doctags": "<doctag><section_header_level_1><loc_1><loc_2><loc_3><loc_4>Pump 12</section_header_level_1>"
+    "<text>The pressure is 4 &lt; 5 bar.</text><otsl><loc_1><ched>gauge<ched>bar<nl><fcel>left<fcel>42.7<nl></otsl>",
+}
+
+
+@pytest.mark.parametrize("form", PAGE)
+def test_a_page_says_the_same_in_any_markup(form: str) -> None:
+    assert texts.plain(PAGE[form]) == "Pump 12 The pressure is 4 < 5 bar. gauge bar left 42.7"
+    assert texts.table(PAGE[form]) == [["gauge", "bar"], ["left", "42.7"]]
+
+
+def test_errors_of_characters_and_cells_are_counted() -> None:
+    distances = {("kitten", "sitting"): 3, ("", "abc"): 3, ("abc", ""): 3, ("flaw", "lawn"): 2, ("same", "same"): 0}
+    assert {pair: texts.edit_distance(*pair) for pair in distances} == distances
+    assert texts.error_rate("abcd", "abxd") == 0.25
+    assert texts.cell_accuracy([["a", "b"], ["c", "d"]], [["a", "x"], ["c"]]) == 0.5
+    suite = make_suite("pages")
+    item = next(item for item in suite.items(None, 0) if item.cell == "stamp")
+    assert suite.grade(item, item.truth.replace("\n\n", "\nCHECKED\n", 1)) == 1
+    assert 0.9 < suite.grade(item, item.truth[:-3]) < 1 and suite.grade(item, "") == 0
+
+
+def test_the_bundled_model_reads_no_pages(tmp_path: Path) -> None:
+    copy = shutil.copytree(default_model(), tmp_path / "mine")
+    assert not LocalModel(VLM(copy, F32), GenerationConfig(), ImageBudget()).is_general
+    refused = cli("eval", "-m", "panel", "--suite", "pages", *FAST)
+    assert refused.exit_code == 1 and "the suite pages needs a general model" in refused.stderr
+
+
+class Taught:
+    """Knows one prompt for pages, and writes JSON where a schema is given."""
+
+    name, is_general = "taught", True
+    prompts: Mapping[str, str] = {"page": "Convert this page to docling."}
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def score(self, pictures: Any, question: str, options: Sequence[str]) -> Scored:
+        raise AssertionError
+
+    def generate(self, pictures: Any, question: str, max_new_tokens: int, schema: Any = None) -> str:
+        return question if schema is None else json.dumps({"nodes": [], "edges": []})
+
+
+def test_a_model_is_asked_with_its_own_prompt_and_the_item_s_schema(docling: Path) -> None:
+    row = evaluate(make_suite("pages"), Taught(), Selection(1))[0]
+    assert row["question"] == row["answer"] == "Convert this page to docling." and "blind" not in row
+    row = evaluate(make_suite("flowchart"), Taught(), Selection(1))[0]
+    assert row["right"] == 0 and row["answer"].startswith("{")
+    reader = LocalModel(VLM(docling, F32), GenerationConfig(), ImageBudget())
+    assert reader.prompts["page"] == "Convert this page to docling."
+
+
+def test_an_export_answers_a_flowchart_under_its_schema(exported: Path) -> None:
+    model = LocalModel(VLM(exported, F32), GenerationConfig(), ImageBudget("low"))
+    (row,) = evaluate(make_suite("flowchart"), model, Selection(1))  # cut short by the tiny model's context
+    assert row["answer"].replace(" ", "").startswith('{"nodes":[{"id":"n') and row["right"] < 1
+    picture = np.full((64, 64, 3), 255, np.uint8)
+    tight = {"type": "object", "properties": {"kind": {"enum": ["step"]}}, "required": ["kind"]}
+    assert json.loads(model.generate([picture], "?", 60, tight | {"additionalProperties": False})) == {"kind": "step"}
 
 
 @pytest.fixture
@@ -262,3 +458,6 @@ def test_other_servers_are_asked_for_a_letter(exported: Path) -> None:
         assert sum(found.probabilities.values()) == pytest.approx(1)
         with pytest.raises(OptionError, match="only options under letters"):
             model.score([], "Which?", ("yes", "no"))
+        tight = {"type": "object", "properties": {"kind": {"enum": ["step"]}}, "required": ["kind"]}
+        answer = model.generate([], "Which?", 60, tight | {"additionalProperties": False})
+        assert json.loads(answer) == {"kind": "step"}

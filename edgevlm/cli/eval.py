@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.command("eval", cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
 @click.option("--suite", "suites", default="all", show_default=True, help="Suites, separated by commas, or all.")
 @click.option("--items", type=int, help="Items of each suite at most.")
-@click.option("--quick", is_flag=True, help="About a hundred items of each suite.")
+@click.option("--quick", is_flag=True, help="About a hundred items of each suite, twenty of long answers.")
 @click.option("--sample-seed", default=0, show_default=True, help="Makes other items of the same kinds.")
 @click.option("--data", type=click.Path(path_type=Path), help="Your own items, for suites that take them.")
 @click.option("--against", metavar="MODEL", help="Another model, asked the same items and compared in pairs.")
@@ -59,11 +59,13 @@ def evaluate(
 
     Options are scored by their probability, under letters in every order. Beside what is right stand chance, the same
     questions about grey pictures (blind), and always giving the commonest answer (majority); intervals are of 95 %.
-    --against compares two exports of a model on the same items: what INT4 costs, or what tuning gained.
+    --against compares two exports of a model on the same items: what INT4 costs, or what tuning gained. The suite
+    fidelity compares them token by token, without right answers.
 
     \b
     edgevlm eval --suite spacenum --quick
     edgevlm eval -m my-int4 --against my-fp32 -o results --report report.html
+    edgevlm eval -m my-int4 --against my-fp32 --suite fidelity
     edgevlm eval --url http://localhost:8080/v1 --suite mcq --data MMBench.tsv
     """
     from edgevlm.cli.evaluation import Evaluation

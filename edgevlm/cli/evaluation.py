@@ -15,8 +15,9 @@ from edgevlm.cli.output import Bar
 from edgevlm.errors import OptionError
 from edgevlm.evals.ask import Model
 from edgevlm.evals.items import Item, Suite
-from edgevlm.evals.report import HEADINGS, cells, difference_line, write_report
-from edgevlm.evals.results import Difference, SuiteResult, compare, summarize
+from edgevlm.evals.pair import Pair, paired
+from edgevlm.evals.report import difference_line, table, write_report
+from edgevlm.evals.results import Difference, SuiteResult, compare, compare_cells, summarize
 from edgevlm.evals.run import Selection, check_knowledge, evaluate
 from edgevlm.evals.suites import SUITES, make_suite
 from edgevlm.jobs.jsonl import Row
@@ -29,6 +30,8 @@ class Findings:
     model: str
     results: list[tuple[Suite, SuiteResult, Sequence[Row], dict[str, Item]]] = field(default_factory=list)
     differences: dict[str, Difference] = field(default_factory=dict)
+    by_cell: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    """Of each suite."""
     left_out: dict[str, str] = field(default_factory=dict)
     other: str | None = None
 
@@ -39,6 +42,9 @@ class Findings:
             "suites": {result.suite: result.to_dict() for _, result, _, _ in self.results},
             "against": self.other,
             "differences": {name: asdict(each) for name, each in self.differences.items()},
+            "differences_by_cell": {
+                name: {cell: asdict(each) for cell, each in cells.items()} for name, cells in self.by_cell.items()
+            },
             "left_out": self.left_out,
         }
 
@@ -47,18 +53,23 @@ class Findings:
         found = []
         for _, result, _, _ in self.results:
             found.append(f"{result.suite}: {result.verdict}")
-            found += [f"{result.suite}: {name}: {value:.2f}" for name, value in result.figures.items()]
-        found += [difference_line(f"{self.other}, {name}", each) for name, each in self.differences.items()]
+            found += [f"{result.suite}: {name}: {value:.3g}" for name, value in result.figures.items()]
+            found += [f"{result.suite}: {count} items not asked: {why}" for why, count in result.unanswered.items()]
+        for name, difference in self.differences.items():
+            found.append(difference_line(f"{self.other}, {name}", difference))
+            cells = self.by_cell[name].items()
+            found += [difference_line(f"{self.other}, {name}, {cell}", each) for cell, each in cells]
         return found + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
 
     def show(self) -> None:
         """Print the tables and the lines."""
         console = Console()
         for _, result, _, _ in self.results:
-            table = Table(*HEADINGS, title=f"{self.model}: {result.suite}")
-            for each in (*result.cells, result.total):
-                table.add_row(*map(Text, cells(each)))
-            console.print(table)
+            headings, *rows = table(result)
+            shown = Table(*headings, title=f"{self.model}: {result.suite}")
+            for row in rows:
+                shown.add_row(*map(Text, row))
+            console.print(shown)
         for line in self.lines():
             console.print(Text(line), soft_wrap=True)
 
@@ -101,20 +112,24 @@ class Evaluation:
             count = min(filter(None, (self._items, suite.quick if self._quick else None)), default=None)
             selection = Selection(count, self._seed, self._blind)
             try:
-                check_knowledge(suite, model)
-                rows = self._rows(suite, model, selection)
+                asked = paired(model, other) if suite.needs_reference else model
+                check_knowledge(suite, asked)
+                rows = self._rows(suite, asked, selection)
+                result = summarize(suite, rows)
             except OptionError as error:
                 if not self._all:
                     raise
                 found.left_out[suite.name] = str(error)
                 continue
             items = {item.id: item for item in suite.items(count, self._seed)}
-            found.results.append((suite, summarize(suite, rows), rows, items))
-            if other:
-                found.differences[suite.name] = compare(rows, self._rows(suite, other, selection))
+            found.results.append((suite, result, rows, items))
+            if other and not suite.needs_reference:
+                others = self._rows(suite, other, selection)
+                found.differences[suite.name] = compare(rows, others)
+                found.by_cell[suite.name] = compare_cells(rows, others)
         return found
 
-    def _rows(self, suite: Suite, model: Model, selection: Selection) -> list[Row]:
+    def _rows(self, suite: Suite, model: Model | Pair, selection: Selection) -> list[Row]:
         output = self._output / f"{model.name}-{suite.name}.jsonl" if self._output else None
         with Bar() as bar:
             return evaluate(suite, model, selection, output, bar.progress)

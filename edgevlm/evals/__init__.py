@@ -1,5 +1,6 @@
 """What a model can see: suites of questions with known answers, asked of an export or of a server.
 
-`items` says what a suite asks, `ask` how a model is asked, `run` writes a row for each item, `results` counts them, and
-`suites` holds one module for each suite, named by the table in its `__init__`.
+`items` says what a suite asks, `ask` how a model is asked, `pair` how two are compared token by token, `run` writes a
+row for each item, `results` counts them, and `suites` holds one module for each suite, named by the table in its
+`__init__`. `flow` and `texts` grade flowcharts and pages.
 """

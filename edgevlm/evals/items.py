@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,6 +34,12 @@ class Item:
     """Which member of its family it is."""
     max_new_tokens: int = 64
     """Of an answer that is generated."""
+    schema: Mapping[str, Any] | None = None
+    """JSON Schema of an answer that is generated."""
+    task: str = ""
+    """Of an answer that is generated: a model that has a prompt of its own for this task is asked that one."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the suite's grade and figures need besides; it goes into the row."""
 
     def __post_init__(self) -> None:
         if self.options and (self.truth not in self.options or len(set(self.options)) < len(self.options)):
@@ -64,6 +70,10 @@ class Suite(ABC):
     """Items of `--quick`."""
     needs_general_model: ClassVar[bool] = False
     """It asks for knowledge that a model of drawn panels cannot have."""
+    needs_reference: ClassVar[bool] = False
+    """It compares with a second model instead of known answers."""
+    asks_blind: ClassVar[bool] = True
+    """A grey picture may be answered rightly; not so where a whole page or graph is to be written down."""
 
     def __init__(self, data: Path | None = None) -> None:
         self.data = data
@@ -85,6 +95,10 @@ class Suite(ABC):
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:  # noqa: ARG002
         """Return what else the rows tell, such as how the members of a family differ, by what it is called."""
         return {}
+
+    def remark(self, figures: Mapping[str, float]) -> str:  # noqa: ARG002
+        """Return what the figures say, for the end of the verdict."""
+        return ""
 
     def verdict(self, accuracy: float, low: float, high: float, chance: float, blind: float | None) -> str:
         """Return the result in a line."""

@@ -7,14 +7,14 @@ import json
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 from PIL import Image
 
 from edgevlm.errors import ModelError, OptionError, one_line
-from edgevlm.evals.ask import Scored
+from edgevlm.evals.ask import Schema, Scored
 from edgevlm.evals.items import LETTERS
 from edgevlm.families.base import RGB
 
@@ -26,6 +26,7 @@ class RemoteModel:
     """A server's model; edgevlm's own is asked for exact scores, any other for a letter's log-probabilities."""
 
     is_general = True
+    prompts: Mapping[str, str] = {}
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
         self._url, self._key = url.rstrip("/"), api_key
@@ -50,9 +51,14 @@ class RemoteModel:
                 return Scored(found["probabilities"], found["total_probability"])
         return self._by_first_token(pictures, question, options)
 
-    def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int) -> str:
+    def generate(
+        self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Schema | None = None
+    ) -> str:
         """As `Model.generate`."""
         body = {"model": self.name, "messages": _messages(pictures, question), "max_tokens": max_new_tokens}
+        if schema:
+            form = {"name": "answer", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
         found = self._post("/chat/completions", body | {"temperature": 0})
         return str(found["choices"][0]["message"]["content"] or "")
 

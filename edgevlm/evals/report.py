@@ -12,7 +12,7 @@ from PIL import Image
 
 from edgevlm.errors import OutputError
 from edgevlm.evals.items import Item, Suite
-from edgevlm.evals.results import CellResult, Difference, SuiteResult
+from edgevlm.evals.results import CellResult, Difference, SuiteResult, answered
 from edgevlm.families.base import RGB
 from edgevlm.jobs.jsonl import Row
 
@@ -26,8 +26,14 @@ _STYLE = (
 HEADINGS = ("cell", "items", "right", "95 %", "chance", "blind", "majority", "robust", "unwilling")
 
 
-def cells(result: CellResult) -> tuple[str, ...]:
-    """Return the texts of a table's row, as `HEADINGS` name them."""
+def table(result: SuiteResult) -> list[list[str]]:
+    """Return the texts of a suite's table, its headings first, without columns that tell nothing."""
+    rows = [HEADINGS, *(_cells(each) for each in (*result.cells, result.total))]
+    told = [index for index in range(len(HEADINGS)) if any(row[index] != "-" for row in rows[1:])]
+    return [[row[index] for index in told] for row in rows]
+
+
+def _cells(result: CellResult) -> tuple[str, ...]:
     low, high = result.interval
     shares = (result.blind, result.majority, result.robust, result.unwilling)
     figures = ["-" if share is None else f"{share:.0%}" for share in shares]
@@ -53,15 +59,13 @@ def write_report(
     """Write the page. Raises `OutputError`."""
     body = [f"<h1>{html.escape(model)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lines)]
     for suite, result, rows, items in results:
-        head = "".join(f"<th>{each}" for each in HEADINGS)
-        table = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(text)}" for text in cells(each))
-            for each in (*result.cells, result.total)
-        )
+        headings, *told = table(result)
+        head = "".join(f"<th>{each}" for each in headings)
+        under = "".join("<tr>" + "".join(f"<td>{html.escape(text)}" for text in row) for row in told)
         body += [
-            f"<h2>{html.escape(suite.name)}</h2><p>{html.escape(result.verdict)}</p><table><tr>{head}{table}</table>"
+            f"<h2>{html.escape(suite.name)}</h2><p>{html.escape(result.verdict)}</p><table><tr>{head}{under}</table>"
         ]
-        wrong = [row for row in rows if row["right"] < 0.5 and row["item"] in items]
+        wrong = [row for row in answered(rows) if row["right"] < 0.5 and row["item"] in items]
         body += [_figure(row, items[row["item"]]) for row in wrong[:SHOWN]]
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(model)}</title>'

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import edgevlm
-from edgevlm.errors import IncompleteAnswerError, OptionError, OutputError
+from edgevlm.errors import ContextLengthError, IncompleteAnswerError, OptionError, OutputError
 from edgevlm.evals.ask import Model, blinded, judge
 from edgevlm.evals.items import Item, Suite
+from edgevlm.evals.pair import Pair
+from edgevlm.families.base import RGB
 from edgevlm.jobs.jsonl import Row, append_rows, read_rows, writing
 from edgevlm.jobs.work_queue import noop
 
@@ -33,7 +34,7 @@ class Selection:
 
 
 def evaluate(
-    suite: Suite, model: Model, selection: Selection, output: Path | None = None, on_progress: OnProgress = noop
+    suite: Suite, model: Model | Pair, selection: Selection, output: Path | None = None, on_progress: OnProgress = noop
 ) -> list[Row]:
     """Return the row of each item, in order; rows that `output` has already are not asked again.
 
@@ -55,14 +56,14 @@ def evaluate(
     return rows
 
 
-def check_knowledge(suite: Suite, model: Model) -> None:
+def check_knowledge(suite: Suite, model: Model | Pair) -> None:
     """Raise `OptionError` for a suite that asks for more than the model was made for."""
     if suite.needs_general_model and not model.is_general:
         raise OptionError(f"the suite {suite.name} needs a general model; {model.name} knows displays and gauges alone")
 
 
-def ask(suite: Suite, model: Model, item: Item, *, blind: bool) -> Row:
-    """Return the row of one item."""
+def ask(suite: Suite, model: Model | Pair, item: Item, *, blind: bool) -> Row:
+    """Return the row of one item, which has an `error` where its pictures do not fit the model's context."""
     started, pictures = perf_counter(), item.pictures()
     row: Row = {
         "suite": suite.name,
@@ -73,29 +74,46 @@ def ask(suite: Suite, model: Model, item: Item, *, blind: bool) -> Row:
         "question": item.question,
         "options": list(item.options),
         "truth": item.truth,
+        **({"facts": dict(item.facts)} if item.facts else {}),
     }
-    if item.options:
-        seen = judge(suite, model, item, pictures)
-        row |= {"answer": seen.answer, "right": seen.right, "robust": seen.robust, "mass": round(seen.mass, 6)}
-        row["scores"] = {option: round(p, 6) for option, p in seen.scores.items()}
-        if blind:
-            row["blind"] = judge(suite, model, item, blinded(pictures)).right
-    else:
-        answer = _generated(model, item, pictures)
-        row |= {"answer": answer, "right": suite.grade(item, answer)}
-        if blind:
-            row["blind"] = suite.grade(item, _generated(model, item, blinded(pictures)))
+    try:
+        row |= _answered(suite, model, item, pictures, blind=blind)
+    except ContextLengthError as error:
+        row["error"] = str(error)
     return row | {"seconds": round(perf_counter() - started, 3)}
 
 
-def _generated(model: Model, item: Item, pictures: Sequence[Any]) -> str:
+def _answered(suite: Suite, model: Model | Pair, item: Item, pictures: Sequence[RGB], *, blind: bool) -> Row:
+    if isinstance(model, Pair):
+        return model.follow(pictures, item.question, item.max_new_tokens)
+    if item.options:
+        seen = judge(suite, model, item, pictures)
+        row: Row = {"answer": seen.answer, "right": seen.right, "mass": round(seen.mass, 6)}
+        if item.is_lettered:
+            row["robust"] = seen.robust
+        row["scores"] = {option: round(p, 6) for option, p in seen.scores.items()}
+        if blind:
+            row["blind"] = judge(suite, model, item, blinded(pictures)).right
+        return row
+    answer = _generated(model, item, pictures)
+    row = {"question": _wording(model, item), "answer": answer, "right": suite.grade(item, answer)}
+    if blind and suite.asks_blind:
+        row["blind"] = suite.grade(item, _generated(model, item, blinded(pictures)))
+    return row
+
+
+def _generated(model: Model, item: Item, pictures: Sequence[RGB]) -> str:
     try:
-        return model.generate(pictures, item.question, item.max_new_tokens)
+        return model.generate(pictures, _wording(model, item), item.max_new_tokens, item.schema)
     except IncompleteAnswerError as error:
         return error.answer.text
 
 
-def _head(suite: Suite, model: Model, selection: Selection) -> Row:
+def _wording(model: Model, item: Item) -> str:
+    return model.prompts.get(item.task, item.question)
+
+
+def _head(suite: Suite, model: Model | Pair, selection: Selection) -> Row:
     return {
         "suite": suite.name,
         "version": suite.version,

@@ -46,6 +46,12 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
+def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Return how often a positive's score is above a negative's, ties counting half; 0.5 is chance."""
+    pairs = np.sign(np.subtract.outer(np.asarray(positive, float), np.asarray(negative, float)))
+    return float(np.mean(pairs) / 2 + 0.5) if pairs.size else math.nan
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """Return the exact two-sided p of two models whose answers differ on so many items (McNemar 1947)."""
     differing, fewer = only_first + only_second, min(only_first, only_second)

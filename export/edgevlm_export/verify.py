@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from edgevlm.decoding.fidelity import fidelity
 from edgevlm.errors import VerificationError
 from edgevlm.families.base import LanguageInputs
 from edgevlm.inputs.prompt import merge
@@ -75,9 +76,8 @@ def verify(vlm: VLM, cases: Arrays, reference: Arrays) -> Verification:
         for part, each in pairs.items()
         if each
     }
-    agreement = np.concatenate([want.argmax(-1) == got.argmax(-1) for want, got in logits])
-    divergence = np.concatenate([kl(want, got) for want, got in logits])
-    return Verification(parts, float(agreement.mean()), float(divergence.mean()), len(agreement))
+    near = fidelity(*map(np.concatenate, zip(*logits, strict=True)))
+    return Verification(parts, near.greedy_agreement, near.kl_divergence, near.positions)
 
 
 def _below(arrays: Arrays, prefix: str) -> dict[str, Array]:
@@ -103,17 +103,6 @@ def _compare(pairs: Sequence[tuple[Array, Array]]) -> tuple[float, float]:
     want = np.concatenate([each.ravel() for each, _ in pairs]).astype(np.float64)
     got = np.concatenate([each.ravel() for _, each in pairs]).astype(np.float64)
     return float(np.abs(want - got).max()), float(want @ got / (np.linalg.norm(want) * np.linalg.norm(got)))
-
-
-def kl(want: Array, got: Array) -> Array:
-    """Return KL(softmax(want) || softmax(got)) of each row, in nats."""
-    log_p, log_q = _log_softmax(want), _log_softmax(got)
-    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(-1))
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
 def check(figures: Verification, scales: Mapping[str, float], *, merges_tokens: bool = False) -> None:

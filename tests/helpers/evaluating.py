@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ class Oracle:
     """Knows which item it is asked by its question and pictures, and gives the truth; grey pictures tell it nothing."""
 
     name, is_general = "oracle", True
+    prompts: Mapping[str, str] = {}
 
     def __init__(self, suite: Suite, items: Sequence[Item]) -> None:
         self._suite = suite
@@ -41,7 +42,7 @@ class Oracle:
             )
         return Scored({option: float(option == truth) for option in options}, 1.0)
 
-    def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int) -> str:
+    def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Any = None) -> str:
         item = self._find(pictures, question)
         return item.truth if item else ""
 
@@ -54,6 +55,7 @@ class Guesser:
     """Guesses, each option alike."""
 
     name, is_general = "guesser", True
+    prompts: Mapping[str, str] = {}
 
     def __init__(self, seed: int = 0) -> None:
         self._random = np.random.default_rng(seed)
@@ -65,7 +67,7 @@ class Guesser:
         shares = self._random.dirichlet(np.ones(len(options)))
         return Scored(dict(zip(options, shares.tolist(), strict=True)), 1.0)
 
-    def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int) -> str:
+    def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Any = None) -> str:
         return ""
 
 

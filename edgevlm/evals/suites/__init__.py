@@ -13,6 +13,11 @@ SUITES: dict[str, str] = {
     "charts-cf": "charts:Charts",
     "spacenum": "spacenum:SpaceNum",
     "tempglitch": "tempglitch:TempGlitch",
+    "tasks": "tasks:Tasks",
+    "anomaly": "anomaly:Anomaly",
+    "flowchart": "flowchart:Flowchart",
+    "pages": "pages:Pages",
+    "fidelity": "fidelity:FidelityToReference",
     "mcq": "mcq:MultipleChoice",
     "wikivqa": "wikivqa:WikiVQA",
 }
