@@ -233,10 +233,10 @@ def make_picture(suite: Suite, row: Mapping[str, Any]) -> Sequence[Any]:
 
 def test_fidelity_of_logits_by_hand() -> None:
     reference = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]], np.float32))
-    model = np.log(np.array([[0.5, 0.25, 0.25], [0.4, 0.2, 0.4]], np.float32))
+    model = np.log(np.array([[0.5, 0.25, 0.25], [0.7, 0.2, 0.1]], np.float32))
     found = fidelity(reference, model)
     assert (found.greedy_agreement, found.positions, found.first_divergence) == (0.5, 2, 1)
-    expected = 0.1 * np.log(0.1 / 0.4) * 2 + 0.8 * np.log(0.8 / 0.2)
+    expected = 0.1 * np.log(0.1 / 0.7) + 0.8 * np.log(0.8 / 0.2)  # of the reference's distribution
     assert found.kl_divergence == pytest.approx(expected / 2, rel=1e-5)
     assert fidelity(reference, reference) == Fidelity(1.0, 0.0, 2, None)
 
