@@ -8,6 +8,8 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 TESTS = Path(__file__).parent / "tests"
+PARALLEL = ["-n", "auto", "--dist", "loadfile"]
+"""A process for each core; a file's tests share what they export."""
 
 
 @nox.session
@@ -18,7 +20,7 @@ def tests(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     session.run("lint-imports", "--no-cache")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *(session.posargs or PARALLEL))
 
 
 @nox.session

@@ -47,12 +47,18 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "NO_COLOR": "1",
 }
+LONGEST = ("test_tune.py", "test_parity.py")
+"""Files that take minutes: where processes share the tests, they begin first."""
 F32 = RuntimeConfig(device="CPU", inference_precision="f32", cache=False)
 TILE, LONGEST_EDGE = 64, 256
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, aloud, what needs optimum-intel where it is not: it lives with transformers 4, in an environment apart."""
+    """Put the longest files first, and skip, aloud, what needs optimum-intel where it is not.
+
+    That lives with transformers 4, in an environment apart.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if find_spec("optimum") is None:
         missing = pytest.mark.skip(reason="needs optimum-intel: nox -s optimum")
         for item in items:

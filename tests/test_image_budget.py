@@ -128,6 +128,19 @@ FACTS: dict[str, dict[str, Any]] = {
             **PIXELS,
         },
     },
+    "minicpmv4_6": {
+        **{
+            f"{name}_{end}_token": f"<{name}{end}>"
+            for name in ("image", "slice", "image_id")
+            for end in ("start", "end")
+        },
+        "image_token": "<|image_pad|>",
+        "image_token_id": 4,
+        "use_image_id": True,
+        "patch_size": TILE // 4,
+        "table_side": 8,
+        "preprocessing": {"scale_resolution": 4 * TILE, "max_slice_nums": 9, **PIXELS},
+    },
     "qwen2_vl": {"model_type": "qwen2_vl", **QWEN_VL},
     "qwen2_5_vl": {"model_type": "qwen2_5_vl", "window_size": 4 * TILE, **QWEN_VL},
     "qwen3_5": {"model_type": "qwen3_5", "table_side": 8, **QWEN_VL},
@@ -144,6 +157,7 @@ LEAST = {
     "lighton_ocr": 1,
     "llava": 16,
     "llava_onevision": 17,
+    "minicpmv4_6": 4,
     "qwen2_vl": 4,
     "qwen2_5_vl": 4,
     "qwen3_5": 4,

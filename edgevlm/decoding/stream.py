@@ -62,8 +62,10 @@ def make_together(steps: Sequence[Step]) -> None:
     Those whose KV cache is OpenVINO's state are left to be made alone, and so are long ones, which may have to be
     broken off.
     """
-    joined = [(step, step.session) for step in steps if len(step.token_ids) <= SHORT_STEP]
-    paged = [(step, session) for step, session in joined if isinstance(session, PagedSession)]
+    if len(steps) < 2:
+        return
+    short = [(step, step.session) for step in steps if len(step.token_ids) <= SHORT_STEP]
+    paged = [(step, session) for step, session in short if isinstance(session, PagedSession)]
     if len(paged) < 2:
         return
     made = step_together([session for _, session in paged], [step.token_ids for step, _ in paged])

@@ -40,6 +40,7 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], Family]] = {
     "lighton_ocr": partial(_load, "lighton_ocr", "LightOnOcr"),
     "llava": partial(_load, "llava", "Llava"),
     "llava_onevision": partial(_load, "llava_onevision", "LlavaOnevision"),
+    "minicpmv4_6": partial(_load, "minicpm", "MiniCPM"),
     "qwen2_5_vl": partial(_load, "qwen_vl", "QwenVL"),
     "qwen2_vl": partial(_load, "qwen_vl", "QwenVL"),
     "qwen3_5": partial(_load, "qwen_vl", "QwenVL"),

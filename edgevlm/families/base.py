@@ -269,6 +269,10 @@ class Family:
         """Return the text that replaces one placeholder in the rendered prompt, its image or video tokens included."""
         raise NotImplementedError
 
+    def image_texts(self, layouts: Sequence[Hashable]) -> list[str]:
+        """Return the text of each picture and video of a prompt, in order."""
+        return [self.image_text(layout) for layout in layouts]
+
     def block_text(self) -> str:
         """Return a text with every special token that an image block may hold."""
         raise NotImplementedError

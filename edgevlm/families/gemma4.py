@@ -28,9 +28,9 @@ from edgevlm.families.base import (
     View,
     Visual,
 )
+from edgevlm.families.grids import Grid
 from edgevlm.families.imaging import normalisation, normalised
 from edgevlm.families.packing import packed_order
-from edgevlm.families.qwen_vl import Grid
 
 LOW_TOKENS = 70
 """The least `max_soft_tokens` that the model was trained with."""

@@ -20,9 +20,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from edgevlm.families.base import PIXEL_VALUES, RGB, Array, Family, ImageBudget, View, Visual
+from edgevlm.families.grids import Grid, nearest_grid
 from edgevlm.families.imaging import Lookup, fused_normalisation, resized
 from edgevlm.families.packing import packed_order
-from edgevlm.families.qwen_vl import Grid, nearest_grid
 from edgevlm.families.tiling import nearest_grid as nearest_tiles
 
 LOW_TOKENS = 256

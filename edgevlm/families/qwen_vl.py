@@ -37,6 +37,7 @@ from edgevlm.families.base import (
     View,
     Visual,
 )
+from edgevlm.families.grids import Grid, nearest_grid
 from edgevlm.families.grounding import Grounding, json_boxes
 from edgevlm.families.imaging import Lookup, fused_normalisation, normalisation, resized
 from edgevlm.families.packing import packed_order, packed_pixels
@@ -71,18 +72,6 @@ GROUNDING["qwen3_5"] = GROUNDING["qwen3_vl"]
 """Boxes by model type: per mille in tokens of their own (arXiv:2409.12191, section 2.2); pixels of the resized picture
 (Qwen2.5-VL, arXiv:2502.13923, section 2.2.2) and per mille (Qwen3-VL and Qwen3.5) in JSON, asked for as in Qwen's own
 cookbooks."""
-
-
-class Grid(NamedTuple):
-    """Rows and columns of a picture's image tokens."""
-
-    rows: int
-    cols: int
-
-    @property
-    def tokens(self) -> int:
-        """How many image tokens the picture has."""
-        return self.rows * self.cols
 
 
 class Clip(NamedTuple):
@@ -369,20 +358,6 @@ def sample_evenly(total: int, count: float, most: int, *, asked: bool) -> list[i
     taken = min(int(count) if asked else max(int(count), MIN_FRAMES), most, total)
     places: list[int] = np.linspace(0, total - 1, taken).round().astype(np.int64).tolist()
     return places
-
-
-def nearest_grid(height: int, width: int, least: int, most: int) -> Grid:
-    """Return the grid of `least` to `most` squares that distorts a picture least, the largest of those alike."""
-    best, smallest = Grid(1, least), math.inf
-    for rows in range(1, most + 1):
-        lowest, highest = math.ceil(least / rows), most // rows
-        if lowest > highest:
-            continue
-        grid = Grid(rows, min(max(round(rows * width / height), lowest), highest))
-        distortion = abs(math.log(grid.cols * height / (grid.rows * width)))
-        if distortion < smallest or (distortion == smallest and grid.tokens > best.tokens):
-            best, smallest = grid, distortion
-    return best
 
 
 def table_corners(rows: int, cols: int, side: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:

@@ -66,7 +66,7 @@ class Processor:
         rendered = (self._video_template if any(videos) else self.template).render(said, given) + suffix
         first, *rest = self._placeholders.split(rendered)
         self._check_placeholders(self._placeholders.findall(rendered), videos)
-        blocks = [self.family.image_text(each.layout) for each in pictures]
+        blocks = self.family.image_texts([each.layout for each in pictures])
         prompt = first + "".join(block + text for block, text in zip(blocks, rest, strict=True))
         has_bos = self._bos_token is not None and prompt.startswith(self._bos_token)
         return self.tokenizer.encode(prompt, add_special_tokens=not has_bos)

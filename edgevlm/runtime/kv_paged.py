@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from itertools import accumulate, chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,21 +172,19 @@ class PagedSession(Session):
         self._pool.give_back(dropped)
 
     def copy_prefix(self, other: Session, length: int) -> int:
-        """Begin anew with copies of the other's blocks that its first `length` entries fill; return how many entries.
+        """Begin anew with copies of the blocks of another sequence's first entries; return how many entries.
 
         The other may be at work in another thread: its blocks are written, and taken by others, with the pool locked.
         """
         assert isinstance(other, PagedSession)
-        size = self._pool.layout.block_size
         with self._pool.lock:
             keys, positions, blocks = list(other.prefix_keys), other._positions, list(other._blocks)
-            count = min(length, len(keys), positions.shape[1], len(blocks) * size) // size
-            if count:
-                self.reset()
-                self._reserve(count * size)
-                self._pool.copy(blocks[:count], self._blocks)
-                self._append(keys[: count * size], positions[:, : count * size])
-        return count * size
+            length = min(length, len(keys), positions.shape[1], len(blocks) * self._pool.layout.block_size)
+            self.reset()
+            self._reserve(length)
+            self._pool.copy(blocks[: len(self._blocks)], self._blocks)
+            self._append(keys[:length], positions[:, :length])
+        return length
 
     def _reserve(self, length: int) -> None:
         """Take the blocks that so many entries need, with the pool locked."""
@@ -214,7 +213,7 @@ class PagedSession(Session):
                     "position_ids": positions[0] if len(positions) == 1 else positions,
                     "past_lens": np.array(lengths, np.int32),
                     "subsequence_begins": _begins(counts),
-                    "block_indices": np.array([block for table in tables for block in table], np.int32),
+                    "block_indices": np.array(list(chain.from_iterable(tables)), np.int32),
                     "block_indices_begins": _begins(map(len, tables)),
                     "max_context_len": np.array(max(totals), np.int32),
                     LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
@@ -254,7 +253,7 @@ def step_together(
 
 def _begins(sizes: Iterable[int]) -> npt.NDArray[np.int32]:
     """Return where each of consecutive ranges of these sizes begins, and where the last one ends."""
-    return np.cumsum([0, *sizes], dtype=np.int32)
+    return np.array([0, *accumulate(sizes)], np.int32)
 
 
 def _join(arrays: Sequence[npt.NDArray[Any]], axis: int = 0) -> npt.NDArray[Any]:

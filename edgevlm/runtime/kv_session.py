@@ -30,7 +30,7 @@ all of it."""
 def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Return the embeddings `(1, n, hidden)` of `n` token ids, using a request of the embedding table."""
     tokens = np.asarray(ids, np.int64).reshape(1, -1)
-    return np.array(request.infer([tokens])[0], np.float32)
+    return np.array(request.infer([tokens], share_inputs=True)[0], np.float32)
 
 
 class Requests(NamedTuple):

@@ -10,6 +10,7 @@ from tests.families import (
     lighton_ocr,
     llava,
     llava_onevision,
+    minicpm,
     qwen_vl,
 )
 from tests.families.base import Builder
@@ -24,6 +25,7 @@ BUILDERS: dict[str, Builder] = {
     "lighton_ocr": lighton_ocr.BUILDER,
     "llava": llava.BUILDER,
     "llava_onevision": llava_onevision.BUILDER,
+    "minicpmv4_6": minicpm.BUILDER,
     "qwen2_5_vl": qwen_vl.builder("qwen2_5_vl"),
     "qwen2_vl": qwen_vl.builder("qwen2_vl"),
     "qwen3_5": qwen_vl.builder("qwen3_5"),

@@ -16,6 +16,7 @@ from edgevlm_export.families import (
     lighton_ocr,
     llava,
     llava_onevision,
+    minicpm,
     qwen_vl,
 )
 from edgevlm_export.families.base import Architecture, FamilyExporter
@@ -42,6 +43,7 @@ FAMILIES: dict[str, FamilyExporter] = {
     "lighton_ocr": lighton_ocr.EXPORTER,
     "llava": llava.EXPORTER,
     "llava_onevision": llava_onevision.EXPORTER,
+    "minicpmv4_6": minicpm.EXPORTER,
     "qwen2_5_vl": qwen_vl.EXPORTER,
     "qwen2_vl": qwen_vl.EXPORTER,
     "qwen3_5": qwen_vl.EXPORTER,

@@ -113,9 +113,9 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     vision = _VisionReader(seen).read(decoder.hidden_size)
     graph = Graph(vision.inputs, vision_stages(vision), "image_embeds", "image_embeds")
     reusing = [layer.name for layer in decoder.layers if isinstance(layer.mixer, ReusingAttention)]
-    unused = [f"{name}.self_attn.{each}." for name in reusing for each in ("k_proj", "v_proj", "k_norm", "v_norm")]
+    unused = [f"{name}.self_attn.{each}.*" for name in reusing for each in ("k_proj", "v_proj", "k_norm", "v_norm")]
     traits = DecoderTraits(atomic_images=True)  # which keeps it out of paged attention: that knows no windows
-    others = ("model.audio_tower.", "model.embed_audio.", *unused)
+    others = ("model.audio_tower.*", "model.embed_audio.*", *unused)
     return Architecture(decoder, graph, others, (config, text, seen), traits)
 
 

@@ -203,15 +203,16 @@ class MRope:
     interleaved: bool
 
 
-def text_section(config: ConfigReader, harmless: Collection[str] = ()) -> ConfigReader:
+def text_section(config: ConfigReader, harmless: Collection[str] = (), usual: str = "llama") -> ConfigReader:
     """Return config.json's `text_config` with its class's defaults, none where the class is not known here.
 
-    It is config.json itself where the family has the text model's keys there. `harmless` keys change nothing.
+    It is config.json itself where the family has the text model's keys there. `harmless` keys change nothing. `usual`
+    is the text model where config.json names none and none is called after the family.
     """
     family = str(config.get("model_type", ""))
     if family in _FLAT and "text_config" not in config:
         return config.assuming(DEFAULTS[_FLAT[family]])
-    inner = f"{family}_text" if f"{family}_text" in DEFAULTS else "llama"
+    inner = f"{family}_text" if f"{family}_text" in DEFAULTS else usual
     kind = ConfigReader(config.get("text_config"), "text_config").get("model_type", inner)
     return config.section(
         "text_config", {"model_type": kind, **DEFAULTS.get(_FLAT.get(str(kind), str(kind)), {})}, harmless=harmless

@@ -49,7 +49,10 @@ class Attention:
     gated: bool = False
     """q_proj makes a gate of each head behind its query, by whose sigmoid the head's output is multiplied."""
     window: int | None = None
-    """How many of the last tokens a token attends to, itself among them; None is all."""
+    """How many of the last tokens a token attends to, itself among them; None is all.
+
+    Paged attention takes every mask for a causal one: `DecoderTraits.atomic_images` keeps decoders with windows out.
+    """
     v_norm: Norm | None = None
     """RMSNorm over each head's channels of the values."""
     is_reused: bool = False
