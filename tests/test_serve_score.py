@@ -184,3 +184,14 @@ def test_the_time_is_up_and_callers_hang_up(vlm: VLM) -> None:
         model.release()
         wait_until(lambda: not server.worker.held)
         assert score(server, choices=CHOICES)[0] == 200
+
+
+def test_who_hangs_up_is_scored_no_further(exported: Path) -> None:
+    choices = [f"{number} " + "and so on " * 20 for number in range(MAX_CHOICES)]
+    with serving(VLM(exported, F32)) as server:
+        with raw(server, {"messages": shown(text=QUESTION), "choices": choices}, "/v1/score"):
+            wait_until(lambda: server.worker.running == 1)
+        wait_until(lambda: not server.worker.held)
+        figures = request(server, "GET", "/metrics")[2].decode()
+    assert 'edgevlm_answers_total{end="abandoned",model="tiny"} 1.0' in figures
+    assert "scored" not in figures
