@@ -38,6 +38,13 @@ def video(session: nox.Session) -> None:
 
 
 @nox.session
+def inspect(session: nox.Session) -> None:
+    """Inspect AI's provider; Inspect brings another fsspec along, so that it stands in no extra but its own."""
+    session.install("--quiet", "-e", ".[dev,inspect]")
+    session.run("python", "-m", "pytest", str(TESTS / "test_inspect.py"), *session.posargs)
+
+
+@nox.session
 def optimum(session: nox.Session) -> None:
     """What goes through optimum-intel, which needs transformers 4."""
     session.install("--quiet", "-e", ".[export-torch]", "pytest>=8.4,<10", "scikit-learn>=1.7,<2")

@@ -120,6 +120,8 @@ def requests(picture: bytes) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/chat/completions", {"messages": turns, "max_tokens": 16, "tools": [tool], "tool_choice": "required"}),
         ("/v1/responses", {"input": items, "instructions": "Be brief.", "max_output_tokens": 4, "stream": True}),
         ("/v1/locate", {"image": part, "phrase": "the red valve", "max_locations": 1}),
+        ("/v1/score", {"messages": shown["messages"], "choices": ["5", "no grid"], "max_tiles": 4}),
+        ("/v1/score", {"messages": turns, "type": "score", "minimum": 1, "maximum": 5}),
         ("/api/chat", {"messages": [ollama], "options": options, "keep_alive": "5m"}),
         (
             "/api/generate",

@@ -233,18 +233,41 @@ class VLM:
         cache_salt: str = "",
     ) -> Generator[Progress, None, Scores]:
         """Yield the progress of `score`; return the scores."""
-        check_choices(choices)
-        config, watch = config or GenerationConfig(), Stopwatch()
         pictures = as_visuals(images)
         messages = [user_message(question, kinds_of(pictures))]
+        scores = None
+        with closing(self.score_steps(messages, pictures, choices, config, image_budget, cache_salt)) as events:
+            for event in events:
+                if isinstance(event, Progress):
+                    yield event
+                elif isinstance(event, Scores):
+                    scores = event
+        assert scores is not None
+        return scores
+
+    def score_steps(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        choices: Sequence[str],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+    ) -> Generator[Progress | Step | Scores, None, None]:
+        """Yield the progress of scoring answers to a conversation, each step before it is made, and last the scores.
+
+        `messages` and `images` as in `events`, steps as in `steps`, and errors as in `score`.
+        """
+        check_choices(choices)
+        config, watch = config or GenerationConfig(), Stopwatch()
         opening = self._opening(replace(config, think=False))
-        prompt = yield from self._prepare(messages, pictures, opening, watch, image_budget, cache_salt)
+        prompt = yield from self._prepare(messages, images, opening, watch, image_budget, cache_salt)
         prefix = self.processor.thinking.response_prefix(opening)
         answers = [self.grammar_tokenizer.encode(prefix + choice) for choice in choices]
         self._check_length(len(prompt) + max(map(len, answers)))
         with self.session(prompt) as session:
-            found = log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
-        return Scores(
+            found = yield from log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
+        yield Scores(
             dict(zip(choices, found, strict=True)),
             prompt_tokens=len(prompt),
             image_tokens=prompt.image_tokens,

@@ -34,7 +34,7 @@ from edgevlm.server.run import Server
 from tests.conftest import F32
 from tests.helpers.command import cli
 from tests.helpers.evaluating import Guesser, Oracle, picture_digest
-from tests.helpers.serving import serving
+from tests.helpers.serving import request, serving
 
 GENERATED = [name for name in SUITES if name not in ("fidelity", "mcq", "wikivqa")]
 FAST = ["--device", "CPU", "--no-cache", "--kv-cache", "stateful"]
@@ -461,3 +461,18 @@ def test_other_servers_are_asked_for_a_letter(exported: Path) -> None:
         tight = {"type": "object", "properties": {"kind": {"enum": ["step"]}}, "required": ["kind"]}
         answer = model.generate([], "Which?", 60, tight | {"additionalProperties": False})
         assert json.loads(answer) == {"kind": "step"}
+
+
+def test_the_bundled_model_is_asked_alike_over_http() -> None:
+    suite, selection = make_suite("carrier"), Selection(5)
+    vlm = VLM("panel", F32)
+    expected = evaluate(suite, LocalModel(vlm, GenerationConfig(), ImageBudget()), selection)
+    with serving(vlm, model_name="panel") as server:
+        rows = evaluate(suite, RemoteModel(f"{server.url}/v1", "panel"), selection)
+        figures = request(server, "GET", "/metrics")[2].decode()
+    assert 'path="/v1/score",status="200"' in figures and "/v1/chat" not in figures
+    for row, local in zip(rows, expected, strict=True):
+        assert row["scores"] == pytest.approx(local["scores"], abs=1e-3)
+        assert row["mass"] == pytest.approx(local["mass"], abs=1e-3)
+        told = ("item", "answer", "right", "robust", "blind")
+        assert [row[name] for name in told] == [local[name] for name in told]

@@ -156,8 +156,8 @@ def test_requests_made_from_the_server_s_own_openapi_document(server: Server) ->
     schema.config.update(base_url=server.url)
     operations = [found.ok() for found in schema.get_all_operations()]
     paths = {"/healthz", "/readyz", "/metrics", "/v1/models", "/v1/models/{name}", "/v1/chat/completions"}
-    paths |= {"/v1/responses", "/v1/locate", "/api/version", "/api/tags", "/api/ps", "/api/show", "/api/chat"}
-    paths |= {"/api/generate"}
+    paths |= {"/v1/responses", "/v1/locate", "/v1/score", "/api/version", "/api/tags", "/api/ps", "/api/show"}
+    paths |= {"/api/chat", "/api/generate"}
     assert {operation.path for operation in operations} == paths
     for operation in operations:
         statuses = exercise(operation, examples=EXAMPLES if operation.method == "post" else 3)

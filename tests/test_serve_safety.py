@@ -133,7 +133,8 @@ def test_without_the_key_every_path_but_the_open_ones_is_refused(vlm: VLM) -> No
     with serving(vlm, api_keys=(KEY,)) as server:
         known = routes(server)
         paths = {path for _, path in known}
-        assert {"/v1/chat/completions", "/v1/responses", "/v1/locate", "/api/chat", "/api/generate"} <= paths
+        assert {"/v1/chat/completions", "/v1/responses", "/v1/locate", "/v1/score"} <= paths
+        assert {"/api/chat", "/api/generate"} <= paths
         assert {"/v1/models", "/api/tags", "/api/ps", "/api/show", "/api/version", "/metrics", *OPEN_PATHS} <= paths
         for method, path in known:
             body = {} if method == "POST" else None

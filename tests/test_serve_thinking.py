@@ -9,11 +9,13 @@ from typing import Any
 import ollama
 import openai
 import pytest
+from PIL import Image
 
 from edgevlm import VLM
 from edgevlm.server.run import Server
 from edgevlm.strict_json import read_json
-from tests.helpers.serving import KIND, LOOK, QUESTION, SCHEMA, ask, choice_of, request, serving
+from tests.conftest import noise
+from tests.helpers.serving import KIND, LOOK, QUESTION, SCHEMA, ask, choice_of, data_url, request, serving, shown
 
 ASKED: list[Any] = [{"role": "user", "content": QUESTION}]
 
@@ -45,6 +47,19 @@ def said(thinker: VLM) -> tuple[str, str]:
     answer = thinker.generate(None, QUESTION)
     assert answer.reasoning_content
     return answer.reasoning_content, answer.text
+
+
+# Scores
+
+
+def test_answers_are_scored_without_a_thought(server: Server, thinker: VLM) -> None:
+    picture = noise(40, 60)
+    body = {"messages": shown(data_url(Image.fromarray(picture))), "choices": ["yes", "no"]}
+    status, _, data = request(server, "POST", "/v1/score", body)
+    assert status == 200, data
+    expected = thinker.score(picture, QUESTION, ["yes", "no"]).log_likelihoods
+    assert read_json(data)["log_likelihoods"] == pytest.approx(dict(expected), abs=2e-3)
+    assert request(server, "POST", "/v1/score", {**body, "think": True})[0] == 400
 
 
 # Chat completions

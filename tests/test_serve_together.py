@@ -22,6 +22,8 @@ from edgevlm.runtime.kv_paged import PagedSession
 from edgevlm.server.engine import Job, Worker
 from edgevlm.server.errors import AbandonedError
 from edgevlm.server.metrics import Metrics
+from edgevlm.server.models import Models, Source
+from edgevlm.server.settings import ServeConfig
 from tests.conftest import F32, noise
 from tests.helpers.serving import KIND, PATIENCE_S, Braked, ask, data_url, serving, shown, wait_until
 
@@ -204,13 +206,14 @@ def test_every_answer_is_counted_once(paged: VLM) -> None:
     with answering(paged, 4, ends) as (worker, asked):
         answers = [each.end for each in asked]
         wait_until(lambda: not worker.running)
-    metrics = Metrics(lambda: 0, lambda: 0, lambda: True)
+    models = Models([Source("tiny", lambda: paged)], ServeConfig(), lambda *_: None, lambda: None)
+    metrics = Metrics(models)
     for job, end in ends:
-        metrics.count_answer(job, end)
+        metrics.count_answer("tiny", job, end)
     told = metrics.render().decode()
     tokens = sum(answer.generated_tokens for answer in answers if isinstance(answer, Answer))
-    assert f"edgevlm_generated_tokens_total {tokens:.1f}" in told
-    assert "edgevlm_time_to_first_token_seconds_count 4.0" in told
+    assert f'edgevlm_generated_tokens_total{{model="tiny"}} {tokens:.1f}' in told
+    assert 'edgevlm_time_to_first_token_seconds_count{model="tiny"} 4.0' in told
 
 
 def test_a_state_is_never_shared(vlm: VLM, joined: list[int]) -> None:

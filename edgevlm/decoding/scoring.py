@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.decoding.sampling import Logits, log_softmax
+from edgevlm.decoding.stream import Step
 from edgevlm.errors import DeviceError
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.metrics import Stopwatch, Timings
@@ -74,8 +75,8 @@ _TIMINGS = ("load_s", "preprocess_s", "vision_s", "prefill_s", "total_s")
 
 def log_likelihoods(
     session: Session, prompt: Prompt, answers: Sequence[Sequence[int]], eos_token_ids: Sequence[int], watch: Stopwatch
-) -> list[float]:
-    """Return the log-likelihood of each answer's token ids and the end after them.
+) -> Generator[Step, None, list[float]]:
+    """Return the log-likelihood of each answer's token ids and the end after them; yield each step before it is made.
 
     The prompt is prefilled once. Answers run in sorted order, each after its common prefix with the one before. Raises
     `DeviceError` where the logits overflow.
@@ -92,7 +93,9 @@ def log_likelihoods(
             rows = _read(session, prompt, session.length)
         begun = session.length - len(prompt)
         if begun < len(ids):
-            rows = np.concatenate([rows[: begun + 1], _log_probabilities(session.step(ids[begun:]))])
+            step = Step(session, ids[begun:])
+            yield step
+            rows = np.concatenate([rows[: begun + 1], _log_probabilities(step.make())])
         found[ids] = _sum(rows, ids, eos_token_ids)
         before = ids
     return [found[tuple(ids)] for ids in answers]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
@@ -20,10 +20,11 @@ from starlette.types import ASGIApp, Receive
 
 from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
+from edgevlm.decoding.scoring import Scores
 from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
 from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
-from edgevlm.server.engine import Job
+from edgevlm.server.engine import Job, Told, is_end
 from edgevlm.server.errors import (
     CALLERS_ERRORS,
     ApiError,
@@ -48,7 +49,10 @@ from edgevlm.server.schemas import (
     ErrorBody,
     LocateAnswer,
     LocateRequest,
+    ScoreAnswer,
+    ScoreRequest,
 )
+from edgevlm.server.scoring import make_score_plan, scores_body
 from edgevlm.server.settings import ServeConfig
 from edgevlm.server.wire import EventStream, Json
 from edgevlm.vlm import VLM
@@ -140,6 +144,8 @@ def _add_openai(app: FastAPI, server: _Server) -> None:
     app.post("/v1/responses", summary="Continue a conversation, as a response", responses=sse)(server.respond)
     located: dict[int | str, dict[str, Any]] = {200: {"description": "The places.", "model": LocateAnswer}}
     app.post("/v1/locate", summary="Find something in a picture", responses=located)(server.locate)
+    scored: dict[int | str, dict[str, Any]] = {200: {"description": "The scores.", "model": ScoreAnswer}}
+    app.post("/v1/score", summary="Tell how likely given answers are", responses=scored)(server.score)
 
 
 def _add_ollama(app: FastAPI, server: _Server) -> None:
@@ -227,6 +233,15 @@ class _Server:
                             return Json({"object": "locations", "model": use.model, **found})
         raise AssertionError("an answer's last piece carries it")
 
+    async def score(self, request: ScoreRequest, http: Request) -> Response:
+        async with self._use(request.model, http) as use:
+            plan = await self._plan(make_score_plan, request, self._config, http.state.caller)
+            async with aclosing(self._follow(plan, http.receive, use)) as events:
+                async for event, waited_s in events:
+                    if isinstance(event, Scores):
+                        return Json({"object": "scores", "model": use.model, **scores_body(request, event, waited_s)})
+        raise AssertionError("the scores come last")
+
     async def _answer_ollama(self, request: ollama.OllamaChat | ollama.OllamaGenerate, http: Request) -> Response:
         self._models.check_ready()
         model = self._find(request.model, ollama.tagged)
@@ -309,15 +324,24 @@ class _Server:
         return ApiError(504, "time_limit", f"the answer was not ready within {limit:g} s, waiting included")
 
     async def _pieces(self, plan: Plan, receive: Receive, use: Use) -> Pieces:
-        """Yield the answer's pieces, each with the seconds that the job had waited, for its model included.
+        """Yield the answer's pieces, each with the seconds that the job had waited, for its model included."""
+        async with aclosing(self._follow(plan, receive, use)) as events:
+            async for event, waited_s in events:
+                assert isinstance(event, Piece)
+                yield event, waited_s
+
+    async def _follow(
+        self, plan: Plan, receive: Receive, use: Use
+    ) -> AsyncGenerator[tuple[Piece | Scores, float], None]:
+        """Yield the pieces, or the scores, each with the seconds that the job had waited, for its model included.
 
         The time limit counts from the beginning of `use`. Whatever ends this (the client goes away, the time is up, the
         server stops) ends the generation too.
         """
         loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        events: asyncio.Queue[Told] = asyncio.Queue()
 
-        def deliver(event: Piece | BaseException) -> None:
+        def deliver(event: Told) -> None:
             _call_soon(loop, events.put_nowait, event)
 
         conversation = plan.conversation
@@ -328,6 +352,7 @@ class _Server:
             plan.image_budget,
             plan.caller,
             deliver,
+            plan.choices,
             submitted=time.monotonic() - use.loading_s,
         )
         use.worker.submit(job)
@@ -342,30 +367,33 @@ class _Server:
                         raise event
                     finally:
                         del event  # else this frame, which the error holds, would hold the error
-                if event.answer:
-                    self._log(job, event.answer)
+                if is_end(event):
+                    self._log(job, event)
                 yield event, job.waited_s
-                if event.answer:
+                if is_end(event):
                     return
         finally:
             timer.cancel()
             watcher.cancel()
             use.worker.abandon(job)
 
-    def _log(self, job: Job, answer: Answer) -> None:
+    def _log(self, job: Job, end: Piece | Scores) -> None:
+        found = end if isinstance(end, Scores) else end.answer
+        assert found is not None
+        made = f"{found.generated_tokens} generated ({found.finish_reason})" if isinstance(found, Answer) else "scored"
         logger.info(
-            "answered %s: %d prompt tokens (%d of pictures), %d generated (%s), waited %.2f s, first token %.2f s",
+            "answered %s: %d prompt tokens (%d of pictures), %s, waited %.2f s, first token %.2f s",
             job.caller,
-            answer.prompt_tokens,
-            answer.image_tokens,
-            answer.generated_tokens,
-            answer.finish_reason,
+            found.prompt_tokens,
+            found.image_tokens,
+            made,
             job.waited_s,
-            answer.timings.ttft_s,
+            found.timings.ttft_s,
         )
         if self._config.log_content:
             texts = [part["text"] for message in job.messages for part in message["content"] if part["type"] == "text"]
-            logger.info("asked %r, answered %r", texts, answer.text)
+            told = found.text if isinstance(found, Answer) else dict(found.log_likelihoods)
+            logger.info("asked %r, answered %r", texts, told)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[[T], object], argument: T) -> None:
@@ -381,7 +409,7 @@ async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:
             yield each
 
 
-async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Piece | BaseException]) -> None:
+async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Told]) -> None:
     await until_gone(receive)
     events.put_nowait(ClientGoneError())
 

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from edgevlm.answer import Answer, TokenLogprob
+from edgevlm.decoding.scoring import Scores
 from edgevlm.server.deltas import Deltas, End, told_in_stream
 from edgevlm.server.wire import sse
 
@@ -117,34 +118,34 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
 
 
-def usage(answer: Answer) -> dict[str, Any]:
-    """Return OpenAI's usage, the tokens of pictures and of the thought told apart."""
+def usage(answer: Answer | Scores) -> dict[str, Any]:
+    """Return OpenAI's usage, the tokens of pictures and of the thought told apart; scores generate no tokens."""
+    generated, reasoning = (answer.generated_tokens, answer.reasoning_tokens) if isinstance(answer, Answer) else (0, 0)
     return {
         "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": answer.generated_tokens,
-        "total_tokens": answer.prompt_tokens + answer.generated_tokens,
+        "completion_tokens": generated,
+        "total_tokens": answer.prompt_tokens + generated,
         "prompt_tokens_details": {
             "cached_tokens": answer.cached_tokens,
             "image_tokens": answer.image_tokens,
             "text_tokens": answer.prompt_tokens - answer.image_tokens,
             "audio_tokens": 0,
         },
-        "completion_tokens_details": {"reasoning_tokens": answer.reasoning_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
 
 
-def timings(answer: Answer, waited_s: float) -> dict[str, Any]:
+def timings(answer: Answer | Scores, waited_s: float) -> dict[str, Any]:
     """Return what is beyond OpenAI's shape: where the time went, in seconds."""
     times = answer.timings
-    found = {
+    found: dict[str, float | None] = {
         "queue_s": waited_s,
         "preprocess_s": times.preprocess_s,
         "vision_s": times.vision_s,
         "prefill_s": times.prefill_s,
-        "ttft_s": times.ttft_s,
-        "tpot_s": times.tpot_s,
         "total_s": times.total_s,
-        "tokens_per_s": times.tokens_per_s,
     }
+    if isinstance(answer, Answer):
+        found |= {"ttft_s": times.ttft_s, "tpot_s": times.tpot_s, "tokens_per_s": times.tokens_per_s}
     rounded = {name: None if value is None else round(value, 6) for name, value in found.items()}
     return {**rounded, "views": answer.views, "cached_views": answer.cached_views}

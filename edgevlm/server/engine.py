@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from threading import Condition, Thread
 from threading import Event as Flag
 from time import monotonic, time
+from typing import TypeAlias, TypeGuard
 
 import numpy as np
 
 from edgevlm.answer import Event, Piece, Progress, result_of
 from edgevlm.decoding.config import GenerationConfig
+from edgevlm.decoding.scoring import Scores
 from edgevlm.decoding.stream import Step, make_together
 from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
@@ -32,12 +34,14 @@ from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, S
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
-Deliver = Callable[[Piece | BaseException], None]
+Told: TypeAlias = Piece | Scores | BaseException
+"""What a job's caller is told: pieces, of which the last carries the answer, or the scores, or what went wrong."""
+Deliver: TypeAlias = Callable[[Told], None]
 
 
 @dataclass(eq=False)
 class Job:
-    """One conversation to be answered."""
+    """One conversation to be answered, or whose answers, `choices`, are to be scored."""
 
     messages: Sequence[Message]
     images: Sequence[ImageInput | Video | PreprocessedImage]
@@ -46,7 +50,8 @@ class Job:
     caller: str
     """Who asks: callers take turns, and share no cache."""
     deliver: Deliver
-    """Called in a thread of the worker's with each piece, or with the error that ended the answer."""
+    """Called in a thread of the worker's with each piece or the scores, or with the error that came instead."""
+    choices: Sequence[str] = ()
     submitted: float = field(default_factory=monotonic)
     started: float | None = None
     abandoned: Flag = field(default_factory=Flag)
@@ -62,6 +67,18 @@ class Job:
     def waited_s(self) -> float:
         """Seconds between being submitted and being begun."""
         return (self.started or monotonic()) - self.submitted
+
+    def begin(self, vlm: VLM) -> Generator[Event | Step | Scores, None, None]:
+        """Return what the model makes of it; the last event is the whole answer's piece, or the scores."""
+        how = self.config, self.image_budget, self.caller
+        if self.choices:
+            return vlm.score_steps(self.messages, self.images, self.choices, *how)
+        return vlm.steps(self.messages, self.images, *how)
+
+
+def is_end(event: object) -> TypeGuard[Piece | Scores]:
+    """Whether a job ends with this event."""
+    return isinstance(event, Scores) or (isinstance(event, Piece) and event.answer is not None)
 
 
 class FairQueue:
@@ -194,10 +211,10 @@ class FairQueue:
 
 @dataclass(eq=False)
 class _Answer:
-    """An answer in the making."""
+    """An answer in the making, or scores."""
 
     job: Job
-    events: Generator[Event | Step, None, None] | None = None
+    events: Generator[Event | Step | Scores, None, None] | None = None
     step: Step | None = None
     """Where it has come to, once it has been prefilled."""
 
@@ -209,7 +226,7 @@ class Worker:
         self,
         load: Callable[[], VLM],
         max_queue: int,
-        on_done: Callable[[Job, Piece | BaseException], None] | None = None,
+        on_done: Callable[[Job, Told], None] | None = None,
         on_failure: Callable[[], None] | None = None,
         max_running: int = 1,
     ) -> None:
@@ -333,7 +350,7 @@ class Worker:
                 self._end(answer.job, end)
         return bool(answers) or not self._queue.closed
 
-    def _end(self, job: Job, end: Piece | BaseException) -> None:
+    def _end(self, job: Job, end: Told) -> None:
         self._queue.done(job)
         try:
             if self._on_done:
@@ -342,7 +359,7 @@ class Worker:
             log_failure(error)
         job.deliver(end)
 
-    def _advance(self, vlm: VLM, answer: _Answer) -> Piece | BaseException | None:
+    def _advance(self, vlm: VLM, answer: _Answer) -> Told | None:
         """Make the step that an answer has come to, and go on to the next one; return the end if it comes before."""
         job, answer.step = answer.job, None
         if job.failure:
@@ -351,7 +368,7 @@ class Worker:
         try:
             with interruptible(job.abandoned.is_set):
                 if answer.events is None:
-                    answer.events = vlm.steps(job.messages, job.images, job.config, job.image_budget, job.caller)
+                    answer.events = job.begin(vlm)
                 event = self._follow(job, answer.events)
                 if isinstance(event, Step):
                     answer.step = event
@@ -361,14 +378,14 @@ class Worker:
         except BaseException as error:  # the panic of a library in Rust is no Exception
             return as_end(error)
 
-    def _follow(self, job: Job, events: Iterator[Event | Step]) -> Step | Piece | BaseException:
+    def _follow(self, job: Job, events: Iterator[Event | Step | Scores]) -> Step | Told:
         """Deliver the pieces before the next step, and return that step, or what ends the answer."""
         while not job.abandoned.is_set():
             event = next(events)
             self._last_progress = monotonic()
             if not job.encoded and not is_encoding(event):
                 self._queue.encoded(job)
-            if isinstance(event, Step) or (isinstance(event, Piece) and event.answer is not None):
+            if isinstance(event, Step) or is_end(event):
                 return event
             if isinstance(event, Piece):
                 job.deliver(event)
@@ -405,7 +422,7 @@ def _make_steps(answers: Iterable[_Answer]) -> None:
         log_failure(error)
 
 
-def is_encoding(event: Event | Step) -> bool:
+def is_encoding(event: Event | Step | Scores) -> bool:
     """Whether the vision encoder goes on after this event."""
     return isinstance(event, Progress) and event.stage == "vision" and event.done < event.total
 

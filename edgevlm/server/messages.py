@@ -63,6 +63,11 @@ class Conversation:
         else:
             self.messages.insert(0, {"role": "system", "content": [{"type": "text", "text": text}]})
 
+    def count(self, texts: Sequence[str]) -> None:
+        """Count texts beside the messages like theirs. Raises `ApiError`."""
+        for text in texts:
+            self._text(text)
+
     def variables(self, given: Mapping[str, Any] | None) -> Mapping[str, Any]:
         """Return the chat template's variables, whose texts count like those of messages."""
         if given:

@@ -10,8 +10,9 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from edgevlm.answer import Answer, Piece
+from edgevlm.decoding.scoring import Scores
 from edgevlm.metrics import peak_memory
-from edgevlm.server.engine import Job
+from edgevlm.server.engine import Job, Told
 from edgevlm.server.errors import AbandonedError, FailedError
 from edgevlm.server.models import Models, ServedModel
 
@@ -72,24 +73,30 @@ class Metrics:
         """Count a request; status 0 is one whose caller went away."""
         self._requests.labels(path, str(status)).inc()
 
-    def count_answer(self, model: str, job: Job, end: Piece | BaseException) -> None:
+    def count_answer(self, model: str, job: Job, end: Told) -> None:
         """Count the end of a job."""
         self._wait.labels(model).observe(job.waited_s)
         if isinstance(end, Piece):
             assert end.answer is not None
             self._answers.labels(model, end.answer.finish_reason).inc()
+            self._count_prompt(model, end.answer)
             self._count_tokens(model, end.answer, job.waited_s)
+        elif isinstance(end, Scores):
+            self._answers.labels(model, "scored").inc()
+            self._count_prompt(model, end)
         else:
             kinds: dict[type[BaseException], str] = {AbandonedError: "abandoned", FailedError: "failed"}
             self._answers.labels(model, kinds.get(type(end), "refused")).inc()
 
-    def _count_tokens(self, model: str, answer: Answer, waited_s: float) -> None:
+    def _count_prompt(self, model: str, answer: Answer | Scores) -> None:
         self._prompt_tokens.labels(model).inc(answer.prompt_tokens)
         self._image_tokens.labels(model).inc(answer.image_tokens)
         self._cached_tokens.labels(model).inc(answer.cached_tokens)
-        self._generated_tokens.labels(model).inc(answer.generated_tokens)
         self._views.labels(model).inc(answer.views)
         self._cached_views.labels(model).inc(answer.cached_views)
+
+    def _count_tokens(self, model: str, answer: Answer, waited_s: float) -> None:
+        self._generated_tokens.labels(model).inc(answer.generated_tokens)
         self._ttft.labels(model).observe(waited_s + answer.timings.ttft_s)
         if answer.timings.tpot_s is not None:
             self._tpot.labels(model).observe(answer.timings.tpot_s)

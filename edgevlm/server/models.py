@@ -18,13 +18,12 @@ from time import monotonic, time
 
 from starlette.types import Receive
 
-from edgevlm.answer import Piece
 from edgevlm.errors import EdgeVLMError, OptionError
 from edgevlm.families import Family, make_family
 from edgevlm.malloc import return_freed_memory
 from edgevlm.manifest import Manifest
 from edgevlm.runtime.cpu import available_memory
-from edgevlm.server.engine import Job, Worker, log_failure
+from edgevlm.server.engine import Job, Told, Worker, log_failure
 from edgevlm.server.errors import ApiError, ClientGoneError, StoppingError, to_api_error
 from edgevlm.server.settings import ServeConfig
 from edgevlm.vlm import VLM
@@ -159,7 +158,7 @@ class Models:
         self,
         sources: Sequence[Source],
         config: ServeConfig,
-        on_done: Callable[[str, Job, Piece | BaseException], None],
+        on_done: Callable[[str, Job, Told], None],
         on_failure: Callable[[], None],
     ) -> None:
         """`on_done` is told of each job's end and its model; `on_failure` when the first model cannot be loaded at the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class Plan:
     image_budget: ImageBudget
     tools: Tools | None
     caller: str
+    choices: Sequence[str] = ()
+    """Answers to be scored, where none is to be generated."""
 
 
 def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:

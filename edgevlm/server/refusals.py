@@ -79,6 +79,7 @@ NEUTRAL: Mapping[str, Sequence[Any]] = {
     "suffix": ("",),
     "template": ("",),
     "truncate": (False,),
+    "type": ("text", "message"),  # of a message: lm-evaluation-harness's, and OpenAI's responses'
     "_debug_render_only": (False,),
 }
 """Fields that are taken at these values alone, at which they ask for nothing."""

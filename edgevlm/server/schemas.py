@@ -16,6 +16,7 @@ from edgevlm.server import refusals
 from edgevlm.strict_json import write_json
 
 MAX_STOPS = 16
+MAX_CHOICES = 100
 FUNCTION_NAME = r"^[a-zA-Z0-9_.-]{1,64}$"
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -355,6 +356,49 @@ class LocateAnswer(BaseModel):
     """EXIF orientation, 1 to 8."""
     dropped: int
     """Places without area in the picture, or named twice."""
+    usage: dict[str, Any]
+    timings: dict[str, Any]
+
+
+class ScoreRequest(Shape):
+    """Answers to a conversation, to be told how likely they are."""
+
+    hints = refusals.REQUEST_HINTS
+    model: str | None = None
+    messages: list[ChatMessage] = Field(min_length=1)
+    type: Literal["choice", "bool", "score"] | None = None
+    """`choice`, if left out: one of the `choices`. `bool`: the first or the second of two, `yes` and `no` if left out.
+    `score`: an integer from `minimum` to `maximum`."""
+    choices: (
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=1, max_length=MAX_CHOICES)
+        ]
+        | None
+    ) = None
+    minimum: int | None = Field(None, ge=-1000, le=1000)
+    maximum: int | None = Field(None, ge=-1000, le=1000)
+    max_image_tokens: int | None = Field(None, ge=1, le=2**20)
+    """At most this many image tokens for each picture."""
+    max_tiles: int | None = Field(None, ge=1, le=1024)
+    """At most this many views for each picture."""
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_finite)] | None = None
+    """The chat template's own variables."""
+
+
+class ScoreAnswer(BaseModel):
+    """How likely the model is to answer with each choice."""
+
+    object: str
+    model: str
+    type: str
+    value: str | bool | float
+    """The likeliest choice; of a bool whether that is the first one; of a score the mean."""
+    probabilities: dict[str, float]
+    """Of each choice, given that the model answers with one of them."""
+    log_likelihoods: dict[str, float]
+    """Of each choice and the answer's end after it."""
+    total_probability: float
+    """Of any of the choices; near 0, the model would answer something else."""
     usage: dict[str, Any]
     timings: dict[str, Any]
 

@@ -139,12 +139,12 @@ def shown(*urls: str, text: str = QUESTION, **detail: str) -> list[dict[str, Any
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
-def raw(server: Server, fields: dict[str, Any]) -> socket.socket:
-    """Open a connection, send a chat request on it and return it."""
+def raw(server: Server, fields: dict[str, Any], path: str = "/v1/chat/completions") -> socket.socket:
+    """Open a connection, send a request on it and return it."""
     body = json.dumps(fields).encode()
     head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
     connection = socket.create_connection(server.socket.getsockname()[:2], timeout=PATIENCE_S)
-    connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n".encode() + body)
+    connection.sendall(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
     return connection
 
 
