@@ -8,9 +8,9 @@ from typing import Any
 from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation
-from edgevlm_export.families.gemma4_text import read_gemma4
 from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.families.text_models import Names, text_section
+from edgevlm_export.families.text_models.gemma4 import read_gemma4
 from edgevlm_export.graphs.attention import ReusingAttention
 from edgevlm_export.graphs.gemma4_vit import Block, ClippedLinear, Gemma4ViT, vision_stages
 from edgevlm_export.graphs.modules import Linear, Norm, Tensor

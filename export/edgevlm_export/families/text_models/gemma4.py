@@ -6,7 +6,9 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
-from edgevlm_export.families.text_models import GLOBAL, LOCAL, Names, read_layer_types, read_ropes
+from edgevlm_export.families.text_models.common import Names
+from edgevlm_export.families.text_models.gemma3 import read_layer_types
+from edgevlm_export.families.text_models.rotation import GLOBAL, LOCAL, read_ropes
 from edgevlm_export.graphs.attention import Attention, ReusingAttention
 from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer, PerLayerEmbedding
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm, Tensor
