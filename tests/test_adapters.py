@@ -130,6 +130,9 @@ def check_merged(
     base, changed = Weights(open_checkpoint(checkpoint)), 0
     for name in weights:
         found = weights.get(name).float32()
+        if plain_name(name) not in expected:  # such as a file's layers for multi-token prediction, which no model has
+            np.testing.assert_array_equal(found, base.get(name).float32())
+            continue
         wanted = expected[plain_name(name)]
         assert (np.abs(found - wanted) <= limit * np.maximum(1, np.abs(wanted))).all(), name
         changed += name not in base or np.abs(found - base.get(name).float32()).max() > 0.01
@@ -153,12 +156,12 @@ def test_merged_tensors_equal_those_of_merge_and_unload(
 @pytest.mark.parametrize("family", BUILDERS)
 def test_names_of_every_layout_are_found(family: str, tmp_path: Path) -> None:
     """Adapters have the names of transformers' modules, files those that this or an older version saved."""
-    layouts = [each for each in ("saved", "held", "published", "old") if each in BUILDERS[family].variants]
-    folders = {layout: BUILDERS[family].variants[layout](tmp_path / layout) for layout in layouts}
-    train(folders["saved"], tmp_path / "adapter", target_modules="all-linear", modules_to_save=["lm_head"])
-    for folder in folders.values():
-        expected = tensors_of(merged_by_peft(folder, tmp_path / "adapter"))
-        check_merged(folder, merged(folder, tmp_path / "adapter"), expected)
+    variants = BUILDERS[family].variants
+    layouts = [each for each in ("saved", "held", "published", "old") if each in variants] or [*variants][:1]
+    for layout in layouts:  # of each its own, for configs that state less have larger sizes
+        folder, adapter = variants[layout](tmp_path / layout), tmp_path / f"adapter-{layout}"
+        train(folder, adapter, target_modules="all-linear", modules_to_save=["lm_head"])
+        check_merged(folder, merged(folder, adapter), tensors_of(merged_by_peft(folder, adapter)))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_forced_tokens_cost_no_step_of_their_own(vlm: VLM, monkeypatch: pytest.M
 
     steps = []
     step = Session.step
-    monkeypatch.setattr(Session, "step", lambda self, ids: steps.append(len(ids)) or step(self, ids))
+    monkeypatch.setattr(Session, "step", lambda self, ids, *rest: steps.append(len(ids)) or step(self, ids, *rest))
     text = "The display shows twelve parts on the left and none on the right."
     answer = vlm.generate(None, QUESTION, GenerationConfig(constraint=Constraint.choices([text])))
     assert answer.text == text

@@ -213,8 +213,9 @@ def test_inputs_and_outputs_are_what_the_runtime_expects(kind: str, folder: Path
     shapes |= {name: [-1, -1, 64] for name in extras}
     assert model.inputs[LANGUAGE] == {name: PartialShape(shape) for name, shape in shapes.items()}
     assert [each.get_any_name() for each in model.compiled[VISION].outputs] == ["image_embeds", *extras]
+    has_nets = kind == "qwen3_5"
     assert model.architecture.traits == DecoderTraits(
-        position_axes=3, recurrent=kind == "qwen3_5", rewindable=kind != "qwen3_5"
+        3, recurrent=has_nets, rewindable=not has_nets, fixed_states=has_nets
     )
 
 

@@ -413,7 +413,7 @@ def test_a_model_is_picked_where_there_are_several(browser: Any, vlm: VLM, boxes
     source = Source("boxes", lambda: boxes, boxes.manifest)
     with serving(vlm, source) as server:
         for page in open_page(browser, server, viewport={"width": 390, "height": 844}):
-            picker, button = page.get_by_label("Model"), page.get_by_role("button", name="Locate")
+            picker, button = page.get_by_label("Model", exact=True), page.get_by_role("button", name="Locate")
             sync_api.expect(picker.locator("option")).to_have_text(["tiny", "boxes"])
             page.locator("#file").set_input_files(picture)
             for name, locates in (("tiny", False), ("boxes", True)):
@@ -432,7 +432,7 @@ def test_a_model_is_picked_where_there_are_several(browser: Any, vlm: VLM, boxes
 
 def test_one_model_is_not_picked(page: Any, picture: Path) -> None:
     ready(page)
-    sync_api.expect(page.get_by_label("Model")).to_be_hidden()
+    sync_api.expect(page.get_by_label("Model", exact=True)).to_be_hidden()
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "What is it?")
     assert "model" not in sent.value.post_data_json

@@ -104,6 +104,8 @@ _RECORDED = (
 )
 """Of the config, what the manifest has of it."""
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?")
+_RENAMED = {"vision_tower.vision_model.": "vision_tower.", "mlp_AR.": "projector."}
+"""What published files call otherwise than transformers 5 does."""
 _PICTURES = ("size", "max_image_size", "min_pixels", "max_pixels", "max_patches", "crop_size", "resample")
 """Settings of image processors that decide what of a picture is seen."""
 
@@ -113,7 +115,10 @@ def plain_name(name: str) -> str:
 
     So `language_model.model.layers.0`, `model.language_model.layers.0` and `model.layers.0` are one.
     """
-    return _WRAPPERS.sub("", name).replace("vision_tower.vision_model.", "vision_tower.", 1)
+    plain = _WRAPPERS.sub("", name)
+    for published, held in _RENAMED.items():
+        plain = plain.replace(published, held, 1)
+    return plain
 
 
 @dataclass(frozen=True)
