@@ -352,6 +352,23 @@ def test_processes_that_keep_dying_write_each_row_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.jsonl", "out.jsonl"]
 
 
+def test_a_folder_that_another_process_removes_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[Path] = []
+    mkdir = Path.mkdir
+
+    def made_and_removed(self: Path, *arguments: Any, **options: Any) -> None:
+        mkdir(self, *arguments, **options)
+        if len(removed) < 3:
+            self.rmdir()
+            removed.append(self)
+
+    ledger = queue_of(tmp_path, 3)
+    monkeypatch.setattr(Path, "mkdir", made_and_removed)
+    ledger.work(answer)
+    assert len(removed) == 3
+    assert [row["line"] for row in read(tmp_path / "out.jsonl")] == [1, 2, 3]
+
+
 def test_more_jobs_may_be_added_later(tmp_path: Path) -> None:
     asked: list[int] = []
     for count in (3, 3, CHUNK, 2 * CHUNK + 1):

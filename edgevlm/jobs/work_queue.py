@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from pathlib import Path
 from time import sleep
 
@@ -24,6 +25,7 @@ from edgevlm.jobs.spec import Job
 CHUNK = 8
 """Jobs that a process claims at a time."""
 _PAUSE_S = 0.5
+_ATTEMPTS = 100
 
 
 def noop(*_: object) -> None:
@@ -143,12 +145,20 @@ class WorkQueue:
         """Hold a lock if it is free; yield whether it is held."""
         lock = FileLock(self._lock_file(name))
         with writing(self._output), suppress(Timeout):
-            self._parts.mkdir(parents=True, exist_ok=True)  # removed by another process that has seen all answers
-            lock.acquire(timeout=0)
+            self._acquire(lock)
         try:
             yield lock.is_locked
         finally:
             lock.release()
+
+    def _acquire(self, lock: FileLock) -> None:
+        """Take a lock, or raise `Timeout`; a process that has seen all answers may remove the folder meanwhile."""
+        for _ in range(_ATTEMPTS):
+            self._parts.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                lock.acquire(timeout=0)
+                return
+        raise FileNotFoundError(ENOENT, "its folder is removed again and again")
 
     def _lock_file(self, name: str) -> Path:
         return self._parts / f"{name}.lock"
