@@ -45,18 +45,20 @@ class RepetitionGuard:
         """The last tokens, latest first."""
         self._matches = np.zeros(size, np.int64)
         """For each size of a pattern, how many tokens in a row were equal to the one that many places before."""
-        self._sizes = np.arange(1, size + 1)
+        sizes = np.arange(1, size + 1)
+        repeated = np.maximum(detection.min_tokens, sizes * detection.min_count)
+        self._wanted = np.maximum(1, repeated - sizes)
+        """How many matches of each size make a loop; the pattern itself comes before them."""
 
     def add(self, token: int) -> bool:
         """Take the next token; return whether the answer is a loop now."""
         self._matches = np.where(self._last == token, self._matches + 1, 0)
-        self._last = np.concatenate([[token], self._last[:-1]])
-        repeated = self._matches + self._sizes
-        wanted = np.maximum(self._detection.min_tokens, self._sizes * self._detection.min_count)
-        found = np.flatnonzero((self._matches > 0) & (repeated >= wanted))
+        self._last[1:] = self._last[:-1]
+        self._last[0] = token
+        found = np.flatnonzero(self._matches >= self._wanted)
         if not found.size:
             return False
-        size = int(self._sizes[found[0]])
+        size = int(found[0]) + 1
         pattern = b"".join(self._token_bytes(int(each)) for each in self._last[:size][::-1])
         is_row = any(end in pattern + pattern for end in _ROW_ENDS)
-        return not is_row or bool(repeated[found[0]] >= size * self._detection.min_row_count)
+        return not is_row or bool(self._matches[size - 1] + size >= size * self._detection.min_row_count)
