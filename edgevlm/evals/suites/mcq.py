@@ -6,7 +6,7 @@ import base64
 import csv
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,16 @@ class MultipleChoice(Suite):
 
     def items(self, count: int | None, seed: int) -> Sequence[Item]:
         """Return the file's items in an order of the seed. Raises `OptionError`."""
-        assert self.data
-        rows = read_tsv(self.data)
+        rows = self._rows
         pictures = {row["index"]: row["image"] for row in rows}
         order = np.random.default_rng(seed).permutation(len(rows))
         return [self._item(rows[index], pictures) for index in order[:count]]
+
+    @cached_property
+    def _rows(self) -> list[dict[str, str]]:
+        """The file's rows, which hold its pictures: read once, however often the items are asked for."""
+        assert self.data
+        return read_tsv(self.data)
 
     def lettered(self, question: str, options: Sequence[str]) -> str:
         """Return the prompt as VLMEvalKit writes it."""
