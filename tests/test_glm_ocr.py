@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,8 @@ from transformers import AutoModelForImageTextToText, GlmOcrConfig, GlmOcrTextCo
 from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 
 from edgevlm import ImageBudget
-from edgevlm.errors import SourceError
 from edgevlm.families.base import PIXEL_VALUES
 from edgevlm.families.glm_ocr import GlmOcr
-from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import architecture, family_config
 from edgevlm_export.families import glm_ocr as exporter
 from edgevlm_export.families.text_models import DEFAULTS
@@ -25,9 +21,9 @@ from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import overlooked
 from tests.conftest import noise
 from tests.families.glm_ocr import image_processor, make_checkpoint
-from tests.helpers.json_files import read_json, write_json
+from tests.helpers.checkpoints import check_class_defaults, check_refused
+from tests.helpers.json_files import write_json
 
-QUICK = ExportOptions("fp32", via="native", verify=False)
 SIZES = [(1, 150), (5, 3), (3, 5), (20, 150), (150, 20), (33, 77), (101, 99), (427, 641), (64, 8)]
 
 
@@ -92,13 +88,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_not_built_is_refused(
     file: str, section: str, changes: dict[str, Any], line: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    content = read_json(folder / file)
-    (content[section] if section else content).update(changes)
-    write_json(folder / file, content)
-    with pytest.raises(SourceError, match=re.escape(line)):
-        export(folder, tmp_path / "out", QUICK)
-    assert not (tmp_path / "out").exists()
+    check_refused(checkpoint, tmp_path, file, section, changes, line)
 
 
 def test_tensors_and_their_shapes_are_those_of_transformers(tmp_path: Path) -> None:
@@ -126,8 +116,5 @@ def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
         (Glm46VImageProcessorPil(), exporter._PREPROCESSOR_DEFAULTS),
         (GlmOcrTextConfig(), text),
     ]
-    for made, defaults in classes:
-        found = {name: getattr(made, name) for name in defaults}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-        assert plain == defaults
+    check_class_defaults(classes)
     assert GlmOcrTextConfig().rope_parameters["rope_theta"] == DEFAULTS["glm_ocr_text"]["rope_theta"]

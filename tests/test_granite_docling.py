@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,11 @@ from tests.families.granite_docling import (
     make_reference,
     reference_pixels,
 )
+from tests.helpers.checkpoints import QUICK, check_class_defaults, check_refused
 from tests.helpers.graphs import check_fused, runtime_kinds
 from tests.helpers.json_files import read_json, write_json
 
 QUESTION = "Convert this page to DocLang."
-QUICK = ExportOptions("fp32", via="native", verify=False)
 HIGH = ImageBudget("high")
 PAGE = (
     '<doclang><heading level="2"><location value="10"/><location value="20"/><location value="400"/>'
@@ -274,13 +273,7 @@ def test_every_token_of_doclang_s_vocabulary_is_text(checkpoint: Path, tmp_path:
 def test_what_is_not_built_is_refused(
     file: str, section: str, changes: dict[str, Any], line: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    content = read_json(folder / file)
-    (content[section] if section else content).update(changes)
-    write_json(folder / file, content)
-    with pytest.raises(SourceError, match=re.escape(line)):
-        export(folder, tmp_path / "out", QUICK)
-    assert not (tmp_path / "out").exists()
+    check_refused(checkpoint, tmp_path, file, section, changes, line)
 
 
 def test_a_fine_route_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -328,8 +321,5 @@ def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
         (GraniteDoclingVisionConfig(), exporter._VISION_DEFAULTS),
         (reference_tiles.GraniteDoclingImageProcessorPil(), exporter._PREPROCESSOR_DEFAULTS),
     ]
-    for made, defaults in classes:
-        found = {name: getattr(made, name) for name in defaults}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-        assert plain | ({"size": dict(plain["size"])} if "size" in plain else {}) == defaults
+    check_class_defaults(classes)
     assert GraniteDoclingTextConfig().rope_parameters["rope_theta"] == DEFAULTS["granite_docling_text"]["rope_theta"]

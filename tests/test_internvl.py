@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from edgevlm import VLM
-from edgevlm.errors import SourceError
 from edgevlm.inputs.chat_template import text_message, user_message
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import architecture, family_config
@@ -32,12 +31,12 @@ from tests.families.internvl import (
     image_processor,
     make_checkpoint,
 )
+from tests.helpers.checkpoints import QUICK, check_class_defaults, check_refused
 from tests.helpers.graphs import check_fused, runtime_kinds
 from tests.helpers.json_files import read_json, write_json
 from tests.helpers.published import published_folder
 
 QUESTION = "What does the display of unit 12 show? Größe 42.7"
-QUICK = ExportOptions("fp32", via="native", verify=False)
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +132,7 @@ def test_the_parts_run_fused(exported: Path) -> None:
 def test_what_is_not_built_is_refused(
     file: str, section: str, changes: dict[str, Any], line: str, published: Path, tmp_path: Path
 ) -> None:
-    checkpoint = Path(shutil.copytree(published, tmp_path / "checkpoint"))
-    content = read_json(checkpoint / file)
-    (content[section] if section else content).update(changes)
-    write_json(checkpoint / file, content)
-    with pytest.raises(SourceError, match=re.escape(line)):
-        export(checkpoint, tmp_path / "out", QUICK)
-    assert not (tmp_path / "out").exists()
+    check_refused(published, tmp_path, file, section, changes, line)
 
 
 def qwen(kind: str, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
@@ -222,7 +215,4 @@ def test_what_a_config_is_silent_about_is_what_the_class_has() -> None:
         (InternVLVisionConfig(), exporter._VISION_DEFAULTS),
         (GotOcr2ImageProcessorPil(), exporter._PREPROCESSOR_DEFAULTS),
     ]
-    for made, defaults in classes:
-        found = {name: getattr(made, name) for name in defaults}
-        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
-        assert plain | ({"size": dict(plain["size"])} if "size" in plain else {}) == defaults
+    check_class_defaults(classes)

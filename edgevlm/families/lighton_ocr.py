@@ -14,29 +14,18 @@ from bisect import bisect_right
 from collections.abc import Hashable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from edgevlm.families.base import PAGE_PROMPTS, PIXEL_VALUES, RGB, Array, Family, ImageBudget, View, Visual
+from edgevlm.families.grids import Grid
 from edgevlm.families.imaging import normalisation
 from edgevlm.families.packing import packed_order, packed_pixels
 
 LOW_TOKENS = 256
 """Most image tokens at `detail="low"`."""
-
-
-class Grid(NamedTuple):
-    """Rows and columns of a page's image tokens."""
-
-    rows: int
-    cols: int
-
-    @property
-    def tokens(self) -> int:
-        """How many image tokens the page has."""
-        return self.rows * self.cols
 
 
 class LightOnOcr(Family):

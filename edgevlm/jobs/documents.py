@@ -79,7 +79,7 @@ def assemble(
         return "\n".join(page.text.strip() for page in pages) + "\n"
     if markup is None:
         return _of_markdown(name, pages, target)
-    return _written(_read(name, pages, figures, markup), target, figures)
+    return _written(_read(name, pages, figures, markup), target)
 
 
 def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
@@ -141,7 +141,7 @@ def _put_beside(picture: PictureItem, folder: Path, name: str) -> None:
     picture.image.uri = Path(folder.name, name)
 
 
-def _written(document: DoclingDocument, target: Target, figures: Figures) -> str:  # noqa: ARG001
+def _written(document: DoclingDocument, target: Target) -> str:
     from docling_core.types.doc.base import ImageRefMode
 
     if target == "json":

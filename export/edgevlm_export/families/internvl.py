@@ -15,7 +15,7 @@ from edgevlm_export.families.base import (
     read_side,
     read_vision_sizes,
 )
-from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
+from edgevlm_export.families.preprocessing import CLIP_DEFAULTS, check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.connectors import pixel_shuffle
 from edgevlm_export.graphs.constants import Constants
@@ -41,14 +41,7 @@ _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "size": {"height": 384, "width": 384},
     "min_patches": 1,
     "max_patches": 12,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
+    **CLIP_DEFAULTS,
 }
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,

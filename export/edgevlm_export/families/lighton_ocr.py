@@ -7,7 +7,7 @@ from typing import Any
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_side
-from edgevlm_export.families.preprocessing import check_always_done, read_arithmetic, read_image_token_id
+from edgevlm_export.families.preprocessing import CLIP_DEFAULTS, check_always_done, read_arithmetic, read_image_token_id
 from edgevlm_export.families.text_models import read_decoder, text_section
 from edgevlm_export.graphs.decoder import GatedMLP
 from edgevlm_export.graphs.modules import Linear, Norm, PatchConvolution
@@ -22,14 +22,7 @@ _DEFAULTS: dict[str, Any] = {"image_token_id": 151655, "spatial_merge_size": 2, 
 _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "size": {"longest_edge": 1024},
     "patch_size": {"height": 16, "width": 16},
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
+    **CLIP_DEFAULTS,
 }
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1024,

@@ -9,6 +9,7 @@ from edgevlm.errors import SourceError
 from edgevlm.families.base import DecoderTraits
 from edgevlm_export.families.base import Architecture, FamilyExporter, is_tied, read_activation, read_axial_theta
 from edgevlm_export.families.preprocessing import (
+    CLIP_DEFAULTS,
     check_always_done,
     read_arithmetic,
     read_block_token_ids,
@@ -35,14 +36,7 @@ _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "patch_size": 14,
     "temporal_patch_size": 1,
     "merge_size": 2,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
+    **CLIP_DEFAULTS,
 }
 _VISION_DEFAULTS: dict[str, Any] = {
     "hidden_size": 1152,

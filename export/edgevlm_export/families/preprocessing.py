@@ -12,6 +12,15 @@ from edgevlm_export.source.checkpoint import Checkpoint
 from edgevlm_export.source.config_reader import ConfigReader
 
 _ALWAYS_DONE = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
+CLIP_DEFAULTS: Mapping[str, Any] = {
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    **dict.fromkeys(_ALWAYS_DONE, True),
+}
+"""What image processors that resize by BICUBIC and normalise as CLIP does assume (`image_utils.OPENAI_CLIP_MEAN` and
+`OPENAI_CLIP_STD` of transformers 5.24)."""
 
 
 def check_always_done(preprocessor: ConfigReader, steps: Sequence[str] = _ALWAYS_DONE) -> None:
