@@ -17,10 +17,10 @@ import pypdfium2
 import pytest
 from PIL import Image, ImageDraw
 
-from edgevlm import OptionError
+from edgevlm import OptionError, OutputError
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.inputs.pages import LONGEST_SIDE, open_document
-from edgevlm.jobs.convert import Conversion, convert, parse_pages
+from edgevlm.jobs.convert import Conversion, PageReader, convert, parse_pages
 from edgevlm.jobs.doclang import read_doclang
 from edgevlm.jobs.documents import Figures, PageText, assemble
 from tests.conftest import F32
@@ -224,7 +224,7 @@ def test_every_bad_file_has_its_line(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_page_that_cannot_be_read_leaves_the_others(exported: Path, tmp_path: Path) -> None:
+def test_pages_that_were_cut_are_told(exported: Path, tmp_path: Path) -> None:
     data = save(tmp_path / "a.tiff", sheets(3)).read_bytes()
     (tmp_path / "a.tiff").write_bytes(data)
     told: list[str] = []
@@ -234,6 +234,49 @@ def test_a_page_that_cannot_be_read_leaves_the_others(exported: Path, tmp_path: 
     summary = convert([tmp_path / "a.tiff"], what, told.append)
     assert (summary.pages, summary.cut_pages, summary.failed_pages) == (3, 3, 0)
     assert all("may be incomplete: --max-new-tokens was reached" in line for line in told) and len(told) == 3
+
+
+def test_a_page_that_cannot_be_read_leaves_the_others(exported: Path, tmp_path: Path) -> None:
+    first, second, third = sheets(3)
+    save(tmp_path / "a.tiff", [first, second.convert("F"), third])
+    told: list[str] = []
+    what = Conversion(tmp_path, model=str(exported), runtime=F32, config=GenerationConfig(max_new_tokens=2))
+    summary = convert([tmp_path / "a.tiff"], what, told.append)
+    assert (summary.pages, summary.failed_pages, len(summary.written)) == (3, 1, 1)
+    assert [line for line in told if "page 2" in line and "floating-point pixels" in line]
+    assert [row["page"] for row in read(tmp_path / "a.pages.jsonl") if "answer" in row] == [1, 3]
+
+
+def test_another_format_loads_no_model(docling: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page(170, 220).save(tmp_path / "a.png")
+    convert([tmp_path / "a.png"], Conversion(tmp_path, model=str(docling), runtime=F32))
+    monkeypatch.setattr(PageReader, "vlm", property(lambda _: pytest.fail("the model was loaded")))
+    convert([tmp_path / "a.png"], Conversion(tmp_path, "html", model=str(docling), runtime=F32))
+    assert "<td>left</td>" in (tmp_path / "a.html").read_text(encoding="utf-8")
+
+
+def test_nothing_half_written_is_left(exported: Path, tmp_path: Path) -> None:
+    page(40, 40).save(tmp_path / "a.png")
+    (tmp_path / "a.md").mkdir()
+    config = GenerationConfig(max_new_tokens=1)
+    with pytest.raises(OutputError, match=r"cannot write .*a\.md"):
+        convert([tmp_path / "a.png"], Conversion(tmp_path, model=str(exported), runtime=F32, config=config))
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.md", "a.pages.jsonl", "a.png"]
+
+
+BROKEN = {
+    "a cell behind its table's end": PAGE.replace("bar<nl><fcel>left", "bar<nl><fcel></otsl>left"),
+    "a place upside down": PAGE.replace("<otsl>", "<picture><loc_10><loc_400><loc_10><loc_0></picture><otsl>"),
+    "a place that is cut": PAGE.replace("<otsl>", "<picture><loc_400></picture><otsl>"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_tags_that_a_model_has_mixed_up_keep_their_words(name: str, tmp_path: Path) -> None:
+    figures = Figures(tmp_path / "a_artifacts", lambda _: np.zeros((220, 170, 3), np.uint8))
+    for target in ("markdown", "html", "json", "text"):
+        made = assemble("a", [PageText(1, BROKEN[name], (170, 220))], target, figures, "doctags")
+        assert "Pump 12" in made and "4.2 bar" in made
 
 
 def test_some_pages_and_names(exported: Path, tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from edgevlm.errors import ImageError, OptionError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import image_suffixes
 from edgevlm.inputs.pages import DPI, Document, open_document
-from edgevlm.jobs.documents import MARKUP, SUFFIXES, Figures, Markup, PageText, Target, assemble
+from edgevlm.jobs.documents import MARKUP, SUFFIXES, Figures, Markup, PageText, Target, assemble, check_target
 from edgevlm.jobs.jsonl import Row, beside, writing
 from edgevlm.jobs.spec import ROW_ERRORS, Defaults, Job, job_key
 from edgevlm.jobs.work_queue import WorkQueue, noop
 from edgevlm.malloc import return_freed_memory
-from edgevlm.manifest import hash_file
+from edgevlm.manifest import Manifest, hash_file, load_manifest
+from edgevlm.model_store import find_model
 from edgevlm.runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
@@ -130,12 +131,12 @@ def page_prompts(vlm: VLM) -> Mapping[str, str]:
     """Return what a model is asked for each task."""
     family = vlm.processor.family
     prompts = {"doclang": family.doclang_prompts, "doctags": family.doctags_prompts, None: family.page_prompts}
-    return prompts[markup_of(vlm)]
+    return prompts[markup_of(vlm.manifest)]
 
 
-def markup_of(vlm: VLM) -> Markup | None:
+def markup_of(manifest: Manifest) -> Markup | None:
     """Return what a model writes of a page, None for Markdown."""
-    return next((markup for tag, markup in MARKUP.items() if tag in vlm.manifest.text_tokens), None)
+    return next((markup for tag, markup in MARKUP.items() if tag in manifest.text_tokens), None)
 
 
 def convert(
@@ -149,24 +150,28 @@ def convert(
     Raises `OptionError`, `OutputError`, `ModelError` and `DeviceError`; what is wrong with one file harms no other.
     """
     summary, reader, digest = ConvertSummary(), PageReader(conversion), conversion.digest()
-    opened: list[tuple[Document, Path]] = []
+    markup = markup_of(load_manifest(find_model(conversion.model)))  # the model itself may have nothing left to read
+    if markup:  # what writes Markdown may write tables in OTSL
+        check_target(conversion.target, markup)
+    opened: list[tuple[Document, Path, str]] = []
     for path, name in _collect(files):
         summary.files += 1
         try:
-            opened.append((open_document(path), conversion.folder / name))
+            document = open_document(path)
+            opened.append((document, conversion.folder / name, _content(document)))
         except ImageError as error:
             summary.failed_files += 1
             on_error(str(error))
-    total = sum(len(conversion.chosen(document)) for document, _ in opened)
+    total = sum(len(conversion.chosen(document)) for document, _, _ in opened)
     done = 0
-    for document, stem in opened:
+    for document, stem, content in opened:
         numbers = conversion.chosen(document)
         tell = partial(_tell_progress, on_progress, done, total)
-        rows = _rows(document, numbers, stem, reader, digest, tell)
+        rows = _rows(document, numbers, stem, reader, digest + content, tell)
         done += len(numbers)
         _tell_pages(document, rows, summary, on_error)
         if pages := [_page_text(row) for row in rows if "answer" in row]:
-            summary.written.append(_write(document, stem, pages, conversion, reader))
+            summary.written.append(_write(document, stem, pages, conversion, markup))
     return summary
 
 
@@ -198,6 +203,14 @@ def _files_of(given: Path) -> Iterator[tuple[Path, Path]]:
             yield path, path.relative_to(given).with_suffix("")
 
 
+def _content(document: Document) -> str:
+    """Return a digest of a document's file. Raises `ImageError`."""
+    try:
+        return hash_file(document.path)
+    except OSError as error:
+        raise ImageError(f"cannot read {document.path}: {error.strerror or error}") from None
+
+
 def _rows(
     document: Document,
     numbers: Sequence[int],
@@ -206,12 +219,14 @@ def _rows(
     digest: str,
     on_change: Callable[[int], object],
 ) -> list[Row]:
-    """Read the pages that are not read yet; return the rows of all, in order."""
+    """Read the pages that are not read yet; return the rows of all, in order.
+
+    `digest` is of all that their answers depend on besides their numbers.
+    """
     output = beside(stem, ".pages.jsonl")
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    content = hash_file(document.path)
-    jobs = [Job(number, b"", job_key(digest, f"{content} {number}".encode())) for number in numbers]
+    jobs = [Job(number, b"", job_key(digest, f"{number}".encode())) for number in numbers]
     rows: list[Row] = []
     queue = WorkQueue(output, jobs, rows.append)
     queue.refresh()
@@ -247,16 +262,19 @@ def _page_text(row: Row) -> PageText:
 
 
 def _write(
-    document: Document, stem: Path, pages: Sequence[PageText], conversion: Conversion, reader: PageReader
+    document: Document, stem: Path, pages: Sequence[PageText], conversion: Conversion, markup: Markup | None
 ) -> Path:
     """Write a document whole or not at all; return its path."""
     path = beside(stem, SUFFIXES[conversion.target])
     figures = Figures(beside(stem, "_artifacts"), lambda number: document.page(number, conversion.dpi))
     with writing(path):
-        text = assemble(stem.name, pages, conversion.target, figures, markup_of(reader.vlm))
+        text = assemble(stem.name, pages, conversion.target, figures, markup)
         made = beside(path, ".part")
-        made.write_text(text, encoding="utf-8", newline="\n")
-        made.replace(path)
+        try:
+            made.write_text(text, encoding="utf-8", newline="\n")
+            made.replace(path)
+        finally:
+            made.unlink(missing_ok=True)
     return path
 
 

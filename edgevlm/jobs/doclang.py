@@ -22,15 +22,11 @@ def read_doclang(text: str, name: str, size: tuple[int, int]) -> DoclingDocument
     """
     from docling_core.transforms.deserializer.doclang import DocLangDocDeserializer
     from docling_core.types.doc.base import Size
-    from docling_core.types.doc.document import DoclingDocument
-    from docling_core.types.doc.labels import DocItemLabel
 
     try:
         document = DocLangDocDeserializer().deserialize_str(closed(text), repair_unescaped_text=True)
     except ValueError:
-        document = DoclingDocument(name=name)
-        document.add_page(1, Size(width=size[0], height=size[1]))
-        document.add_text(DocItemLabel.TEXT, _TAG.sub(" ", text).strip())
+        document = of_words(text, name, size)
     document.name = name
     for page in document.pages.values():
         across, down = size[0] / page.size.width, size[1] / page.size.height
@@ -38,6 +34,18 @@ def read_doclang(text: str, name: str, size: tuple[int, int]) -> DoclingDocument
     for item in (*document.texts, *document.tables, *document.pictures):
         for place in item.prov:
             place.bbox = place.bbox.resize_by_scale(across, down)
+    return document
+
+
+def of_words(text: str, name: str, size: tuple[int, int]) -> DoclingDocument:
+    """Return a document of one page with the words of an answer whose markup is broken."""
+    from docling_core.types.doc.base import Size
+    from docling_core.types.doc.document import DoclingDocument
+    from docling_core.types.doc.labels import DocItemLabel
+
+    document = DoclingDocument(name=name)
+    document.add_page(1, Size(width=size[0], height=size[1]))
+    document.add_text(DocItemLabel.TEXT, _TAG.sub(" ", text).strip())
     return document
 
 

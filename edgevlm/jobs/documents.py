@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from edgevlm.errors import OptionError
 from edgevlm.families.base import RGB
-from edgevlm.jobs.doclang import crop_figures, read_doclang
+from edgevlm.jobs.doclang import crop_figures, of_words, read_doclang
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
@@ -72,14 +74,21 @@ def assemble(
     if markup is None and all(_OTSL.match(page.text) for page in pages):
         pages = [replace(page, text=f"<doctag><otsl>{page.text.strip()}</otsl></doctag>") for page in pages]
         markup = "doctags"
+    check_target(target, markup)
     if target == "doctags":
-        if markup != "doctags":
-            found = "DocLang" if markup else "Markdown"
-            raise OptionError(f"this model writes {found}, not DocTags; choose --to markdown, html, json or text")
         return "\n".join(page.text.strip() for page in pages) + "\n"
     if markup is None:
         return _of_markdown(name, pages, target)
     return _written(_read(name, pages, figures, markup), target)
+
+
+def check_target(target: Target, markup: Markup | None) -> None:
+    """Raise `OptionError` for a target that answers in a markup cannot become, or that docling-core is missing for."""
+    if target == "doctags" and markup != "doctags":
+        found = "DocLang" if markup else "Markdown"
+        raise OptionError(f"this model writes {found}, not DocTags; choose --to markdown, html, json or text")
+    if markup and target != "doctags" and find_spec("docling_core") is None:
+        raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'")
 
 
 def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
@@ -96,10 +105,8 @@ def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
 
 def _read(name: str, pages: Sequence[PageText], figures: Figures, markup: Markup) -> DoclingDocument:
     """Return pages of markup as one document, which holds no page's picture, and its figures by their paths."""
-    try:
-        from docling_core.types.doc.document import DoclingDocument
-    except ImportError:
-        raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'") from None
+    from docling_core.types.doc.document import DoclingDocument
+
     read = []
     for page in pages:
         document = (_of_doclang if markup == "doclang" else _of_doctags)(name, page, figures)
@@ -119,8 +126,12 @@ def _of_doctags(name: str, page: PageText, figures: Figures) -> DoclingDocument:
 
     has_figures = any(tag in page.text for tag in _FIGURE_TAGS)
     sheet = Image.fromarray(figures.page(page.number)) if has_figures else Image.new("1", page.size)
-    tags = DocTagsDocument.from_doctags_and_image_pairs([page.text], [sheet])
-    return DoclingDocument.load_from_doctags(tags, document_name=name)
+    tries: tuple[list[Path | Image.Image] | None, ...] = ([sheet], None)
+    for images in tries:  # without a picture no place is read, and a place may be what is wrong
+        with suppress(Exception):  # docling-core's, on tags that a model has mixed up
+            tags = DocTagsDocument.from_doctags_and_image_pairs([page.text], images)
+            return DoclingDocument.load_from_doctags(tags, document_name=name)
+    return of_words(page.text, name, page.size)
 
 
 def _of_doclang(name: str, page: PageText, figures: Figures) -> DoclingDocument:
