@@ -7,10 +7,13 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from itertools import product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import jsonschema_rs
@@ -18,7 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgevlm import VLM, GenerationConfig, ImageBudget, OptionError, OutputError
+from edgevlm import VLM, GenerationConfig, ImageBudget, ModelError, OptionError, OutputError
+from edgevlm.cli.evaluation import Evaluation
 from edgevlm.decoding.fidelity import Fidelity, fidelity
 from edgevlm.evals import flow, texts
 from edgevlm.evals.ask import LocalModel, Scored
@@ -447,6 +451,63 @@ def test_bad_files_are_told(table: Any, tmp_path: Path) -> None:
 def test_many_rows_are_read(table: Any) -> None:
     suite = make_suite("mcq", table([tsv_row("0")] + [tsv_row(str(n), "0") for n in range(1, 10_000)]))
     assert len(suite.items(None, 0)) == 10_000 and len(suite.items(100, 0)) == 100
+
+
+@contextmanager
+def answering(reply: bytes) -> Iterator[str]:
+    """Run a web server that answers everything with the same bytes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("reply", [b"{}", b"[]", b'{"data": 3, "choices": [{}]}', b'"text"', b'{"probabilities": 1}'])
+def test_a_server_of_another_kind_is_told_in_a_line(reply: bytes) -> None:
+    with answering(reply) as url:
+        model = RemoteModel(url, "some")
+        for ask_it in (
+            lambda: RemoteModel(url),
+            lambda: model.score([], "Which?", ("A", "B")),
+            lambda: model.generate([], "Which?", 5),
+        ):
+            with pytest.raises(ModelError, match="answers in another form than OpenAI's API") as raised:
+                ask_it()
+            assert "\n" not in str(raised.value)
+    with answering(b"not JSON") as url, pytest.raises(ModelError, match="cannot be asked"):
+        RemoteModel(url)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/hostname", "localhost:8000", "ftp://localhost", ""])
+def test_only_web_addresses_are_asked(url: str) -> None:
+    with pytest.raises(OptionError, match="--url takes an address such as http"):
+        RemoteModel(url, "some")
+
+
+def test_a_served_name_stays_in_the_folder_of_rows(tmp_path: Path) -> None:
+    class Named(Alphabetical):
+        name = "../../org/name"
+
+    run = Evaluation("carrier", 5, False, 0, None, blind=False, output=tmp_path / "rows")
+    run(Named(), None)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == [".._.._org_name-carrier.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows"]
 
 
 def test_other_servers_are_asked_for_a_letter(exported: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -130,6 +131,7 @@ class Evaluation:
         return found
 
     def _rows(self, suite: Suite, model: Model | Pair, selection: Selection) -> list[Row]:
-        output = self._output / f"{model.name}-{suite.name}.jsonl" if self._output else None
+        name = re.sub(r"[^\w.-]+", "_", model.name)  # a server may call its model org/name
+        output = self._output / f"{name}-{suite.name}.jsonl" if self._output else None
         with Bar() as bar:
             return evaluate(suite, model, selection, output, bar.progress)

@@ -7,7 +7,9 @@ import json
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from http.client import HTTPException
 from io import BytesIO
 from typing import Any
 
@@ -29,6 +31,8 @@ class RemoteModel:
     prompts: Mapping[str, str] = {}
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise OptionError(f"--url takes an address such as http://localhost:8000/v1, not {url!r}")
         self._url, self._key = url.rstrip("/"), api_key
         self.name = model or self._first_model()
         self._scores = True
@@ -48,7 +52,8 @@ class RemoteModel:
                     raise
                 self._scores = False
             else:
-                return Scored(found["probabilities"], found["total_probability"])
+                with self._reading():
+                    return Scored(found["probabilities"], float(found["total_probability"]))
         return self._by_first_token(pictures, question, options)
 
     def generate(
@@ -60,7 +65,8 @@ class RemoteModel:
             form = {"name": "answer", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         found = self._post("/chat/completions", body | {"temperature": 0})
-        return str(found["choices"][0]["message"]["content"] or "")
+        with self._reading():
+            return str(found["choices"][0]["message"]["content"] or "")
 
     def _by_first_token(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
         if any(option not in LETTERS for option in options):
@@ -68,22 +74,32 @@ class RemoteModel:
                 f"{self._url} has no /score, so that only options under letters can be scored; leave this suite out"
             )
         body = {"model": self.name, "messages": _messages(pictures, question), "max_tokens": 1, "temperature": 0}
-        choice = self._post("/chat/completions", body | {"logprobs": True, "top_logprobs": _TOP})["choices"][0]
-        content = (choice.get("logprobs") or {}).get("content")
-        if not content:
-            raise OptionError(f"{self._url} gives no log-probabilities, which scored suites need")
+        found = self._post("/chat/completions", body | {"logprobs": True, "top_logprobs": _TOP})
         likely = dict.fromkeys(options, 0.0)
-        for each in content[0]["top_logprobs"]:
-            if (letter := each["token"].strip()) in likely:
-                likely[letter] += math.exp(each["logprob"])
+        with self._reading():
+            content = (found["choices"][0].get("logprobs") or {}).get("content")
+            if not content:
+                raise OptionError(f"{self._url} gives no log-probabilities, which scored suites need")
+            for each in content[0]["top_logprobs"]:
+                if (letter := each["token"].strip()) in likely:
+                    likely[letter] += math.exp(each["logprob"])
         mass = sum(likely.values())
         return Scored({letter: p / mass if mass else 1 / len(likely) for letter, p in likely.items()}, mass)
 
     def _first_model(self) -> str:
-        found = self._request("/models", None)["data"]
-        if not found:
-            raise ModelError(f"{self._url} serves no model")
-        return str(found[0]["id"])
+        found = self._request("/models", None)
+        with self._reading():
+            if not found["data"]:
+                raise ModelError(f"{self._url} serves no model")
+            return str(found["data"][0]["id"])
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what reading a reply of another form raises into a `ModelError`."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            raise ModelError(f"{self._url} answers in another form than OpenAI's API") from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return self._request(path, json.dumps(body).encode())
@@ -98,14 +114,12 @@ class RemoteModel:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             raise _StatusError(self._url + path, error) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise ModelError(f"{self._url} cannot be asked: {one_line(error)}") from None
 
 
 class _StatusError(ModelError):
     """The server refused a request."""
-
-    is_general = True
 
     def __init__(self, url: str, error: urllib.error.HTTPError) -> None:
         self.code = error.code
