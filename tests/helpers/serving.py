@@ -157,6 +157,8 @@ class Braked:
         self.stop_at = 3
         self.tokens: list[int] = []
         """Tokens made of each answer so far."""
+        self.callers: list[str] = []
+        """Who asked for each answer, in the order in which they were begun."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._vlm, name)
@@ -172,6 +174,7 @@ class Braked:
 
     def steps(self, *request: Any) -> Generator[Event | Step, None, None]:
         self.tokens.append(0)
+        self.callers.append(request[-1])
         with closing(self._vlm.steps(*request)) as events:
             for event in events:
                 if isinstance(event, Progress) and event.stage == "decode":
