@@ -14,7 +14,10 @@ from edgevlm.strict_json import write_json
 def carrier() -> None:
     """Prepare training data for models that understand a text less when a picture carries it.
 
-    `edgevlm eval --suite carrier` tells how much a model loses.
+    How much a model loses tells the suite carrier of edgevlm eval.
+
+    \b
+    edgevlm carrier rewrite train.jsonl -o carried.jsonl
     """
 
 
