@@ -212,7 +212,7 @@ def test_bad_files_are_told(source: Path, tmp_path: Path) -> None:
 
 
 KEPT = {
-    "日本の首都はどこですか": "a character is not in the font",
+    "日本の首都はどこですか": "a character that no font here has",
     r"What is $\begin{matrix}a\end{matrix}$?": "a formula that matplotlib's mathtext cannot draw",
     "word " * 3000: "more than 3000 characters",
 }
@@ -282,3 +282,15 @@ def test_memory_holds_a_few_rows_at_a_time(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert summary.rows == 10_000 and peak < 2.5 * 2**20 < (tmp_path / "out.jsonl").stat().st_size
+
+
+def test_letters_beyond_ascii_are_drawn_in_a_font_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'edgevlm[report]'")
+    both = Typesetter()
+    assert both.why_not("Größe: ½ · π ≤ €5 — Привет") is None
+    inks = {letter: both.sheet(letter, np.random.default_rng(0)).tobytes() for letter in "éüαЖ€"}
+    assert len(set(inks.values())) == len(inks)  # no two of them are the box of a missing character
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    alone = Typesetter()
+    assert "pip install 'edgevlm[report]'" in str(alone.why_not("é")) and alone.why_not("e") is None
+    assert alone.sheet("e", np.random.default_rng(0)) == both.sheet("e", np.random.default_rng(0))

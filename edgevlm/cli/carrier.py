@@ -27,9 +27,7 @@ def carrier() -> None:
 @click.option("--ratio", default=0.5, show_default=True, help="Share of the rows without pictures that get one.")
 @click.option("--seed", default=0, show_default=True, help="Which rows, and how their pictures look.")
 @click.option("--clean", is_flag=True, help="Do not turn, blur, stain, shadow or wave the pictures.")
-@click.option(
-    "--font", type=click.Path(path_type=Path), help="TrueType or OpenType file, for other scripts than Latin."
-)
+@click.option("--font", type=click.Path(path_type=Path), help="TrueType or OpenType file to draw in.")
 @group("Output", click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object."))
 def rewrite(rows: Path, output: Path, ratio: float, seed: int, clean: bool, font: Path | None, as_json: bool) -> None:
     """Rewrite text questions of ROWS so that a picture carries the middle third, and of short ones all.
@@ -37,7 +35,8 @@ def rewrite(rows: Path, output: Path, ratio: float, seed: int, clean: bool, font
     A row has messages, as in Hugging Face chats, or a question and an answer, as for edgevlm tune. Rows come out with
     images and messages, which TRL's sft_vlm.py reads, and with what the picture says; pictures lie in a folder beside
     them, and their paths are relative to the file. Answers stay as they are, and so do rows that have pictures.
-    Formulas between $ signs are drawn with pip install 'edgevlm[report]'.
+    Formulas between $ signs and letters beyond ASCII need pip install 'edgevlm[report]', or --font a file
+    that has the letters.
 
     The same seed makes the same rows. Killed or run again, it goes on where it was. Nothing is written where a row
     cannot be used.

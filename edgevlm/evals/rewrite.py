@@ -246,9 +246,7 @@ def _make(
         return _Made(row, None, _nothing, None)
     text = "".join(part["text"] for part in messages[asked]["content"])
     before, carried, after = thirds(text)
-    why = "the question is empty" if not carried else typesetter.why_not(carried)
-    why = f"more than {_LONGEST} characters for a picture" if len(carried) > _LONGEST else why
-    if why:
+    if why := _why_text(carried, typesetter):
         return _Made(row, None, _nothing, why)
     content = [
         *([{"type": "text", "text": before}] if before else []),
@@ -267,6 +265,15 @@ def _make(
         return sheet if how.clean else distorted(sheet, random)
 
     return _Made(row, picture, draw, None)
+
+
+def _why_text(carried: str, typesetter: Typesetter) -> str | None:
+    """Return why a question stays text, None where a picture can carry it."""
+    if not carried:
+        return "the question is empty"
+    if len(carried) > _LONGEST:
+        return f"more than {_LONGEST} characters for a picture"
+    return typesetter.why_not(carried)
 
 
 def thirds(text: str) -> tuple[str, str, str]:

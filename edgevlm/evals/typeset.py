@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,16 +31,18 @@ Random = np.random.Generator
 
 
 class Typesetter:
-    """Draws text in Pillow's own font, or in a file's. Raises `OptionError` for a file that holds none."""
+    """Draws text in a font file, or in Pillow's own font; where that lacks a character, in matplotlib's DejaVu Sans.
+
+    Raises `OptionError` for a file that holds no font.
+    """
 
     def __init__(self, font: Path | None = None) -> None:
-        self._file = font
-        self._font(_SMALLEST)
+        self._faces = [_Face(file) for file in ((font,) if font else (None, *_dejavu()))]
 
     def why_not(self, text: str) -> str | None:
         """Return why a text cannot be drawn as it is, None where it can."""
-        if any(not self._has(character) for character in set(text) if not character.isspace()):
-            return "a character is not in the font: give --font a file that has it"
+        if self._face(text) is None:
+            return "a character that no font here has: give --font, or pip install 'edgevlm[report]' for DejaVu Sans"
         for formula in _FORMULA.findall(text):
             try:
                 _drawn(formula, _SMALLEST)
@@ -50,11 +53,13 @@ class Typesetter:
         return None
 
     def sheet(self, text: str, random: Random) -> Image.Image:
-        """Return the text in black on white, in a size and with margins of the seed, its own line breaks kept."""
+        """Return a text that can be drawn in black on white, its size and margins drawn, its own line breaks kept."""
+        face = self._face(text)
+        assert face
         size = int(random.integers(_SMALLEST, _LARGEST + 1))
         width = next((wide for most, wide in _WIDTHS if len(text) <= most), _WIDEST)
         margin = int(random.integers(size // 2, 2 * size))
-        lines = [line for part in text.strip().split("\n") for line in self._lines(part, size, width - 2 * margin)]
+        lines = [line for part in text.strip().split("\n") for line in face.lines(part, size, width - 2 * margin)]
         gap = round(size * 0.35)
         height = 2 * margin + sum(line.ascent + line.descent + gap for line in lines) - gap
         page = np.zeros((height, width), np.uint8)
@@ -65,7 +70,22 @@ class Typesetter:
             top += line.ascent + line.descent + gap
         return Image.fromarray(np.asarray(_PAPER - page, np.uint8))
 
-    def _lines(self, text: str, size: int, width: int) -> Iterator[_Line]:
+    def _face(self, text: str) -> _Face | None:
+        characters = set("".join(text.split()))
+        return next((face for face in self._faces if all(map(face.has, characters))), None)
+
+
+class _Face:
+    """One font, in any size."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._font(_SMALLEST)  # raises now rather than in the middle of the work
+
+    def has(self, character: str) -> bool:
+        return _has(self._file, character)
+
+    def lines(self, text: str, size: int, width: int) -> Iterator[_Line]:
         """Yield a paragraph's lines; an empty one has a line, too."""
         left, line = 0, _Line([], *self._height(size))
         for box in self._boxes(text, size, width):
@@ -109,9 +129,6 @@ class Typesetter:
         font = self._font(size)
         return font.getmetrics() if isinstance(font, ImageFont.FreeTypeFont) else (size, size // 4)
 
-    def _has(self, character: str) -> bool:
-        return _has(self._file, character)
-
 
 class _Box(NamedTuple):
     """A word or a formula, 255 where there is ink."""
@@ -151,6 +168,15 @@ def _fitted(formula: str, size: int, width: int) -> _Box:
     box = _drawn(formula, size)
     wide = box.ink.shape[1]
     return _drawn(formula, size * (width - 1) / wide) if wide > width else box
+
+
+def _dejavu() -> Iterator[Path]:
+    """Yield the file of the font that matplotlib has, without importing it."""
+    spec = find_spec("matplotlib")
+    if spec and spec.origin:
+        file = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+        if file.is_file():
+            yield file
 
 
 def _drawn(formula: str, size: float) -> _Box:
