@@ -238,7 +238,8 @@ def test_formulas_stay_whole_and_prices_are_none() -> None:
     assert CHUNK.findall(" ".join(chunks)) == chunks
     text = " ".join(chunks * 3) + "\nEnd."
     before, carried, after = thirds(text)
-    assert before + carried + after == text and before.endswith("$$a b$$. ") and after.endswith("\nEnd.")
+    assert before + carried + after == text
+    assert [len(CHUNK.findall(part)) for part in (before, carried, after)] == [9, 10, 9]
     assert thirds("Eleven words " * 5) == ("", "Eleven words " * 5, "") and thirds(" ") == ("", "", " ")
 
 

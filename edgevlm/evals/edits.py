@@ -73,8 +73,7 @@ class Paste(_Edit, frozen=True, tag="paste"):
         mask = Image.new("L", image.size)
         draw = ImageDraw.Draw(mask)
         (draw.ellipse if self.shape == "round" else draw.rectangle)((left, top, right - 1, bottom - 1), fill=255)
-        inside = Image.composite(mask.filter(ImageFilter.GaussianBlur(_SOFT_EDGE)), Image.new("L", image.size), mask)
-        return as_picture(Image.composite(over, image, inside))
+        return as_picture(Image.composite(over, image, mask.filter(ImageFilter.GaussianBlur(_SOFT_EDGE))))
 
 
 class Write(_Edit, frozen=True, tag="write"):
