@@ -22,6 +22,9 @@ def reference() -> str:
             assert command is not None
             with click.Context(command, context, name, **_SETTINGS) as inner:
                 parts += [f"## edgevlm {name}", _block(command.get_help(inner))]
+                for under, each in (command.commands if isinstance(command, click.Group) else {}).items():
+                    with click.Context(each, inner, under, **_SETTINGS) as innermost:
+                        parts += [f"### edgevlm {name} {under}", _block(each.get_help(innermost))]
     return "\n\n".join(parts) + "\n"
 
 

@@ -172,8 +172,9 @@ def test_the_wheel_holds_the_calibration_set(wheel: zipfile.ZipFile) -> None:
     assert "calibration.jsonl" in packed
 
 
-def test_the_wheel_holds_the_page_and_the_unit(wheel: zipfile.ZipFile) -> None:
-    assert {"edgevlm/server/page.html", "edgevlm/server/edgevlm.service"} <= set(wheel.namelist())
+def test_the_wheel_holds_the_page_the_unit_and_the_questions(wheel: zipfile.ZipFile) -> None:
+    files = {"edgevlm/server/page.html", "edgevlm/server/edgevlm.service", "edgevlm/evals/suites/real.jsonl"}
+    assert files <= set(wheel.namelist())
 
 
 def test_the_wheel_holds_the_default_model_in_twelve_megabytes(wheel: zipfile.ZipFile) -> None:

@@ -55,7 +55,7 @@ def evaluate(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Find out what a model can see: questions about drawn pictures, whose answers are known.
+    """Find out what a model can see: questions about drawn and real pictures, whose answers are known.
 
     Options are scored by their probability, under letters in every order. Beside what is right stand chance, the same
     questions about grey pictures (blind), and always giving the commonest answer (majority); intervals are of 95 %.

@@ -27,6 +27,7 @@ _GROUPS = {
     "Models": {
         "export": ("edgevlm_export.cli", "Convert a checkpoint to OpenVINO IR."),
         "tune": ("edgevlm_export.tune.cli", "Teach a small model your own labelled pictures."),
+        "carrier": ("edgevlm.cli.carrier", "Rewrite training data: questions partly as pictures of text."),
         "models": ("edgevlm.cli.models", "List bundled and exported models."),
     },
     "Measure and diagnose": {

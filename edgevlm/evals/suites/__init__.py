@@ -13,6 +13,7 @@ SUITES: dict[str, str] = {
     "charts-cf": "charts:Charts",
     "spacenum": "spacenum:SpaceNum",
     "tempglitch": "tempglitch:TempGlitch",
+    "real": "real:Real",
     "tasks": "tasks:Tasks",
     "anomaly": "anomaly:Anomaly",
     "flowchart": "flowchart:Flowchart",
