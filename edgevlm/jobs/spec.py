@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from edgevlm.calibration import CALIBRATION
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError, VideoError
@@ -20,7 +21,7 @@ from edgevlm.families.base import Family, FrameSampling, ImageBudget
 from edgevlm.inputs.image import Crop, Picture, load_picture, read_image
 from edgevlm.inputs.video import Video, check_takes_video, probe_video, video_files
 from edgevlm.manifest import hash_file
-from edgevlm.model_store import MANIFEST, find_model
+from edgevlm.model_store import MANIFEST, find_model, is_there
 from edgevlm.strict_json import read_json
 
 if TYPE_CHECKING:
@@ -68,6 +69,9 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: value for name in names if (value := getattr(self, name)) is not UNSET}
 
 
+R = TypeVar("R", bound=Row)
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Defaults for rows that do not override them."""
@@ -84,7 +88,8 @@ class Defaults:
 
         Raises `ModelError`.
         """
-        manifest = find_model(model) / MANIFEST
+        folder = find_model(model)
+        manifest = folder / MANIFEST
         try:
             known = hash_file(manifest)
         except FileNotFoundError:
@@ -97,6 +102,8 @@ class Defaults:
         for name in ("think", "thinking_budget"):
             if options["config"][name] is None:
                 del options["config"][name]  # that of outputs that are older than thinking
+        if self.output_format.choices and is_there(folder / CALIBRATION):  # whose temperature is in the probabilities
+            options["calibration"] = hash_file(folder / CALIBRATION)
         return json.dumps([known, options], sort_keys=True, default=str)
 
 
@@ -120,6 +127,8 @@ def job_key(config_digest: str, data: bytes) -> str:
 class RowRunner:
     """Runs jobs on one model; a row that cannot be answered has an `error`."""
 
+    row_type: ClassVar[type[Row]] = Row
+
     def __init__(self, vlm: VLM, defaults: Defaults, folder: Path) -> None:
         self._vlm, self._defaults, self._folder = vlm, defaults, folder
 
@@ -127,7 +136,7 @@ class RowRunner:
         """Return the answer's row, which begins with the job's `line` and `key`."""
         row: dict[str, Any] = {"line": job.line, "job": job.key}
         try:
-            task = _parse(job.data)
+            task = parse_row(job.data, self.row_type)
             row |= task.given("id", "image", "crop", "video", "fps", "frames")
             return row | self._ask(task)
         except ROW_ERRORS as error:
@@ -211,6 +220,7 @@ def ask(
     if output_format.choices:
         scores = vlm.score(sources, question, output_format.choices, config, image_budget)
         row |= {"answer": scores.best, "probabilities": {key: round(p, 6) for key, p in scores.probabilities.items()}}
+        row["temperature"] = scores.temperature
     else:
         config = replace(config, constraint=output_format.constraint)
         answer = vlm.generate(sources, question, config, image_budget)
@@ -232,13 +242,13 @@ def _value(text: str) -> Any:
         ) from None
 
 
-def _parse(data: bytes) -> Row:
+def parse_row(data: bytes, kind: type[R]) -> R:
     """Return a row's fields, of the right types. Raises `OptionError`."""
     try:
-        return msgspec.convert(read_json(data), Row)
+        return msgspec.convert(read_json(data), kind)
     except msgspec.ValidationError as error:
         raise OptionError(
-            f"the row cannot be used: {error}; its fields are {', '.join(Row.__struct_fields__)}"
+            f"the row cannot be used: {error}; its fields are {', '.join(kind.__struct_fields__)}"
         ) from None
     except ValueError as error:
         raise OptionError(f"the row is not JSON that can be read: {error}") from None

@@ -1,0 +1,144 @@
+"""Labelled rows: questions whose right choices a user knows, scored resumably as a batch is answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar
+
+from msgspec import UNSET
+
+from edgevlm.decoding.output_format import OutputFormat
+from edgevlm.decoding.scoring import YES_NO
+from edgevlm.decoding.structured import check_choices
+from edgevlm.errors import ImageError, OptionError
+from edgevlm.inputs.image import probed_image
+from edgevlm.jobs.batch import Batch
+from edgevlm.jobs.spec import Defaults, Job, Row, RowRunner, parse_row, read_jobs
+
+_OF_GENERATED = ("schema", "regex", "max_new_tokens")
+_TOLD = 8
+"""Lines of wrong rows that an error names after the first."""
+
+
+class LabelledRow(Row, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The fields of a row: those of a row of `edgevlm batch` that is scored, and what is right."""
+
+    label: bool | str | list[str]
+    """Whether the first of two choices is right, the right one of several, or those of several labels that apply."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if wrong := self.given(*_OF_GENERATED):
+            raise ValueError(f"{next(iter(wrong))} is for answers that are generated, and these are scored")
+
+
+@dataclass(frozen=True)
+class LabelledQuestion:
+    """What is asked in a labelled row."""
+
+    question: str
+    choices: Sequence[str]
+    label: bool | str | list[str]
+
+    @classmethod
+    def of(cls, row: LabelledRow, defaults: Defaults) -> LabelledQuestion:
+        """Return the question of a row. Raises `OptionError`."""
+        question = defaults.question if row.question is UNSET else row.question
+        if question is None:
+            raise OptionError('the row has no "question", and --question gives none')
+        given = defaults.output_format.choices if row.choices is UNSET else row.choices
+        choices = given or (YES_NO if isinstance(row.label, bool) else ())
+        if not choices:
+            raise OptionError('the row has no "choices", and --choices gives none')
+        check_choices(choices)
+        _check_label(row.label, choices)
+        return cls(question, choices, row.label)
+
+
+def _check_label(label: bool | str | list[str], choices: Sequence[str]) -> None:
+    if isinstance(label, bool):
+        if len(choices) != 2:
+            raise OptionError(
+                f"a label that is true or false needs two choices, what is true first, not {len(choices)}"
+            )
+        return
+    labels = [label] if isinstance(label, str) else label
+    if unknown := [each for each in labels if each not in choices]:
+        raise OptionError(f"the label {unknown[0]!r} is none of the choices: {', '.join(choices)}")
+    if len(set(labels)) < len(labels):
+        raise OptionError("the labels must differ from one another")
+
+
+class LabelledRunner(RowRunner):
+    """Scores labelled rows, by the model's own log-likelihoods."""
+
+    row_type: ClassVar[type[Row]] = LabelledRow
+
+    def _ask(self, task: Row) -> dict[str, Any]:
+        assert isinstance(task, LabelledRow)
+        asked, started = LabelledQuestion.of(task, self._defaults), perf_counter()
+        visuals = self._visuals(task)
+        score = self._vlm.score_labels if isinstance(asked.label, list) else self._vlm.score
+        scores = score(
+            [each.source for each in visuals],
+            asked.question,
+            asked.choices,
+            self._defaults.config,
+            self._defaults.image_budget,
+            calibration_temperature=1.0,
+        )
+        return {
+            "sha256": [sha256 for each in visuals for sha256 in each.sha256],
+            "question": asked.question,
+            "label": asked.label,
+            "log_likelihoods": dict(scores.log_likelihoods),
+            "seconds": round(perf_counter() - started, 3),
+        }
+
+
+class LabelledBatch(Batch):
+    """A batch of labelled rows; its output has the log-likelihoods of their choices."""
+
+    def read(self) -> list[Job]:
+        """Return the rows as jobs, checked. Raises `OptionError`, which names the lines, and `ModelNotFoundError`."""
+        # The choices are a part of the key, but not the calibration that is there: it is what is to be fitted.
+        without = replace(self.defaults, output_format=OutputFormat())
+        choices = json.dumps(["labelled", *self.defaults.output_format.choices])
+        jobs = read_jobs(self.jobs, without.config_digest(self.model) + choices)
+        self._check(jobs)
+        return jobs
+
+    def runner(self) -> LabelledRunner:
+        """Load the model. Raises `ModelError` and `DeviceError`."""
+        from edgevlm.vlm import VLM
+
+        return LabelledRunner(VLM(self.model, self.runtime), self.defaults, self.jobs.parent)
+
+    def _check(self, jobs: Sequence[Job]) -> None:
+        wrong: dict[int, str] = {}
+        known: set[str] = set()
+        for job in jobs:
+            try:
+                row = parse_row(job.data, LabelledRow)
+                LabelledQuestion.of(row, self.defaults)
+                _check_pictures(row, self.jobs.parent, known)
+            except (OptionError, ImageError) as error:
+                wrong[job.line] = str(error)
+        if wrong:
+            first, *others = wrong
+            lines = ", ".join(map(str, others[:_TOLD])) + (", …" if len(others) > _TOLD else "")
+            more = f"; {len(others)} more cannot be used: line{'s' * (len(others) > 1)} {lines}" if others else ""
+            raise OptionError(f"{self.jobs}, line {first}: {wrong[first]}{more}")
+
+
+def _check_pictures(row: LabelledRow, folder: Path, known: set[str]) -> None:
+    """Raise `ImageError` for a picture that is missing, or whose header is wrong, unless it is `known`."""
+    names = [] if row.image is UNSET else [row.image] if isinstance(row.image, str) else row.image
+    for name in names:
+        if name not in known:
+            probed_image(folder / name)
+            known.add(name)
