@@ -15,25 +15,20 @@ from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.decoding.scoring import YES_NO
 from edgevlm.decoding.structured import check_choices
 from edgevlm.errors import ImageError, OptionError
-from edgevlm.inputs.image import probed_image
+from edgevlm.inputs.image import printable
 from edgevlm.jobs.batch import Batch
-from edgevlm.jobs.spec import Defaults, Job, Row, RowRunner, parse_row, read_jobs
+from edgevlm.jobs.spec import Defaults, Job, QuestionRow, RowRunner, parse_row, read_jobs
+from edgevlm.model_store import is_there
 
-_OF_GENERATED = ("schema", "regex", "max_new_tokens")
 _TOLD = 8
 """Lines of wrong rows that an error names after the first."""
 
 
-class LabelledRow(Row, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The fields of a row: those of a row of `edgevlm batch` that is scored, and what is right."""
+class LabelledRow(QuestionRow, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The fields of a row: a question as in a row of `edgevlm batch`, its choices, and what is right."""
 
     label: bool | str | list[str]
     """Whether the first of two choices is right, the right one of several, or those of several labels that apply."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if wrong := self.given(*_OF_GENERATED):
-            raise ValueError(f"{next(iter(wrong))} is for answers that are generated, and these are scored")
 
 
 @dataclass(frozen=True)
@@ -58,13 +53,18 @@ class LabelledQuestion:
         _check_label(row.label, choices)
         return cls(question, choices, row.label)
 
+    @property
+    def right(self) -> list[str]:
+        """The right choice of each decision; a label that is a list makes one, of two, for each choice."""
+        if isinstance(self.label, list):
+            return [YES_NO[choice not in self.label] for choice in self.choices]
+        return [self.choices[not self.label] if isinstance(self.label, bool) else self.label]
+
 
 def _check_label(label: bool | str | list[str], choices: Sequence[str]) -> None:
     if isinstance(label, bool):
         if len(choices) != 2:
-            raise OptionError(
-                f"a label that is true or false needs two choices, what is true first, not {len(choices)}"
-            )
+            raise OptionError(f"a label of true or false needs two choices, what is true first, not {len(choices)}")
         return
     labels = [label] if isinstance(label, str) else label
     if unknown := [each for each in labels if each not in choices]:
@@ -76,9 +76,9 @@ def _check_label(label: bool | str | list[str], choices: Sequence[str]) -> None:
 class LabelledRunner(RowRunner):
     """Scores labelled rows, by the model's own log-likelihoods."""
 
-    row_type: ClassVar[type[Row]] = LabelledRow
+    row_type: ClassVar[type[QuestionRow]] = LabelledRow
 
-    def _ask(self, task: Row) -> dict[str, Any]:
+    def _ask(self, task: QuestionRow) -> dict[str, Any]:
         assert isinstance(task, LabelledRow)
         asked, started = LabelledQuestion.of(task, self._defaults), perf_counter()
         visuals = self._visuals(task)
@@ -109,8 +109,12 @@ class LabelledBatch(Batch):
         without = replace(self.defaults, output_format=OutputFormat())
         choices = json.dumps(["labelled", *self.defaults.output_format.choices])
         jobs = read_jobs(self.jobs, without.config_digest(self.model) + choices)
-        self._check(jobs)
+        self._questions(jobs)
         return jobs
+
+    def questions(self) -> list[LabelledQuestion]:
+        """Return what the rows ask. Raises `OptionError`."""
+        return self._questions(read_jobs(self.jobs, ""))
 
     def runner(self) -> LabelledRunner:
         """Load the model. Raises `ModelError` and `DeviceError`."""
@@ -118,14 +122,14 @@ class LabelledBatch(Batch):
 
         return LabelledRunner(VLM(self.model, self.runtime), self.defaults, self.jobs.parent)
 
-    def _check(self, jobs: Sequence[Job]) -> None:
+    def _questions(self, jobs: Sequence[Job]) -> list[LabelledQuestion]:
+        found = []
         wrong: dict[int, str] = {}
-        known: set[str] = set()
         for job in jobs:
             try:
                 row = parse_row(job.data, LabelledRow)
-                LabelledQuestion.of(row, self.defaults)
-                _check_pictures(row, self.jobs.parent, known)
+                found.append(LabelledQuestion.of(row, self.defaults))
+                _check_pictures(row, self.jobs.parent)
             except (OptionError, ImageError) as error:
                 wrong[job.line] = str(error)
         if wrong:
@@ -133,12 +137,12 @@ class LabelledBatch(Batch):
             lines = ", ".join(map(str, others[:_TOLD])) + (", …" if len(others) > _TOLD else "")
             more = f"; {len(others)} more cannot be used: line{'s' * (len(others) > 1)} {lines}" if others else ""
             raise OptionError(f"{self.jobs}, line {first}: {wrong[first]}{more}")
+        return found
 
 
-def _check_pictures(row: LabelledRow, folder: Path, known: set[str]) -> None:
-    """Raise `ImageError` for a picture that is missing, or whose header is wrong, unless it is `known`."""
+def _check_pictures(row: LabelledRow, folder: Path) -> None:
+    """Raise `ImageError` for a picture that is not there."""
     names = [] if row.image is UNSET else [row.image] if isinstance(row.image, str) else row.image
     for name in names:
-        if name not in known:
-            probed_image(folder / name)
-            known.add(name)
+        if not (is_there(folder / name) and (folder / name).is_file()):
+            raise ImageError(f"no such image file: {printable(name)}")

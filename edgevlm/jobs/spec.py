@@ -42,16 +42,13 @@ class Job:
     """Hash of the row, the model and the defaults: equal for rows with equal answers."""
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of a row of a jobs file."""
+class QuestionRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of a row that asks about pictures or a video."""
 
     id: Any = UNSET
     image: str | list[str] | UnsetType = UNSET
     question: str | UnsetType = UNSET
-    schema: str | dict[str, Any] | UnsetType = UNSET
     choices: list[str] | UnsetType = UNSET
-    regex: str | UnsetType = UNSET
-    max_new_tokens: int | UnsetType = UNSET
     crop: Crop | UnsetType = UNSET
     video: str | UnsetType = UNSET
     fps: float | UnsetType = UNSET
@@ -69,7 +66,15 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: value for name in names if (value := getattr(self, name)) is not UNSET}
 
 
-R = TypeVar("R", bound=Row)
+class Row(QuestionRow, frozen=True, forbid_unknown_fields=True):
+    """The fields of a row of a jobs file."""
+
+    schema: str | dict[str, Any] | UnsetType = UNSET
+    regex: str | UnsetType = UNSET
+    max_new_tokens: int | UnsetType = UNSET
+
+
+R = TypeVar("R", bound=QuestionRow)
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def job_key(config_digest: str, data: bytes) -> str:
 class RowRunner:
     """Runs jobs on one model; a row that cannot be answered has an `error`."""
 
-    row_type: ClassVar[type[Row]] = Row
+    row_type: ClassVar[type[QuestionRow]] = Row
 
     def __init__(self, vlm: VLM, defaults: Defaults, folder: Path) -> None:
         self._vlm, self._defaults, self._folder = vlm, defaults, folder
@@ -142,7 +147,8 @@ class RowRunner:
         except ROW_ERRORS as error:
             return row | {"error": str(error)}
 
-    def _ask(self, task: Row) -> dict[str, Any]:
+    def _ask(self, task: QuestionRow) -> dict[str, Any]:
+        assert isinstance(task, Row)
         question = self._defaults.question if task.question is UNSET else task.question
         if question is None:
             raise OptionError('the row has no "question", and --question gives none')
@@ -153,7 +159,7 @@ class RowRunner:
         config, budget = override(self._defaults.config, self._defaults.image_budget, task.given("max_new_tokens"))
         return ask(self._vlm, self._visuals(task), question, config, budget, output_format)
 
-    def _visuals(self, task: Row) -> list[JobVisual]:
+    def _visuals(self, task: QuestionRow) -> list[JobVisual]:
         """Return the pictures or the video of a row. Raises `ImageError` and `OptionError`."""
         if task.video is not UNSET:
             own = task.given("fps", "frames")
