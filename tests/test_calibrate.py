@@ -299,7 +299,12 @@ def test_too_few_rows_and_one_class_are_told_before_the_model_is_loaded(
     rows: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(VLM, "__init__", None)
-    for made, told in (([GOOD] * 49, "here are 49 "), ([GOOD] * 60, "the right choice is 'a' everywhere")):
+    text = {"question": "Q?", "choices": ["a", "b"], "label": "a"}
+    for made, told in (
+        ([text] * 49, "here are 49 about 49 ("),
+        ([GOOD] * 60, "here are 60 about 1 ("),
+        ([text] * 60, "the right choice is 'a' everywhere"),
+    ):
         done = cli("calibrate", write(rows.with_name("few.jsonl"), made), "-m", model)
         assert done.exit_code == 1 and told in done.stderr and done.stderr.count("\n") == 1
     done = cli("calibrate", rows.with_name("nonesuch.jsonl"), "-m", model)

@@ -122,22 +122,26 @@ def test_scores_beside_running_answers_are_those_alone(exported: Path, monkeypat
     monkeypatch.setattr(
         stream, "step_together", lambda sessions, ids: counts.append(len(sessions)) or step_together(sessions, ids)
     )
-    expected = VLM(exported, PAGED).score(None, QUESTION, CHOICES)
+    alone = VLM(exported, PAGED)
+    expected, labels = alone.score(None, QUESTION, CHOICES), alone.score_labels(None, QUESTION, CHOICES[:2])
     model = Braked(VLM(exported, PAGED))
-    alone = VLM(exported, PAGED).generate(None, "How many parts are there?", max_new_tokens=40)
+    answered = VLM(exported, PAGED).generate(None, "How many parts are there?", max_new_tokens=40)
     with serving(model) as server, ThreadPoolExecutor() as pool:
         messages = [{"role": "user", "content": "How many parts are there?"}]
         model.tokens.clear()
         running = pool.submit(ask, server, messages=messages, max_tokens=40)
         wait_until(lambda: model.holding)
-        scored = [pool.submit(score, server, choices=CHOICES) for _ in range(2)]
+        scored = pool.submit(score, server, choices=CHOICES)
+        judged = pool.submit(score, server, type="multi_label", choices=CHOICES[:2])
         wait_until(lambda: server.worker.waiting == 2)
         model.release()
-        for each in scored:
-            status, answer = each.result()
-            assert status == 200, answer
-            same(answer, expected)
-        assert running.result()[1]["choices"][0]["message"]["content"] == alone.text
+        status, answer = scored.result()
+        assert status == 200, answer
+        same(answer, expected)
+        status, answer = judged.result()
+        assert status == 200, answer
+        assert answer["probabilities"] == pytest.approx(labels.probabilities, abs=1e-3)
+        assert running.result()[1]["choices"][0]["message"]["content"] == answered.text
     assert max(counts) == 3
 
 

@@ -2,5 +2,6 @@
 
 `items` says what a suite asks, `ask` how a model is asked, `pair` how two are compared token by token, `run` writes a
 row for each item, `results` counts them, and `suites` holds one module for each suite, named by the table in its
-`__init__`. `flow` and `texts` grade flowcharts and pages.
+`__init__`. `flow` and `texts` grade flowcharts and pages. `calibration` fits a temperature to a user's labelled rows,
+and `reliability` draws what it does.
 """

@@ -311,31 +311,27 @@ def score_rows(
     Raises `OptionError` for rows that cannot be used, for too few and for those of one class, before the model is
     loaded, and what `run_batch` raises. A row that cannot be scored does not count.
     """
-    check_labels([label for each in batch.questions() for label in each.right])
+    questions = batch.questions()
+    groups = {each.about or number for number, each in enumerate(questions)}
+    check_labels([label for each in questions for label in each.right], len(groups))
     run_batch(batch, on_row, on_progress)
     return read_decisions([row for row, _ in read_rows(batch.output)])
 
 
-def check_labels(labels: Sequence[str]) -> None:
-    """Raise `OptionError` for too few right choices, or one alone."""
-    if len(labels) < FEWEST_DECISIONS:
-        raise _too_few(f"here are {len(labels)}")
+def check_labels(labels: Sequence[str], groups: int) -> None:
+    """Raise `OptionError` for too few right choices, about too few pictures, or one alone."""
+    if len(labels) < FEWEST_DECISIONS or groups < FEWEST_GROUPS:
+        raise OptionError(
+            f"a temperature needs {FEWEST_DECISIONS} labelled decisions about {FEWEST_GROUPS} pictures, better 200;"
+            f" here are {len(labels)} about {groups} (a row is one, and each choice of a row whose label is a list)"
+        )
     if len(set(labels)) < 2:
         raise OptionError(f"the right choice is {labels[0]!r} everywhere; give rows where it is another, too")
 
 
-def _too_few(here: str) -> OptionError:
-    return OptionError(
-        f"a temperature needs {FEWEST_DECISIONS} labelled decisions about {FEWEST_GROUPS} pictures, better 200; {here}"
-        " (a row is a decision, and so is each choice of a row whose label is a list)"
-    )
-
-
 def fit(decisions: Decisions) -> Fitted:
     """Fit the temperature and tell what it is worth. Raises `OptionError` for too few decisions, or of one class."""
-    check_labels(decisions.labels)
-    if decisions.group_count < FEWEST_GROUPS:
-        raise _too_few(f"here are {len(decisions)} about {decisions.group_count}")
+    check_labels(decisions.labels, decisions.group_count)
     held_out, bootstrap = cross_validate(decisions), Bootstrap(decisions)
     mass = np.exp(decisions.logits).sum(axis=1)
     return Fitted(

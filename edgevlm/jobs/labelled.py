@@ -38,6 +38,8 @@ class LabelledQuestion:
     question: str
     choices: Sequence[str]
     label: bool | str | list[str]
+    about: str
+    """The names of its pictures or of its video; empty for a question about none."""
 
     @classmethod
     def of(cls, row: LabelledRow, defaults: Defaults) -> LabelledQuestion:
@@ -51,7 +53,7 @@ class LabelledQuestion:
             raise OptionError('the row has no "choices", and --choices gives none')
         check_choices(choices)
         _check_label(row.label, choices)
-        return cls(question, choices, row.label)
+        return cls(question, choices, row.label, " ".join(_names(row)) or ("" if row.video is UNSET else row.video))
 
     @property
     def right(self) -> list[str]:
@@ -142,7 +144,10 @@ class LabelledBatch(Batch):
 
 def _check_pictures(row: LabelledRow, folder: Path) -> None:
     """Raise `ImageError` for a picture that is not there."""
-    names = [] if row.image is UNSET else [row.image] if isinstance(row.image, str) else row.image
-    for name in names:
+    for name in _names(row):
         if not (is_there(folder / name) and (folder / name).is_file()):
             raise ImageError(f"no such image file: {printable(name)}")
+
+
+def _names(row: LabelledRow) -> list[str]:
+    return [] if row.image is UNSET else [row.image] if isinstance(row.image, str) else row.image
