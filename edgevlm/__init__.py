@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from edgevlm.chat import Chat
     from edgevlm.decoding.config import GenerationConfig
     from edgevlm.decoding.repetition import RepetitionDetection
-    from edgevlm.decoding.scoring import Scores
+    from edgevlm.decoding.scoring import LabelScores, Scores
     from edgevlm.decoding.structured import Constraint
     from edgevlm.families.base import ImageBudget
     from edgevlm.inputs.video import Video
@@ -67,6 +67,7 @@ __all__ = [
     "ImageError",
     "ImageTooLargeError",
     "IncompleteAnswerError",
+    "LabelScores",
     "Location",
     "Locations",
     "ModelError",
@@ -94,6 +95,7 @@ _LAZY = {
     "Constraint": "edgevlm.decoding.structured",
     "Location": "edgevlm.locations",
     "Locations": "edgevlm.locations",
+    "LabelScores": "edgevlm.decoding.scoring",
     "Scores": "edgevlm.decoding.scoring",
     "TokenLogprob": "edgevlm.answer",
     "VLM": "edgevlm.vlm",

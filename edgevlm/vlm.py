@@ -14,17 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.answer import Answer, Event, Piece, Progress, result_of
+from edgevlm.calibration import load_calibration
 from edgevlm.chat import Chat
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.prompt_lookup import MOST_QUESTIONS, EarlierAnswers
-from edgevlm.decoding.scoring import Scores, log_likelihoods
+from edgevlm.decoding.scoring import YES_NO, LabelScores, Scores, check_temperature, log_likelihoods
 from edgevlm.decoding.stream import Step, TextModel, check_satisfied, collect, stream_answer
-from edgevlm.decoding.structured import GrammarTokenizer, check_choices
+from edgevlm.decoding.structured import GrammarTokenizer, check_choices, check_pair
 from edgevlm.errors import ContextLengthError, DamagedModelError, DeviceError, ImageError
 from edgevlm.families import Family, make_family
 from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget, Visual
 from edgevlm.inputs.image import ImageInput, content_digest, load_picture
-from edgevlm.inputs.messages import Message, user_message
+from edgevlm.inputs.messages import Message, about_label, user_message
 from edgevlm.inputs.prompt import Prompt, feature_keys, image_places, join, merge, prefix_keys
 from edgevlm.inputs.thinking import Opening
 from edgevlm.inputs.video import Video, Visuals, as_visuals, kinds_of, load_frames
@@ -69,6 +70,7 @@ class VLM:
         self.config = config or RuntimeConfig()
         self.manifest = load_manifest(self.folder)
         check_files(self.folder, self.manifest)
+        self.calibration = load_calibration(self.folder, self.manifest.fingerprint)
         family = make_family(self.manifest.family, self.manifest.family_config)
         self.device = resolve_device(self.config.device)
         self._submodels = self._load(family)
@@ -211,17 +213,21 @@ class VLM:
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
         *,
+        calibration_temperature: float | None = None,
         cache_salt: str = "",
         **options: Any,
     ) -> Scores:
         """Return how likely the model is to answer `question` with each of the choices; see `Scores` for the formula.
 
-        Arguments as in `generate`; of `GenerationConfig` only `chat_template_kwargs` counts, and the model does not
-        think. Raises `ImageError`, `PromptError`, `OptionError` for choices that are empty or alike, and `DeviceError`
-        where the logits overflow.
+        `calibration_temperature` scales the probabilities; None means that which `edgevlm calibrate` has saved with the
+        model, 1 the model's own probabilities. Other arguments as in `generate`; of `GenerationConfig` only
+        `chat_template_kwargs` counts, and the model does not think. Raises `ImageError`, `PromptError`, `OptionError`
+        for choices that are empty or alike, and `DeviceError` where the logits overflow.
         """
         config, image_budget = override(config, image_budget, options)
-        return result_of(self.score_events(images, question, choices, config, image_budget, cache_salt))
+        return result_of(
+            self.score_events(images, question, choices, config, image_budget, cache_salt, calibration_temperature)
+        )
 
     def score_events(
         self,
@@ -231,12 +237,14 @@ class VLM:
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
         cache_salt: str = "",
+        calibration_temperature: float | None = None,
     ) -> Generator[Progress, None, Scores]:
         """Yield the progress of `score`; return the scores."""
         pictures = as_visuals(images)
         messages = [user_message(question, kinds_of(pictures))]
         scores = None
-        with closing(self.score_steps(messages, pictures, choices, config, image_budget, cache_salt)) as events:
+        steps = self.score_steps(messages, pictures, choices, config, image_budget, cache_salt, calibration_temperature)
+        with closing(steps) as events:
             for event in events:
                 if isinstance(event, Progress):
                     yield event
@@ -253,18 +261,18 @@ class VLM:
         config: GenerationConfig | None = None,
         image_budget: ImageBudget | None = None,
         cache_salt: str = "",
+        calibration_temperature: float | None = None,
     ) -> Generator[Progress | Step | Scores, None, None]:
         """Yield the progress of scoring answers to a conversation, each step before it is made, and last the scores.
 
         `messages` and `images` as in `events`, steps as in `steps`, and errors as in `score`.
         """
         check_choices(choices)
+        temperature = self._temperature(calibration_temperature)
         config, watch = config or GenerationConfig(), Stopwatch()
         opening = self._opening(replace(config, think=False))
         prompt = yield from self._prepare(messages, images, opening, watch, image_budget, cache_salt)
-        prefix = self.processor.thinking.response_prefix(opening)
-        answers = [self.grammar_tokenizer.encode(prefix + choice) for choice in choices]
-        self._check_length(len(prompt) + max(map(len, answers)))
+        answers = self._answer_ids(choices, opening, prompt)
         with self.session(prompt) as session:
             found = yield from log_likelihoods(session, prompt, answers, self.manifest.eos_token_ids, watch)
         yield Scores(
@@ -275,7 +283,93 @@ class VLM:
             cached_tokens=watch.counts["cached_tokens"],
             cached_views=prompt.cached_views,
             timings=watch.timings(self.load_s, 0),
+            temperature=temperature,
         )
+
+    def score_labels(
+        self,
+        images: Visuals,
+        question: str,
+        labels: Sequence[str],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        *,
+        answers: tuple[str, str] = YES_NO,
+        calibration_temperature: float | None = None,
+        cache_salt: str = "",
+        **options: Any,
+    ) -> LabelScores:
+        """Return how likely each label applies, asked about on its own: labels do not exclude each other.
+
+        `{label}` in the question stands for the label ("Is there any {label}?"); where there is none, the question is
+        followed by one whether the label applies. `answers` are the two that are scored, the one that affirms first.
+        The pictures are encoded once, and the prompts share their prefix. Other arguments and errors as in `score`.
+        """
+        config, image_budget = override(config, image_budget, options)
+        pictures = as_visuals(images)
+        messages = [user_message(question, kinds_of(pictures))]
+        steps = self.score_labels_steps(
+            messages, pictures, labels, config, image_budget, cache_salt, calibration_temperature, answers
+        )
+        *_, scores = steps
+        assert isinstance(scores, LabelScores)
+        return scores
+
+    def score_labels_steps(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        labels: Sequence[str],
+        config: GenerationConfig | None = None,
+        image_budget: ImageBudget | None = None,
+        cache_salt: str = "",
+        calibration_temperature: float | None = None,
+        answers: tuple[str, str] = YES_NO,
+    ) -> Generator[Progress | Step | LabelScores, None, None]:
+        """Yield the progress of judging labels, each step before it is made, and last the scores.
+
+        `labels` and `answers` as in `score_labels`, all else as in `score_steps`.
+        """
+        check_choices(labels, "labels")
+        check_pair(answers)
+        temperature = self._temperature(calibration_temperature)
+        config, watch = config or GenerationConfig(), Stopwatch()
+        opening = self._opening(replace(config, think=False))
+        asked = [about_label(messages, label) for label in labels]
+        encoded = yield from self._encode_prompt(asked[0], images, opening, watch, image_budget, cache_salt)
+        prompt = yield from self._prepare(asked[0], encoded, opening, watch, image_budget, cache_salt)
+        found, tokens, image_tokens = [], 0, 0
+        with self.session(prompt) as session:
+            for number, question in enumerate(asked):
+                if number:
+                    prompt = yield from self._prepare(question, encoded, opening, watch, image_budget, cache_salt)
+                ids = self._answer_ids(answers, opening, prompt)
+                found.append((yield from log_likelihoods(session, prompt, ids, self.manifest.eos_token_ids, watch)))
+                tokens, image_tokens = tokens + len(prompt), image_tokens + prompt.image_tokens
+        yield LabelScores(
+            {label: dict(zip(answers, each, strict=True)) for label, each in zip(labels, found, strict=True)},
+            prompt_tokens=tokens,
+            image_tokens=image_tokens,
+            views=prompt.views,
+            cached_tokens=watch.counts["cached_tokens"],
+            cached_views=prompt.cached_views,
+            timings=watch.timings(self.load_s, 0),
+            temperature=temperature,
+        )
+
+    def _answer_ids(self, answers: Sequence[str], opening: Opening, prompt: Prompt) -> list[list[int]]:
+        """Return the token ids of answers to be scored after a prompt, known to fit."""
+        prefix = self.processor.thinking.response_prefix(opening)
+        found = [self.grammar_tokenizer.encode(prefix + answer) for answer in answers]
+        self._check_length(len(prompt) + max(map(len, found)))
+        return found
+
+    def _temperature(self, given: float | None) -> float:
+        """Return the calibration temperature that counts. Raises `OptionError`."""
+        if given is None:
+            return self.calibration.temperature if self.calibration else 1.0
+        check_temperature(given)
+        return float(given)
 
     def locate(
         self,
@@ -402,8 +496,23 @@ class VLM:
         They may then stand for the pictures in `events`, whose vision stage is over at once. Errors as in `events`.
         """
         opening = self._opening(config or GenerationConfig())
-        preprocessed, _ = self._preprocess_prompt(messages, images, opening, image_budget, cache_salt)
-        encoded = yield from self._encode(self.vision, preprocessed, cache_salt)
+        return (yield from self._encode_prompt(messages, images, opening, Stopwatch(), image_budget, cache_salt))
+
+    def _encode_prompt(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageInput | Video | PreprocessedImage],
+        opening: Opening,
+        watch: Stopwatch,
+        image_budget: ImageBudget | None,
+        cache_salt: str,
+    ) -> Generator[Progress, None, list[PreprocessedImage]]:
+        with watch.stage("preprocess"):
+            preprocessed, _ = self._preprocess_prompt(messages, images, opening, image_budget, cache_salt)
+        with watch.stage("load"):
+            vision = self.vision
+        with watch.stage("vision"):
+            encoded = yield from self._encode(vision, preprocessed, cache_salt)
         return [replace(image, image=views) for image, views in zip(preprocessed, encoded, strict=True)]
 
     def prepare(

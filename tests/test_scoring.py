@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgevlm import VLM, ImageError, OptionError, PromptError
 from edgevlm.decoding.sampling import log_softmax
-from edgevlm.inputs.chat_template import user_message
+from edgevlm.inputs.messages import user_message
+from tests.conftest import noise
 from tests.helpers.command import cli
 
 QUESTION = "What is in this picture?"
@@ -84,6 +87,85 @@ def test_bad_choices(vlm: VLM) -> None:
         vlm.score(None, QUESTION, ["yes", "word " * 300])
     with pytest.raises(ImageError):
         vlm.score("nonesuch.png", QUESTION, ["yes"])
+
+
+LABELS = ["a red circle", "a gauge", "{label}", "Größe 🙂"]
+
+
+@pytest.mark.parametrize(
+    ("question", "ending"),
+    [('Is "{label}" in this picture?', ""), (QUESTION, '\nDoes the label "{label}" apply? Answer yes or no.')],
+)
+def test_each_label_is_judged_as_if_it_were_asked_about_alone(vlm: VLM, question: str, ending: str) -> None:
+    picture = noise(70, 120)
+    scores = vlm.score_labels(picture, question, LABELS, cache_salt="labels" + question)
+    assert list(scores.probabilities) == LABELS
+    tokens = 0
+    for label in LABELS:
+        alone = vlm.score(picture, (question + ending).replace("{label}", label), ["yes", "no"])
+        assert scores.log_likelihoods[label] == pytest.approx(dict(alone.log_likelihoods), abs=2e-3), label
+        assert scores.probabilities[label] == pytest.approx(alone.probabilities["yes"], abs=1e-3)
+        assert scores.total_probabilities[label] == pytest.approx(alone.total_probability, rel=1e-2)
+        tokens += alone.prompt_tokens
+    assert (scores.prompt_tokens, scores.views) == (tokens, alone.views)
+    assert scores.image_tokens == len(LABELS) * alone.image_tokens
+    threshold = sorted(scores.probabilities.values())[2]
+    assert scores.above(threshold) == [label for label in LABELS if scores.probabilities[label] >= threshold]
+    assert len(scores.above(threshold)) == 2 and scores.above(0.0) == LABELS
+
+
+def test_for_all_labels_the_picture_is_encoded_and_prefilled_once(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = []
+    encode = vlm.vision.encode
+
+    def counted(views: Iterable[Any]) -> Iterator[Any]:
+        for view in views:
+            encoded.append(view)
+            yield from encode([view])
+
+    monkeypatch.setattr(vlm.vision, "encode", counted)
+    monkeypatch.setattr(vlm._vision_cache, "_limit", 0)
+    scores = vlm.score_labels(noise(80, 130), QUESTION, LABELS, cache_salt="once")
+    assert len(encoded) == scores.views > 0 and scores.cached_views == 0
+    image_tokens = scores.image_tokens // len(LABELS)
+    assert scores.cached_tokens >= (len(LABELS) - 1) * image_tokens > 0
+
+
+def test_the_two_answers_to_a_label_s_question_may_be_others(vlm: VLM) -> None:
+    scores = vlm.score_labels(None, "Ist {label} im Bild?", ["Rost"], answers=("ja", "nein"))
+    alone = vlm.score(None, "Ist Rost im Bild?", ["ja", "nein"])
+    assert scores.probabilities["Rost"] == pytest.approx(alone.probabilities["ja"], abs=1e-3)
+
+
+def test_bad_labels(vlm: VLM) -> None:
+    for labels in ([], [""], ["a", "a"], "yes"):
+        with pytest.raises(OptionError, match="labels must"):
+            vlm.score_labels(None, QUESTION, labels)
+    with pytest.raises(OptionError, match="answers must be two"):
+        vlm.score_labels(None, QUESTION, ["a"], answers=("yes",))  # type: ignore[arg-type]
+    with pytest.raises(PromptError, match="the model's context holds 512"):
+        vlm.score_labels(None, "{label}?", ["yes", "word " * 300])
+    with pytest.raises(PromptError, match="labels need a question"):
+        list(vlm.score_labels_steps([{"role": "system", "content": [{"type": "text", "text": "a"}]}], [], ["b"]))
+
+
+def test_a_temperature_scales_and_never_reorders(vlm: VLM) -> None:
+    own = vlm.score(None, QUESTION, CHOICES)
+    assert own.temperature == 1
+    for temperature in (0.4, 2.5):
+        scaled = vlm.score(None, QUESTION, CHOICES, calibration_temperature=temperature)
+        logits = np.array(list(scaled.log_likelihoods.values())) / temperature
+        expected = np.exp(logits) / np.exp(logits).sum()
+        assert list(scaled.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-9)
+        assert (scaled.best, scaled.temperature) == (own.best, temperature)
+        assert sorted(CHOICES, key=scaled.probabilities.__getitem__) == sorted(CHOICES, key=own.probabilities.get)
+        assert scaled.total_probability == pytest.approx(own.total_probability, rel=1e-2)
+        label = vlm.score_labels(None, QUESTION, ["a"], calibration_temperature=temperature)
+        odds = (label.log_likelihoods["a"]["yes"] - label.log_likelihoods["a"]["no"]) / temperature
+        assert label.probabilities["a"] == pytest.approx(1 / (1 + math.exp(-odds)), abs=1e-9)
+    for bad in (0, -1, math.nan, math.inf, 0.01, 21, "2"):
+        with pytest.raises(OptionError, match=r"calibration_temperature must be between 0\.05 and 20"):
+            vlm.score(None, QUESTION, CHOICES, calibration_temperature=bad)
 
 
 def test_the_command_prints_probabilities(exported: Path, china: Path, vlm: VLM) -> None:

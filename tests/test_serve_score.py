@@ -88,6 +88,33 @@ def test_typed_decisions(server: Server, vlm: VLM) -> None:
     assert answer["value"] == pytest.approx(mean, abs=2e-3)
 
 
+def test_labels_are_each_judged_on_their_own(server: Server, vlm: VLM) -> None:
+    labels, question = ["a red circle", "a gauge", "Größe 🙂"], "Is there {label} in this picture?"
+    messages = shown(data_url(Image.fromarray(PICTURE)), text=question, detail="low")
+    status, answer = score(server, type="multi_label", messages=messages, choices=labels)
+    assert status == 200, answer
+    expected = vlm.score_labels(PICTURE, question, labels, detail="low")
+    assert (answer["type"], answer["value"]) == ("multi_label", expected.above())
+    assert answer["probabilities"] == pytest.approx(expected.probabilities, abs=1e-3)
+    assert answer["total_probability"] == pytest.approx(expected.total_probabilities, rel=1e-2)
+    for label in labels:
+        assert answer["log_likelihoods"][label] == pytest.approx(dict(expected.log_likelihoods[label]), abs=2e-3)
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == expected.prompt_tokens
+    assert usage["prompt_tokens_details"]["image_tokens"] == expected.image_tokens
+    threshold = sum(sorted(expected.probabilities.values())[:2]) / 2
+    _, answer = score(server, type="multi_label", messages=messages, choices=labels, threshold=threshold)
+    assert answer["value"] == expected.above(threshold) and len(answer["value"]) == 2
+
+
+def test_a_calibration_temperature_scales_the_probabilities(server: Server, vlm: VLM) -> None:
+    _, answer = score(server, choices=CHOICES)
+    assert answer["temperature"] == 1
+    _, answer = score(server, choices=CHOICES, calibration_temperature=2.5)
+    same(answer, vlm.score(None, QUESTION, CHOICES, calibration_temperature=2.5))
+    assert answer["temperature"] == 2.5
+
+
 def test_scores_beside_running_answers_are_those_alone(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their steps are made in one inference with those of the answers."""
     counts: list[int] = []
@@ -95,22 +122,26 @@ def test_scores_beside_running_answers_are_those_alone(exported: Path, monkeypat
     monkeypatch.setattr(
         stream, "step_together", lambda sessions, ids: counts.append(len(sessions)) or step_together(sessions, ids)
     )
-    expected = VLM(exported, PAGED).score(None, QUESTION, CHOICES)
+    alone = VLM(exported, PAGED)
+    expected, labels = alone.score(None, QUESTION, CHOICES), alone.score_labels(None, QUESTION, CHOICES[:2])
     model = Braked(VLM(exported, PAGED))
-    alone = VLM(exported, PAGED).generate(None, "How many parts are there?", max_new_tokens=40)
+    answered = VLM(exported, PAGED).generate(None, "How many parts are there?", max_new_tokens=40)
     with serving(model) as server, ThreadPoolExecutor() as pool:
         messages = [{"role": "user", "content": "How many parts are there?"}]
         model.tokens.clear()
         running = pool.submit(ask, server, messages=messages, max_tokens=40)
         wait_until(lambda: model.holding)
-        scored = [pool.submit(score, server, choices=CHOICES) for _ in range(2)]
+        scored = pool.submit(score, server, choices=CHOICES)
+        judged = pool.submit(score, server, type="multi_label", choices=CHOICES[:2])
         wait_until(lambda: server.worker.waiting == 2)
         model.release()
-        for each in scored:
-            status, answer = each.result()
-            assert status == 200, answer
-            same(answer, expected)
-        assert running.result()[1]["choices"][0]["message"]["content"] == alone.text
+        status, answer = scored.result()
+        assert status == 200, answer
+        same(answer, expected)
+        status, answer = judged.result()
+        assert status == 200, answer
+        assert answer["probabilities"] == pytest.approx(labels.probabilities, abs=1e-3)
+        assert running.result()[1]["choices"][0]["message"]["content"] == answered.text
     assert max(counts) == 3
 
 
@@ -158,6 +189,17 @@ CASES: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"type": "score", "minimum": 5}, 400, "invalid_request", "maximum"),
     ({"type": "score", "minimum": 5, "maximum": 5}, 400, "invalid_value", "maximum"),
     ({"type": "score", "minimum": 0, "maximum": 100}, 400, "invalid_value", "maximum"),
+    ({"type": "multi_label"}, 400, "invalid_request", "choices"),
+    ({"type": "multi_label", "choices": ["a", "a"]}, 400, "invalid_value", "choices"),
+    ({"type": "multi_label", "choices": ["a"], "threshold": 1.5}, 400, "invalid_request", "threshold"),
+    ({"type": "multi_label", "choices": ["a"], "minimum": 1}, 400, "invalid_value", "minimum"),
+    ({"type": "multi_label", "choices": ["a"], "messages": [{"role": "assistant", "content": "a"}]}, 400,
+     "invalid_prompt", "messages"),
+    ({"type": "multi_label", "choices": ["a"], "messages": shown(text="so " * 400)}, 400, "context_length_exceeded",
+     "messages"),
+    ({"choices": ["a"], "threshold": 0.5}, 400, "invalid_value", "threshold"),
+    ({"choices": ["a"], "calibration_temperature": 0}, 400, "invalid_request", "calibration_temperature"),
+    ({"choices": ["a"], "calibration_temperature": "1"}, 400, "invalid_request", "calibration_temperature"),
     ({"choices": ["a"], "messages": []}, 400, "invalid_request", "messages"),
     ({"choices": ["a"], "messages": shown("data:,x")}, 400, "invalid_image", "messages.0.content.0.image_url"),
 ]  # fmt: skip

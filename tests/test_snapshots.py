@@ -215,6 +215,15 @@ def test_probabilities_are_those_of_answers_read_one_by_one(vlm: VLM, fresh: VLM
         assert scores.log_likelihoods[choice] == pytest.approx(alone, abs=1e-3)
 
 
+def test_labels_share_the_picture_and_are_judged_as_by_a_fresh_model(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
+    labels = ["a gauge", "a lamp"]
+    scores = vlm.score_labels(picture, "Is there {label}?", labels, cache_salt="labels")
+    assert scores.cached_tokens >= scores.image_tokens // 2 > 0
+    for label in labels:
+        alone = fresh.score(picture, f"Is there {label}?", ["yes", "no"])
+        assert scores.log_likelihoods[label] == pytest.approx(dict(alone.log_likelihoods), abs=1e-3)
+
+
 def test_a_form_is_filled_in_as_by_a_fresh_model(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:
     """Its fixed parts are read with the prompt and in steps of several tokens."""
     schema = {"properties": {"a": {"enum": ["left", "right"]}}, "required": ["a"], "additionalProperties": False}

@@ -32,6 +32,7 @@ _GROUPS = {
     },
     "Measure and diagnose": {
         "eval": ("edgevlm.cli.eval", "Find out what a model can see, and what compression cost it."),
+        "calibrate": ("edgevlm.cli.calibrate", "Make probabilities of choices as sure as they are right."),
         "bench": ("edgevlm.cli.bench", "Measure a model on this machine."),
         "doctor": ("edgevlm.cli.doctor", "Print what a bug report needs."),
     },

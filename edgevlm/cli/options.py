@@ -159,8 +159,13 @@ def chosen_format(options: dict[str, Any]) -> OutputFormat:
     given = [name for name in ("schema", "choices", "regex") if options[name] is not None]
     if len(given) > 1:
         raise click.UsageError(f"--{given[0]} and --{given[1]} exclude each other")
-    choices = next(csv.reader([options["choices"]], skipinitialspace=True), []) if given == ["choices"] else None
+    choices = read_choices(options["choices"]) if given == ["choices"] else None
     return OutputFormat.of(schema=options["schema"], choices=choices, regex=options["regex"])
+
+
+def read_choices(text: str) -> list[str]:
+    """Return the texts between commas; one that holds a comma stands in quotes."""
+    return next(csv.reader([text], skipinitialspace=True), [])
 
 
 def runtime_config(options: dict[str, Any]) -> RuntimeConfig:

@@ -79,7 +79,7 @@ def token_logprob(token: int, logits: Logits, top: int, token_bytes: Callable[[i
     return TokenLogprob(token, token_bytes(token), float(logprobs[token]), tuple(named))
 
 
-def log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
     """Return the log-probabilities of logits `(..., V)`, in float64."""
     below = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(below - np.log(np.exp(below).sum(axis=-1, keepdims=True)))

@@ -103,12 +103,19 @@ def _lark(grammar: str, forms: Mapping[str, Constraint]) -> str:
     return json.dumps({"grammars": grammars})
 
 
-def check_choices(texts: Sequence[str]) -> None:
+def check_choices(texts: Sequence[str], name: str = "choices") -> None:
     """Raise `OptionError` unless there are choices, none of them empty and no two alike."""
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise OptionError("choices must be one text or more, none of them empty")
+        raise OptionError(f"{name} must be one text or more, none of them empty")
     if len(set(texts)) < len(texts):
-        raise OptionError("choices must differ from one another")
+        raise OptionError(f"{name} must differ from one another")
+
+
+def check_pair(answers: Sequence[str]) -> None:
+    """Raise `OptionError` unless there are two answers, what is true first."""
+    check_choices(answers, "answers")
+    if len(answers) != 2:
+        raise OptionError(f"answers must be two, what is true and what is false, not {len(answers)}")
 
 
 def _checked(what: str, make: Callable[[], str], source: str, is_json: bool = False) -> Constraint:

@@ -3,5 +3,6 @@
 `items` says what a suite asks, `ask` how a model is asked, `pair` how two are compared token by token, `run` writes a
 row for each item, `results` counts them, and `suites` holds one module for each suite, named by the table in its
 `__init__`. `flow` and `texts` grade flowcharts and pages; `edits` makes the twins of real pictures. `rewrite`
-makes training data of what the suite carrier measures, on sheets that `typeset` draws.
+makes training data of what the suite carrier measures, on sheets that `typeset` draws. `calibration` fits a temperature
+to a user's labelled rows, and `reliability` draws what it does.
 """

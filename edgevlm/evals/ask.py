@@ -79,7 +79,9 @@ class LocalModel:
 
     def score(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
         """As `Model.score`."""
-        scores = self._vlm.score(list(pictures), question, options, self._config, self._budget)
+        scores = self._vlm.score(
+            list(pictures), question, options, self._config, self._budget, calibration_temperature=1.0
+        )
         return Scored(scores.probabilities, scores.total_probability)
 
     def generate(

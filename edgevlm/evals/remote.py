@@ -46,7 +46,7 @@ class RemoteModel:
         if self._scores:
             body = {"model": self.name, "messages": _messages(pictures, question), "choices": list(options)}
             try:
-                found = self._post("/score", body)
+                found = self._post("/score", body | {"calibration_temperature": 1.0})
             except _StatusError as error:
                 if error.code not in (404, 405):
                     raise

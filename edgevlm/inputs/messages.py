@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from edgevlm.errors import OptionError
+from edgevlm.errors import OptionError, PromptError
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": ..., "content": [{"type": "image"}, {"type": "text", "text": ...}]}`, as in Hugging Face chats."""
@@ -19,6 +19,32 @@ def user_message(question: str, images: int | Sequence[str]) -> Message:
     kinds = ["image"] * images if isinstance(images, int) else images
     content: list[dict[str, str]] = [{"type": kind} for kind in kinds]
     return {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+
+
+LABEL = "{label}"
+"""Stands for the label in a question that is asked of each."""
+_ABOUT_LABEL = f'\nDoes the label "{LABEL}" apply? Answer yes or no.'
+"""Follows a question that does not say itself where the label goes."""
+
+
+def about_label(messages: Sequence[Message], label: str) -> list[Message]:
+    """Return the conversation whose last question is about one label: in place of `{label}`, or asked after its text.
+
+    Raises `PromptError` where no user asks anything.
+    """
+    for index in reversed(range(len(messages))):
+        message = messages[index]
+        texts = [part for part in message["content"] if part["type"] == "text"]
+        if message["role"] == "user" and texts:
+            ending = "" if any(LABEL in part["text"] for part in texts) else _ABOUT_LABEL
+            content = [
+                {**part, "text": (part["text"] + ending * (part is texts[-1])).replace(LABEL, label)}
+                if part["type"] == "text"
+                else part
+                for part in message["content"]
+            ]
+            return [*messages[:index], {**message, "content": content}, *messages[index + 1 :]]
+    raise PromptError("labels need a question, a user's message with text")
 
 
 _REASONING = ("reasoning_content", "thinking")

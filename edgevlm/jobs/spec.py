@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from edgevlm.calibration import CALIBRATION
 from edgevlm.decoding.config import GenerationConfig, override
 from edgevlm.decoding.output_format import OutputFormat
 from edgevlm.errors import ImageError, IncompleteAnswerError, ModelError, OptionError, PromptError, VideoError
@@ -20,7 +21,7 @@ from edgevlm.families.base import Family, FrameSampling, ImageBudget
 from edgevlm.inputs.image import Crop, Picture, load_picture, read_image
 from edgevlm.inputs.video import Video, check_takes_video, probe_video, video_files
 from edgevlm.manifest import hash_file
-from edgevlm.model_store import MANIFEST, find_model
+from edgevlm.model_store import MANIFEST, find_model, is_there
 from edgevlm.strict_json import read_json
 
 if TYPE_CHECKING:
@@ -41,16 +42,13 @@ class Job:
     """Hash of the row, the model and the defaults: equal for rows with equal answers."""
 
 
-class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of a row of a jobs file."""
+class QuestionRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of a row that asks about pictures or a video."""
 
     id: Any = UNSET
     image: str | list[str] | UnsetType = UNSET
     question: str | UnsetType = UNSET
-    schema: str | dict[str, Any] | UnsetType = UNSET
     choices: list[str] | UnsetType = UNSET
-    regex: str | UnsetType = UNSET
-    max_new_tokens: int | UnsetType = UNSET
     crop: Crop | UnsetType = UNSET
     video: str | UnsetType = UNSET
     fps: float | UnsetType = UNSET
@@ -66,6 +64,17 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def given(self, *names: str) -> dict[str, Any]:
         """Return those of the fields that the row has."""
         return {name: value for name in names if (value := getattr(self, name)) is not UNSET}
+
+
+class Row(QuestionRow, frozen=True, forbid_unknown_fields=True):
+    """The fields of a row of a jobs file."""
+
+    schema: str | dict[str, Any] | UnsetType = UNSET
+    regex: str | UnsetType = UNSET
+    max_new_tokens: int | UnsetType = UNSET
+
+
+R = TypeVar("R", bound=QuestionRow)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,8 @@ class Defaults:
 
         Raises `ModelError`.
         """
-        manifest = find_model(model) / MANIFEST
+        folder = find_model(model)
+        manifest = folder / MANIFEST
         try:
             known = hash_file(manifest)
         except FileNotFoundError:
@@ -97,6 +107,8 @@ class Defaults:
         for name in ("think", "thinking_budget"):
             if options["config"][name] is None:
                 del options["config"][name]  # that of outputs that are older than thinking
+        if self.output_format.choices and is_there(folder / CALIBRATION):  # whose temperature is in the probabilities
+            options["calibration"] = hash_file(folder / CALIBRATION)
         return json.dumps([known, options], sort_keys=True, default=str)
 
 
@@ -120,6 +132,8 @@ def job_key(config_digest: str, data: bytes) -> str:
 class RowRunner:
     """Runs jobs on one model; a row that cannot be answered has an `error`."""
 
+    row_type: ClassVar[type[QuestionRow]] = Row
+
     def __init__(self, vlm: VLM, defaults: Defaults, folder: Path) -> None:
         self._vlm, self._defaults, self._folder = vlm, defaults, folder
 
@@ -127,13 +141,14 @@ class RowRunner:
         """Return the answer's row, which begins with the job's `line` and `key`."""
         row: dict[str, Any] = {"line": job.line, "job": job.key}
         try:
-            task = _parse(job.data)
+            task = parse_row(job.data, self.row_type)
             row |= task.given("id", "image", "crop", "video", "fps", "frames")
             return row | self._ask(task)
         except ROW_ERRORS as error:
             return row | {"error": str(error)}
 
-    def _ask(self, task: Row) -> dict[str, Any]:
+    def _ask(self, task: QuestionRow) -> dict[str, Any]:
+        assert isinstance(task, Row)
         question = self._defaults.question if task.question is UNSET else task.question
         if question is None:
             raise OptionError('the row has no "question", and --question gives none')
@@ -144,7 +159,7 @@ class RowRunner:
         config, budget = override(self._defaults.config, self._defaults.image_budget, task.given("max_new_tokens"))
         return ask(self._vlm, self._visuals(task), question, config, budget, output_format)
 
-    def _visuals(self, task: Row) -> list[JobVisual]:
+    def _visuals(self, task: QuestionRow) -> list[JobVisual]:
         """Return the pictures or the video of a row. Raises `ImageError` and `OptionError`."""
         if task.video is not UNSET:
             own = task.given("fps", "frames")
@@ -211,6 +226,7 @@ def ask(
     if output_format.choices:
         scores = vlm.score(sources, question, output_format.choices, config, image_budget)
         row |= {"answer": scores.best, "probabilities": {key: round(p, 6) for key, p in scores.probabilities.items()}}
+        row["temperature"] = scores.temperature
     else:
         config = replace(config, constraint=output_format.constraint)
         answer = vlm.generate(sources, question, config, image_budget)
@@ -232,13 +248,13 @@ def _value(text: str) -> Any:
         ) from None
 
 
-def _parse(data: bytes) -> Row:
+def parse_row(data: bytes, kind: type[R]) -> R:
     """Return a row's fields, of the right types. Raises `OptionError`."""
     try:
-        return msgspec.convert(read_json(data), Row)
+        return msgspec.convert(read_json(data), kind)
     except msgspec.ValidationError as error:
         raise OptionError(
-            f"the row cannot be used: {error}; its fields are {', '.join(Row.__struct_fields__)}"
+            f"the row cannot be used: {error}; its fields are {', '.join(kind.__struct_fields__)}"
         ) from None
     except ValueError as error:
         raise OptionError(f"the row is not JSON that can be read: {error}") from None

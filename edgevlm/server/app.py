@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive
 
 from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
-from edgevlm.decoding.scoring import Scores
+from edgevlm.decoding.scoring import AnyScores
 from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
 from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
@@ -238,7 +238,7 @@ class _Server:
             plan = await self._plan(make_score_plan, request, self._config, http.state.caller)
             async with aclosing(self._follow(plan, http.receive, use)) as events:
                 async for event, waited_s in events:
-                    if isinstance(event, Scores):
+                    if isinstance(event, AnyScores):
                         return Json({"object": "scores", "model": use.model, **scores_body(request, event, waited_s)})
         raise AssertionError("the scores come last")
 
@@ -332,7 +332,7 @@ class _Server:
 
     async def _follow(
         self, plan: Plan, receive: Receive, use: Use
-    ) -> AsyncGenerator[tuple[Piece | Scores, float], None]:
+    ) -> AsyncGenerator[tuple[Piece | AnyScores, float], None]:
         """Yield the pieces, or the scores, each with the seconds that the job had waited, for its model included.
 
         The time limit counts from the beginning of `use`. Whatever ends this (the client goes away, the time is up, the
@@ -352,7 +352,7 @@ class _Server:
             plan.image_budget,
             plan.caller,
             deliver,
-            plan.choices,
+            plan.scored,
             submitted=time.monotonic() - use.loading_s,
         )
         use.worker.submit(job)
@@ -377,8 +377,8 @@ class _Server:
             watcher.cancel()
             use.worker.abandon(job)
 
-    def _log(self, job: Job, end: Piece | Scores) -> None:
-        found = end if isinstance(end, Scores) else end.answer
+    def _log(self, job: Job, end: Piece | AnyScores) -> None:
+        found = end.answer if isinstance(end, Piece) else end
         assert found is not None
         made = f"{found.generated_tokens} generated ({found.finish_reason})" if isinstance(found, Answer) else "scored"
         logger.info(

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from edgevlm.answer import Answer, TokenLogprob
-from edgevlm.decoding.scoring import Scores
+from edgevlm.decoding.scoring import AnyScores
 from edgevlm.server.deltas import Deltas, End, told_in_stream
 from edgevlm.server.wire import sse
 
@@ -118,7 +118,7 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}
 
 
-def usage(answer: Answer | Scores) -> dict[str, Any]:
+def usage(answer: Answer | AnyScores) -> dict[str, Any]:
     """Return OpenAI's usage, the tokens of pictures and of the thought told apart; scores generate no tokens."""
     generated, reasoning = (answer.generated_tokens, answer.reasoning_tokens) if isinstance(answer, Answer) else (0, 0)
     return {
@@ -135,7 +135,7 @@ def usage(answer: Answer | Scores) -> dict[str, Any]:
     }
 
 
-def timings(answer: Answer | Scores, waited_s: float) -> dict[str, Any]:
+def timings(answer: Answer | AnyScores, waited_s: float) -> dict[str, Any]:
     """Return what is beyond OpenAI's shape: where the time went, in seconds."""
     times = answer.timings
     found: dict[str, float | None] = {

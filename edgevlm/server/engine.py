@@ -21,7 +21,7 @@ import numpy as np
 
 from edgevlm.answer import Event, Piece, Progress, result_of
 from edgevlm.decoding.config import GenerationConfig
-from edgevlm.decoding.scoring import Scores
+from edgevlm.decoding.scoring import AnyScores
 from edgevlm.decoding.stream import Step, make_together
 from edgevlm.errors import EdgeVLMError
 from edgevlm.families.base import ImageBudget
@@ -34,14 +34,25 @@ from edgevlm.server.errors import AbandonedError, FailedError, QueueFullError, S
 from edgevlm.vlm import VLM
 
 logger = logging.getLogger(__name__)
-Told: TypeAlias = Piece | Scores | BaseException
+Told: TypeAlias = Piece | AnyScores | BaseException
 """What a job's caller is told: pieces, of which the last carries the answer, or the scores, or what went wrong."""
 Deliver: TypeAlias = Callable[[Told], None]
 
 
+@dataclass(frozen=True)
+class ScoreTask:
+    """Answers to a conversation that are scored, where none is generated."""
+
+    choices: Sequence[str]
+    are_labels: bool = False
+    """Whether each is judged on its own."""
+    calibration_temperature: float | None = None
+    """None: the model's."""
+
+
 @dataclass(eq=False)
 class Job:
-    """One conversation to be answered, or whose answers, `choices`, are to be scored."""
+    """One conversation to be answered, or to which answers are to be scored."""
 
     messages: Sequence[Message]
     images: Sequence[ImageInput | Video | PreprocessedImage]
@@ -51,7 +62,7 @@ class Job:
     """Who asks: callers take turns, and share no cache."""
     deliver: Deliver
     """Called in a thread of the worker's with each piece or the scores, or with the error that came instead."""
-    choices: Sequence[str] = ()
+    scored: ScoreTask | None = None
     submitted: float = field(default_factory=monotonic)
     started: float | None = None
     abandoned: Flag = field(default_factory=Flag)
@@ -68,17 +79,18 @@ class Job:
         """Seconds between being submitted and being begun."""
         return (self.started or monotonic()) - self.submitted
 
-    def begin(self, vlm: VLM) -> Generator[Event | Step | Scores, None, None]:
+    def begin(self, vlm: VLM) -> Generator[Event | Step | AnyScores, None, None]:
         """Return what the model makes of it; the last event is the whole answer's piece, or the scores."""
         how = self.config, self.image_budget, self.caller
-        if self.choices:
-            return vlm.score_steps(self.messages, self.images, self.choices, *how)
+        if self.scored:
+            score = vlm.score_labels_steps if self.scored.are_labels else vlm.score_steps
+            return score(self.messages, self.images, self.scored.choices, *how, self.scored.calibration_temperature)
         return vlm.steps(self.messages, self.images, *how)
 
 
-def is_end(event: object) -> TypeGuard[Piece | Scores]:
+def is_end(event: object) -> TypeGuard[Piece | AnyScores]:
     """Whether a job ends with this event."""
-    return isinstance(event, Scores) or (isinstance(event, Piece) and event.answer is not None)
+    return isinstance(event, AnyScores) or (isinstance(event, Piece) and event.answer is not None)
 
 
 class FairQueue:
@@ -214,7 +226,7 @@ class _Answer:
     """An answer in the making, or scores."""
 
     job: Job
-    events: Generator[Event | Step | Scores, None, None] | None = None
+    events: Generator[Event | Step | AnyScores, None, None] | None = None
     step: Step | None = None
     """Where it has come to, once it has been prefilled."""
 
@@ -378,7 +390,7 @@ class Worker:
         except BaseException as error:  # the panic of a library in Rust is no Exception
             return as_end(error)
 
-    def _follow(self, job: Job, events: Iterator[Event | Step | Scores]) -> Step | Told:
+    def _follow(self, job: Job, events: Iterator[Event | Step | AnyScores]) -> Step | Told:
         """Deliver the pieces before the next step, and return that step, or what ends the answer."""
         while not job.abandoned.is_set():
             event = next(events)
@@ -422,7 +434,7 @@ def _make_steps(answers: Iterable[_Answer]) -> None:
         log_failure(error)
 
 
-def is_encoding(event: Event | Step | Scores) -> bool:
+def is_encoding(event: Event | Step | AnyScores) -> bool:
     """Whether the vision encoder goes on after this event."""
     return isinstance(event, Progress) and event.stage == "vision" and event.done < event.total
 

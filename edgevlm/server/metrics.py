@@ -10,7 +10,7 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
 from edgevlm.answer import Answer, Piece
-from edgevlm.decoding.scoring import Scores
+from edgevlm.decoding.scoring import AnyScores
 from edgevlm.metrics import peak_memory
 from edgevlm.server.engine import Job, Told
 from edgevlm.server.errors import AbandonedError, FailedError
@@ -81,14 +81,14 @@ class Metrics:
             self._answers.labels(model, end.answer.finish_reason).inc()
             self._count_prompt(model, end.answer)
             self._count_tokens(model, end.answer, job.waited_s)
-        elif isinstance(end, Scores):
+        elif isinstance(end, AnyScores):
             self._answers.labels(model, "scored").inc()
             self._count_prompt(model, end)
         else:
             kinds: dict[type[BaseException], str] = {AbandonedError: "abandoned", FailedError: "failed"}
             self._answers.labels(model, kinds.get(type(end), "refused")).inc()
 
-    def _count_prompt(self, model: str, answer: Answer | Scores) -> None:
+    def _count_prompt(self, model: str, answer: Answer | AnyScores) -> None:
         self._prompt_tokens.labels(model).inc(answer.prompt_tokens)
         self._image_tokens.labels(model).inc(answer.image_tokens)
         self._cached_tokens.labels(model).inc(answer.cached_tokens)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.structured import Constraint
 from edgevlm.families.base import ImageBudget
+from edgevlm.server.engine import ScoreTask
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.messages import Conversation
 from edgevlm.server.schemas import AnyJson, ChatRequest, JsonSchema, SchemaJson
@@ -26,7 +26,7 @@ class Plan:
     image_budget: ImageBudget
     tools: Tools | None
     caller: str
-    choices: Sequence[str] = ()
+    scored: ScoreTask | None = None
     """Answers to be scored, where none is to be generated."""
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from edgevlm.decoding.scoring import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from edgevlm.server import refusals
 from edgevlm.strict_json import write_json
 
@@ -366,9 +367,10 @@ class ScoreRequest(Shape):
     hints = refusals.REQUEST_HINTS
     model: str | None = None
     messages: list[ChatMessage] = Field(min_length=1)
-    type: Literal["choice", "bool", "score"] | None = None
+    type: Literal["choice", "bool", "score", "multi_label"] | None = None
     """`choice`, if left out: one of the `choices`. `bool`: the first or the second of two, `yes` and `no` if left out.
-    `score`: an integer from `minimum` to `maximum`."""
+    `score`: an integer from `minimum` to `maximum`. `multi_label`: those of the `choices` that apply, each judged on
+    its own by `yes` and `no`."""
     choices: (
         Annotated[
             list[Annotated[str, Field(min_length=1, max_length=1000)]], Field(min_length=1, max_length=MAX_CHOICES)
@@ -377,6 +379,10 @@ class ScoreRequest(Shape):
     ) = None
     minimum: int | None = Field(None, ge=-1000, le=1000)
     maximum: int | None = Field(None, ge=-1000, le=1000)
+    threshold: float | None = Field(None, ge=0, le=1)
+    """Least probability of a label that applies; 0.5 if left out."""
+    calibration_temperature: float | None = Field(None, ge=LOWEST_TEMPERATURE, le=HIGHEST_TEMPERATURE)
+    """Divides log-likelihoods before the softmax; if left out, that which is saved with the model, or else 1."""
     max_image_tokens: int | None = Field(None, ge=1, le=2**20)
     """At most this many image tokens for each picture."""
     max_tiles: int | None = Field(None, ge=1, le=1024)
@@ -391,14 +397,17 @@ class ScoreAnswer(BaseModel):
     object: str
     model: str
     type: str
-    value: str | bool | float
-    """The likeliest choice; of a bool whether that is the first one; of a score the mean."""
+    value: str | bool | float | list[str]
+    """The likeliest choice; of a bool whether that is the first one; of a score the mean; of labels those that apply.
+    """
     probabilities: dict[str, float]
-    """Of each choice, given that the model answers with one of them."""
-    log_likelihoods: dict[str, float]
-    """Of each choice and the answer's end after it."""
-    total_probability: float
-    """Of any of the choices; near 0, the model would answer something else."""
+    """Of each choice, given that the model answers with one of them; of each label that it applies."""
+    log_likelihoods: dict[str, float] | dict[str, dict[str, float]]
+    """Of each choice and the answer's end after it; of `yes` and `no` to each label."""
+    total_probability: float | dict[str, float]
+    """Of any of the choices, or of `yes` and `no` by label; near 0, the model would answer something else."""
+    temperature: float
+    """The calibration temperature that the probabilities were scaled by; 1: not scaled."""
     usage: dict[str, Any]
     timings: dict[str, Any]
 
