@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -30,6 +31,8 @@ from benchmarks.results import write_result
 
 SEED = 2
 STD = 0.02
+MIDDLES = {"*norm*weight": 1, "*layer_scalar": 1, "*_min": -8, "*_max": 8}
+"""What the noise is about where it is not 0: factors, and the bounds of what a linear layer takes and gives."""
 IMAGE, PATCH, FACTOR = 384, 14, 3
 VISION = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 
@@ -73,7 +76,7 @@ def write_shards(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     shard: dict[str, Any] = {}
     for name, shape in shapes.items():
         noise = torch.empty(shape, dtype=torch.bfloat16).normal_(0, STD, generator=generator)
-        shard[name] = noise + 1 if "norm" in name and name.endswith("weight") else noise
+        shard[name] = noise + next((middle for pattern, middle in MIDDLES.items() if fnmatchcase(name, pattern)), 0)
         if sum(each.numel() for each in shard.values()) > 2**29 or name == list(shapes)[-1]:
             file = f"model-{len(set(weight_map.values())) + 1:05}.safetensors"
             save_file(shard, folder / file, {"format": "pt"})

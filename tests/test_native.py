@@ -17,8 +17,11 @@ from edgevlm.families.base import IMAGE_EMBEDS, ImageBudget
 from edgevlm.inputs.chat_template import user_message
 from edgevlm.manifest import LANGUAGE, SUBMODELS, VISION, hash_file, load_manifest
 from edgevlm.metrics import Stopwatch
+from edgevlm.runtime.core import import_openvino
 from edgevlm_export import ExportOptions, export
+from edgevlm_export import compress as compress_module
 from edgevlm_export.graphs.rope import make_rope
+from edgevlm_export.options import Int4Recipe
 from edgevlm_export.routes import native as native_route
 from edgevlm_export.samples import pixel_views
 from tests.conftest import F32, make_checkpoint, photograph
@@ -246,3 +249,30 @@ def test_16_bit_weights_compress_like_float32(precision: Any, idefics3: Path, tm
         for each in (checkpoint, wide)
     ]
     assert np.corrcoef(logits[0].ravel(), logits[1].ravel())[0, 1] > 0.999
+
+
+def matrix_model(weights: Any, dtype: str, kind: str) -> Any:
+    """Return a model of one matrix that is looked up, or multiplied by its rows or by its columns."""
+    openvino, opset = import_openvino(), import_openvino().opset13
+    constant = openvino.op.Constant(openvino.Tensor(weights, list(weights.shape), getattr(openvino.Type, dtype)), True)
+    matrix = constant if dtype == "f32" else opset.convert(constant, "f32")
+    if kind == "gather":
+        asked = opset.parameter([-1], np.int32)
+        return openvino.Model([opset.gather(matrix, asked, np.int32(0))], [asked])
+    asked = opset.parameter([-1, -1], np.float32)
+    return openvino.Model([opset.matmul(asked, matrix, False, kind == "rows")], [asked])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("kind", ["gather", "rows", "columns"])
+def test_large_tables_in_int8_are_those_of_nncf(dtype: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, though compressed some rows at a time; the last block is smaller."""
+    weights = RANDOM.standard_normal((50, 16)).astype(np.float32)
+    stored = (weights.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else weights
+    matrices = []
+    for limit in (compress_module.BLOCK_WEIGHTS, 20 * 16):
+        monkeypatch.setattr(compress_module, "BLOCK_WEIGHTS", limit)
+        found = compress_module.compress(matrix_model(stored, dtype, kind), "int8", Int4Recipe()).get_ordered_ops()
+        held = [np.array(node.data) for node in found if node.get_type_name() == "Constant"]
+        matrices.append(([node.get_type_name() for node in found], [(each.dtype, each.tolist()) for each in held]))
+    assert matrices[0] == matrices[1]
