@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.command("eval", cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
 @click.option("--suite", "suites", default="all", show_default=True, help="Suites, separated by commas, or all.")
 @click.option("--items", type=int, help="Items of each suite at most.")
-@click.option("--quick", is_flag=True, help="About a hundred items of each suite, twenty of long answers.")
+@click.option("--quick", is_flag=True, help="About fifty items of each suite, ten of long answers.")
 @click.option("--sample-seed", default=0, show_default=True, help="Makes other items of the same kinds.")
 @click.option("--data", type=click.Path(path_type=Path), help="Your own items, for suites that take them.")
 @click.option("--against", metavar="MODEL", help="Another model, asked the same items and compared in pairs.")

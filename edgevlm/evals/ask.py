@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _GREY, _TOKENIZER = 128, "tokenizer.json"
 _FREE_TOKENS = 64
 """Of an answer without a constraint."""
-_LETTER = re.compile(r"^\W*([A-Z])(?:\W*$|[.):,])|\banswer(?: is)?:?\W*([A-Z])\b(?!')", re.ASCII)
+_LETTER = re.compile(r"^\W*([A-Z])(?:\W*$|[.):,])|(?i:\banswer(?: is)?):?\W*([A-Z])\b(?!')", re.ASCII)
 
 
 class LocalModel:

@@ -68,7 +68,7 @@ class Suite(ABC):
     """Rises when the same seed makes other items."""
     asks: ClassVar[str]
     """What it finds out, in a line."""
-    quick: ClassVar[int] = 100
+    quick: ClassVar[int] = 50
     """Items of `--quick`."""
     needs_general_model: ClassVar[bool] = False
     """It asks for knowledge that a model of drawn panels cannot have."""

@@ -125,7 +125,7 @@ def _answered(
             said = speak(suite, model, item, pictures, free=mode == "free")
             row |= {"said": said.answer, "said_text": said.text, "said_right": said.right}
         if blind:
-            row["blind"] = judge(suite, model, item, blinded(pictures)).right
+            row["blind"] = judge(suite, model, item, blinded(pictures)).right if pictures else seen.right
         return row
     answer = _generated(model, item, pictures)
     row = {"question": _wording(model, item), "answer": answer, "right": suite.grade(item, answer)}

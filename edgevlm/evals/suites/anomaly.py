@@ -104,7 +104,6 @@ class Anomaly(Suite):
 
     name = "anomaly"
     version = 2
-    quick = 125
     asks = "finds what is odd in a plotted series"
 
     def items(self, count: int | None, seed: int) -> Sequence[Item]:

@@ -35,7 +35,7 @@ class Flowchart(Suite):
 
     name = "flowchart"
     asks = "reads a flowchart's edges"
-    quick = 20
+    quick = 9
     needs_general_model = True
     asks_blind = False
     strategies = ("edges",)
