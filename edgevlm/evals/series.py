@@ -66,10 +66,10 @@ def match(true: Sequence[Span], found: Sequence[Span]) -> Events:
     return Events(right, len(found) - right, len(left))
 
 
-def f1(events: Events | npt.NDArray[np.float64]) -> float:
-    """Return the F1 of events; where there is none and none was found it is 1."""
+def f1(events: Events) -> float:
+    """Return the F1 of a series' events; where there is none and none was found it is 1."""
     right, wrong, missed = events
-    return float(2 * right / (2 * right + wrong + missed)) if right + wrong + missed else 1.0
+    return 2 * right / (2 * right + wrong + missed) if right + wrong + missed else 1.0
 
 
 def overlap(true: Sequence[Span], found: Sequence[Span]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.evals.series import Series, Span, f1, isolation, match, overlap, read, rolling_z, spans_of
+from edgevlm.evals.series import Series, Span, isolation, match, overlap, read, rolling_z, spans_of
 from edgevlm.evals.statistics import Estimate, auroc
 
 Z_SCORE = "a rolling z-score"
@@ -75,7 +75,7 @@ def events(rows: Sequence[Mapping[str, Any]], whose: str, found: Sequence[Sequen
     told = {
         f"events, precision{whose}": Estimate(counts, clusters, lambda each: _share(each[:, 0], each[:, :2])),
         f"events, recall{whose}": Estimate(counts, clusters, lambda each: _share(each[:, 0], each[:, ::2])),
-        f"{F1}{whose}": Estimate(counts, clusters, lambda each: f1(each.sum(0))),
+        f"{F1}{whose}": Estimate(counts, clusters, lambda each: _share(2 * each[:, 0], each @ (2, 1, 1))),
     }
     if either:
         told[f"overlap{whose}"] = Estimate([share for share, _ in either], [cluster for _, cluster in either], _mean)
