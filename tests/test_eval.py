@@ -25,8 +25,9 @@ from edgevlm import VLM, GenerationConfig, ImageBudget, ModelError, OptionError,
 from edgevlm.cli.evaluation import Evaluation
 from edgevlm.decoding.fidelity import Fidelity, fidelity
 from edgevlm.evals import flow, texts
-from edgevlm.evals.ask import LocalModel, Scored
+from edgevlm.evals.ask import LocalModel
 from edgevlm.evals.items import Item, Suite, spread
+from edgevlm.evals.model import Scored
 from edgevlm.evals.pair import Pair
 from edgevlm.evals.remote import RemoteModel
 from edgevlm.evals.results import compare, compare_cells, summarize

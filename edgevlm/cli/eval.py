@@ -21,23 +21,33 @@ from edgevlm.cli.options import (
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
-    from edgevlm.evals.ask import Model
+    from edgevlm.evals.model import Model
+    from edgevlm.evals.run import Mode
 
 
 @click.command("eval", cls=Command, context_settings=LONG_RUNNING_DEFAULTS)
 @click.option("--suite", "suites", default="all", show_default=True, help="Suites, separated by commas, or all.")
 @click.option("--items", type=int, help="Items of each suite at most.")
-@click.option("--quick", is_flag=True, help="About a hundred items of each suite, twenty of long answers.")
+@click.option("--quick", is_flag=True, help="About fifty items of each suite, ten of long answers.")
 @click.option("--sample-seed", default=0, show_default=True, help="Makes other items of the same kinds.")
 @click.option("--data", type=click.Path(path_type=Path), help="Your own items, for suites that take them.")
 @click.option("--against", metavar="MODEL", help="Another model, asked the same items and compared in pairs.")
 @click.option("--url", help="Ask a server of OpenAI's API at http://…/v1 instead; its key is in EDGEVLM_API_KEY.")
 @click.option("--no-blind", is_flag=True, help="Do not ask each item about grey pictures, too.")
+@click.option(
+    "--mode",
+    type=click.Choice(["score", "generate", "free"]),
+    default="score",
+    show_default=True,
+    help="Score the options; also have them generated, under a constraint or free: knows and does not say.",
+)
+@click.option("--strategy", type=click.Choice(["edges"]), help="Also ask for each edge of a flowchart by itself.")
 @model_options
 @generation_options
 @group(
     "Output",
     click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder of the rows; run again, it goes on."),
+    click.option("--keep-pictures", is_flag=True, help="Also write each item's pictures to the -o folder."),
     click.option("--report", type=click.Path(path_type=Path), help="Also write a page with the failures' pictures."),
     click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object."),
 )
@@ -50,7 +60,10 @@ def evaluate(
     against: str | None,
     url: str | None,
     no_blind: bool,
+    mode: Mode,
+    strategy: str | None,
     output: Path | None,
+    keep_pictures: bool,
     report: Path | None,
     as_json: bool,
     **options: Any,
@@ -82,7 +95,18 @@ def evaluate(
 
         return RemoteModel(address, options["model"], os.environ.get("EDGEVLM_API_KEY"))
 
-    run = Evaluation(suites, items, quick, sample_seed, data, blind=not no_blind, output=output)
+    run = Evaluation(
+        suites,
+        items,
+        quick,
+        sample_seed,
+        data,
+        blind=not no_blind,
+        output=output,
+        mode=mode,
+        strategy=strategy or "",
+        keep_pictures=keep_pictures,
+    )
     first = remote(url) if url else local(options["model"])
     found = run(first, local(against) if against else None)
     if report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from rich.text import Text
 
 from edgevlm.cli.output import Bar
 from edgevlm.errors import OptionError
-from edgevlm.evals.ask import Model
 from edgevlm.evals.items import Item, Suite
+from edgevlm.evals.model import Model
 from edgevlm.evals.pair import Pair, paired
-from edgevlm.evals.report import difference_line, table, write_report
+from edgevlm.evals.report import difference_line, figure_lines, table, write_report
 from edgevlm.evals.results import Difference, SuiteResult, compare, compare_cells, summarize
-from edgevlm.evals.run import Selection, check_knowledge, evaluate
+from edgevlm.evals.run import Mode, Selection, check_knowledge, evaluate
 from edgevlm.evals.suites import SUITES, make_suite
 from edgevlm.jobs.jsonl import Row
 
@@ -54,7 +54,7 @@ class Findings:
         found = []
         for _, result, _, _ in self.results:
             found.append(f"{result.suite}: {result.verdict}")
-            found += [f"{result.suite}: {name}: {value:.3g}" for name, value in result.figures.items()]
+            found += [f"{result.suite}: {line}" for line in figure_lines(result)]
             found += [f"{result.suite}: {count} items not asked: {why}" for why, count in result.unanswered.items()]
         for name, difference in self.differences.items():
             found.append(difference_line(f"{self.other}, {name}", difference))
@@ -92,7 +92,12 @@ class Evaluation:
         *,
         blind: bool,
         output: Path | None,
+        mode: Mode = "score",
+        strategy: str = "",
+        keep_pictures: bool = False,
     ) -> None:
+        if keep_pictures and not output:
+            raise OptionError("--keep-pictures needs a folder; add -o")
         self._all = suites == "all"
         names = list(SUITES) if self._all else [name.strip() for name in suites.split(",")]
         self._suites: list[Suite] = []
@@ -104,14 +109,16 @@ class Evaluation:
                 if not self._all:
                     raise
                 self._left_out[name] = str(error)
-        self._items, self._quick, self._seed, self._blind, self._output = items, quick, seed, blind, output
+        self._items, self._quick, self._output = items, quick, output
+        self._selection, self._keeps_pictures = Selection(items, seed, blind, mode), keep_pictures
+        choose_strategy(self._suites, strategy)
 
     def __call__(self, model: Model, other: Model | None) -> Findings:
         """Ask every suite's items of a model, and of another on the same items."""
         found = Findings(model.name, left_out=dict(self._left_out), other=other.name if other else None)
         for suite in self._suites:
             count = min(filter(None, (self._items, suite.quick if self._quick else None)), default=None)
-            selection = Selection(count, self._seed, self._blind)
+            selection = replace(self._selection, count=count)
             try:
                 asked = paired(model, other) if suite.needs_reference else model
                 check_knowledge(suite, asked)
@@ -122,7 +129,7 @@ class Evaluation:
                     raise
                 found.left_out[suite.name] = str(error)
                 continue
-            items = {item.id: item for item in suite.items(count, self._seed)}
+            items = {item.id: item for item in suite.items(count, selection.seed)}
             found.results.append((suite, result, rows, items))
             if other and not suite.needs_reference:
                 others = self._rows(suite, other, selection)
@@ -133,5 +140,15 @@ class Evaluation:
     def _rows(self, suite: Suite, model: Model | Pair, selection: Selection) -> list[Row]:
         name = re.sub(r"[^\w.-]+", "_", model.name)  # a server may call its model org/name
         output = self._output / f"{name}-{suite.name}.jsonl" if self._output else None
+        pictures = self._output / "pictures" / suite.name if self._output and self._keeps_pictures else None
         with Bar() as bar:
-            return evaluate(suite, model, selection, output, bar.progress)
+            return evaluate(suite, model, selection, output, bar.progress, pictures)
+
+
+def choose_strategy(suites: Sequence[Suite], strategy: str) -> None:
+    """Set the strategy of the suites that have it. Raises `OptionError` where none has."""
+    having = [suite for suite in suites if strategy in suite.strategies]
+    if strategy and not having:
+        raise OptionError(f"no chosen suite has the strategy {strategy}; flowchart has edges")
+    for suite in having:
+        suite.strategy = strategy

@@ -1,17 +1,20 @@
-"""How a model is asked: an export in this process, or any server that speaks OpenAI's API."""
+"""How a model is asked: an export in this process, about items with options in every order of these."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgevlm.decoding.config import GenerationConfig
 from edgevlm.decoding.sampling import Logits
 from edgevlm.decoding.structured import Constraint
+from edgevlm.errors import IncompleteAnswerError
 from edgevlm.evals.items import LETTERS, Item, Suite
+from edgevlm.evals.model import Model, Schema, Scored
 from edgevlm.families.base import RGB, ImageBudget
 from edgevlm.inputs.messages import user_message
 from edgevlm.jobs.convert import page_prompts
@@ -22,39 +25,10 @@ from edgevlm.model_store import default_model
 if TYPE_CHECKING:
     from edgevlm.vlm import VLM
 
-Schema: TypeAlias = Mapping[str, Any]
 _GREY, _TOKENIZER = 128, "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Scored:
-    """How likely a model is to answer with each option."""
-
-    probabilities: Mapping[str, float]
-    mass: float
-    """Probability of any of them; near 0 the model had something else to say."""
-
-
-class Model(Protocol):
-    """What can be asked."""
-
-    name: str
-    is_general: bool
-    """It was made for more than the bundled model was."""
-
-    prompts: Mapping[str, str]
-    """What it was taught to be asked for a task, by the task's name, such as `page`."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return what tells it from others, for the first row of the results."""
-
-    def score(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
-        """Return how likely each option is. Raises `EdgeVLMError`."""
-
-    def generate(
-        self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Schema | None = None
-    ) -> str:
-        """Return the greedy answer, JSON of `schema` where there is one. Raises `EdgeVLMError`."""
+_FREE_TOKENS = 64
+"""Of an answer without a constraint."""
+_LETTER = re.compile(r"^\W*([A-Z])(?:\W*$|[.):,])|(?i:\banswer(?: is)?):?\W*([A-Z])\b(?!')", re.ASCII)
 
 
 class LocalModel:
@@ -88,10 +62,19 @@ class LocalModel:
         self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Schema | None = None
     ) -> str:
         """As `Model.generate`."""
-        config = replace(self._config, max_new_tokens=max_new_tokens)
-        if schema:
-            config = replace(config, constraint=Constraint.json_schema(schema))
-        return self._vlm.generate(list(pictures), question, config, self._budget).text
+        constraint = Constraint.json_schema(schema) if schema else None
+        return self._answer(pictures, question, max_new_tokens=max_new_tokens, constraint=constraint)
+
+    def choose(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> str:
+        """As `Model.choose`."""
+        return self._answer(pictures, question, constraint=Constraint.choices(options))
+
+    def _answer(self, pictures: Sequence[RGB], question: str, **changes: Any) -> str:
+        config = replace(self._config, **changes)
+        try:
+            return self._vlm.generate(list(pictures), question, config, self._budget).text
+        except IncompleteAnswerError as error:
+            return error.answer.text
 
     def token_ids(self, pictures: Sequence[RGB], question: str, max_new_tokens: int) -> list[int]:
         """Return the greedy answer's tokens and, unless it was cut short, the end token."""
@@ -134,24 +117,68 @@ class Judged:
     mass: float
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a model said to an item when it generated, over all orders of its options."""
+
+    text: str
+    """In the first order, as it was generated."""
+    answer: str
+    """The option that it says; empty where it says none."""
+    right: float
+    """Mean over the orders."""
+
+
 def judge(suite: Suite, model: Model, item: Item, pictures: Sequence[RGB]) -> Judged:
-    """Ask an item with options about pictures, in every cyclic order where they have letters."""
-    if not item.is_lettered:
-        scored = model.score(pictures, item.question, item.options)
-        answer = max(item.options, key=lambda option: scored.probabilities[option])
-        return Judged(answer, float(answer == item.truth), answer == item.truth, scored.probabilities, scored.mass)
-    answers, totals, masses = [], dict.fromkeys(item.options, 0.0), []
-    for turn in range(len(item.options)):
-        order = item.options[turn:] + item.options[:turn]
-        letters = tuple(LETTERS[: len(order)])
-        scored = model.score(pictures, suite.lettered(item.question, order), letters)
-        by_option = {option: scored.probabilities[letter] for letter, option in zip(letters, order, strict=True)}
+    """Score an item's options about pictures, in every cyclic order where they have letters."""
+    answers, shares, masses = [], [], []
+    for question, names, order in _wordings(suite, item):
+        scored = model.score(pictures, question, names)
+        by_option = {option: scored.probabilities[name] for name, option in zip(names, order, strict=True)}
         answers.append(max(order, key=lambda option: by_option[option]))
         masses.append(scored.mass)
-        for option, probability in by_option.items():
-            totals[option] += probability / len(order)
+        shares.append([by_option[option] for option in item.options])
     right = [answer == item.truth for answer in answers]
-    return Judged(answers[0], float(np.mean(right)), all(right), totals, float(np.mean(masses)))
+    scores = dict(zip(item.options, np.mean(shares, 0).tolist(), strict=True))
+    return Judged(answers[0], float(np.mean(right)), all(right), scores, float(np.mean(masses)))
+
+
+def speak(suite: Suite, model: Model, item: Item, pictures: Sequence[RGB], *, free: bool) -> Said:
+    """Have an item's options generated, as `judge` scores them: under a constraint, or free and parsed."""
+    texts, answers = [], []
+    for question, names, order in _wordings(suite, item):
+        texts.append(
+            model.generate(pictures, question, _FREE_TOKENS) if free else model.choose(pictures, question, names)
+        )
+        answers.append(said_option(texts[-1], names, order))
+    right = float(np.mean([answer == item.truth for answer in answers]))
+    return Said(texts[0], answers[0], right)
+
+
+def said_option(text: str, names: Sequence[str], options: Sequence[str]) -> str:
+    """Return the option that a text says by its name (its letter, or the option itself) or as words; "" if none.
+
+    A letter counts alone, at the beginning before `.`, `)`, `:` or `,`, and after "answer". A text that names several
+    options says none.
+    """
+    by_name = dict(zip(names, options, strict=True))
+    if (whole := text.strip().rstrip(".")) in by_name:
+        return by_name[whole]
+    letter = _LETTER.search(text.strip())
+    if letter and set(names) <= set(LETTERS):
+        return by_name.get(letter[1] or letter[2], "")
+    mentioned = [option for option in options if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text, re.IGNORECASE)]
+    return mentioned[0] if len(mentioned) == 1 else ""
+
+
+def _wordings(suite: Suite, item: Item) -> Iterator[tuple[str, Sequence[str], Sequence[str]]]:
+    """Yield the questions of an item with options, what each can be answered with, and the options that stand for."""
+    if not item.is_lettered:
+        yield item.question, item.options, item.options
+        return
+    for turn in range(len(item.options)):
+        order = item.options[turn:] + item.options[:turn]
+        yield suite.lettered(item.question, order), tuple(LETTERS[: len(order)]), order
 
 
 def blinded(pictures: Sequence[RGB]) -> list[RGB]:

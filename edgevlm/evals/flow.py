@@ -23,13 +23,25 @@ _OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": oper
 
 def schema(most_nodes: int, longest_text: int = 24) -> dict[str, Any]:
     """Return the JSON Schema of a graph; its bounds keep the answer within the context."""
-    name = {"enum": [f"n{number}" for number in range(1, most_nodes + 1)]}
-    node = {"id": name, "kind": {"enum": list(KINDS)}, "text": {"type": "string", "maxLength": longest_text}}
+    name = _names(most_nodes)
     edge = {"from": name, "to": name, "label": {"enum": list(LABELS)}}
-    return _object(
-        nodes={"type": "array", "items": _object(**node), "minItems": 1, "maxItems": most_nodes},
-        edges={"type": "array", "items": _object(**edge), "maxItems": 2 * most_nodes},
-    )
+    edges = {"type": "array", "items": _object(**edge), "maxItems": 2 * most_nodes}
+    return _object(nodes=_nodes(most_nodes, longest_text), edges=edges)
+
+
+def node_schema(most_nodes: int, longest_text: int = 24) -> dict[str, Any]:
+    """Return the JSON Schema of a graph's nodes alone."""
+    return _object(nodes=_nodes(most_nodes, longest_text))
+
+
+def _nodes(most: int, longest_text: int) -> dict[str, Any]:
+    text = {"type": "string", "maxLength": longest_text}
+    node = _object(id=_names(most), kind={"enum": list(KINDS)}, text=text)
+    return {"type": "array", "items": node, "minItems": 1, "maxItems": most}
+
+
+def _names(most: int) -> dict[str, Any]:
+    return {"enum": [f"n{number}" for number in range(1, most + 1)]}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
@@ -46,8 +58,8 @@ def read_graph(answer: str) -> Graph:
     try:
         found = json.loads(answer)
         nodes = [{name: str(node[name]) for name in ("id", "kind", "text")} for node in found["nodes"]]
-        edges = [{name: str(edge[name]) for name in ("from", "to", "label")} for edge in found["edges"]]
-    except (ValueError, KeyError, TypeError):
+        edges = [{name: str(edge[name]) for name in ("from", "to", "label")} for edge in found.get("edges", [])]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return {"nodes": [], "edges": []}
     return {"nodes": nodes, "edges": edges}
 

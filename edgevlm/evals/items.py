@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from edgevlm.evals.model import Model
+from edgevlm.evals.statistics import Interval
 from edgevlm.families.base import RGB
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -66,7 +68,7 @@ class Suite(ABC):
     """Rises when the same seed makes other items."""
     asks: ClassVar[str]
     """What it finds out, in a line."""
-    quick: ClassVar[int] = 100
+    quick: ClassVar[int] = 50
     """Items of `--quick`."""
     needs_general_model: ClassVar[bool] = False
     """It asks for knowledge that a model of drawn panels cannot have."""
@@ -75,9 +77,14 @@ class Suite(ABC):
     asks_blind: ClassVar[bool] = True
     """A grey picture may be answered rightly; not so where a whole page or graph is to be written down."""
 
+    strategies: ClassVar[tuple[str, ...]] = ()
+    """Other ways to come to an answer, which `ask_further` takes."""
+
     def __init__(self, data: Path | None = None) -> None:
         self.data = data
         """The user's own items."""
+        self.strategy = ""
+        """The chosen one of `strategies`."""
 
     @abstractmethod
     def items(self, count: int | None, seed: int) -> Sequence[Item]:
@@ -92,8 +99,16 @@ class Suite(ABC):
         """Return how right a generated answer is, 0 to 1."""
         return float(answer.strip().casefold() == item.truth.strip().casefold())
 
+    def ask_further(self, model: Model, item: Item, pictures: Sequence[RGB]) -> dict[str, Any]:  # noqa: ARG002
+        """Return what else is found out about an item whose answer was generated; it goes into the row."""
+        return {}
+
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:  # noqa: ARG002
         """Return what else the rows tell, such as how the members of a family differ, by what it is called."""
+        return {}
+
+    def intervals(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:  # noqa: ARG002
+        """Return 95 % intervals of some of the figures, by what they are called."""
         return {}
 
     def remark(self, figures: Mapping[str, float]) -> str:  # noqa: ARG002

@@ -7,7 +7,8 @@ from typing import Any
 
 from edgevlm.decoding.fidelity import fidelity
 from edgevlm.errors import OptionError
-from edgevlm.evals.ask import LocalModel, Model, same_tokens
+from edgevlm.evals.ask import LocalModel, same_tokens
+from edgevlm.evals.model import Model
 from edgevlm.families.base import RGB
 from edgevlm.jobs.jsonl import Row
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +18,16 @@ from typing import Any
 from PIL import Image
 
 from edgevlm.errors import ModelError, OptionError, one_line
-from edgevlm.evals.ask import Schema, Scored
 from edgevlm.evals.items import LETTERS
+from edgevlm.evals.model import Schema, Scored
 from edgevlm.families.base import RGB
 
+logger = logging.getLogger(__name__)
 _TOP = 20
 _TIMEOUT_S = 600
+_BUSY = (429, 503)
+_TRIES, _LONGEST_WAIT_S = 10, 30
+_CHOICE_TOKENS = 64
 
 
 class RemoteModel:
@@ -68,6 +74,14 @@ class RemoteModel:
         with self._reading():
             return str(found["choices"][0]["message"]["content"] or "")
 
+    def choose(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> str:
+        """As `Model.choose`, as a text in JSON: an enum of a schema is how OpenAI's API tells choices."""
+        answer = self.generate(pictures, question, _CHOICE_TOKENS, {"enum": list(options)})
+        try:
+            return str(json.loads(answer))
+        except ValueError:
+            return answer
+
     def _by_first_token(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
         if any(option not in LETTERS for option in options):
             raise OptionError(
@@ -109,13 +123,29 @@ class RemoteModel:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self._url + path, data, headers)  # noqa: S310
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:  # noqa: S310
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            raise _StatusError(self._url + path, error) from None
-        except (OSError, ValueError, HTTPException) as error:
-            raise ModelError(f"{self._url} cannot be asked: {one_line(error)}") from None
+        for tries in range(1, _TRIES + 1):
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:  # noqa: S310
+                    return json.load(reply)
+            except urllib.error.HTTPError as error:
+                failed = _StatusError(self._url + path, error)
+                if error.code not in _BUSY or tries == _TRIES:
+                    raise failed from None
+                wait = _wait_s(error.headers.get("Retry-After"), tries)
+                logger.warning("%s; asked again in %d s (%d of %d)", failed, wait, tries, _TRIES - 1)
+                time.sleep(wait)
+            except (OSError, ValueError, HTTPException) as error:
+                raise ModelError(f"{self._url} cannot be asked: {one_line(error)}") from None
+        raise AssertionError  # the last try returns or raises
+
+
+def _wait_s(retry_after: str | None, tries: int) -> int:
+    """Return how long to wait for a busy server: what it says in seconds, or ever longer; half a minute at most."""
+    try:
+        asked = int(retry_after or "")
+    except ValueError:  # none, or a date
+        asked = 2**tries
+    return min(max(asked, 0), _LONGEST_WAIT_S)
 
 
 class _StatusError(ModelError):

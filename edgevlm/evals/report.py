@@ -23,7 +23,7 @@ _STYLE = (
     "body{font:15px system-ui;margin:2em;max-width:75em}td,th{padding:.2em .8em;text-align:left}"
     "figure{display:inline-block;width:20em;vertical-align:top;margin:1em}img{max-width:100%}figcaption{font-size:13px}"
 )
-HEADINGS = ("cell", "items", "right", "95 %", "chance", "blind", "majority", "robust", "unwilling")
+HEADINGS = ("cell", "items", "right", "95 %", "chance", "blind", "majority", "robust", "unwilling", "said")
 
 
 def table(result: SuiteResult) -> list[list[str]]:
@@ -35,10 +35,16 @@ def table(result: SuiteResult) -> list[list[str]]:
 
 def _cells(result: CellResult) -> tuple[str, ...]:
     low, high = result.interval
-    shares = (result.blind, result.majority, result.robust, result.unwilling)
+    shares = (result.blind, result.majority, result.robust, result.unwilling, result.said)
     figures = ["-" if share is None else f"{share:.0%}" for share in shares]
     interval = f"{low:.0%} to {high:.0%}"
     return (result.cell, str(result.asked), f"{result.accuracy:.0%}", interval, f"{result.chance:.0%}", *figures)
+
+
+def figure_lines(result: SuiteResult) -> list[str]:
+    """Return a line for each figure, with its interval where it has one."""
+    intervals = {name: f" [{low:.3g}, {high:.3g}]" for name, (low, high) in result.intervals.items()}
+    return [f"{name}: {value:.3g}{intervals.get(name, '')}" for name, value in result.figures.items()]
 
 
 def difference_line(name: str, difference: Difference) -> str:

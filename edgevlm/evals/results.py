@@ -36,6 +36,8 @@ class CellResult:
     """Share right in every order of the options; None where options have no letters."""
     unwilling: float | None
     """Share of items where the model put less than 5 % on all options together."""
+    said: float | None = None
+    """Accuracy of the answers that were generated, of items with options."""
 
     @property
     def is_chance(self) -> bool:
@@ -53,6 +55,8 @@ class SuiteResult:
     verdict: str
     figures: dict[str, float]
     """What else the suite tells."""
+    intervals: dict[str, Interval]
+    """95 % intervals of some of the figures."""
     unanswered: dict[str, int]
     """Items that could not be asked and do not count, by the reason."""
 
@@ -84,10 +88,10 @@ def summarize(suite: Suite, rows: Sequence[Row]) -> SuiteResult:
     for row in rows:
         cells[row["cell"]].append(row)
     total = _count("all", rows)
-    figures = suite.figures(rows)
+    figures = suite.figures(rows) | _said(rows)
     verdict = suite.verdict(total.accuracy, *total.interval, total.chance, total.blind) + suite.remark(figures)
     counted = tuple(_count(cell, some) for cell, some in cells.items())
-    return SuiteResult(suite.name, counted, total, verdict, figures, dict(unanswered))
+    return SuiteResult(suite.name, counted, total, verdict, figures, suite.intervals(rows), dict(unanswered))
 
 
 def answered(rows: Sequence[Row]) -> list[Row]:
@@ -129,7 +133,21 @@ def _count(cell: str, rows: Sequence[Row]) -> CellResult:
         _majority(offered),
         _mean([float(row["robust"]) for row in offered if "robust" in row]),
         _mean([float(row["mass"] < _LOW_MASS) for row in offered]),
+        _mean([row["said_right"] for row in offered if "said_right" in row]),
     )
+
+
+def _said(rows: Sequence[Row]) -> dict[str, float]:
+    """Return how often a model knows and does not say: right by its scores, and wrong in what it generated."""
+    both = [row for row in rows if "said_right" in row]
+    if not both:
+        return {}
+    knows, says = (np.array([row[name] for row in both]) for name in ("right", "said_right"))
+    return {
+        "knows and does not say": float(np.mean((knows >= 0.5) & (says < 0.5))),
+        "says and does not know": float(np.mean((knows < 0.5) & (says >= 0.5))),
+        "says none of the options": float(np.mean([row["said"] == "" for row in both])),
+    }
 
 
 def _mean(values: Sequence[float]) -> float | None:

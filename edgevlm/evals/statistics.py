@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +28,18 @@ def wilson(right: float, asked: int) -> Interval:
 
 
 def cluster_bootstrap(
-    values: Sequence[float],
+    values: Sequence[float] | Sequence[Sequence[float]],
     clusters: Sequence[str],
     statistic: Callable[[npt.NDArray[np.float64]], float] = lambda sample: float(sample.mean()),
 ) -> Interval:
-    """Return the 95 % interval of a statistic of `values` whose clusters are resampled whole (Efron 1979)."""
-    members: dict[str, list[float]] = defaultdict(list)
+    """Return the 95 % interval of a statistic of `values` whose clusters are resampled whole (Efron 1979).
+
+    Each value is a number, or several that the statistic takes as a row.
+    """
+    members: dict[str, list[Any]] = defaultdict(list)
     for value, cluster in zip(values, clusters, strict=True):
         members[cluster].append(value)
-    groups = [np.array(group) for group in members.values()]
+    groups = [np.array(group, float) for group in members.values()]
     if len(groups) < 2:
         return 0.0, 1.0
     random = np.random.default_rng(0)
@@ -46,10 +51,33 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of some rows."""
+
+    rows: Sequence[Sequence[float]]
+    """What of each row it is made of."""
+    clusters: Sequence[str]
+    statistic: Callable[[npt.NDArray[np.float64]], float]
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+        return self.statistic(np.array(self.rows, float))
+
+    @property
+    def interval(self) -> Interval:
+        """Its 95 % interval."""
+        return cluster_bootstrap(self.rows, self.clusters, self.statistic)
+
+
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
     """Return how often a positive's score is above a negative's, ties counting half; 0.5 is chance."""
-    pairs = np.sign(np.subtract.outer(np.asarray(positive, float), np.asarray(negative, float)))
-    return float(np.mean(pairs) / 2 + 0.5) if pairs.size else math.nan
+    if not len(positive) or not len(negative):
+        return math.nan
+    below = np.sort(np.asarray(negative, float))
+    ranks = (np.searchsorted(below, positive, "left") + np.searchsorted(below, positive, "right")) / 2
+    return float(np.mean(ranks) / len(below))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

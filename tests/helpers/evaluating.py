@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edgevlm.evals.ask import Scored
 from edgevlm.evals.items import LETTERS, Item, Suite
+from edgevlm.evals.model import Scored
 from edgevlm.families.base import RGB
 
 
@@ -46,6 +46,10 @@ class Oracle:
         item = self._find(pictures, question)
         return item.truth if item else ""
 
+    def choose(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> str:
+        scores = self.score(pictures, question, options).probabilities
+        return max(options, key=lambda option: scores[option])
+
     def _find(self, pictures: Sequence[RGB], question: str) -> Item | None:
         seen = _digest(pictures)
         return next((item for (asked, shown), item in self._known.items() if shown == seen and asked in question), None)
@@ -69,6 +73,9 @@ class Guesser:
 
     def generate(self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Any = None) -> str:
         return ""
+
+    def choose(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> str:
+        return str(self._random.choice(list(options)))
 
 
 def picture_digest(items: Sequence[Item]) -> str:

@@ -1,4 +1,4 @@
-"""Anomalies in plotted series: is there one, and of which kind? Beside two detectors that read the numbers themselves.
+"""Anomalies in plotted series: is there one, of which kind, and where? Beside two detectors that read the numbers.
 
 A series with an anomaly and its clean twin share signal and noise. VisAnomReasoner (https://arxiv.org/abs/2605.30344)
 found a classical detector above every untuned model, so no figure of a model stands here without one.
@@ -6,25 +6,32 @@ found a classical detector above every untuned model, so no figure of a model st
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any, TypeAlias
+from functools import cached_property, partial
+from itertools import zip_longest
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from edgevlm.errors import OptionError
 from edgevlm.evals.drawing import as_picture, font
 from edgevlm.evals.items import Item, Suite, spread
-from edgevlm.evals.statistics import auroc
+from edgevlm.evals.series import Series, Span, f1, match, read, schema, spans_of, written
+from edgevlm.evals.series_figures import F1, Z_SCORE, detectors, events, kinds, ranks, told_apart, true_answer
+from edgevlm.evals.series_files import Labelled, pieces, read_series
+from edgevlm.evals.statistics import Estimate, Interval
 from edgevlm.families.base import RGB
 
-Series: TypeAlias = npt.NDArray[np.float64]
 POINTS = 240
 _PER_CELL, _SIZE, _MARGIN = 40, 512, 56
-_NOISE, _WINDOW, _TREES = 0.08, 24, 30
+_NOISE, _ANSWER = 0.08, 128
 _DETECT = "This is a measured signal over time. Is there an anomaly in it?"
+_LOCATE = (
+    "This is a measured signal over time; the horizontal axis counts its points. Is there an anomaly in it? Answer in"
+    " JSON: whether there is one, {kind}and each one's interval, from its first point to its last."
+)
+_PLACE, _NONE = "where it is", "none"
 _CLASSIFY = "This is a measured signal over time, with one anomaly. Of which kind is it?"
 
 
@@ -86,71 +93,88 @@ def make_series(seed: Sequence[int], kind: str | None) -> Series:
     return KINDS[kind](series.copy(), at) if kind else series
 
 
+def true_spans(seed: Sequence[int], kind: str | None) -> list[Span]:
+    """Return where a series differs from its clean twin: from its first other point to its last."""
+    changed = np.flatnonzero(make_series(seed, None) != make_series(seed, kind))
+    return spans_of(changed, near=POINTS)
+
+
 class Anomaly(Suite):
-    """Yes or no about twins, and the kind out of five."""
+    """Yes or no about twins, the kind out of five, and where it is in JSON; or yes or no and where, of own series."""
 
     name = "anomaly"
+    version = 2
     asks = "finds what is odd in a plotted series"
 
     def items(self, count: int | None, seed: int) -> Sequence[Item]:
-        """Return twins of each carrier in turn, and questions for the kind; baselines see the same series."""
+        """Return twins of each carrier in turn, questions for the kind, and for the place; or those of `data`."""
+        if self.data:
+            return spread(self._own_items(seed), count)
         per_carrier: list[list[Item]] = [[] for _ in CARRIERS]
         for index in range(_PER_CELL * len(CARRIERS)):
             per_carrier[index % len(CARRIERS)] += _twins([seed, index])
-        kinds = [_kind_of([seed, 1, index]) for index in range(_PER_CELL * len(CARRIERS))]
-        return spread([*per_carrier, kinds], count)
+        classified = [_kind_of([seed, 1, index]) for index in range(_PER_CELL * len(CARRIERS))]
+        places = [item for index in range(_PER_CELL * len(CARRIERS) // 2) for item in _places([seed, 2, index])]
+        return spread([*per_carrier, classified, places], count)
+
+    def _own_items(self, seed: int) -> list[list[Item]]:
+        """Return a question whether and one where for each piece with an anomaly, and for as many without."""
+        order = np.random.default_rng(seed).permutation(list(self._pieces)).tolist()
+        odd = [piece for name in order if (piece := self._pieces[name]).spans]
+        clean = [piece for name in order if not (piece := self._pieces[name]).spans]
+        if not odd:
+            raise OptionError(f"{self.data}: none of its series has an anomaly, so that there is nothing to find")
+        chosen = [piece for pair in zip_longest(odd, clean[: len(odd)]) for piece in pair if piece]
+        alone = len({piece.file for piece in chosen}) == 1  # then its pieces are all that can be resampled
+        return [
+            [make(piece, _name(piece) if alone else piece.file) for piece in chosen]
+            for make in (_own_detection, _own_place)
+        ]
+
+    @cached_property
+    def _pieces(self) -> dict[str, Labelled]:
+        """The user's series in pieces, by their names: read once, however often the items are asked for."""
+        assert self.data
+        return {_name(piece): piece for series in read_series(self.data) for piece in pieces(series)}
+
+    def grade(self, item: Item, answer: str) -> float:
+        """Return the F1 of the events; 0 for what cannot be read."""
+        said = read(answer)
+        return f1(match(true_answer(item.truth), said[1])) if said else 0.0
 
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return how well clean and not are ranked: by the model's probability of yes, and by two detectors."""
+        """Return how well clean and not are ranked, and events found: by the model, and by two detectors."""
+        return {name: each.value for name, each in self._estimates(rows).items()}
+
+    def intervals(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
+        """Return those of all figures; twins, and pieces of a file, are resampled together."""
+        return {name: each.interval for name, each in self._estimates(rows).items()}
+
+    def _estimates(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
         asked = [row for row in rows if row["options"] == ["yes", "no"]]
-        twins: dict[str, dict[str, float]] = defaultdict(dict)
-        for row in asked:
-            twins[row["family"]][row["truth"]] = row["scores"]["yes"]
-        told = [np.sign(each["yes"] - each["no"]) / 2 + 0.5 for each in twins.values() if len(each) == 2]
-        if not told:
-            return {}
-        found = {"AUROC": _ranked(asked, lambda row: float(row["scores"]["yes"])), "twins told apart": np.mean(told)}
-        for name, detector in {_Z_SCORE: rolling_z, "AUROC of IsolationForest": isolation}.items():
-            values = _ranked(asked, lambda row, of=detector: of(_series_of(row)))  # type: ignore[misc]
-            found |= {name: values} if np.isfinite(values) else {}
-        return {name: float(value) for name, value in found.items()}
+        placed = [row for row in rows if row["cell"] == _PLACE]
+        said = [read(row["answer"]) or ("", []) for row in placed]
+        found = ranks(asked, "AUROC", [row["scores"]["yes"] for row in asked]) | told_apart(asked)
+        found |= events(placed, "", [spans for _, spans in said]) | kinds(placed, [kind for kind, _ in said])
+        for detector in detectors():
+            scores = [detector.score(self._series(row)) for row in asked]
+            spans = [detector.spans(self._series(row)) for row in placed]
+            found |= ranks(asked, f"AUROC of {detector.name}", [float(each.max()) for each in scores])
+            found |= events(placed, f" of {detector.name}", spans)
+        return found
+
+    def _series(self, row: Mapping[str, Any]) -> Series:
+        facts = row["facts"]
+        return self._pieces[facts["piece"]].values if self.data else make_series(facts["seed"], facts["kind"])
 
     def remark(self, figures: Mapping[str, float]) -> str:
         """Say so where ten lines of NumPy do better."""
-        if not figures or figures["AUROC"] >= figures[_Z_SCORE]:
-            return ""
-        return f"; a rolling z-score of the numbers finds more (AUROC {figures[_Z_SCORE]:.2f}, {figures['AUROC']:.2f})"
-
-
-_Z_SCORE = "AUROC of a rolling z-score"
-
-
-def rolling_z(series: Series) -> float:
-    """Return the largest distance of a point from the window before it, in that window's standard deviations."""
-    windows = np.lib.stride_tricks.sliding_window_view(series, _WINDOW)[:-1]
-    return float(np.max(np.abs(series[_WINDOW:] - windows.mean(-1)) / (windows.std(-1) + 1e-9)))
-
-
-def isolation(series: Series) -> float:
-    """Return the highest anomaly score of a window of points; not a number without scikit-learn."""
-    try:
-        from sklearn.ensemble import IsolationForest
-    except ImportError:
-        return float("nan")
-    windows = np.lib.stride_tricks.sliding_window_view(series, 8)
-    forest = IsolationForest(n_estimators=_TREES, random_state=0).fit(windows)
-    return float(-forest.score_samples(windows).min())
-
-
-def _ranked(rows: Sequence[Mapping[str, Any]], score: Callable[[Mapping[str, Any]], float]) -> float:
-    scores: dict[str, list[float]] = {"yes": [], "no": []}
-    for row in rows:
-        scores[row["truth"]].append(score(row))
-    return auroc(scores["yes"], scores["no"])
-
-
-def _series_of(row: Mapping[str, Any]) -> Series:
-    return make_series(row["facts"]["seed"], row["facts"]["kind"])
+        said = ""
+        for name in ("AUROC", F1):
+            mine, other = figures.get(name, 1.0), figures.get(f"{name} of {Z_SCORE}", 0.0)
+            if mine < other:
+                said += f"; a rolling z-score of the numbers finds more ({name} {other:.2f}, {mine:.2f})"
+        return said
 
 
 def _twins(seed: Sequence[int]) -> list[Item]:
@@ -180,12 +204,60 @@ def _kind_of(seed: Sequence[int]) -> Item:
     return Item(name, "which kind", _CLASSIFY, partial(_plot, seed, kind), kind, options, True, facts=facts)
 
 
+def _places(seed: Sequence[int]) -> list[Item]:
+    kind = tuple(KINDS)[seed[-1] // len(CARRIERS) % len(KINDS)]
+    return [
+        Item(
+            f"place-{seed[-1]}-{injected or 'clean'}",
+            _PLACE,
+            _LOCATE.format(kind="its kind, "),
+            partial(_plot, seed, injected),
+            written(true_spans(seed, injected), injected or _NONE),
+            family=f"place-{seed[-1]}",
+            variant=injected or "clean",
+            max_new_tokens=_ANSWER,
+            schema=schema([*KINDS, _NONE], POINTS),
+            facts={"seed": list(seed), "kind": injected},
+        )
+        for injected in (kind, None)
+    ]
+
+
+def _name(piece: Labelled) -> str:
+    return f"{piece.file}-{piece.start}"
+
+
+def _own_detection(piece: Labelled, family: str) -> Item:
+    truth, pictures = "yes" if piece.spans else "no", partial(_plotted, piece.values)
+    facts = {"piece": _name(piece)}
+    return Item(
+        f"{_name(piece)}-is", "is there one", _DETECT, pictures, truth, ("yes", "no"), family=family, facts=facts
+    )
+
+
+def _own_place(piece: Labelled, family: str) -> Item:
+    return Item(
+        f"{_name(piece)}-where",
+        _PLACE,
+        _LOCATE.format(kind=""),
+        partial(_plotted, piece.values),
+        written(piece.spans),
+        family=family,
+        max_new_tokens=_ANSWER,
+        schema=schema((), len(piece.values)),
+        facts={"piece": _name(piece)},
+    )
+
+
 def _plot(seed: Sequence[int], kind: str | None) -> list[RGB]:
+    return _plotted(make_series(seed, kind))
+
+
+def _plotted(series: Series) -> list[RGB]:
     """Draw a thick line and few labels, for a small model sees little of more."""
-    series = make_series(seed, kind)
     sheet = Image.new("RGB", (_SIZE, _SIZE), "white")
     draw, plot = ImageDraw.Draw(sheet), _SIZE - 1.5 * _MARGIN
-    low, high = np.floor(series.min()), np.ceil(series.max())
+    low, high = _bounds(series)
 
     def height(value: float) -> float:
         return float(_MARGIN / 2 + plot * (high - value) / (high - low))
@@ -193,10 +265,19 @@ def _plot(seed: Sequence[int], kind: str | None) -> list[RGB]:
     for tick in np.linspace(low, high, 5).tolist():
         draw.line((_MARGIN, height(tick), _SIZE - _MARGIN / 2, height(tick)), fill="#dddddd")
         draw.text((_MARGIN - 6, height(tick)), f"{tick:.3g}", fill="black", font=font(16), anchor="rm")
-    for tick in range(0, POINTS + 1, 60):
-        place = (_MARGIN + plot * tick / POINTS, height(low) + 14)
+    for tick in np.linspace(0, len(series), 5).astype(int).tolist():
+        place = (_MARGIN + plot * tick / len(series), height(low) + 14)
         draw.text(place, str(tick), fill="black", font=font(16), anchor="mm")
     draw.line((_MARGIN, height(high), _MARGIN, height(low), _SIZE - _MARGIN / 2, height(low)), fill="black", width=2)
-    points = [(_MARGIN + plot * index / POINTS, height(value)) for index, value in enumerate(series.tolist())]
+    points = [(_MARGIN + plot * index / len(series), height(value)) for index, value in enumerate(series.tolist())]
     draw.line(points, fill="black", width=3, joint="curve")
     return [as_picture(sheet)]
+
+
+def _bounds(series: Series) -> tuple[float, float]:
+    """Return the ends of the vertical axis: whole numbers, or other steps where these are too large or too small."""
+    low, high = float(series.min()), float(series.max())
+    if high == low:
+        return low - 1, high + 1
+    step = 1.0 if 1 <= high - low < 20 else 10.0 ** np.floor(np.log10(high - low))
+    return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)

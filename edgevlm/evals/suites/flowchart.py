@@ -13,13 +13,16 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from edgevlm.evals.drawing import as_picture, font
+from edgevlm.evals.edge_by_edge import read_edge_by_edge
 from edgevlm.evals.flow import Graph, behaves_alike, edge_f1, node_f1, read_graph, run, schema
 from edgevlm.evals.items import Item, Suite, spread
+from edgevlm.evals.model import Model
+from edgevlm.evals.statistics import Interval, cluster_bootstrap
 from edgevlm.families.base import RGB
 
 SIZES = {"3 to 5 nodes": (3, 5), "6 to 8 nodes": (6, 8), "9 to 12 nodes": (9, 12)}
 _PER_SIZE, _WIDTH, _ROW, _CENTRE, _LANE = 60, 640, 104, 300, 26
-_INPUTS = 50
+_INPUTS, _SPARE = 50, 2
 _QUESTION = (
     "Read the flowchart as a graph in JSON: nodes, named n1, n2 and so on, with their kinds and texts, and edges with"
     " the labels of the arrows."
@@ -28,13 +31,14 @@ Random = np.random.Generator
 
 
 class Flowchart(Suite):
-    """JSON of nodes and edges, under a schema."""
+    """JSON of nodes and edges, under a schema; as a second strategy its edges one by one."""
 
     name = "flowchart"
     asks = "reads a flowchart's edges"
-    quick = 20
+    quick = 9
     needs_general_model = True
     asks_blind = False
+    strategies = ("edges",)
 
     def items(self, count: int | None, seed: int) -> Sequence[Item]:
         """Return charts of three sizes in turn."""
@@ -48,16 +52,30 @@ class Flowchart(Suite):
         """Return the F1 of the edges."""
         return edge_f1(json.loads(item.truth), read_graph(answer))
 
+    def ask_further(self, model: Model, item: Item, pictures: Sequence[RGB]) -> dict[str, Any]:
+        """Return the graph read edge by edge, too, where that is the strategy."""
+        if not self.strategy:
+            return {}
+        return {"by_edges": json.dumps(read_edge_by_edge(model, pictures, SIZES[item.cell][1] + _SPARE))}
+
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return how right the graphs are as graphs and as programs."""
-        pairs = [(json.loads(row["truth"]), read_graph(row["answer"])) for row in rows]
-        exact = [node_f1(*pair) == edge_f1(*pair) == 1 for pair in pairs]
-        return {
-            "nodes, F1": float(np.mean([node_f1(*pair) for pair in pairs])),
-            "edges, F1": float(np.mean([edge_f1(*pair) for pair in pairs])),
-            "exact": float(np.mean(exact)),
-            f"behaves alike on {_INPUTS} inputs": float(np.mean([behaves_alike(*pair, inputs()) for pair in pairs])),
-        }
+        """Return how right the graphs are as graphs and as programs, and what asking edge by edge gains."""
+        found = _measured(rows, "answer")
+        if self.strategy:
+            found |= {f"{name}, edge by edge": values for name, values in _measured(rows, "by_edges").items()}
+        return {name: float(np.mean(values)) for name, values in (found | self._gains(rows)).items()}
+
+    def intervals(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Interval]:
+        """Return those of what asking edge by edge gains, in pairs."""
+        families = [row["family"] for row in rows]
+        gains = self._gains(rows) if len(set(families)) > 1 else {}
+        return {name: cluster_bootstrap(values, families) for name, values in gains.items()}
+
+    def _gains(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+        if not self.strategy:
+            return {}
+        before, after = (_measured(rows, name) for name in ("answer", "by_edges"))
+        return {f"{name}, gained edge by edge": np.subtract(after[name], before[name]).tolist() for name in before}
 
 
 def inputs() -> list[tuple[int, int]]:
@@ -66,13 +84,27 @@ def inputs() -> list[tuple[int, int]]:
     return list(zip(x, y, strict=True))
 
 
+_MEASURES: dict[str, Callable[[Graph, Graph], float]] = {
+    "nodes, F1": node_f1,
+    "edges, F1": edge_f1,
+    "exact": lambda expected, found: node_f1(expected, found) == edge_f1(expected, found) == 1,
+    f"behaves alike on {_INPUTS} inputs": lambda expected, found: behaves_alike(expected, found, inputs()),
+}
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], answer: str) -> dict[str, list[float]]:
+    """Return each measure of each row's graph."""
+    pairs = [(json.loads(row["truth"]), read_graph(row[answer])) for row in rows]
+    return {name: [float(measure(*pair)) for pair in pairs] for name, measure in _MEASURES.items()}
+
+
 def _item(size: str, random: Random, index: int) -> Item:
     graph = program(random, *SIZES[size])
     most = SIZES[size][1]
     pictures = partial(_drawn, graph, int(random.integers(2**31)))
     truth = json.dumps(graph)
     name = f"{size.partition(' nodes')[0].replace(' ', '-')}-{index}"
-    return Item(name, size, _QUESTION, pictures, truth, max_new_tokens=120 * most, schema=schema(most + 2))
+    return Item(name, size, _QUESTION, pictures, truth, max_new_tokens=120 * most, schema=schema(most + _SPARE))
 
 
 @dataclass

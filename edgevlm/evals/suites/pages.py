@@ -55,7 +55,7 @@ class Pages(Suite):
 
     name = "pages"
     asks = "reads a page"
-    quick = 20
+    quick = 10
     needs_general_model = True
     asks_blind = False
 
