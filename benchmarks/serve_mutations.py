@@ -2,9 +2,9 @@
 
     python -m benchmarks.serve_mutations [MODEL] [--requests 10000] [-o benchmarks/results/serve_mutations.json]
 
-Bodies, headers, chunkings and pictures are mutations of valid requests to every API; one request in ten is made by
-schemathesis from the server's own OpenAPI document. `--seed S --only NUMBER` sends one mutation again. The server is a
-process of its own. Exits with 1 if it answers any of them with a 5xx other than 503, dies, or tells the honest client
+Bodies, headers, chunkings, pictures and forms are mutations of valid requests to every API; one request in ten is made
+by schemathesis from the server's own OpenAPI document. `--seed S --only NUMBER` sends one mutation again. The server is
+a process of its own. Exits with 1 if it answers any of them with a 5xx other than 503, dies, or tells the honest client
 something else than before.
 """
 
@@ -111,6 +111,7 @@ def requests(picture: bytes) -> list[tuple[str, dict[str, Any]]]:
     }
     options = {"num_predict": 4, "temperature": 1.0, "num_ctx": 2048}
     ollama = {"role": "user", "content": QUESTION, "images": [small]}
+    source = {"kind": "file", "base64_string": small, "filename": "page.png"}
     items = [{"role": "user", "content": [{"type": "input_image", "image_url": part["image_url"]["url"]}]}]
     return [
         ("/v1/chat/completions", shown),
@@ -122,6 +123,7 @@ def requests(picture: bytes) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/locate", {"image": part, "phrase": "the red valve", "max_locations": 1}),
         ("/v1/score", {"messages": shown["messages"], "choices": ["5", "no grid"], "max_tiles": 4}),
         ("/v1/score", {"messages": turns, "type": "score", "minimum": 1, "maximum": 5}),
+        ("/v1/convert/source", {"sources": [source], "options": {"to_formats": ["md", "html"], "max_tokens": 4}}),
         ("/api/chat", {"messages": [ollama], "options": options, "keep_alive": "5m"}),
         (
             "/api/generate",
@@ -315,12 +317,29 @@ def mutated_chunks(chance: random.Random) -> RawMutation:
     return RawMutation("chunks", pieces, HASTY_S if wrong or both else PATIENT_S)
 
 
+def form(file: bytes) -> bytes:
+    """Return a form of `/v1/convert/file`."""
+    parts = [b'name="files"; filename="page.pdf"\r\nContent-Type: application/octet-stream\r\n\r\n' + file]
+    parts += [b'name="%b"\r\n\r\n%b' % pair for pair in ((b"max_tokens", b"4"), (b"to_formats", b"md"))]
+    return b"".join(b"--form\r\nContent-Disposition: form-data; %b\r\n" % part for part in parts) + b"--form--\r\n"
+
+
+def mutated_form(chance: random.Random) -> RawMutation:
+    """Return a document in a form, with bytes of its file, or of all, mutated; one in four is a PDF."""
+    file = encoded(chance, "PDF" if chance.random() < 0.25 else chance.choice(FORMATS))
+    data = form(mutate_bytes(chance, file)) if chance.random() < 0.5 else mutate_bytes(chance, form(file))
+    lines = head(b"/v1/convert/file", b"Content-Length: %d" % len(data))
+    lines = [each.replace(b"application/json", b"multipart/form-data; boundary=form") for each in lines]
+    return RawMutation("forms", [joined(lines, data)], PATIENT_S)
+
+
 MAKERS: Sequence[Callable[[random.Random], RawMutation]] = (
     mutated_value,
     mutated_body,
     mutated_picture,
     mutated_head,
     mutated_chunks,
+    mutated_form,
 )
 
 

@@ -44,5 +44,5 @@ def test_mutated_requests_are_answered_or_refused_and_another_caller_is_served(v
         found = Counter(sent.result())
         assert request(server, "GET", "/readyz")[0] == 200
     assert [each for each in found if each[1] >= 500 and each[1] != 503] == []
-    assert all(found[kind, 400] for kind in ("values", "bytes", "pictures", "heads", "chunks")), found
-    assert all(found[kind, 200] for kind in ("values", "pictures", "chunks")), found
+    assert all(found[kind, 400] for kind in ("values", "bytes", "pictures", "heads", "chunks", "forms")), found
+    assert all(found[kind, 200] for kind in ("values", "pictures", "chunks", "forms")), found

@@ -18,6 +18,7 @@ from edgevlm.errors import OptionError, ServerError
 if TYPE_CHECKING:
     from edgevlm.server.settings import ServeConfig
 
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--max-tokens", int, 512, "Default max_tokens of a request."),
     ("--max-queue", int, 16, "Most requests that may wait, or run beside the first."),
@@ -26,6 +27,7 @@ _BOUNDS: tuple[tuple[str, Any, Any, str], ...] = (
     ("--unload-after", float, 300.0, "Seconds that models but the first stay loaded after their last use."),
     ("--max-images", int, 8, "Most pictures of a request."),
     ("--max-pixels", int, 50_000_000, "Most pixels of a picture."),
+    ("--max-pages", int, 100, "Most pages that are read of a document."),
     ("--max-body-mb", float, 32.0, "Largest request body, in MiB."),
     ("--time-limit", float, 300.0, "Most seconds for an answer, waiting included."),
     ("--stop-timeout", float, 10.0, "Seconds that the running answer may still take after SIGTERM."),
@@ -72,8 +74,9 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     Of several models the first is loaded at the start, another when a request names it.
 
     POST /v1/chat/completions, POST /v1/responses and GET /v1/models are as OpenAI has them, POST /api/chat and POST
-    /api/generate as Ollama has them, under the same keys and limits; the page is at /; /healthz, /readyz and
-    /metrics are for monitoring. Another --host needs an API key. No URL is ever fetched.
+    /api/generate as Ollama has them, POST /v1/convert/file and /v1/convert/source as docling-serve has them, under the
+    same keys and limits; the page is at /; /healthz, /readyz and /metrics are for monitoring. Another --host needs an
+    API key. No URL is ever fetched.
 
     \b
     edgevlm serve
@@ -82,7 +85,7 @@ def serve(ctx: click.Context, /, **options: Any) -> None:
     EDGEVLM_API_KEY=... edgevlm serve --host 0.0.0.0
     edgevlm serve ./my-model --print-unit | sudo tee /etc/systemd/system/edgevlm.service
     """
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]
+    missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise ServerError(f"serving needs {', '.join(missing)}; install it with: pip install 'edgevlm[serve]'")
     if options["model"] and options["model_arguments"]:
@@ -139,6 +142,7 @@ def _config(options: dict[str, Any]) -> ServeConfig:
         max_body_bytes=_bytes(options["max_body_mb"]),
         max_images=options["max_images"],
         max_pixels=options["max_pixels"],
+        max_pages=options["max_pages"],
         max_queue=options["max_queue"],
         max_loaded_models=options["max_loaded_models"],
         unload_after_s=options["unload_after"],

@@ -153,27 +153,27 @@ def probe_image(file: ImageFile, max_pixels: int = MAX_PIXELS) -> None:
         _check_scans(file.data, image, file.name)
 
 
-def count_frames(file: ImageFile) -> int:
+def count_frames(file: ImageFile, max_pixels: int = MAX_PIXELS) -> int:
     """Return the pages of a TIFF, 1 for any other picture. Raises `ImageError`; no pixel is decoded."""
-    probe_image(file)
-    with _quiet, _open(file.data, file.name, MAX_PIXELS) as image:
+    probe_image(file, max_pixels)
+    with _quiet, _open(file.data, file.name, max_pixels) as image:
         try:
             return int(getattr(image, "n_frames", 1)) if image.format == "TIFF" else 1
         except Exception as error:  # hostile data
             raise ImageError(f"{file.name} cannot be opened as an image: {one_line(error)}") from None
 
 
-def load_frame(file: ImageFile, index: int) -> Picture:
+def load_frame(file: ImageFile, index: int, max_pixels: int = MAX_PIXELS) -> Picture:
     """Return page `index` of a TIFF, from 0, as `load_picture` returns the first. Raises `ImageError`."""
     if index == 0:
-        return load_picture(file)
-    with _quiet, _open(file.data, file.name, MAX_PIXELS) as image:
+        return _load(file, max_pixels)
+    with _quiet, _open(file.data, file.name, max_pixels) as image:
         try:
             image.seek(index)
         except Exception as error:
             raise ImageError(f"page {index + 1} of {file.name} cannot be decoded: {one_line(error)}") from None
         _check_scans(file.data, image, file.name)
-        return _upright(image, file.name, MAX_PIXELS)
+        return _upright(image, file.name, max_pixels)
 
 
 def probed_image(source: str | os.PathLike[str]) -> ImageFile:

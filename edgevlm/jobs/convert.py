@@ -104,12 +104,7 @@ class PageReader:
     @cached_property
     def prompt(self) -> str:
         """What is asked about each page. Raises `OptionError` for a task that the model does not know."""
-        if self._conversion.prompt is not None:
-            return self._conversion.prompt
-        prompts, task = page_prompts(self.vlm), self._conversion.task
-        if task not in prompts:
-            raise OptionError(f"this model knows no task {task!r}; it knows {', '.join(prompts)}")
-        return prompts[task]
+        return page_prompt(self.vlm, self._conversion.task, self._conversion.prompt)
 
     def read(self, document: Document, job: Job) -> Row:
         """Return the row of a page, which has an `error` where it could not be read."""
@@ -125,6 +120,16 @@ class PageReader:
             return_freed_memory()
         told = {"answer": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.generated_tokens}
         return row | told | {"seconds": round(perf_counter() - started, 3)}
+
+
+def page_prompt(vlm: VLM, task: str, prompt: str | None = None) -> str:
+    """Return what a model is asked about a page. Raises `OptionError` for a task that it does not know."""
+    if prompt is not None:
+        return prompt
+    prompts = page_prompts(vlm)
+    if task not in prompts:
+        raise OptionError(f"this model knows no task {task!r}; it knows {', '.join(prompts)}")
+    return prompts[task]
 
 
 def page_prompts(vlm: VLM) -> Mapping[str, str]:
@@ -247,14 +252,13 @@ def _tell_pages(
             on_error(f"{document.path} page {row['page']}: {row['error']}")
         elif row["finish_reason"] != "stop":
             summary.cut_pages += 1
-            on_error(f"{document.path} page {row['page']} may be incomplete: {_WHY_CUT[row['finish_reason']]}")
+            on_error(f"{document.path} page {row['page']} may be incomplete: {why_cut(row['finish_reason'])}")
 
 
-_WHY_CUT = {
-    "length": "--max-new-tokens was reached",
-    "context": "the model's context is full",
-    "repetition": "the answer had become a loop",
-}
+def why_cut(finish_reason: str, limit: str = "--max-new-tokens") -> str:
+    """Return why a page may be incomplete; `limit` is what callers know the limit of its tokens by."""
+    reasons = {"context": "the model's context is full", "repetition": "the answer had become a loop"}
+    return reasons.get(finish_reason, f"{limit} was reached")
 
 
 def _page_text(row: Row) -> PageText:

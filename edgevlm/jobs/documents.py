@@ -57,7 +57,8 @@ class PageText:
 class Figures:
     """Where figures go that are cropped from pages, and the pages."""
 
-    folder: Path
+    folder: Path | None
+    """None holds them in the document itself, as `data:` URLs."""
     page: Callable[[int], RGB]
     """Return the picture of a page."""
 
@@ -65,7 +66,18 @@ class Figures:
 def assemble(
     name: str, pages: Sequence[PageText], target: Target, figures: Figures, markup: Markup | None = None
 ) -> str:
-    """Return the document; figures are written beside it, as it refers to them.
+    """Return the document; figures are written beside it, as it refers to them. Errors as in `assembled`."""
+    return assembled(name, pages, [target], figures, markup)[target]
+
+
+def assembled(
+    name: str,
+    pages: Sequence[PageText],
+    targets: Sequence[Target],
+    figures: Figures | None,
+    markup: Markup | None = None,
+) -> dict[Target, str]:
+    """Return the document as each of `targets`, its pages read once; without `figures` it has a mark in their place.
 
     `markup` is what the model writes, None for Markdown. Pages of OTSL alone, each a table, are read as DocTags.
 
@@ -74,19 +86,40 @@ def assemble(
     if markup is None and all(_OTSL.match(page.text) for page in pages):
         pages = [replace(page, text=f"<doctag><otsl>{page.text.strip()}</otsl></doctag>") for page in pages]
         markup = "doctags"
-    check_target(target, markup)
-    if target == "doctags":
-        return "\n".join(page.text.strip() for page in pages) + "\n"
-    if markup is None:
-        return _of_markdown(name, pages, target)
-    return _written(_read(name, pages, figures, markup), target)
+    for target in targets:
+        check_target(target, markup)
+    made: dict[Target, str] = {}
+    if "doctags" in targets:
+        made["doctags"] = "\n".join(page.text.strip() for page in pages) + "\n"
+    others = [target for target in targets if target != "doctags"]
+    if markup and others:
+        document = _read(name, pages, figures, markup)
+        return made | {target: _written(document, target, figures) for target in others}
+    return made | {target: _of_markdown(name, pages, target) for target in others}
+
+
+def document_of_texts(name: str, pages: Sequence[PageText]) -> dict[str, Any]:
+    """Return a `DoclingDocument`, as its JSON is, of pages in Markdown: the text of each is one item."""
+    from docling_core.types.doc.base import BoundingBox, Size
+    from docling_core.types.doc.common.reference import ProvenanceItem
+    from docling_core.types.doc.document import DoclingDocument
+    from docling_core.types.doc.labels import DocItemLabel
+
+    document = DoclingDocument(name=name)
+    for page in pages:
+        width, height = page.size
+        document.add_page(page.number, Size(width=width, height=height))
+        whole = BoundingBox(l=0, t=0, r=width, b=height)
+        place = ProvenanceItem(page_no=page.number, bbox=whole, charspan=(0, len(page.text)))
+        document.add_text(DocItemLabel.TEXT, page.text.strip(), prov=place)
+    return document.export_to_dict()
 
 
 def check_target(target: Target, markup: Markup | None) -> None:
     """Raise `OptionError` for a target that answers in a markup cannot become, or that docling-core is missing for."""
     if target == "doctags" and markup != "doctags":
         found = "DocLang" if markup else "Markdown"
-        raise OptionError(f"this model writes {found}, not DocTags; choose --to markdown, html, json or text")
+        raise OptionError(f"this model writes {found}, not DocTags; choose markdown, html, json or text")
     if markup and target != "doctags" and find_spec("docling_core") is None:
         raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'")
 
@@ -103,8 +136,8 @@ def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
     return _PAGE_BREAK.join(texts) + "\n"
 
 
-def _read(name: str, pages: Sequence[PageText], figures: Figures, markup: Markup) -> DoclingDocument:
-    """Return pages of markup as one document, which holds no page's picture, and its figures by their paths."""
+def _read(name: str, pages: Sequence[PageText], figures: Figures | None, markup: Markup) -> DoclingDocument:
+    """Return pages of markup as one document, which holds no page's picture."""
     from docling_core.types.doc.document import DoclingDocument
 
     read = []
@@ -113,19 +146,19 @@ def _read(name: str, pages: Sequence[PageText], figures: Figures, markup: Markup
         for item in document.pages.values():
             item.image = None
         for index, picture in enumerate(document.pictures, 1):
-            _put_beside(picture, figures.folder, f"page-{page.number}-figure-{index}.png")
+            _put(picture, figures, f"page-{page.number}-figure-{index}.png")
         read.append(document)
     whole = DoclingDocument.concatenate(read)
     whole.name = name
     return whole
 
 
-def _of_doctags(name: str, page: PageText, figures: Figures) -> DoclingDocument:
+def _of_doctags(name: str, page: PageText, figures: Figures | None) -> DoclingDocument:
     from docling_core.types.doc.doctags import DocTagsDocument
     from docling_core.types.doc.document import DoclingDocument
 
     has_figures = any(tag in page.text for tag in _FIGURE_TAGS)
-    sheet = Image.fromarray(figures.page(page.number)) if has_figures else Image.new("1", page.size)
+    sheet = Image.fromarray(figures.page(page.number)) if figures and has_figures else Image.new("1", page.size)
     tries: tuple[list[Path | Image.Image] | None, ...] = ([sheet], None)
     for images in tries:  # without a picture no place is read, and a place may be what is wrong
         with suppress(Exception):  # docling-core's, on tags that a model has mixed up
@@ -134,34 +167,38 @@ def _of_doctags(name: str, page: PageText, figures: Figures) -> DoclingDocument:
     return of_words(page.text, name, page.size)
 
 
-def _of_doclang(name: str, page: PageText, figures: Figures) -> DoclingDocument:
+def _of_doclang(name: str, page: PageText, figures: Figures | None) -> DoclingDocument:
     document = read_doclang(page.text, name, page.size)
-    if document.pictures:
+    if figures and document.pictures:
         crop_figures(document, Image.fromarray(figures.page(page.number)))
     return document
 
 
-def _put_beside(picture: PictureItem, folder: Path, name: str) -> None:
-    """Write a figure's crop to a file, and have the document refer to it."""
+def _put(picture: PictureItem, figures: Figures | None, name: str) -> None:
+    """Write a figure's crop to a file, and have the document refer to it, or leave it where it is."""
     crop = picture.image and picture.image.pil_image
-    if picture.image is None or not isinstance(crop, Image.Image) or 0 in crop.size:
+    if figures is None or picture.image is None or not isinstance(crop, Image.Image) or 0 in crop.size:
         picture.image = None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    crop.save(folder / name)
-    picture.image.uri = Path(folder.name, name)
+    elif figures.folder:
+        figures.folder.mkdir(parents=True, exist_ok=True)
+        crop.save(figures.folder / name)
+        picture.image.uri = Path(figures.folder.name, name)
 
 
-def _written(document: DoclingDocument, target: Target) -> str:
+def _written(document: DoclingDocument, target: Target, figures: Figures | None) -> str:
     from docling_core.types.doc.base import ImageRefMode
 
     if target == "json":
         return write_json(_plain(document.export_to_dict())) + "\n"
-    if target == "html":
-        return document.export_to_html(image_mode=ImageRefMode.REFERENCED)
     if target == "text":
         return document.export_to_text() + "\n"
-    return document.export_to_markdown(image_mode=ImageRefMode.REFERENCED) + "\n"
+    if figures is None:
+        mode = ImageRefMode.PLACEHOLDER
+    else:
+        mode = ImageRefMode.REFERENCED if figures.folder else ImageRefMode.EMBEDDED
+    if target == "html":
+        return document.export_to_html(image_mode=mode)
+    return document.export_to_markdown(image_mode=mode) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
@@ -16,17 +16,20 @@ from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive
+from starlette.types import ASGIApp, Message, Receive
 
 from edgevlm import __version__
 from edgevlm.answer import Answer, Piece
 from edgevlm.decoding.scoring import AnyScores
 from edgevlm.server import ollama
 from edgevlm.server.completion import Completion
+from edgevlm.server.convert import Converter
 from edgevlm.server.deltas import End, Pieces, Reply, read_deltas
 from edgevlm.server.engine import Job, Told, is_end
 from edgevlm.server.errors import (
     CALLERS_ERRORS,
+    FORM_PATH,
+    SOURCE_PATH,
     ApiError,
     ClientGoneError,
     QueueFullError,
@@ -54,6 +57,8 @@ from edgevlm.server.schemas import (
 )
 from edgevlm.server.scoring import make_score_plan, scores_body
 from edgevlm.server.settings import ServeConfig
+from edgevlm.server.tasks import Tasks, TaskStatus
+from edgevlm.server.uploads import ConvertAnswer, ConvertRequest, Upload, form_schema, read_form, read_source
 from edgevlm.server.wire import EventStream, Json
 from edgevlm.vlm import VLM
 
@@ -70,8 +75,9 @@ _WRONG = {
     405: "The path is not called by that method.",
     408: "The request took too long to arrive.",
     413: "More bytes, values, pictures, pixels or characters than the server takes.",
-    415: "The request is no JSON.",
+    415: "The request is no JSON, or no form where one is taken.",
     500: "The server failed.",
+    501: "A library that the document needs is not installed.",
     503: "The queue is full, or the model is not ready; Retry-After says when to try again.",
     504: "The answer took too long.",
 }
@@ -103,6 +109,7 @@ def create_app(models: Models, metrics: Metrics, config: ServeConfig) -> ASGIApp
     server = _Server(models, config)
     _add_probes(app, server, metrics)
     _add_openai(app, server)
+    _add_docling(app, server)
     _add_ollama(app, server)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
@@ -148,6 +155,20 @@ def _add_openai(app: FastAPI, server: _Server) -> None:
     app.post("/v1/score", summary="Tell how likely given answers are", responses=scored)(server.score)
 
 
+def _add_docling(app: FastAPI, server: _Server) -> None:
+    """Add what docling-serve has of converting documents."""
+    made: dict[int | str, dict[str, Any]] = {200: {"description": "The document.", "model": ConvertAnswer}}
+    form = app.post(FORM_PATH, summary="Convert a document", responses=made, openapi_extra=form_schema())
+    form(server.convert_file)
+    app.post(SOURCE_PATH, summary="Convert a document that JSON holds", responses=made)(server.convert_source)
+    task: dict[int | str, dict[str, Any]] = {200: {"description": "The task.", "model": TaskStatus}}
+    begun = app.post(f"{FORM_PATH}/async", summary="Begin a task of it", responses=task, openapi_extra=form_schema())
+    begun(server.begin_file)
+    app.post(f"{SOURCE_PATH}/async", summary="Begin a task of one in JSON", responses=task)(server.begin_source)
+    app.get("/v1/status/poll/{task_id}", summary="How far a document is", responses=task)(server.task_status)
+    app.get("/v1/result/{task_id}", summary="The document of a task", responses=made)(server.task_result)
+
+
 def _add_ollama(app: FastAPI, server: _Server) -> None:
     """Add Ollama's API."""
     wrong, lines = _WRONG_AT_OLLAMA, _WRONG_AT_OLLAMA | _streams("application/x-ndjson")
@@ -166,11 +187,14 @@ class _Server:
         self._models, self._config = models, config
         self._planners = ThreadPoolExecutor(_PLANS_AT_ONCE, "edgevlm-plan")
         self._plans: set[Future[Any]] = set()
+        self._converter, self._tasks = Converter(config), Tasks()
+        self._places = 0
+        """Documents between two of their pages, which keep their place in the queue."""
 
     @property
     def full(self) -> bool:
         """Whether another question would be refused: those that are still being understood count as waiting."""
-        return self._models.held + len(self._plans) > self._config.max_queue
+        return self._models.held + len(self._plans) + self._places > self._config.max_queue
 
     async def healthz(self) -> Json:
         return Json({"status": "ok"})
@@ -186,7 +210,7 @@ class _Server:
         return Json(self._card(self._find(name)))
 
     async def chat(self, request: ChatRequest, http: Request) -> Response:
-        async with self._use(request.model, http) as use:
+        async with self._use(request.model, http.receive) as use:
             completion = Completion(
                 use.model,
                 use.vlm.manifest.fingerprint,
@@ -196,7 +220,7 @@ class _Server:
             return await self._answer(request.asked(), completion, http, use)
 
     async def respond(self, request: ResponsesRequest, http: Request) -> Response:
-        async with self._use(request.model, http) as use:
+        async with self._use(request.model, http.receive) as use:
             return await self._answer(request.asked(), ResponseReply(request, use.model), http, use)
 
     async def ollama_chat(self, request: ollama.OllamaChat, http: Request) -> Response:
@@ -222,7 +246,7 @@ class _Server:
         return Json(ollama.show(model.manifest, rfc3339(self._models.started_at), can_think=_can_think(model)))
 
     async def locate(self, request: LocateRequest, http: Request) -> Response:
-        async with self._use(request.model, http) as use:
+        async with self._use(request.model, http.receive) as use:
             located = await self._plan(LocatePlan, request, use.vlm, self._config)
             plan = Plan(located.conversation, located.config, located.image_budget, None, http.state.caller)
             with placing(PLACES):
@@ -234,13 +258,69 @@ class _Server:
         raise AssertionError("an answer's last piece carries it")
 
     async def score(self, request: ScoreRequest, http: Request) -> Response:
-        async with self._use(request.model, http) as use:
+        async with self._use(request.model, http.receive) as use:
             plan = await self._plan(make_score_plan, request, self._config, http.state.caller)
             async with aclosing(self._follow(plan, http.receive, use)) as events:
                 async for event, waited_s in events:
                     if isinstance(event, AnyScores):
                         return Json({"object": "scores", "model": use.model, **scores_body(request, event, waited_s)})
         raise AssertionError("the scores come last")
+
+    async def convert_file(self, http: Request) -> Response:
+        self._models.check_ready()
+        return Json(await self._convert(await read_form(http), http.state.caller, http.receive))
+
+    async def convert_source(self, request: ConvertRequest, http: Request) -> Response:
+        self._models.check_ready()
+        upload = await self._plan(read_source, request)
+        return Json(await self._convert(upload, http.state.caller, http.receive))
+
+    async def begin_file(self, http: Request) -> Response:
+        self._models.check_ready()
+        return self._begin(await read_form(http), http)
+
+    async def begin_source(self, request: ConvertRequest, http: Request) -> Response:
+        self._models.check_ready()
+        return self._begin(await self._plan(read_source, request), http)
+
+    async def task_status(self, task_id: str, http: Request, wait: float = 0.0) -> Response:
+        return Json((await self._tasks.status(task_id, http.state.caller, wait)).model_dump())
+
+    async def task_result(self, task_id: str, http: Request) -> Response:
+        return Json(self._tasks.result(task_id, http.state.caller))
+
+    def _begin(self, upload: Upload, http: Request) -> Response:
+        """Begin to convert a document, whose caller asks for it later."""
+        self._find(upload.options.model)
+        if self.full:
+            raise QueueFullError
+        caller = http.state.caller
+        return Json(self._tasks.start(caller, self._convert(upload, caller, _never)).model_dump())
+
+    async def _convert(self, upload: Upload, caller: str, receive: Receive) -> dict[str, Any]:
+        """Convert a document, a page at a time: between two pages other callers have their turn."""
+        async with self._use(upload.options.model, receive) as use:
+            conversion = self._converter.plan(upload, use.vlm, caller)
+            if self.full:
+                raise QueueFullError
+            within_s = self._config.time_limit_s - (time.monotonic() - use.began)
+            self._places += 1
+            try:
+                return await _unless_gone(conversion.run(lambda plan: self._read_page(plan, use), within_s), receive)
+            finally:
+                self._places -= 1
+
+    async def _read_page(self, plan: Plan, use: Use) -> Answer:
+        """Return the answer about a page of a document, whose place the page takes in the queue."""
+        self._places -= 1
+        try:
+            async with aclosing(self._pieces(plan, _never, use)) as pieces:
+                async for piece, _ in pieces:
+                    if piece.answer:
+                        return piece.answer
+        finally:
+            self._places += 1
+        raise AssertionError("an answer's last piece carries it")
 
     async def _answer_ollama(self, request: ollama.OllamaChat | ollama.OllamaGenerate, http: Request) -> Response:
         self._models.check_ready()
@@ -249,7 +329,7 @@ class _Server:
         if request.is_empty and request.keep_alive == 0 and not model.stays:
             model.keep(0.0)
             return Json(reply.nothing("unload"))
-        async with self._use(model.name, http, request.keep_alive) as use:
+        async with self._use(model.name, http.receive, request.keep_alive) as use:
             if request.is_empty:
                 return Json(reply.nothing("load"))
             return await self._answer(request.asked(), reply, http, use)
@@ -271,13 +351,13 @@ class _Server:
         raise AssertionError("an answer's last piece carries it")
 
     @asynccontextmanager
-    async def _use(self, name: str | None, http: Request, keep_s: float | None = None) -> AsyncIterator[Use]:
+    async def _use(self, name: str | None, receive: Receive, keep_s: float | None = None) -> AsyncIterator[Use]:
         """Lend the model that is called `name`, loaded. Raises `QueueFullError`, `ApiError` and others of `Models`."""
         self._models.check_ready()
         model = self._find(name)
         if not model.is_open and self.full:
             raise QueueFullError
-        async with self._models.use(model, http.receive, keep_s) as use:
+        async with self._models.use(model, receive, keep_s) as use:
             yield use
 
     def _find(self, name: str | None, spell: Callable[[str], str] = str) -> ServedModel:
@@ -355,7 +435,7 @@ class _Server:
             plan.scored,
             submitted=time.monotonic() - use.loading_s,
         )
-        use.worker.submit(job)
+        use.worker.submit(job, has_place=plan.has_place)
         left = self._config.time_limit_s - (time.monotonic() - use.began)
         timer = loop.call_later(left, lambda: events.put_nowait(self._too_late()))
         watcher = asyncio.create_task(_tell_when_gone(receive, events))
@@ -407,6 +487,26 @@ async def _chain(first: tuple[Piece, float], rest: Pieces) -> Pieces:
         yield first
         async for each in rest:
             yield each
+
+
+async def _never() -> Message:
+    """Receive nothing: somebody else listens whether the client is there."""
+    await asyncio.Event().wait()
+    raise AssertionError("nothing sets this event")
+
+
+async def _unless_gone(work: Coroutine[Any, Any, T], receive: Receive) -> T:
+    """Return what `work` returns; it is cancelled when the client goes away. Raises `ClientGoneError`."""
+    task, gone = asyncio.create_task(work), asyncio.create_task(until_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _tell_when_gone(receive: Receive, events: asyncio.Queue[Told]) -> None:

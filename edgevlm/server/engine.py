@@ -141,12 +141,12 @@ class FairQueue:
         if self._waiting:  # else nobody would find anything to do
             self._changed.notify_all()
 
-    def put(self, job: Job) -> None:
-        """Add a job. Raises `QueueFullError` and `StoppingError`."""
+    def put(self, job: Job, *, has_place: bool = False) -> None:
+        """Add a job; one that `has_place` is let in for another before it. Raises `QueueFullError`, `StoppingError`."""
         with self._changed:
             if self._closed:
                 raise StoppingError
-            if self._is_full():
+            if not has_place and self._is_full():
                 raise QueueFullError
             self._waiting.setdefault(job.caller, deque()).append(job)
             self._notify()
@@ -294,11 +294,11 @@ class Worker:
             return float("inf")
         return monotonic() - self._last_progress if self._queue.held else 0.0
 
-    def submit(self, job: Job) -> None:
-        """Queue a job. Raises `QueueFullError` and `StoppingError`."""
+    def submit(self, job: Job, *, has_place: bool = False) -> None:
+        """Queue a job; see `FairQueue.put`. Raises `QueueFullError` and `StoppingError`."""
         if not self._queue.held:
             self._last_progress = monotonic()
-        self._queue.put(job)
+        self._queue.put(job, has_place=has_place)
 
     def abandon(self, job: Job) -> None:
         """Forget a job: out of the queue, or its answer ended before the next token."""

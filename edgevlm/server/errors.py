@@ -23,6 +23,10 @@ from edgevlm.strict_json import write_json
 
 OLLAMA_PATHS = "/api/"
 """What Ollama's paths begin with; all others are OpenAI's, or like them."""
+DOCLING_PATHS = ("/v1/convert/", "/v1/status/", "/v1/result/")
+"""What docling-serve's paths begin with."""
+FORM_PATH, SOURCE_PATH = "/v1/convert/file", "/v1/convert/source"
+"""A document in a form, where all other paths take JSON, and in JSON; `/async` behind either makes a task of it."""
 
 
 class QueueFullError(Exception):
@@ -64,8 +68,10 @@ class ApiError(Exception):
         return {"error": error}
 
     def body_at(self, path: str) -> dict[str, Any]:
-        """Return the body as the API that `path` belongs to has it: Ollama's error is a text."""
-        return {"error": self.message} if path.startswith(OLLAMA_PATHS) else self.body
+        """Return the body as the API that `path` belongs to has it: Ollama's error is a text, docling's a `detail`."""
+        if path.startswith(OLLAMA_PATHS):
+            return {"error": self.message}
+        return {"detail": self.message, **self.body} if path.startswith(DOCLING_PATHS) else self.body
 
     def renamed(self, places: Mapping[str, str]) -> ApiError:
         """Return the error with its place as the caller's request has it: `places` are those, by chat completions'."""

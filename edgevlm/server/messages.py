@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-from edgevlm.families.base import Detail
+from edgevlm.families.base import RGB, Detail
 from edgevlm.inputs.image import ImageFile, probe_image
-from edgevlm.inputs.messages import Message, check_variables, with_reasoning
+from edgevlm.inputs.messages import Message, check_variables, user_message, with_reasoning
 from edgevlm.inputs.video import Video, probe_video
 from edgevlm.server.errors import ApiError, blaming
 from edgevlm.server.schemas import ChatMessage, ImagePart, Part, TextPart, VideoPart, VideoUrl
@@ -32,7 +32,7 @@ class Conversation:
     def __init__(self, messages: Sequence[ChatMessage], config: ServeConfig) -> None:
         self._config = config
         self._room = config.max_prompt_chars
-        self.images: list[bytes | ImageFile | Video] = []
+        self.images: list[bytes | ImageFile | RGB | Video] = []
         self._details: set[Detail] = set()
         self.messages: list[Message] = [self._message(*each) for each in enumerate(messages)]
 
@@ -42,6 +42,14 @@ class Conversation:
         conversation = cls((), config)
         conversation._part("image", image)
         conversation.messages = messages
+        return conversation
+
+    @classmethod
+    def of_page(cls, pixels: RGB, prompt: str, config: ServeConfig) -> Conversation:
+        """Return a conversation made by the server itself, about a page of a document."""
+        conversation = cls((), config)
+        conversation.images.append(pixels)
+        conversation.messages = [user_message(prompt, 1)]
         return conversation
 
     @property

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edgevlm.server.engine import log_failure
 from edgevlm.server.errors import (
     CALLERS_ERRORS,
+    FORM_PATH,
     PASSED_ON,
     ApiError,
     ClientGoneError,
@@ -90,7 +91,7 @@ class Guard:
         if self._config.api_keys and scope["path"] not in OPEN_PATHS:
             scope["state"]["caller"] = check_key(headers, self._config.api_keys)
         if scope["method"] == "POST":
-            receive = await self._read(headers, receive)
+            receive = await self._read(headers, receive, scope["path"])
         try:
             await self._app(scope, receive, send)
         except BaseException as error:
@@ -98,10 +99,13 @@ class Guard:
                 log_failure(error)
             raise
 
-    async def _read(self, headers: Headers, receive: Receive) -> Receive:
+    async def _read(self, headers: Headers, receive: Receive, path: str) -> Receive:
         """Read the whole body and return what gives it to the application."""
-        if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, "not_json", "send JSON, with the header Content-Type: application/json")
+        is_form = path.removesuffix("/async") == FORM_PATH
+        expected, name = ("multipart/form-data", "a form") if is_form else ("application/json", "JSON")
+        if headers.get("content-type", "").partition(";")[0].strip().lower() != expected:
+            code = "not_a_form" if is_form else "not_json"
+            raise ApiError(415, code, f"send {name}, with the header Content-Type: {expected}")
         limit = self._config.max_body_bytes
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
@@ -121,7 +125,7 @@ class Guard:
             raise ApiError(408, "body_too_slow", f"the request took longer than {within:g} s to arrive") from None
         finally:
             self._uploads.release()
-        if body and sum(map(body.count, b",[{")) > _MOST_VALUES:
+        if body and not is_form and sum(map(body.count, b",[{")) > _MOST_VALUES:
             raise ApiError(413, "body_too_complex", f"the request holds more than {_MOST_VALUES:,} JSON values")
 
         async def replay() -> Message:
@@ -204,11 +208,11 @@ def check_origin(headers: Headers, scope: Scope, allowed: Sequence[str]) -> None
 
 
 def check_key(headers: Headers, keys: Sequence[str]) -> str:
-    """Return a name for the caller whose key was sent. Raises `ApiError`.
+    """Return a name for the caller whose key was sent, as docling's clients do or as all others. Raises `ApiError`.
 
     Digests of one length are compared, all of them each time, so that timing tells nothing about a key.
     """
-    scheme, _, sent = headers.get("authorization", "").partition(" ")
+    scheme, _, sent = headers.get("authorization", f"Bearer {headers.get('x-api-key', '')}").partition(" ")
     digest = sha256(sent.strip().encode("utf-8", "surrogateescape")).digest()
     matches = [hmac.compare_digest(digest, sha256(key.encode()).digest()) for key in keys]
     if scheme.lower() != "bearer" or not any(matches):

@@ -28,6 +28,8 @@ class Plan:
     caller: str
     scored: ScoreTask | None = None
     """Answers to be scored, where none is to be generated."""
+    has_place: bool = False
+    """Whether its request holds a place in the queue already: it is a page of a document."""
 
 
 def make_plan(request: ChatRequest, config: ServeConfig, caller: str) -> Plan:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgevlm.server.errors import ApiError
+from edgevlm.server.errors import FORM_PATH, SOURCE_PATH, ApiError
 from edgevlm.strict_json import write_json
 
 REQUEST_HINTS = frozenset(
@@ -105,6 +105,12 @@ INSTEAD: Mapping[str, str] = {
 _FORMAT = 'text {"format": {"type": "json_schema", "name": "...", "schema": {...}}}'
 _ALL_INPUT = "input with the whole conversation: this server keeps no answer"
 _OPTION = 'options {"temperature": ..., "top_p": ..., "top_k": ..., "seed": ..., "stop": ..., "num_predict": ...}'
+_CONVERSION = {
+    **dict.fromkeys(("vlm_pipeline_model", "vlm_pipeline_preset", "vlm_pipeline_model_local"), "model"),
+    **dict.fromkeys(("file", "files"), f"files in a form to POST {FORM_PATH}"),
+    **dict.fromkeys(("file_sources", "http_sources"), 'sources [{"kind": "file", "base64_string": "..."}]'),
+    "max_new_tokens": "max_tokens",
+}
 INSTEAD_AT: Mapping[str, Mapping[str, str]] = {
     "/v1/responses": {
         **dict.fromkeys(("response_format", "format", "guided_json", "structured_outputs"), _FORMAT),
@@ -117,6 +123,8 @@ INSTEAD_AT: Mapping[str, Mapping[str, str]] = {
         "prompt": "instructions and input",
         "messages": "input",
     },
+    FORM_PATH: _CONVERSION,
+    SOURCE_PATH: _CONVERSION,
     "/api/chat": {
         **dict.fromkeys(("temperature", "top_p", "top_k", "seed", "stop", "num_predict", "max_tokens"), _OPTION),
         "response_format": 'format, "json" or a JSON schema',
@@ -153,6 +161,8 @@ def explain(error: Mapping[str, Any], body: object, path: str = "") -> ApiError:
     if kind == "union_tag_invalid":
         *most, last = context["expected_tags"].split(", ")
         text = f"{str(context['tag'])[:40]!r} is not known; use {', '.join(most)} or {last}"
+    if kind == "unsupported":
+        code = "unsupported_parameter"
     if kind == "extra_forbidden":
         code, text = "unsupported_parameter", _refusal(steps[-1], INSTEAD_AT.get(path, INSTEAD))
     place = ".".join(steps)

@@ -18,6 +18,7 @@ _POSITIVE = (
     "max_body_bytes",
     "max_images",
     "max_pixels",
+    "max_pages",
     "max_prompt_chars",
     "max_schema_chars",
     "max_queue",
@@ -60,6 +61,8 @@ class ServeConfig:
     """Pictures of one request."""
     max_pixels: int = 50_000_000
     """Pixels of one picture, told from its header before anything is decoded."""
+    max_pages: int = 100
+    """Pages of one document that are read."""
     max_prompt_chars: int = 200_000
     """Characters of a request's texts; their tokens are bounded by the model's context."""
     max_schema_chars: int = 50_000
