@@ -32,6 +32,16 @@ def test_the_tags_are_text(docling: Path) -> None:
     assert "".join(piece.text for piece in vlm.stream(SHEET, PROMPT)).strip() == PAGE
 
 
+def test_the_next_page_is_drafted_from_the_one_before_and_is_the_same(docling: Path) -> None:
+    vlm = VLM(docling, F32)
+    plain = vlm.generate(SHEET, PROMPT, GenerationConfig(draft_tokens=0))
+    pages = [vlm.generate(page(170, 221 + each), PROMPT) for each in range(3)]
+    assert {each.token_ids for each in pages} == {plain.token_ids}
+    assert plain.accepted_tokens == 0
+    assert pages[0].accepted_tokens < pages[1].accepted_tokens
+    assert pages[-1].accepted_tokens > len(plain.token_ids) / 2
+
+
 def test_stop_texts_see_tags(docling: Path) -> None:
     stopped = VLM(docling, F32).generate(SHEET, PROMPT, GenerationConfig(stop=("<otsl>",)))
     assert (stopped.text.strip(), stopped.finish_reason) == (PAGE.partition("<otsl>")[0], "stop")
