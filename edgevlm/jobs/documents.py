@@ -1,14 +1,14 @@
 """What a model wrote of each page, put together as one document: Markdown, HTML, JSON, DocTags or text.
 
-DocTags and DocLang are read by docling-core, an optional dependency, which writes what becomes of them.
+DocTags and DocLang are read by docling-core, an optional dependency, which writes what becomes of them; so it does with
+tables in OTSL.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -18,6 +18,7 @@ from PIL import Image
 from edgevlm.errors import OptionError
 from edgevlm.families.base import RGB
 from edgevlm.jobs.doclang import crop_figures, of_words, read_doclang
+from edgevlm.jobs.markdown_pages import PageText, tables_as_document, to_html, to_json, to_markdown
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
@@ -36,21 +37,7 @@ SUFFIXES: dict[Target, str] = {
     "doctags": ".doctags",
     "text": ".txt",
 }
-_OTSL = re.compile(r"\s*<[eflux]cel>")
-"""How a table begins in OTSL without DocTags around it, as PaddleOCR-VL writes tables."""
 _FIGURE_TAGS = ("<picture>", "<chart>")
-_PAGE_BREAK = "\n\n"
-
-
-@dataclass(frozen=True)
-class PageText:
-    """What a model wrote of one page."""
-
-    number: int
-    """In its file, from 1."""
-    text: str
-    size: tuple[int, int]
-    """Width and height of the page's picture."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +54,15 @@ def assemble(
 ) -> str:
     """Return the document; figures are written beside it, as it refers to them.
 
-    `markup` is what the model writes, None for Markdown. Pages of OTSL alone, each a table, are read as DocTags.
+    `markup` is what the model writes, None for Markdown; pages of tables in OTSL alone count as DocTags.
 
     Raises `OptionError` for a target that the model's answers cannot become, and without docling-core.
     """
-    if markup is None and all(_OTSL.match(page.text) for page in pages):
-        pages = [replace(page, text=f"<doctag><otsl>{page.text.strip()}</otsl></doctag>") for page in pages]
-        markup = "doctags"
+    if markup is None and all(page.is_otsl for page in pages):
+        check_target(target, "doctags")
+        if target == "doctags":
+            return "".join(f"<doctag><otsl>{page.text.strip()}</otsl></doctag>\n" for page in pages)
+        return _written(tables_as_document(name, pages), target)
     check_target(target, markup)
     if target == "doctags":
         return "\n".join(page.text.strip() for page in pages) + "\n"
@@ -87,20 +76,21 @@ def check_target(target: Target, markup: Markup | None) -> None:
     if target == "doctags" and markup != "doctags":
         found = "DocLang" if markup else "Markdown"
         raise OptionError(f"this model writes {found}, not DocTags; choose --to markdown, html, json or text")
-    if markup and target != "doctags" and find_spec("docling_core") is None:
+    if markup and target != "doctags":
+        _need_docling()
+
+
+def _need_docling() -> None:
+    if find_spec("docling_core") is None:
         raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'")
 
 
 def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
-    texts = [page.text.strip() for page in pages]
+    if any(is_table for page in pages for _, is_table in page.parts):
+        _need_docling()
     if target == "json":
-        return write_json({"name": name, "pages": [{"page": each.number, "text": each.text} for each in pages]}) + "\n"
-    if target == "html":
-        from markdown_it import MarkdownIt
-
-        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(_PAGE_BREAK.join(texts))
-        return f'<!DOCTYPE html>\n<html>\n<head><meta charset="utf-8"></head>\n<body>\n{body}</body>\n</html>\n'
-    return _PAGE_BREAK.join(texts) + "\n"
+        return to_json(name, pages)
+    return to_html(pages) if target == "html" else to_markdown(pages)
 
 
 def _read(name: str, pages: Sequence[PageText], figures: Figures, markup: Markup) -> DoclingDocument:
