@@ -12,7 +12,9 @@ from edgevlm.jobs.page_parts import Line, has_places, read_lines, read_otsl, spl
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
-    from docling_core.types.doc.document import DoclingDocument, TableData, TableItem
+    from docling_core.types.doc.document import DoclingDocument
+    from docling_core.types.doc.items.table.table import TableItem
+    from docling_core.types.doc.items.table.table_data import TableData
 
 _BREAK = "\n\n"
 
@@ -77,7 +79,8 @@ def to_json(name: str, pages: Sequence[PageText]) -> str:
 def tables_as_document(name: str, pages: Sequence[PageText]) -> DoclingDocument:
     """Return pages of tables in OTSL as a document of docling-core."""
     from docling_core.types.doc.base import BoundingBox, Size
-    from docling_core.types.doc.document import DoclingDocument, ProvenanceItem
+    from docling_core.types.doc.common.reference import ProvenanceItem
+    from docling_core.types.doc.document import DoclingDocument
 
     document = DoclingDocument(name=name)
     for number, page in enumerate(pages, 1):

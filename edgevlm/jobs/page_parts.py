@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from docling_core.types.doc.document import TableCell, TableData
+    from docling_core.types.doc.items.table.table_data import TableCell, TableData
 
 _CELL = r"<(?:[eflux]cel|[cr]hed|srow)>"
 _ROW = rf"{_CELL}(?:(?!<nl>|\n\s*\n).)*"
@@ -22,7 +22,6 @@ _TABLE = re.compile(
 """Rows, up to a `<nl>` that no cell follows; a last one that has none ends with its paragraph."""
 _MERGED = ("<lcel>", "<ucel>", "<xcel>")
 """Parts of the cell at the left, above, and both."""
-_HEADS = {"<ched>": "column_header", "<rhed>": "row_header", "<srow>": "row_section"}
 _PLACE = re.compile(r"<\|LOC_(\d+)\|>")
 _PLACED = re.compile(r"(.*?)((?:<\|LOC_\d+\|>\s*)+|\Z)", re.DOTALL)
 _MARKS = re.compile(r"<\|(?:TEXT|LOC)_(?:START|BEGIN|SEP|END)\|>")
@@ -69,7 +68,7 @@ def split_tables(text: str) -> Iterator[tuple[str, bool]]:
 
 def read_otsl(text: str) -> TableData:
     """Return a table in OTSL; no word is lost: a part of a merged cell that has some becomes a cell of its own."""
-    from docling_core.types.doc.document import TableData
+    from docling_core.types.doc.items.table.table_data import TableData
 
     rows = [_read_row(row) for row in text.split("<nl>") if row.strip()]
     columns = max(map(len, rows))
@@ -85,7 +84,7 @@ def _read_row(text: str) -> list[tuple[str, str]]:
 
 
 def _read_cells(grid: list[list[tuple[str, str]]]) -> Iterator[TableCell]:
-    from docling_core.types.doc.document import TableCell
+    from docling_core.types.doc.items.table.table_data import TableCell
 
     covered: set[tuple[int, int]] = set()
     for top, row in enumerate(grid):
@@ -106,7 +105,9 @@ def _read_cells(grid: list[list[tuple[str, str]]]) -> Iterator[TableCell]:
                 end_col_offset_idx=right,
                 row_span=bottom - top,
                 col_span=right - left,
-                **({_HEADS[tag]: True} if tag in _HEADS else {}),
+                column_header=tag == "<ched>",
+                row_header=tag == "<rhed>",
+                row_section=tag == "<srow>",
             )
 
 
