@@ -34,7 +34,6 @@ from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.tokenizer import Tokenizer
 from edgevlm.metrics import Stopwatch
 
-ROOT = Path(__file__).parent.parent
 SEEDS, PAGES = (1, 2), 6
 """One report for each seed, of so many pages."""
 STEP_COSTS = {"stateful": 0.13, "paged": 0.03}
@@ -54,7 +53,7 @@ class Sheet:
         """Return left, top, right and bottom of the next block, off by one at times, as models are."""
         left, right = (side + self.random.choice((-1, 0, 0, 0, 0, 1)) for side in (left, right))
         top = self.top + self.random.randint(5, 9)
-        self.top = top + 9 * lines
+        self.top = min(top + 9 * lines, 475)
         return left, top, right, self.top
 
     @property
@@ -72,11 +71,12 @@ class Block:
 
 
 def sentences() -> list[str]:
-    """Return sentences of this project's documentation: prose that repeats itself as prose does."""
-    text = " ".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    prose = re.sub(r"```.*?```|\|[^\n]*\||[#*`>\[\]]|\([^)]*\)|<[^>]*>", " ", text, flags=re.DOTALL)
+    """Return sentences of Python's language reference, which Python brings along."""
+    from pydoc_data.topics import topics
+
+    prose = re.sub(r"[*`>|\[\]\"]|\([^)]*\)", " ", " ".join(topics.values()))
     found = [re.sub(r"\s+", " ", each).strip() for each in re.split(r"(?<=[.:])\s", prose)]
-    return [each for each in found if 30 < len(each) < 300]
+    return [each for each in found if 30 < len(each) < 300 and re.fullmatch(r"[A-Z][\w ,.:'-]+", each)]
 
 
 def table(rng: random.Random, words: Sequence[str], rows: int = 8, columns: int = 5) -> list[list[str]]:

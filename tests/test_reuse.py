@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import edgevlm.runtime.kv_stateful
+from benchmarks.page_drafts import html, replay, report, tables, tokenizer_with
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
 from edgevlm.answer import result_of
 from edgevlm.decoding.prompt_lookup import LONGEST_ANSWER, EarlierAnswers, PromptLookup
@@ -20,6 +21,7 @@ from edgevlm.families.imaging import normalised
 from edgevlm.inputs.image import content_digest
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
+from edgevlm.model_store import default_model
 from edgevlm.runtime.kv_session import common_length
 from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
@@ -377,6 +379,16 @@ def test_drafts_end_while_they_are_wrong_and_come_back() -> None:
     for token in [1, 2, 3, 4] * 20:
         drafter.add(token)
     assert drafter.draft(8) == [1, 2, 3, 4] * 2
+
+
+def test_pages_of_tables_take_half_the_steps() -> None:
+    texts = [tables(page, html) for page in report(1)[:3]]
+    tokenizer = tokenizer_with(default_model(), texts, "(?!)")
+    pages = [tokenizer.encode(text) for text in texts if text]
+    drafted, plain = (replay(pages, tokenizer.shape, drafts) for drafts in (8, 0))  # which checks their tokens
+    assert [len(steps) for steps in plain] == [len(page) for page in pages]
+    assert sum(map(len, drafted)) < sum(map(len, plain)) / 2
+    assert max(size for steps in drafted for size in steps) == 1 + 8
 
 
 CELL, ROW_END, POINT = 20, 21, 22
