@@ -142,7 +142,8 @@ def test_tables_in_otsl_alone_become_every_format(tmp_path: Path) -> None:
         == 2
     )
     assert len(json.loads(made["json"])["tables"]) == 2
-    assert made["doctags"].count(otsl) == 2
+    assert made["doctags"] == f"<doctag><otsl>{otsl}</otsl></doctag>\n" * 2
+    assert assemble("a", [PageText(1, f"<otsl>{otsl}</otsl>", (100, 50))] * 2, "doctags", figures) == made["doctags"]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from PIL import Image
 from edgevlm.errors import OptionError
 from edgevlm.families.base import RGB
 from edgevlm.jobs.doclang import crop_figures, of_words, read_doclang
-from edgevlm.jobs.markdown_pages import PageText, tables_as_document, to_html, to_json, to_markdown
+from edgevlm.jobs.markdown_pages import PageText, tables_as_document, to_doctags, to_html, to_json, to_markdown
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def assemble(
     if markup is None and all(page.is_otsl for page in pages):
         check_target(target, "doctags")
         if target == "doctags":
-            return "".join(f"<doctag><otsl>{page.text.strip()}</otsl></doctag>\n" for page in pages)
+            return to_doctags(pages)
         return _written(tables_as_document(name, pages), target)
     check_target(target, markup)
     if target == "doctags":

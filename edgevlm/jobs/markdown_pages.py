@@ -76,6 +76,12 @@ def to_json(name: str, pages: Sequence[PageText]) -> str:
     return write_json({"name": name, "pages": [_as_dict(page) for page in pages]}) + "\n"
 
 
+def to_doctags(pages: Sequence[PageText]) -> str:
+    """Return pages of tables in OTSL alone as DocTags."""
+    tables = ("".join(f"<otsl>{text}</otsl>" for text, _ in page.parts) for page in pages)
+    return "".join(f"<doctag>{text}</doctag>\n" for text in tables)
+
+
 def tables_as_document(name: str, pages: Sequence[PageText]) -> DoclingDocument:
     """Return pages of tables in OTSL as a document of docling-core."""
     from docling_core.types.doc.base import BoundingBox, Size
