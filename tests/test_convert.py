@@ -22,7 +22,8 @@ from edgevlm.decoding.config import GenerationConfig
 from edgevlm.inputs.pages import LONGEST_SIDE, open_document
 from edgevlm.jobs.convert import Conversion, PageReader, convert, parse_pages
 from edgevlm.jobs.doclang import read_doclang
-from edgevlm.jobs.documents import Figures, PageText, assemble
+from edgevlm.jobs.documents import Figures, assemble
+from edgevlm.jobs.markdown_pages import PageText
 from tests.conftest import F32
 from tests.helpers.batches import lines, read, wait_for
 from tests.helpers.command import COMMAND, POSIX, cli
@@ -141,9 +142,78 @@ def test_tables_in_otsl_alone_become_every_format(tmp_path: Path) -> None:
         == 2
     )
     assert len(json.loads(made["json"])["tables"]) == 2
-    assert made["doctags"].count(otsl) == 2
-    mixed = [*pages, PageText(3, "No table.", (100, 50))]
-    assert otsl in assemble("a", mixed, "markdown", figures)
+    assert made["doctags"] == f"<doctag><otsl>{otsl}</otsl></doctag>\n" * 2
+    assert assemble("a", [PageText(1, f"<otsl>{otsl}</otsl>", (100, 50))] * 2, "doctags", figures) == made["doctags"]
+
+
+@pytest.fixture
+def no_figures(tmp_path: Path) -> Figures:
+    return Figures(tmp_path, lambda _: np.zeros((1, 1, 3), np.uint8))
+
+
+MIXED = (
+    "# Pump 12\n\nReadings of <b>today</b>:\n"
+    "<otsl><ched>gauge<lcel><nl><fcel>left | low<fcel>4 < 5 & 6<nl><ucel><ecel><nl></otsl> The end."
+    "\n\n<fcel>cut<fcel>off"
+)
+
+
+def test_tables_in_otsl_among_text_become_tables(no_figures: Figures) -> None:
+    pytest.importorskip("docling_core")
+    pages = [PageText(1, MIXED, (100, 50)), PageText(2, "No table.\n", (100, 50))]
+    made = {to: assemble("a", pages, to, no_figures) for to in ("markdown", "html", "json", "text")}
+    assert made["markdown"] == made["text"]
+    assert made["markdown"].startswith("# Pump 12\n\nReadings of <b>today</b>:\n\n| gauge")
+    assert "| left &#124; low | 4 < 5 & 6 |" in made["markdown"]
+    assert "\n\nThe end.\n\n| cut   | off   |\n|-------|-------|\n\nNo table.\n" in made["markdown"]
+    assert "<h1>Pump 12</h1>" in made["html"] and "&lt;b&gt;today" in made["html"]
+    assert '<th colspan="2">gauge</th>' in made["html"]
+    assert '<td rowspan="2">left | low</td><td>4 &lt; 5 &amp; 6</td>' in made["html"]
+    first, second = json.loads(made["json"])["pages"]
+    assert first["text"] in made["markdown"]
+    assert [table["num_rows"] for table in first["tables"]] == [3, 1]
+    assert [cell["text"] for cell in first["tables"][0]["grid"][2]] == ["left | low", ""]
+    assert second == {"page": 2, "text": "No table.\n"}
+    with pytest.raises(OptionError, match="writes Markdown, not DocTags"):
+        assemble("a", pages, "doctags", no_figures)
+
+
+PLACES = [100, 200, 300, 200, 300, 400, 100, 400]
+CORNERS = "".join(f"<|LOC_{each}|>" for each in PLACES)
+SPOTTED = {
+    "as it comes": f"Pump 12{CORNERS}\n4.2 bar{CORNERS}cut<|LOC_1|><|LOC_2|>",
+    "delimited": "".join(
+        f"<|TEXT_START|>{text}<|TEXT_END|><|LOC_BEGIN|>{places}<|LOC_END|>"
+        for text, places in (("Pump 12", CORNERS), ("4.2 bar", CORNERS), ("cut", "<|LOC_1|><|LOC_2|>"))
+    ),
+}
+
+
+@pytest.mark.parametrize("written", SPOTTED)
+def test_spotted_lines_have_their_places_in_json_alone(written: str, no_figures: Figures) -> None:
+    pages = [PageText(1, SPOTTED[written], (500, 1000))]
+    assert assemble("a", pages, "markdown", no_figures) == "Pump 12\n\n4.2 bar\n\ncut\n"
+    assert "<p>Pump 12</p>\n<p>4.2 bar</p>" in assemble("a", pages, "html", no_figures)
+    [page] = json.loads(assemble("a", pages, "json", no_figures))["pages"]
+    polygon = [[50, 200], [150, 200], [150, 400], [50, 400]]
+    assert page["text"] == "Pump 12\n\n4.2 bar\n\ncut"
+    assert page["lines"] == [
+        {"text": "Pump 12", "polygon": polygon},
+        {"text": "4.2 bar", "polygon": polygon},
+        {"text": "cut", "polygon": []},
+    ]
+
+
+def test_mixed_up_otsl_keeps_its_words(no_figures: Figures) -> None:
+    pytest.importorskip("docling_core")
+    random = np.random.default_rng(0)
+    tags = ["<fcel>", "<ecel>", "<lcel>", "<ucel>", "<xcel>", "<ched>", "<nl>", "<otsl>", "</otsl>", "\n\n", "<", "w w"]
+    for _ in range(60):
+        words = [f"word{number}" for number in range(12)]
+        text = "".join(f"{random.choice(tags)}{random.choice(tags)}{word}" for word in words)
+        for target in ("markdown", "html", "json"):
+            made = assemble("a", [PageText(1, text, (100, 50))], target, no_figures)
+            assert not [word for word in words if word not in made], text
 
 
 HEAD = '<location value="0"/><location value="128"/><location value="512"/><location value="256"/>'

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from edgevlm import VLM, GenerationConfig
+from edgevlm.inputs.tokenizer import DIGITS, LETTERS
 from edgevlm.server.run import Server
 from tests.conftest import F32, photograph
 from tests.helpers.command import cli
@@ -30,6 +31,25 @@ def test_the_tags_are_text(docling: Path) -> None:
     answer = vlm.generate(SHEET, PROMPT)
     assert (answer.text.strip(), answer.finish_reason) == (PAGE, "stop")
     assert "".join(piece.text for piece in vlm.stream(SHEET, PROMPT)).strip() == PAGE
+
+
+def test_the_next_page_is_drafted_from_the_one_before_and_is_the_same(docling: Path) -> None:
+    vlm = VLM(docling, F32)
+    plain = vlm.generate(SHEET, PROMPT, GenerationConfig(draft_tokens=0))
+    pages = [vlm.generate(page(170, 221 + each), PROMPT) for each in range(3)]
+    assert {each.token_ids for each in pages} == {plain.token_ids}
+    assert plain.accepted_tokens == 0
+    assert pages[0].accepted_tokens < pages[1].accepted_tokens
+    assert pages[-1].accepted_tokens > len(plain.token_ids) / 2
+
+
+def test_places_and_numbers_are_alike_in_shape(docling: Path) -> None:
+    tokenizer = VLM(docling, F32).processor.tokenizer
+    shapes = {text: {tokenizer.shape(each) for each in tokenizer.encode(text)} for text in ("<loc_10>", "<loc_400>")}
+    assert shapes["<loc_10>"] == shapes["<loc_400>"] == {"<loc_0>"}
+    assert {tokenizer.shape(each) for each in tokenizer.encode("90210")} == {DIGITS}
+    assert {tokenizer.shape(each) for each in tokenizer.encode("pump")} == {LETTERS}
+    assert tokenizer.shape(tokenizer.encode("<fcel>")[0]) == "<fcel>"
 
 
 def test_stop_texts_see_tags(docling: Path) -> None:

@@ -68,9 +68,16 @@ def test_image_tokens_of_a_picture_of_1600_by_1200() -> None:
 
 def test_it_is_asked_in_its_own_words() -> None:
     prompts = family(image_processor()).page_prompts
-    assert prompts.keys() == PAGE_PROMPTS.keys()
+    assert prompts.keys() == {*PAGE_PROMPTS, "spotting", "seal"}
     assert prompts["page"] == "OCR:"
     assert prompts["table"] == "Table Recognition:"
+
+
+def test_a_small_page_is_enlarged_for_spotting_alone() -> None:
+    made, small, large = family(image_processor()), noise(30, 1499), noise(1500, 20)
+    assert made.page_picture(small, "spotting").shape == (60, 2998, 3)
+    assert made.page_picture(small, "page") is small
+    assert made.page_picture(large, "spotting") is large
 
 
 def test_cells_and_places_are_part_of_an_answer(tmp_path: Path) -> None:

@@ -6,19 +6,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import edgevlm.runtime.kv_stateful
+from benchmarks.page_drafts import html, replay, report, tables, tokenizer_with
 from edgevlm import VLM, GenerationConfig, OptionError, PromptError, RuntimeConfig
 from edgevlm.answer import result_of
-from edgevlm.decoding.prompt_lookup import FIRST_DRAFT, EarlierAnswers, PromptLookup
+from edgevlm.decoding.prompt_lookup import LONGEST_ANSWER, EarlierAnswers, PromptLookup
 from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, ImageBudget, LanguageInputs, View, Visual
 from edgevlm.families.imaging import normalised
 from edgevlm.inputs.image import content_digest
 from edgevlm.inputs.prompt import Prompt
 from edgevlm.inputs.vision_cache import EncodedImage, PreprocessedImage, VisionCache
+from edgevlm.model_store import default_model
 from edgevlm.runtime.kv_session import common_length
 from edgevlm.runtime.kv_stateful import StatefulSession
 from tests.conftest import F32, TILE, photograph
@@ -207,14 +210,16 @@ def test_stale_entries_are_cut_out_when_there_are_many(exported: Path, monkeypat
     monkeypatch.setattr(edgevlm.runtime.kv_stateful, "_MOST_STALE", 25)
     session, straight = vlm.language_model.session(), vlm.language_model.session()
     assert isinstance(session, StatefulSession)
-    session.step(range(50, 80))
-    for _ in range(3):
-        session.rewind(20)
-        session.step(range(100, 110))
-    assert session._mask.shape[1] == 60
-    assert session.reuse_prefix([*range(50, 70), 100, 101, 102, 5]) == 23
-    assert session._mask.shape[1] == 23
-    straight.step([*range(50, 70), 100, 101, 102])
+    session.step(range(50, 70))
+    lengths = []
+    for _ in range(7):
+        session.step([100, 101, *range(110, 116)], drafted=6)
+        session.take_back(6)
+        lengths.append(session._mask.shape[1] - session.length)
+    assert lengths == [6, 12, 18, 24, 0, 6, 12]  # within an answer, too
+    assert session.reuse_prefix([*range(50, 70), 100, 101, 102, 5]) == 22
+    assert session._mask.shape[1] - session.length <= 25
+    straight.step([*range(50, 70), 100, 101])
     np.testing.assert_allclose(session.step([5, 6]), straight.step([5, 6]), atol=1e-4)
 
 
@@ -307,12 +312,13 @@ def test_few_earlier_answers_are_kept() -> None:
     for prompt in prompts:
         kept.add(prompt, [7, 8, 9])
         kept.add(prompt, [7, 8, 10])
-    assert [kept.of(each) for each in prompts] == [((), 0), ((7, 8, 10), 2), ((7, 8, 10), 2)]
-    kept.add(prompts[1], range(1000))
-    assert len(kept.of(prompts[1]).ids) == 512
+    assert not kept.of(prompts[0])
+    assert [[*answer] for answer in kept.of(prompts[1])] == [[7, 8, 9], [7, 8, 10]]
+    kept.add(prompts[1], range(2 * LONGEST_ANSWER))
+    assert [len(answer) for answer in kept.of(prompts[1])] == [3, LONGEST_ANSWER]
     kept = EarlierAnswers(0)
     kept.add(prompts[0], [7])
-    assert kept.of(prompts[0]) == ((), 0)
+    assert not kept.of(prompts[0])
 
 
 def as_prompt(ids: list[int], images: Sequence[range] = (), salt: str = "") -> Prompt:
@@ -323,40 +329,85 @@ def as_prompt(ids: list[int], images: Sequence[range] = (), salt: str = "") -> P
 def test_a_question_is_the_text_around_the_pictures() -> None:
     kept = EarlierAnswers()
     kept.add(as_prompt([1, 50, 50, 2, 3], [range(1, 3)]), [7])
-    assert kept.of(as_prompt([1, 50, 50, 50, 60, 50, 2, 3], [range(1, 6)])).ids == (7,)
-    assert not kept.of(as_prompt([1, 50, 50, 2, 4], [range(1, 3)])).ids
-    assert not kept.of(as_prompt([1, 50, 50, 2, 3], [range(1, 3)], "salt")).ids
+    assert [*kept.of(as_prompt([1, 50, 50, 50, 60, 50, 2, 3], [range(1, 6)]))[0]] == [7]
+    assert not kept.of(as_prompt([1, 50, 50, 2, 4], [range(1, 3)]))
+    assert not kept.of(as_prompt([1, 50, 50, 2, 3], [range(1, 3)], "salt"))
 
 
-def lookup(ids: list[int], longest: int = 8) -> PromptLookup:
-    return PromptLookup(ids, longest)
+def lookup(answer: Sequence[int], longest: int = 8, **options: Any) -> PromptLookup:
+    """Return the drafter of an answer as far as it is known."""
+    drafter = PromptLookup(options.pop("prompt", ()), longest, **options)
+    for token in answer:
+        drafter.add(token)
+    return drafter
 
 
-def test_a_draft_is_what_followed_the_last_three_tokens() -> None:
-    assert lookup([1, 2, 3, 4, 5, 6, 1, 2, 3]).draft(10) == [4, 5, 6]
-    assert lookup([1, 2, 3, 4, 5, 6, 1, 2, 3]).draft(2) == [4, 5]
-    assert lookup([1, 2, 3, 9, 1, 2, 3, 4, 1, 2, 3]).draft(1) == [4]  # the latest of several
-    assert lookup([1, 2, 3, 4, 2, 3]).draft(10) == []
-    assert lookup([1, 2, 3, 1, 2, 3], longest=0).draft(10) == []
-    assert lookup([1, 2]).draft(10) == lookup([]).draft(10) == []
+def test_what_repeats_is_drafted() -> None:
+    assert lookup([*range(9)] * 3).draft(20) == [*range(8)]
+    assert lookup([*range(9)] * 3).draft(3) == [0, 1, 2]
+    assert lookup([*range(9)] * 3, longest=5).draft(20) == [*range(5)]
+    assert lookup([*range(9)] * 3, longest=0).draft(20) == lookup([]).draft(20) == []
+    assert lookup([*range(5, 9)], prompt=[*range(99)]).draft(20) == [9]  # the likelier, the further
+    assert lookup([*range(5, 25)], prompt=[*range(99)]).draft(20) == [*range(25, 33)]
 
 
-def test_drafts_grow_while_they_come_true_and_rest_after_failing() -> None:
-    drafter = lookup([*range(30), 0, 1, 2])
-    assert len(drafter.draft(20)) == FIRST_DRAFT
-    drafter.learn(FIRST_DRAFT, FIRST_DRAFT)
-    assert len(drafter.draft(20)) == 2 * FIRST_DRAFT
-    drafter.learn(6, 0)
-    rests = []
-    for _ in range(3):
-        waited = 0
-        while not drafter.draft(20):
-            drafter._ids[-1:] = []  # the same three tokens end the text again
-            drafter.add(2)
-            waited += 1
-        rests.append(waited)
-        drafter.learn(3, 0)
-    assert rests == [4, 8, 16]
+def test_an_earlier_answer_is_drafted_from_its_first_token() -> None:
+    first, second = [*range(20)], [*range(12), 99, *range(13, 20)]
+    assert lookup([], earlier=[first, second]).first_draft(20) == [*range(8)]
+    assert lookup([], earlier=[first, second]).first_draft(3) == [0, 1, 2]
+    assert lookup([], earlier=[first]).first_draft(20) == []
+    assert lookup([0, 1], earlier=[first, first]).draft(20) == [*range(2, 10)]
+    assert lookup([0, 1], earlier=[first, second]).draft(20) == [*range(2, 10)]
+    assert lookup([0, 1], earlier=[first]).draft(20)[:1] == [2]
+
+
+def test_what_never_repeats_is_not_drafted() -> None:
+    chance = np.random.default_rng(0).integers(0, 40_000, 2000).tolist()
+    drafter, drafted = lookup([]), 0
+    for token in chance:
+        drafter.add(token)
+        drafted += len(drafter.draft(20))
+    assert drafted == 0
+
+
+def test_drafts_end_while_they_are_wrong_and_come_back() -> None:
+    drafter, drafted = lookup([1, 2, 3, 4] * 50), []
+    for token in np.random.default_rng(0).integers(0, 5, 300).tolist():
+        drafter.add(token)
+        drafted.append(len(drafter.draft(8)))
+    assert sum(drafted[:50]) > sum(drafted[-50:])
+    for token in [1, 2, 3, 4] * 20:
+        drafter.add(token)
+    assert drafter.draft(8) == [1, 2, 3, 4] * 2
+
+
+def test_pages_of_tables_take_half_the_steps() -> None:
+    texts = [tables(page, html) for page in report(1)[:3]]
+    tokenizer = tokenizer_with(default_model(), texts, "(?!)")
+    pages = [tokenizer.encode(text) for text in texts if text]
+    drafted, plain = (replay(pages, tokenizer.shape, drafts) for drafts in (8, 0))  # which checks their tokens
+    assert [len(steps) for steps in plain] == [len(page) for page in pages]
+    assert sum(map(len, drafted)) < sum(map(len, plain)) / 2
+    assert max(size for steps in drafted for size in steps) == 1 + 8
+
+
+CELL, ROW_END, POINT = 20, 21, 22
+
+
+def test_a_table_s_rows_foretell_where_cells_and_rows_end() -> None:
+    """No number comes twice, and the columns have their own decimals."""
+    digit = np.random.default_rng(0).integers
+
+    def row() -> list[list[int]]:
+        return [[CELL, *digit(0, 10, 3).tolist(), POINT, *digit(0, 10, n).tolist()] for n in (2, 1, 3)]
+
+    answer = [token for _ in range(8) for token in (*(each for cell in row() for each in cell), ROW_END)]
+    expected = [[CELL], [CELL], [ROW_END, CELL]]
+    drafter = lookup(answer, shape=lambda token: "0" if token < 10 else str(token))
+    for cell, end in zip(row(), expected, strict=True):
+        for token in cell:
+            drafter.add(token)
+        assert drafter.draft(8)[: len(end)] == end
 
 
 def test_a_chat_answers_as_a_fresh_run_of_the_whole_conversation(vlm: VLM, fresh: VLM, picture: np.ndarray) -> None:

@@ -227,7 +227,7 @@ def ask(vlm: VLM, image: ImageInput, question: str, budget: ImageBudget, new_tok
     watch = Stopwatch()
     prompt = vlm.prepare([user_message(question, 1)], [image], GenerationConfig(), watch, budget)
     with vlm.session(prompt) as session:
-        drafter = PromptLookup(prompt.ids, 0)
+        drafter = PromptLookup((), 0)
         made = stream_tokens(session, prompt, TokenSelector(greedy), new_tokens, watch, drafter)
         ids = tuple(each[0] for each in made if not isinstance(each, Step))
     cached = watch.counts.get("cached_tokens", 0)

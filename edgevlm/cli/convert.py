@@ -36,7 +36,12 @@ from edgevlm.strict_json import write_json
 @click.option(
     "-o", "--output", default=".", show_default=True, type=click.Path(path_type=Path), help="Folder of the documents."
 )
-@click.option("--task", default="page", show_default=True, help="page, text, table, formula, chart: what a page is.")
+@click.option(
+    "--task",
+    default="page",
+    show_default=True,
+    help="page, text, table, formula, chart, or another of the model's.",
+)
 @click.option("--prompt", help="Ask this about each page instead.")
 @click.option("--pages", metavar="RANGES", help="Which pages of each file, such as 1-3,7,10-.")
 @click.option("--dpi", default=144, show_default=True, help="Dots per inch at which PDFs are rasterized.")
@@ -58,8 +63,8 @@ def convert(
 
     Page by page a model reads them, so choose one that has learned to: granite-docling writes DocTags and
     granite-for-docling DocLang, which become any of the formats, with tables as tables, formulas as LaTeX, and figures
-    cropped beside the document; the bundled model cannot read pages. Any other model is asked for Markdown. PDFs,
-    DocTags and DocLang need pip install 'edgevlm[convert]'.
+    cropped beside the document; the bundled model cannot read pages. Any other model is asked for Markdown; tables in
+    OTSL among it become tables. PDFs, DocTags, DocLang and OTSL need pip install 'edgevlm[convert]'.
 
     Killed or run again, it goes on where it was: what was read of NAME is kept in NAME.pages.jsonl, also for another
     format. A file or a page that cannot be read is told in one line, harms no other, and the exit code is then 1.

@@ -116,7 +116,6 @@ def stream_tokens(
         again: list[int] = []
         if drafted:
             again = session.take_back(drafted - accepted)
-            drafter.learn(drafted, accepted)
         forced, draft = selector.fast_forward[: left - 1], []
         if not forced and not again and session.takes_drafts:
             draft = selector.filter_draft(drafter.draft(left - 1))
@@ -153,7 +152,8 @@ def stream_answer(
         skip_special_tokens=config.skip_special_tokens,
         strip=config.constraint is None,
     )
-    drafter = PromptLookup(prompt.ids, config.draft_tokens, model.earlier_answers.of(prompt))
+    earlier = model.earlier_answers.of(prompt)
+    drafter = PromptLookup(prompt.ids, config.draft_tokens, model.tokenizer.shape, earlier)
     guard = RepetitionGuard(config.repetition_detection, token_bytes) if config.repetition_detection else None
     ids: list[int] = []
     logprobs: list[TokenLogprob] = []

@@ -221,6 +221,10 @@ class Family:
         """Return the budget of each picture of a prompt that has `images` of them."""
         return budget
 
+    def page_picture(self, page: RGB, task: str) -> RGB:  # noqa: ARG002
+        """Return what a model is shown of a page for one of the tasks above."""
+        return page
+
     def preprocess(self, image: RGB, budget: ImageBudget) -> Visual:
         """Return the views of `image` `(H, W, 3)`. Raises `OptionError` for a budget that allows not even one."""
         raise NotImplementedError

@@ -12,8 +12,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+from edgevlm.families.base import RGB
 from edgevlm.families.grids import Grid
 from edgevlm.families.qwen_vl import QwenVL
+
+SMALL_PAGE = 1500
+"""Pixels of a page's longer side below which it is enlarged for spotting."""
 
 
 class PaddleOcrVL(QwenVL):
@@ -29,13 +36,22 @@ class PaddleOcrVL(QwenVL):
             "table": "Table Recognition:",
             "formula": "Formula Recognition:",
             "chart": "Chart Recognition:",
+            "spotting": "Spotting:",
+            "seal": "Seal Recognition:",
         }
     )
-    """Those of its model card, the only ones that it was trained with."""
+    """Those of its model cards, the only ones that it was trained with, the last two from PaddleOCR-VL-1.5 on."""
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
         super().__init__(facts)
         self.table_side = int(facts["table_side"])
+
+    def page_picture(self, page: RGB, task: str) -> RGB:
+        """Return the page; for spotting a small one is twice as large, as PaddleOCR-VL-1.5's model card has it."""
+        height, width = page.shape[:2]
+        if task != "spotting" or max(height, width) >= SMALL_PAGE:
+            return page
+        return np.asarray(Image.fromarray(page).resize((2 * width, 2 * height), Image.Resampling.LANCZOS))
 
     def _smart_grid(self, height: int, width: int, most: int | None = None) -> Grid:
         """As Qwen-VL's, but a side of less than an image token is enlarged to one first, the other in proportion."""

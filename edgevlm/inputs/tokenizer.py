@@ -9,6 +9,7 @@ are shown, and may be written in a question. All others are *control tokens*: th
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Collection
 from functools import cached_property
@@ -20,6 +21,8 @@ from tokenizers.decoders import DecodeStream
 from edgevlm.errors import DamagedModelError, PromptError
 
 TOKENIZER_FILE = "tokenizer.json"
+LETTERS, DIGITS = "a", "0"
+"""Shapes of tokens that are part of a word, and of a number."""
 _ESCAPE, _CONTROL = (f"{secrets.randbelow(10**24):024}" for _ in range(2))
 """Random digits that mark control tokens: within one that a caller wrote, after one of the prompt. No template's filter
 changes digits, and nobody can guess them."""
@@ -37,6 +40,7 @@ class Tokenizer:
                 source = _unmark(source, text_tokens)
             self._fast = _load(source)
             added = self._fast.get_added_tokens_decoder()
+            self._shapes: dict[int, str] = {}
             self._added = {token.content: token_id for token_id, token in added.items()}
             self._controls = {
                 token_id: token.content for token_id, token in added.items() if token.special and token.content
@@ -87,6 +91,14 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """Return what a token is called."""
         return str(self._fast.id_to_token(token_id))
+
+    def shape(self, token_id: int) -> str:
+        """Return what a token is alike in: `LETTERS`, `DIGITS`, or its text with digits that all stand for others."""
+        if (shape := self._shapes.get(token_id)) is None:
+            text = self.decode([token_id], skip_special_tokens=False)
+            shape = LETTERS if text.strip().isalpha() else re.sub(r"\d+", DIGITS, text)
+            shape = self._shapes[token_id] = DIGITS if shape.strip() == DIGITS else shape
+        return shape
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`, without control tokens unless they are wanted."""

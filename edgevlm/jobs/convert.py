@@ -18,8 +18,9 @@ from edgevlm.errors import ImageError, OptionError
 from edgevlm.families.base import ImageBudget
 from edgevlm.inputs.image import image_suffixes
 from edgevlm.inputs.pages import DPI, Document, open_document
-from edgevlm.jobs.documents import MARKUP, SUFFIXES, Figures, Markup, PageText, Target, assemble, check_target
+from edgevlm.jobs.documents import MARKUP, SUFFIXES, Figures, Markup, Target, assemble, check_target
 from edgevlm.jobs.jsonl import Row, beside, writing
+from edgevlm.jobs.markdown_pages import PageText
 from edgevlm.jobs.spec import ROW_ERRORS, Defaults, Job, job_key
 from edgevlm.jobs.work_queue import WorkQueue, noop
 from edgevlm.malloc import return_freed_memory
@@ -113,7 +114,8 @@ class PageReader:
         try:
             pixels = document.page(job.line, self._conversion.dpi)
             row["size"] = [pixels.shape[1], pixels.shape[0]]
-            answer = self.vlm.generate(pixels, prompt, self._conversion.config, self._conversion.image_budget)
+            picture = self.vlm.processor.family.page_picture(pixels, self._conversion.task)
+            answer = self.vlm.generate(picture, prompt, self._conversion.config, self._conversion.image_budget)
         except ROW_ERRORS as error:
             return row | {"error": str(error)}
         finally:

@@ -1,14 +1,14 @@
 """What a model wrote of each page, put together as one document: Markdown, HTML, JSON, DocTags or text.
 
-DocTags and DocLang are read by docling-core, an optional dependency, which writes what becomes of them.
+DocTags and DocLang are read by docling-core, an optional dependency, which writes what becomes of them; so it does with
+tables in OTSL.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -18,6 +18,7 @@ from PIL import Image
 from edgevlm.errors import OptionError
 from edgevlm.families.base import RGB
 from edgevlm.jobs.doclang import crop_figures, of_words, read_doclang
+from edgevlm.jobs.markdown_pages import PageText, as_document, to_doctags, to_html, to_json, to_markdown
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
@@ -36,21 +37,7 @@ SUFFIXES: dict[Target, str] = {
     "doctags": ".doctags",
     "text": ".txt",
 }
-_OTSL = re.compile(r"\s*<[eflux]cel>")
-"""How a table begins in OTSL without DocTags around it, as PaddleOCR-VL writes tables."""
 _FIGURE_TAGS = ("<picture>", "<chart>")
-_PAGE_BREAK = "\n\n"
-
-
-@dataclass(frozen=True)
-class PageText:
-    """What a model wrote of one page."""
-
-    number: int
-    """In its file, from 1."""
-    text: str
-    size: tuple[int, int]
-    """Width and height of the page's picture."""
 
 
 @dataclass(frozen=True)
@@ -79,40 +66,21 @@ def assembled(
 ) -> dict[Target, str]:
     """Return the document as each of `targets`, its pages read once; without `figures` it has a mark in their place.
 
-    `markup` is what the model writes, None for Markdown. Pages of OTSL alone, each a table, are read as DocTags.
+    `markup` is what the model writes, None for Markdown; pages of tables in OTSL alone count as DocTags.
 
     Raises `OptionError` for a target that the model's answers cannot become, and without docling-core.
     """
-    if markup is None and all(_OTSL.match(page.text) for page in pages):
-        pages = [replace(page, text=f"<doctag><otsl>{page.text.strip()}</otsl></doctag>") for page in pages]
-        markup = "doctags"
+    is_tables = markup is None and all(page.is_otsl for page in pages)
     for target in targets:
-        check_target(target, markup)
+        check_target(target, "doctags" if is_tables else markup)
     made: dict[Target, str] = {}
     if "doctags" in targets:
-        made["doctags"] = "\n".join(page.text.strip() for page in pages) + "\n"
+        made["doctags"] = to_doctags(pages) if is_tables else "\n".join(page.text.strip() for page in pages) + "\n"
     others = [target for target in targets if target != "doctags"]
-    if markup and others:
-        document = _read(name, pages, figures, markup)
+    if others and (markup or is_tables):
+        document = _read(name, pages, figures, markup) if markup else as_document(name, pages)
         return made | {target: _written(document, target, figures) for target in others}
     return made | {target: _of_markdown(name, pages, target) for target in others}
-
-
-def document_of_texts(name: str, pages: Sequence[PageText]) -> dict[str, Any]:
-    """Return a `DoclingDocument`, as its JSON is, of pages in Markdown: the text of each is one item."""
-    from docling_core.types.doc.base import BoundingBox, Size
-    from docling_core.types.doc.common.reference import ProvenanceItem
-    from docling_core.types.doc.document import DoclingDocument
-    from docling_core.types.doc.labels import DocItemLabel
-
-    document = DoclingDocument(name=name)
-    for page in pages:
-        width, height = page.size
-        document.add_page(page.number, Size(width=width, height=height))
-        whole = BoundingBox(l=0, t=0, r=width, b=height)
-        place = ProvenanceItem(page_no=page.number, bbox=whole, charspan=(0, len(page.text)))
-        document.add_text(DocItemLabel.TEXT, page.text.strip(), prov=place)
-    return document.export_to_dict()
 
 
 def check_target(target: Target, markup: Markup | None) -> None:
@@ -120,20 +88,21 @@ def check_target(target: Target, markup: Markup | None) -> None:
     if target == "doctags" and markup != "doctags":
         found = "DocLang" if markup else "Markdown"
         raise OptionError(f"this model writes {found}, not DocTags; choose markdown, html, json or text")
-    if markup and target != "doctags" and find_spec("docling_core") is None:
+    if markup and target != "doctags":
+        _need_docling()
+
+
+def _need_docling() -> None:
+    if find_spec("docling_core") is None:
         raise OptionError("documents need docling-core; install it with: pip install 'edgevlm[convert]'")
 
 
 def _of_markdown(name: str, pages: Sequence[PageText], target: Target) -> str:
-    texts = [page.text.strip() for page in pages]
+    if any(is_table for page in pages for _, is_table in page.parts):
+        _need_docling()
     if target == "json":
-        return write_json({"name": name, "pages": [{"page": each.number, "text": each.text} for each in pages]}) + "\n"
-    if target == "html":
-        from markdown_it import MarkdownIt
-
-        body = MarkdownIt("commonmark", {"html": False}).enable("table").render(_PAGE_BREAK.join(texts))
-        return f'<!DOCTYPE html>\n<html>\n<head><meta charset="utf-8"></head>\n<body>\n{body}</body>\n</html>\n'
-    return _PAGE_BREAK.join(texts) + "\n"
+        return to_json(name, pages)
+    return to_html(pages) if target == "html" else to_markdown(pages)
 
 
 def _read(name: str, pages: Sequence[PageText], figures: Figures | None, markup: Markup) -> DoclingDocument:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 import numpy as np
 import numpy.typing as npt
 
@@ -57,6 +55,8 @@ class StatefulSession(Session):
             self._mask[0, live[length:]] = 0
             if self._snapshots:
                 self._snapshots.restore(length)
+            if self._mask.shape[1] - length > _MOST_STALE:
+                self._cut_stale()
         else:
             self._request.reset_state()
             self._mask = np.zeros((1, 0), np.int64)
@@ -65,15 +65,6 @@ class StatefulSession(Session):
 
     def _cached_entries(self, common: int) -> int:
         return common + min(self._mask.shape[1] - common, _MOST_STALE)
-
-    def reuse_prefix(
-        self, keys: Sequence[Hashable], inputs: LanguageInputs | None = None, images: Sequence[range] = ()
-    ) -> int:
-        """As `Session.reuse_prefix`; also removes masked entries where there are many."""
-        length = super().reuse_prefix(keys, inputs, images)
-        if self._mask.shape[1] - length > _MOST_STALE:
-            self._cut_stale()
-        return length
 
     def _cut_stale(self) -> None:
         openvino = import_openvino()

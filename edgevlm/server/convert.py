@@ -21,7 +21,8 @@ from edgevlm.families.base import RGB, ImageBudget
 from edgevlm.inputs.page_process import count_pages, rasterize
 from edgevlm.inputs.pages import Document, is_pdf, open_document
 from edgevlm.jobs.convert import markup_of, page_prompt, why_cut
-from edgevlm.jobs.documents import Figures, PageText, Target, assembled, check_target, document_of_texts
+from edgevlm.jobs.documents import Figures, Target, assembled, check_target
+from edgevlm.jobs.markdown_pages import PageText, as_document
 from edgevlm.server.errors import ApiError, FailedError, blaming, to_api_error
 from edgevlm.server.messages import Conversation
 from edgevlm.server.plan import Plan
@@ -162,8 +163,9 @@ class Conversion:
         except ImageError as error:
             self._tell("document_backend", "backend_failure", str(error), number)
             return
+        shown = self.vlm.processor.family.page_picture
         try:
-            answer = await ask(self._plan(pixels))
+            answer = await ask(self._plan(await asyncio.to_thread(shown, pixels, self.upload.options.task)))
         except ApiError as error:
             if error.code == "time_limit":
                 raise TimeoutError from None
@@ -193,7 +195,7 @@ class Conversion:
         if "json" in made:
             document = read_json(made["json"])
             is_docling = "schema_name" in document
-            made["json"] = document if is_docling else document_of_texts(name, self.pages)
+            made["json"] = document if is_docling else as_document(name, self.pages).export_to_dict()
         return {_content(short): made[target] for short, target in TARGETS.items() if target in made}
 
     def _tell(self, component: str, category: str, message: str, page: int | None = None) -> None:
