@@ -23,7 +23,7 @@ from edgevlm.inputs.pages import LONGEST_SIDE, open_document
 from edgevlm.jobs.convert import Conversion, PageReader, convert, parse_pages
 from edgevlm.jobs.doclang import read_doclang
 from edgevlm.jobs.documents import Figures, assemble
-from edgevlm.jobs.markdown_pages import PageText
+from edgevlm.jobs.markdown_pages import PageText, as_document
 from tests.conftest import F32
 from tests.helpers.batches import lines, read, wait_for
 from tests.helpers.command import COMMAND, POSIX, cli
@@ -176,6 +176,17 @@ def test_tables_in_otsl_among_text_become_tables(no_figures: Figures) -> None:
     assert second == {"page": 2, "text": "No table.\n"}
     with pytest.raises(OptionError, match="writes Markdown, not DocTags"):
         assemble("a", pages, "doctags", no_figures)
+
+
+def test_a_document_of_docling_core_has_text_and_tables_in_order() -> None:
+    pytest.importorskip("docling_core")
+    document = as_document("a", [PageText(4, MIXED, (100, 50)), PageText(7, "No table.\n", (300, 20))])
+    items = [item for item, _ in document.iterate_items()]
+    assert [item.label.value for item in items] == ["text", "table", "text", "table", "text"]
+    assert [item.prov[0].page_no for item in items] == [1, 1, 1, 1, 2]
+    assert items[2].text == "The end."
+    assert [items[index].data.num_rows for index in (1, 3)] == [3, 1]
+    assert items[4].prov[0].bbox.as_tuple() == (0, 0, 300, 20)
 
 
 PLACES = [100, 200, 300, 200, 300, 400, 100, 400]
