@@ -166,7 +166,7 @@ def genai(model: Path, tokens: int, threads: int) -> Asker:
 
 
 def llama_cpp(model: Path, tokens: int, threads: int) -> Asker:
-    """llama.cpp on what `benchmarks.qwen_gguf` wrote; it keeps the last prompt's KV cache."""
+    """llama.cpp on what `benchmarks.gguf` wrote; it keeps the last prompt's KV cache."""
     llama = LlamaCpp(model, threads)
 
     def once(picture: Path, question: str) -> Answer:
