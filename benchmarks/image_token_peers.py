@@ -4,8 +4,9 @@
 
 Every system makes exactly TOKENS tokens, greedily. The first line is of the start: the first answer after loading. Then
 for each pair of pictures of one size an answer to warm up, and two questions about the other picture, whose conditions
-are taken from the first question to the last token. edgevlm and optimum-intel get the second as a prompt of its own,
-OpenVINO GenAI in a chat. Beside what is measured the environment needs Pillow and psutil.
+are taken from the first question to the last token. OpenVINO GenAI gets the second in a chat, all others as a prompt of
+its own. MODEL is a checkpoint for transformers, and for the others what they make of it. Beside what is measured the
+environment needs Pillow and psutil, and with transformers torchvision where the checkpoint's processor does.
 """
 
 from __future__ import annotations
@@ -79,6 +80,43 @@ def optimum(model: Path, tokens: int, threads: int) -> Asker:
     loaded = OVModelForVisualCausalLM.from_pretrained(model, ov_config=config)
     tokenizer = AutoTokenizer.from_pretrained(model)
     processor = Qwen2VLImageProcessor.from_pretrained(model)
+
+    def inputs(image: Image.Image, question: str) -> dict[str, Any]:
+        found = processor(images=[image], return_tensors="pt")
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        message = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        count = int(found["image_grid_thw"].prod()) // processor.merge_size**2
+        text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
+        return {**found, **tokenizer([text], return_tensors="pt")}
+
+    return generating(loaded, inputs, tokens)
+
+
+def pytorch(dtype: str) -> Callable[[Path, int, int], Asker]:
+    """transformers on PyTorch, the checkpoint as it is."""
+
+    def system(model: Path, tokens: int, threads: int) -> Asker:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        torch.set_num_threads(threads)
+        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        processor = AutoProcessor.from_pretrained(model)
+
+        def inputs(image: Image.Image, question: str) -> dict[str, Any]:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            form = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            found = processor.apply_chat_template([{"role": "user", "content": content}], **form)
+            return dict(found.to(loaded.dtype))
+
+        return generating(loaded, inputs, tokens)
+
+    return system
+
+
+def generating(model: Any, inputs: Callable[[Image.Image, str], dict[str, Any]], tokens: int) -> Asker:
+    """Answer with anything that has transformers' `generate`, given how the inputs of a question are made."""
     marks: list[float] = []
 
     def mark(*_: Any, **__: Any) -> bool:
@@ -89,16 +127,10 @@ def optimum(model: Path, tokens: int, threads: int) -> Asker:
         marks.clear()
         started = time.perf_counter()
         with Image.open(picture) as opened:
-            inputs = processor(images=[opened.convert("RGB")], return_tensors="pt")
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        message = [{"role": "user", "content": content}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        count = int(inputs["image_grid_thw"].prod()) // processor.merge_size**2
-        text = text.replace("<|image_pad|>", "<|image_pad|>" * count)
-        inputs = {**inputs, **tokenizer([text], return_tensors="pt")}
+            given = inputs(opened.convert("RGB"), question)
         counts = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-        loaded.generate(**inputs, **counts, do_sample=False, stopping_criteria=[mark])
-        return timed(started, marks, inputs["input_ids"].shape[1])
+        model.generate(**given, **counts, do_sample=False, stopping_criteria=[mark])
+        return timed(started, marks, given["input_ids"].shape[1])
 
     return lambda picture, both: [once(picture, question) for question in QUESTIONS[: 1 + both]]
 
@@ -134,7 +166,7 @@ def genai(model: Path, tokens: int, threads: int) -> Asker:
 
 
 def llama_cpp(model: Path, tokens: int, threads: int) -> Asker:
-    """llama.cpp on what `benchmarks.qwen_gguf` wrote; it keeps the last prompt's KV cache."""
+    """llama.cpp on what `benchmarks.gguf` wrote; it keeps the last prompt's KV cache."""
     llama = LlamaCpp(model, threads)
 
     def once(picture: Path, question: str) -> Answer:
@@ -147,6 +179,8 @@ def llama_cpp(model: Path, tokens: int, threads: int) -> Asker:
 SYSTEMS: dict[str, Callable[[Path, int, int], Asker]] = {
     "edgevlm": edgevlm,
     "optimum": optimum,
+    "torch-bf16": pytorch("bfloat16"),
+    "torch-fp32": pytorch("float32"),
     "genai": genai,
     "llama.cpp": llama_cpp,
 }

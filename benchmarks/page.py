@@ -47,7 +47,7 @@ TITLES = {
     "side_by_side": "Beside its peers",
     "detail": "Detail auto: as many tiles as the picture has pixels for",
     "one_tile": "Detail low: one view",
-    "image_tokens": "Qwen-VL beside its peers as the image tokens grow",
+    "image_tokens": "Beside its peers as the image tokens grow",
     "guide": "Four ways to run it",
     "reuse": "Caching",
     "scaling": "How it grows",
@@ -57,13 +57,23 @@ TITLES = {
 """The sections of a chapter in their order, by kind of result."""
 NOTES = {
     "image_tokens": """\
-The second question is about the same picture. edgevlm and llama.cpp keep the prompt's beginning in their KV cache;
-optimum-intel keeps nothing between two calls; OpenVINO GenAI is asked in a chat, its own way to go on, and took as long
-as for the first, or twice as long: why was not found out. `optimum` is its own INT4 export with INT8 weights in the
-vision encoder, `genai` runs that, `int4-int8` is the like of edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes,
-`gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder."""
+The second question is about the same picture. edgevlm and llama.cpp keep the prompt's beginning in their KV cache, but
+llama.cpp keeps a recurrent state (LFM2, Qwen3.5) only at checkpoints, none of which lies between picture and question:
+it reads the picture again. optimum-intel and PyTorch keep nothing between two calls; OpenVINO GenAI is asked in a chat,
+its own way to go on. `optimum` is its own INT4 export with INT8 weights in the vision encoder, `genai` runs that,
+`int4-int8` is the like of edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes, `gguf` is Q4_0 with a Q8_0 head
+and an F16 vision encoder, `torch-bf16` is transformers on the checkpoint itself.""",
+    "image_tokens-lfm2.5-vl-450m": """\
+A picture of 512x512 pixels is one view, one of 1024x1024 four tiles and a thumbnail. PyTorch computes the short
+convolutions with transformers' reference implementation, because `causal_conv1d` needs a GPU. optimum-intel does not
+export LFM2-VL, so it and OpenVINO GenAI are not here.""",
+    "image_tokens-qwen3-vl-2b": """\
+The second question took OpenVINO GenAI as long as the first, or twice as long: why was not found out.""",
+    "image_tokens-qwen3.5-0.8b": """\
+PyTorch computes the linear attention with transformers' reference implementation, because `flash-linear-attention` and
+`causal_conv1d` need a GPU. optimum-intel 2.1.0 exports Qwen3.5 with transformers 5.2.""",
 }
-"""What a section's tables need to be read."""
+"""What tables need to be read: by the kind of result for all of it, by its name for one result."""
 GUIDE_ROWS = {
     "PyTorch": "PyTorch FP32",
     "OpenVINO": "edgevlm FP32",
@@ -85,6 +95,11 @@ class Result(NamedTuple):
     def kind(self) -> str:
         """What it is a result of."""
         return self.name.partition("-")[0]
+
+    @property
+    def model(self) -> str:
+        """The model that it is of, where its name tells."""
+        return self.name.partition("-")[2]
 
     @property
     def is_comparison(self) -> bool:
@@ -123,7 +138,8 @@ def page(results: Sequence[Result]) -> str:
         if own:
             parts += [f"## {title}", "\n".join(overview(own))]
             for each in own:
-                parts += [f"### {TITLES[each.kind]}", *([NOTES[each.kind]] if each.kind in NOTES else [])]
+                parts.append(f"### {TITLES[each.kind]}" + (f": {each.model}" if each.model else ""))
+                parts += [NOTES[key] for key in (each.kind, each.name) if key in NOTES and NOTES[key] not in parts]
                 parts.append("\n".join(section(each)))
     return "\n\n".join(parts) + "\n"
 
@@ -162,7 +178,8 @@ def _row_figures(result: Result) -> list[list[str]]:
             medians = {figure: each.median for figure, each in spreads.items() if each}
             conditions = [each for row in own.values() if (each := rounds.conditions_of(row))]
             together = Conditions.together(conditions) if conditions else None
-            found.append(_overview_row(f"{name}, {case}", next(iter(own.values())), medians, together))
+            model = f"{result.model}, " if result.model else ""
+            found.append(_overview_row(f"{model}{name}, {case}", next(iter(own.values())), medians, together))
     return found
 
 
