@@ -14,7 +14,7 @@ from io import BytesIO
 from itertools import product
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema_rs
 import numpy as np
@@ -34,14 +34,16 @@ from edgevlm.evals.results import compare, compare_cells, summarize
 from edgevlm.evals.run import Selection, ask, evaluate
 from edgevlm.evals.statistics import auroc, cluster_bootstrap, mcnemar, wilson
 from edgevlm.evals.suites import SUITES, anomaly, flowchart, make_suite, tempglitch
+from edgevlm.families.base import Detail
 from edgevlm.model_store import default_model
 from edgevlm.server.run import Server
-from tests.conftest import F32
+from tests.conftest import F32, noise
 from tests.helpers.command import cli
 from tests.helpers.evaluating import Guesser, Oracle, picture_digest
 from tests.helpers.serving import request, serving
 
 GENERATED = [name for name in SUITES if name not in ("fidelity", "mcq", "wikivqa")]
+WORDS = ("dark", "pale", "round", "a square")
 FAST = ["--device", "CPU", "--no-cache", "--kv-cache", "stateful"]
 
 
@@ -512,6 +514,23 @@ def test_a_served_name_stays_in_the_folder_of_rows(tmp_path: Path) -> None:
     run(Named(), None)
     assert [path.name for path in (tmp_path / "rows").iterdir()] == [".._.._org_name-carrier.jsonl"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows"]
+
+
+def test_a_server_is_told_how_closely_pictures_are_looked_at(exported: Path) -> None:
+    vlm, picture = VLM(exported, F32), noise(90, 160)
+    found = {}
+    with serving(vlm) as server:
+        for detail in get_args(Detail):
+            found[detail] = RemoteModel(f"{server.url}/v1", detail=detail).score([picture], "Which?", WORDS)
+            expected = LocalModel(vlm, GenerationConfig(), ImageBudget(detail)).score([picture], "Which?", WORDS)
+            assert found[detail].probabilities == pytest.approx(expected.probabilities, abs=1e-4)
+    assert abs(found["low"].probabilities["pale"] - found["high"].probabilities["pale"]) > 1e-2
+
+
+def test_options_of_this_process_are_refused_beside_a_url() -> None:
+    result = cli("eval", "--url", "http://127.0.0.1:9/v1", "--suite", "carrier", "--threads", "2")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: --threads is for models in this process; leave it out with --url\n"
 
 
 def test_other_servers_are_asked_for_a_letter(exported: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edgevlm.cli.help import Command, group
 from edgevlm.cli.options import (
@@ -18,6 +20,7 @@ from edgevlm.cli.options import (
     model_options,
     runtime_config,
 )
+from edgevlm.errors import OptionError
 from edgevlm.strict_json import write_json
 
 if TYPE_CHECKING:
@@ -93,7 +96,9 @@ def evaluate(
     def remote(address: str) -> Model:
         from edgevlm.evals.remote import RemoteModel
 
-        return RemoteModel(address, options["model"], os.environ.get("EDGEVLM_API_KEY"))
+        if not against:
+            _check_remote(options)
+        return RemoteModel(address, options["model"], os.environ.get("EDGEVLM_API_KEY"), options["detail"])
 
     run = Evaluation(
         suites,
@@ -115,3 +120,12 @@ def evaluate(
         click.echo(write_json(found.to_dict()))
     else:
         found.show()
+
+
+def _check_remote(options: Mapping[str, Any]) -> None:
+    """Raise `OptionError` for an option on the command line that a server would not be told of."""
+    context = click.get_current_context()
+    for name in options.keys() - {"model", "detail"}:
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = next(each.opts[0] for each in context.command.params if each.name == name)
+            raise OptionError(f"{option} is for models in this process; leave it out with --url")

@@ -20,7 +20,7 @@ from PIL import Image
 from edgevlm.errors import ModelError, OptionError, one_line
 from edgevlm.evals.items import LETTERS
 from edgevlm.evals.model import Schema, Scored
-from edgevlm.families.base import RGB
+from edgevlm.families.base import RGB, Detail
 
 logger = logging.getLogger(__name__)
 _TOP = 20
@@ -36,21 +36,21 @@ class RemoteModel:
     is_general = True
     prompts: Mapping[str, str] = {}
 
-    def __init__(self, url: str, model: str | None = None, api_key: str | None = None) -> None:
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None, detail: Detail = "auto") -> None:
         if not url.startswith(("http://", "https://")):
             raise OptionError(f"--url takes an address such as http://localhost:8000/v1, not {url!r}")
-        self._url, self._key = url.rstrip("/"), api_key
+        self._url, self._key, self._detail = url.rstrip("/"), api_key, detail
         self.name = model or self._first_model()
         self._scores = True
 
     def describe(self) -> dict[str, Any]:
-        """Return the server's address and the model's name."""
-        return {"model": self.name, "url": self._url}
+        """Return the server's address, the model's name, and the detail of its pictures."""
+        return {"model": self.name, "url": self._url, "detail": self._detail}
 
     def score(self, pictures: Sequence[RGB], question: str, options: Sequence[str]) -> Scored:
         """As `Model.score`. Raises `OptionError` where the server gives no log-probabilities."""
         if self._scores:
-            body = {"model": self.name, "messages": _messages(pictures, question), "choices": list(options)}
+            body = {"model": self.name, "messages": self._messages(pictures, question), "choices": list(options)}
             try:
                 found = self._post("/score", body | {"calibration_temperature": 1.0})
             except _StatusError as error:
@@ -66,7 +66,7 @@ class RemoteModel:
         self, pictures: Sequence[RGB], question: str, max_new_tokens: int, schema: Schema | None = None
     ) -> str:
         """As `Model.generate`."""
-        body = {"model": self.name, "messages": _messages(pictures, question), "max_tokens": max_new_tokens}
+        body = {"model": self.name, "messages": self._messages(pictures, question), "max_tokens": max_new_tokens}
         if schema:
             form = {"name": "answer", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
@@ -87,7 +87,7 @@ class RemoteModel:
             raise OptionError(
                 f"{self._url} has no /score, so that only options under letters can be scored; leave this suite out"
             )
-        body = {"model": self.name, "messages": _messages(pictures, question), "max_tokens": 1, "temperature": 0}
+        body = {"model": self.name, "messages": self._messages(pictures, question), "max_tokens": 1, "temperature": 0}
         found = self._post("/chat/completions", body | {"logprobs": True, "top_logprobs": _TOP})
         likely = dict.fromkeys(options, 0.0)
         with self._reading():
@@ -99,6 +99,11 @@ class RemoteModel:
                     likely[letter] += math.exp(each["logprob"])
         mass = sum(likely.values())
         return Scored({letter: p / mass if mass else 1 / len(likely) for letter, p in likely.items()}, mass)
+
+    def _messages(self, pictures: Sequence[RGB], question: str) -> list[dict[str, Any]]:
+        urls = ({"url": _data_url(picture), "detail": self._detail} for picture in pictures)
+        shown = [{"type": "image_url", "image_url": each} for each in urls]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
 
     def _first_model(self) -> str:
         found = self._request("/models", None)
@@ -158,11 +163,6 @@ class _StatusError(ModelError):
         except (OSError, ValueError, KeyError, TypeError):
             told = error.reason
         super().__init__(f"{url} answered {error.code}: {' '.join(str(told).split())}")
-
-
-def _messages(pictures: Sequence[RGB], question: str) -> list[dict[str, Any]]:
-    shown = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in pictures]
-    return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
 
 
 def _data_url(picture: RGB) -> str:
