@@ -23,6 +23,7 @@ from edgevlm import VLM, ImageBudget, OptionError
 from edgevlm.errors import SourceError
 from edgevlm.manifest import load_manifest
 from edgevlm_export import ExportOptions, export
+from edgevlm_export.families import exporter
 from edgevlm_export.pipeline import default_name, describe
 from edgevlm_export.routes import optimum
 from edgevlm_export.source.adapter import HEAD, open_adapter, plain_name
@@ -117,7 +118,8 @@ def adapter(lora: Path, tmp_path: Path) -> Path:
 
 def merged(checkpoint: Path, *adapters: Path, weights: tuple[float, ...] = ()) -> MergedWeights:
     pairs = zip(adapters, weights or [1.0] * len(adapters), strict=True)
-    return MergedWeights(open_checkpoint(checkpoint), [open_adapter(folder, weight) for folder, weight in pairs])
+    opened = open_checkpoint(checkpoint)
+    return MergedWeights(opened, [open_adapter(*pair) for pair in pairs], exporter(opened).renamed)
 
 
 def check_merged(
@@ -127,17 +129,18 @@ def check_merged(
 
     The limit is one of the value where that is above 1: peft computes in float32.
     """
-    base, changed = Weights(open_checkpoint(checkpoint)), 0
+    opened, changed = open_checkpoint(checkpoint), 0
+    base, renamed = Weights(opened), exporter(opened).renamed
     for name in weights:
-        found = weights.get(name).float32()
-        if plain_name(name) not in expected:  # such as a file's layers for multi-token prediction, which no model has
+        found, plain = weights.get(name).float32(), plain_name(name, renamed)
+        if plain not in expected:  # such as a file's layers for multi-token prediction, which no model has
             np.testing.assert_array_equal(found, base.get(name).float32())
             continue
-        wanted = expected[plain_name(name)]
+        wanted = expected[plain]
         assert (np.abs(found - wanted) <= limit * np.maximum(1, np.abs(wanted))).all(), name
         changed += name not in base or np.abs(found - base.get(name).float32()).max() > 0.01
     assert changed > 0
-    missing = expected.keys() - {plain_name(name) for name in weights}
+    missing = expected.keys() - {plain_name(name, renamed) for name in weights}
     assert missing <= {HEAD}
     if missing:  # tied still
         table = next(array for name, array in expected.items() if name.endswith(TABLE))
@@ -176,11 +179,13 @@ def test_names_of_every_layout_are_found(family: str, tmp_path: Path) -> None:
                 "lm_head.": "language_model.lm_head.",
             },
         ),
+        ("lfm2_vl", {"model.vision_tower.": "model.vision_tower.vision_model."}),
         ("qwen2_vl", {"model.language_model.": "model.", "model.visual.": "visual."}),
     ],
 )
 def test_adapters_with_the_names_of_transformers_4(family: str, names: dict[str, str], tmp_path: Path) -> None:
-    checkpoint = BUILDERS[family].variants["saved"](tmp_path)
+    variants = BUILDERS[family].variants
+    checkpoint = variants.get("saved", variants["held"])(tmp_path)
     train(checkpoint, tmp_path / "new", target_modules="all-linear", modules_to_save=["lm_head"])
     shutil.copytree(tmp_path / "new", tmp_path / "old")
 
@@ -196,6 +201,9 @@ def test_adapters_with_the_names_of_transformers_4(family: str, names: dict[str,
     found, expected = (merged(checkpoint, tmp_path / each) for each in ("old", "new"))
     for name in expected:
         np.testing.assert_array_equal(found.get(name).array, expected.get(name).array)
+    edit_tensors(tmp_path / "old", lambda tensors: tensors | load_file(tmp_path / "new/adapter_model.safetensors"))
+    with pytest.raises(SourceError, match="which are the same weight"):
+        merged(checkpoint, tmp_path / "old")
 
 
 @pytest.mark.parametrize("family", ["idefics3", "smolvlm", "qwen2_5_vl"])
@@ -263,7 +271,7 @@ def test_a_base_in_16_bits_stays_in_16_bits(dtype: torch.dtype, idefics3: Path, 
     expected = tensors_of(merged_by_peft(base, tmp_path / "adapter", dtype))
     weights = merged(base, tmp_path / "adapter")
     for name in weights:
-        found, wanted = weights.get(name), expected[plain_name(name)]
+        found, wanted = weights.get(name), expected[plain_name(name, {})]
         assert found.dtype == {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
         assert (found.float32() == wanted).mean() > 0.99  # a sum in float64 and one in float32 may round apart
         np.testing.assert_allclose(found.float32(), wanted, rtol=2**-7, atol=1e-6)

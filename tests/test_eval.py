@@ -454,6 +454,27 @@ def test_bad_files_are_told(table: Any, tmp_path: Path) -> None:
             make_suite("mcq", tmp_path / missing).items(None, 0)
 
 
+def test_data_are_for_the_suites_that_take_them(table: Any) -> None:
+    data = table([tsv_row("1"), tsv_row("2")])
+    told = "--data is for the suites anomaly, mcq, wikivqa; choose of these, or leave it out"
+    refused = cli("eval", "-m", "panel", "--suite", "carrier,tasks", "--data", data)
+    assert (refused.exit_code, refused.stdout, refused.stderr) == (1, "", f"Error: {told}\n")
+    with pytest.raises(OptionError, match=told):
+        make_suite("carrier", data)
+    assert "for anomaly, mcq and wikivqa" in cli("eval", "--help").stdout
+
+    def run(suites: str, data: Path | None) -> Any:
+        return Evaluation(suites, 4, False, 0, data, blind=False, output=None)(Alphabetical(), None)
+
+    both, drawn, own = run("carrier,mcq", data), run("carrier", None), run("mcq", data)
+    (_, _, carrier, _), (_, mcq, _, _) = both.results
+    assert [row["question"] for row in carrier] == [row["question"] for row in drawn.results[0][2]]
+    assert mcq.total.asked == 2
+    line = "--data is for mcq; the other suites ask items of their own"
+    assert line in both.lines() and both.to_dict()["data_for"] == ["mcq"]
+    assert not any("--data" in line for line in drawn.lines() + own.lines())
+
+
 def test_many_rows_are_read(table: Any) -> None:
     suite = make_suite("mcq", table([tsv_row("0")] + [tsv_row(str(n), "0") for n in range(1, 10_000)]))
     assert len(suite.items(None, 0)) == 10_000 and len(suite.items(100, 0)) == 100

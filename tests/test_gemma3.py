@@ -363,9 +363,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "too few types of layers": (
         {"layer_types": ["full_attention"]},
         {},
-        "layer_types must be 34 times sliding_attention or full_attention, not ['full_attention']",
+        "layer_types must name the types of 34 layers, sliding_attention or full_attention",
     ),
-    "a type of layers": ({"layer_types": ["chunked_attention"] * 34}, {}, "must be 34 times sliding_attention or"),
+    "a type of layers": ({"layer_types": ["chunked_attention"] * 34}, {}, "layers of type chunked_attention"),
     "one rotation for all": (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         {},

@@ -307,9 +307,10 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "config.json",
         "text_config",
         {"layer_types": ["conv", "sliding_attention", "conv", "full_attention"]},
-        "builds no layer of the kind 'sliding_attention'",
+        "does not build layers of type sliding_attention",
     ),
-    "few kinds": ("config.json", "text_config", {"layer_types": ["conv"]}, "must name the kinds of 4 layers"),
+    "few types": ("config.json", "text_config", {"layer_types": ["conv"]}, "must name the types of 4 layers"),
+    "no attention": ("config.json", "text_config", {"layer_types": ["conv"] * 4}, "layers are all without attention"),
     "no list": (
         "config.json",
         "text_config",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--items", type=int, help="Items of each suite at most.")
 @click.option("--quick", is_flag=True, help="About fifty items of each suite, ten of long answers.")
 @click.option("--sample-seed", default=0, show_default=True, help="Makes other items of the same kinds.")
-@click.option("--data", type=click.Path(path_type=Path), help="Your own items, for suites that take them.")
+@click.option("--data", type=click.Path(path_type=Path), help="Your own items, for anomaly, mcq and wikivqa.")
 @click.option("--against", metavar="MODEL", help="Another model, asked the same items and compared in pairs.")
 @click.option("--url", help="Ask a server of OpenAI's API at http://…/v1 instead; its key is in EDGEVLM_API_KEY.")
 @click.option("--no-blind", is_flag=True, help="Do not ask each item about grey pictures, too.")

@@ -20,7 +20,7 @@ from edgevlm.evals.pair import Pair, paired
 from edgevlm.evals.report import difference_line, figure_lines, table, write_report
 from edgevlm.evals.results import Difference, SuiteResult, compare, compare_cells, summarize
 from edgevlm.evals.run import Mode, Selection, check_knowledge, evaluate
-from edgevlm.evals.suites import SUITES, make_suite
+from edgevlm.evals.suites import SUITES, make_suite, suites_for_data
 from edgevlm.jobs.jsonl import Row
 
 
@@ -35,6 +35,8 @@ class Findings:
     """Of each suite."""
     left_out: dict[str, str] = field(default_factory=dict)
     other: str | None = None
+    data_for: Sequence[str] = ()
+    """The suites that `--data` was for, where others were asked, too."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `edgevlm eval --json` prints."""
@@ -46,6 +48,7 @@ class Findings:
             "differences_by_cell": {
                 name: {cell: asdict(each) for cell, each in cells.items()} for name, cells in self.by_cell.items()
             },
+            "data_for": list(self.data_for),
             "left_out": self.left_out,
         }
 
@@ -60,6 +63,8 @@ class Findings:
             found.append(difference_line(f"{self.other}, {name}", difference))
             cells = self.by_cell[name].items()
             found += [difference_line(f"{self.other}, {name}, {cell}", each) for cell, each in cells]
+        if self.data_for:
+            found.append(f"--data is for {', '.join(self.data_for)}; the other suites ask items of their own")
         return found + [f"left out: {name}: {why}" for name, why in self.left_out.items()]
 
     def show(self) -> None:
@@ -100,11 +105,13 @@ class Evaluation:
             raise OptionError("--keep-pictures needs a folder; add -o")
         self._all = suites == "all"
         names = list(SUITES) if self._all else [name.strip() for name in suites.split(",")]
+        taking_data = suites_for_data(names) if data else []
+        self._data_for = taking_data if len(taking_data) < len(names) else []
         self._suites: list[Suite] = []
         self._left_out: dict[str, str] = {}
         for name in names:
             try:
-                self._suites.append(make_suite(name, data))
+                self._suites.append(make_suite(name, data if name in taking_data else None))
             except OptionError as error:
                 if not self._all:
                     raise
@@ -115,7 +122,9 @@ class Evaluation:
 
     def __call__(self, model: Model, other: Model | None) -> Findings:
         """Ask every suite's items of a model, and of another on the same items."""
-        found = Findings(model.name, left_out=dict(self._left_out), other=other.name if other else None)
+        found = Findings(
+            model.name, left_out=dict(self._left_out), other=other.name if other else None, data_for=self._data_for
+        )
         for suite in self._suites:
             count = min(filter(None, (self._items, suite.quick if self._quick else None)), default=None)
             selection = replace(self._selection, count=count)

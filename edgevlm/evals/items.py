@@ -76,6 +76,8 @@ class Suite(ABC):
     """It compares with a second model instead of known answers."""
     asks_blind: ClassVar[bool] = True
     """A grey picture may be answered rightly; not so where a whole page or graph is to be written down."""
+    takes_data: ClassVar[bool] = False
+    """It can ask the user's own items (`--data`)."""
 
     strategies: ClassVar[tuple[str, ...]] = ()
     """Other ways to come to an answer, which `ask_further` takes."""

@@ -157,7 +157,7 @@ def choose_route(
         return ChosenRoute("onnx", partial(onnx.write_submodels, files))
     if options.via != "optimum":
         try:
-            weights = MergedWeights(checkpoint, adapters) if adapters else Weights(checkpoint)
+            weights = MergedWeights(checkpoint, adapters, family.renamed) if adapters else Weights(checkpoint)
             found = architecture(checkpoint, facts, weights).with_merged_tokens(options.merge_tokens, kind)
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)

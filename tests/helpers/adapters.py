@@ -55,8 +55,8 @@ def merged_by_peft(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.fl
 
 
 def tensors_of(model: Any) -> dict[str, np.ndarray]:
-    """Return a model's tensors by their plain names."""
-    return {plain_name(name): tensor.float().numpy() for name, tensor in model.state_dict().items()}
+    """Return a model's tensors by their plain names; in memory none is renamed."""
+    return {plain_name(name, {}): tensor.float().numpy() for name, tensor in model.state_dict().items()}
 
 
 def edit_config(folder: Path, **changes: object) -> None:

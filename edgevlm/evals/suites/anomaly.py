@@ -105,6 +105,7 @@ class Anomaly(Suite):
     name = "anomaly"
     version = 2
     asks = "finds what is odd in a plotted series"
+    takes_data = True
 
     def items(self, count: int | None, seed: int) -> Sequence[Item]:
         """Return twins of each carrier in turn, questions for the kind, and for the place; or those of `data`."""

@@ -25,6 +25,7 @@ class MultipleChoice(Suite):
 
     name = "mcq"
     asks = "answers the questions of this file"
+    takes_data = True
     form = "VLMEvalKit's TSV"
 
     def __init__(self, data: Path | None = None) -> None:

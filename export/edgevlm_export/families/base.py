@@ -77,6 +77,9 @@ class FamilyExporter:
     """
     covers_onnx: bool = True
     """False where the runtime's family needs more of the vision submodel than an ONNX file's encoder gives."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Parts of tensors' names in published files, with those that transformers 5 has for them in memory: an adapter may
+    have either."""
 
 
 def is_tied(config: ConfigReader, text: ConfigReader, tensors: Container[str], head: str = "lm_head") -> bool:

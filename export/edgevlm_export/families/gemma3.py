@@ -160,4 +160,4 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     )
 
 
-EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False)
+EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False, renamed=llava.RENAMED)

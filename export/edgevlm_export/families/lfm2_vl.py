@@ -219,4 +219,6 @@ def _projector(config: ConfigReader, vision: NaFlexTransformer, hidden: int) -> 
     )
 
 
-EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False)
+EXPORTER = FamilyExporter(
+    family_config, architecture, covers_onnx=False, renamed={"vision_tower.vision_model.": "vision_tower."}
+)

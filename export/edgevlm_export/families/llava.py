@@ -211,6 +211,10 @@ def make_architecture(config: ConfigReader, tensors: Container[str], *, has_newl
     return Architecture(decoder, graph(tower), unused(tower), (config, text, seen), merged_vision=merged)
 
 
+RENAMED = {"vision_tower.vision_model.": "vision_tower."}
+"""Of a SigLIP or CLIP tower: `FamilyExporter.renamed`."""
+
+
 @dataclass(frozen=True)
 class Names:
     """What the names of weights begin with, which depends on what saved them.
@@ -276,4 +280,4 @@ def make_tower(section: ConfigReader, layer: Any, prefix: str) -> Tower:
     )
 
 
-EXPORTER = FamilyExporter(family_config, architecture)
+EXPORTER = FamilyExporter(family_config, architecture, renamed=RENAMED)

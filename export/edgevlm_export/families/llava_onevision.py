@@ -107,4 +107,4 @@ def architecture(checkpoint: Checkpoint, facts: Mapping[str, Any], tensors: Cont
     return llava.make_architecture(config, tensors, has_newline=True)
 
 
-EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False)
+EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False, renamed=llava.RENAMED)

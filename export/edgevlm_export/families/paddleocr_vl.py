@@ -180,4 +180,4 @@ def _block(section: ConfigReader, at: str, hidden: int) -> Block:
     return Block(at, before, (q, k, v), out, after, mlp)
 
 
-EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False)
+EXPORTER = FamilyExporter(family_config, architecture, covers_onnx=False, renamed={"mlp_AR.": "projector."})

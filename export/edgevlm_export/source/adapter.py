@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +104,18 @@ _RECORDED = (
 )
 """Of the config, what the manifest has of it."""
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?(?:model\.)?")
-_RENAMED = {"vision_tower.vision_model.": "vision_tower.", "mlp_AR.": "projector."}
-"""What published files call otherwise than transformers 5 does."""
 _PICTURES = ("size", "max_image_size", "min_pixels", "max_pixels", "max_patches", "crop_size", "resample")
 """Settings of image processors that decide what of a picture is seen."""
 
 
-def plain_name(name: str) -> str:
+def plain_name(name: str, renamed: Mapping[str, str]) -> str:
     """Return a tensor's or module's name without what transformers 4 and 5 put around it, in files and in memory.
 
-    So `language_model.model.layers.0`, `model.language_model.layers.0` and `model.layers.0` are one.
+    So `language_model.model.layers.0`, `model.language_model.layers.0` and `model.layers.0` are one. `renamed` are the
+    family's parts of names that published files have, with those that transformers 5 has for them in memory.
     """
     plain = _WRAPPERS.sub("", name)
-    for published, held in _RENAMED.items():
+    for published, held in renamed.items():
         plain = plain.replace(published, held, 1)
     return plain
 
@@ -132,6 +131,10 @@ class Adapter:
     tensors: Tensors
     parts: Mapping[str, Mapping[str, str]]
     """Its tensors by the plain names of those that they change, and by which part of the change they are."""
+
+    def with_names(self, renamed: Mapping[str, str]) -> Adapter:
+        """Return it with the plain names of a family that has `renamed` some. Raises `SourceError`."""
+        return replace(self, parts=_sorted_parts(self.folder, self.tensors, renamed))
 
     @property
     def base(self) -> str:
@@ -232,23 +235,30 @@ def open_adapter(folder: Path, weight: float = 1.0, ignored: Collection[str] = (
     _check_kind(config, ignored)
     check_safetensors(folder / ADAPTER_WEIGHTS)
     tensors = Tensors([folder / ADAPTER_WEIGHTS])
-    parts: dict[str, dict[str, str]] = defaultdict(dict)
     for name in tensors:
         if tensors.dtype(name) not in DTYPES or not math.prod(tensors.shape(name)):
             raise SourceError(
                 f"{folder}: {name} is {tensors.dtype(name)} of shape {tensors.shape(name)}, not weights of"
                 f" {', '.join(DTYPES)}; save the adapter anew, gathered where training was sharded"
             )
-        ending = next((each for each in _PARTS if name.endswith(each)), "")
-        part, of_module = _PARTS.get(ending, ("whole", ""))
-        names = parts[plain_name(name.removesuffix(ending) + of_module)]
-        if other := next((names[each] for each in _EXCLUSIVE.get(part, (part,)) if each in names), None):
-            raise SourceError(f"{folder} has {other} and {name}, which are the same weight; save the adapter anew")
-        names[part] = name
+    parts = _sorted_parts(folder, tensors, {})
     if not parts:
         raise SourceError(f"{folder / ADAPTER_WEIGHTS} holds no tensors; the adapter was saved without its weights")
     _check_pairs(folder, parts)
-    return Adapter(folder, weight, config, tensors, dict(parts))
+    return Adapter(folder, weight, config, tensors, parts)
+
+
+def _sorted_parts(folder: Path, tensors: Tensors, renamed: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Return `Adapter.parts` of its tensors. Raises `SourceError` where two of them are one part of a change."""
+    parts: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in tensors:
+        ending = next((each for each in _PARTS if name.endswith(each)), "")
+        part, of_module = _PARTS.get(ending, ("whole", ""))
+        names = parts[plain_name(name.removesuffix(ending) + of_module, renamed)]
+        if other := next((names[each] for each in _EXCLUSIVE.get(part, (part,)) if each in names), None):
+            raise SourceError(f"{folder} has {other} and {name}, which are the same weight; save the adapter anew")
+        names[part] = name
+    return dict(parts)
 
 
 def _check_folder(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,18 +18,19 @@ class MergedWeights(Weights):
 
     Where embedding table and LM head are one tensor, what changes the table changes the head, as in peft's
     `merge_and_unload`. An adapter that changes the head by itself, or the table as a copy, makes two of them.
+    `renamed` are parts of names that the checkpoint's family has renamed (`FamilyExporter.renamed`).
     """
 
-    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[Adapter], renamed: Mapping[str, str]) -> None:
         super().__init__(checkpoint)
-        self.adapters = adapters
+        self.adapters = [adapter.with_names(renamed) for adapter in adapters]
         self._changes: dict[str, list[tuple[Adapter, str]]] = {}
         """By the file's names: the adapters that change a tensor, each with the plain name under which it does."""
-        self._names = {plain_name(name): name for name in self}
+        self._names = {plain_name(name, renamed): name for name in self}
         self._table = next((name for name in self._names if name.endswith(TABLE)), TABLE)
-        for target in dict.fromkeys(target for adapter in adapters for target in adapter.parts):
+        for target in dict.fromkeys(target for adapter in self.adapters for target in adapter.parts):
             if target != HEAD:
-                self._add(target, [(adapter, target) for adapter in adapters if target in adapter.parts])
+                self._add(target, [(adapter, target) for adapter in self.adapters if target in adapter.parts])
         self._is_tied = HEAD not in self._names or self._has_copied_head(checkpoint)
         self._add_head()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
-from edgevlm_export.families.text_models.rotation import MRope, read_rope
+from edgevlm_export.families.text_models.rotation import GLOBAL, LOCAL, MRope, read_rope
 from edgevlm_export.graphs.attention import Attention
 from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer, Mixer
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm
@@ -92,6 +92,23 @@ def read_heads(text: ConfigReader, hidden: int) -> tuple[int, int, int]:
     return heads, kv_heads, head_dim
 
 
+def read_layer_types(text: ConfigReader, known: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """Return the type of each layer, one of `known`: as the config states them, or else `usual`.
+
+    Raises `SourceError`, and `UnsupportedError` for another type and where none is attention.
+    """
+    count, found = text.size("num_hidden_layers"), text.get("layer_types", usual)
+    types = found if isinstance(found, list) and all(isinstance(each, str) for each in found) else []
+    if other := {*types} - {*known}:
+        raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
+    if len(types) != count:
+        name = text.name_of("layer_types")
+        raise SourceError(f"config.json: {name} must name the types of {count} layers, {' or '.join(known)}")
+    if not {LOCAL, GLOBAL} & {*types}:
+        raise UnsupportedError("the native route builds no decoder whose layers are all without attention")
+    return types
+
+
 def refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
     """Raise `UnsupportedError` for a window shorter than the context; `always`: it slides without being told to."""
     window = text.get("sliding_window", _WINDOW)
@@ -99,5 +116,4 @@ def refuse_sliding_windows(text: ConfigReader, *, always: bool) -> None:
     slides = always or text.flag("use_sliding_window")
     if slides and window and window < text.size("max_position_embeddings"):
         raise UnsupportedError(f"the native route does not build attention over a sliding window of {window} tokens")
-    if other := set(text.get("layer_types", [])) - {"full_attention"}:
-        raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
+    read_layer_types(text, [GLOBAL], [GLOBAL] * text.size("num_hidden_layers"))

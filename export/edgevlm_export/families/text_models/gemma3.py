@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from edgevlm.errors import SourceError
-from edgevlm_export.families.text_models.common import Names, make_decoder
+from edgevlm_export.families.text_models.common import Names, make_decoder, read_layer_types
 from edgevlm_export.families.text_models.rotation import GLOBAL, LOCAL, read_ropes
 from edgevlm_export.graphs.attention import Attention
 from edgevlm_export.graphs.decoder import Decoder, Layer
@@ -22,7 +21,7 @@ def read_gemma3(text: ConfigReader, names: Names) -> Decoder:
     if text.flag("use_bidirectional_attention"):
         raise UnsupportedError("the native route does not build text_config.use_bidirectional_attention")
     bias, make_norm = text.flag("attention_bias"), partial(Norm, unit_offset=True)
-    kinds, ropes = read_layer_types(text), read_ropes(text, dict.fromkeys((LOCAL, GLOBAL), text.size("head_dim")))
+    kinds, ropes = layer_types(text), read_ropes(text, dict.fromkeys((LOCAL, GLOBAL), text.size("head_dim")))
     plain = make_decoder(
         text,
         names,
@@ -48,15 +47,9 @@ def read_gemma3(text: ConfigReader, names: Names) -> Decoder:
     return replace(plain, embed_tokens=table, layers=layers)
 
 
-def read_layer_types(text: ConfigReader) -> list[str]:
-    """Return the type of each layer, stated or every so many of them global. Raises `SourceError`."""
+def layer_types(text: ConfigReader) -> list[str]:
+    """Return the type of each layer: the last of every few is global. Raises as `read_layer_types` does."""
     count, pattern = text.size("num_hidden_layers"), text.size("sliding_window_pattern", 6)
     text.get("_sliding_window_pattern")  # transformers 5 saves it beside `layer_types`
     usual = [LOCAL if (index + 1) % pattern else GLOBAL for index in range(count)]
-    found = text.get("layer_types", usual)
-    kinds = found if isinstance(found, list) else []
-    if len(kinds) != count or any(each not in (LOCAL, GLOBAL) for each in kinds):
-        raise SourceError(
-            f"config.json: text_config.layer_types must be {count} times {LOCAL} or {GLOBAL}, not {found!r}"
-        )
-    return kinds
+    return read_layer_types(text, (LOCAL, GLOBAL), usual)

@@ -7,7 +7,7 @@ from typing import Any
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
 from edgevlm_export.families.text_models.common import Names
-from edgevlm_export.families.text_models.gemma3 import read_layer_types
+from edgevlm_export.families.text_models.gemma3 import layer_types
 from edgevlm_export.families.text_models.rotation import GLOBAL, LOCAL, read_ropes
 from edgevlm_export.graphs.attention import Attention, ReusingAttention
 from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer, PerLayerEmbedding
@@ -32,7 +32,7 @@ class _Reader:
         self.text, self.names = text, names
         self.hidden, self.eps = text.size("hidden_size"), text.number("rms_norm_eps")
         self.heads, self.kv_heads = text.size("num_attention_heads"), text.size("num_key_value_heads")
-        self.kinds = [*read_layer_types(text)[:-1], GLOBAL]  # the last one always, as in transformers
+        self.kinds = [*layer_types(text)[:-1], GLOBAL]  # the last one always, as in transformers
         self.head_dims = {LOCAL: text.size("head_dim"), GLOBAL: self._global_head_dim()}
         self.ropes = read_ropes(text, self.head_dims)
         self.act, self.window = read_activation(text, "hidden_activation"), text.size("sliding_window")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 from edgevlm.errors import SourceError
-from edgevlm_export.families.text_models.common import Names, read_heads
-from edgevlm_export.families.text_models.rotation import read_rope
+from edgevlm_export.families.text_models.common import Names, read_heads, read_layer_types
+from edgevlm_export.families.text_models.rotation import GLOBAL, read_rope
 from edgevlm_export.graphs.attention import Attention
 from edgevlm_export.graphs.decoder import Decoder, GatedMLP, Layer
 from edgevlm_export.graphs.modules import DepthwiseConvolution, Embedding, Linear, Norm
 from edgevlm_export.graphs.short_conv import ShortConv
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
+
+_SHORT_CONV = "conv"
 
 
 def read_lfm2(text: ConfigReader, names: Names) -> Decoder:
@@ -43,10 +45,10 @@ def read_lfm2(text: ConfigReader, names: Names) -> Decoder:
         before, after = (Norm(f"{at}.{name}_norm", hidden, eps) for name in ("operator", "ffn"))
         gate, up = (Linear(f"{at}.feed_forward.{name}", inner, hidden) for name in ("w1", "w3"))
         mlp = GatedMLP(gate, up, Linear(f"{at}.feed_forward.w2", hidden, inner), "silu")
-        mixer = short_conv(f"{at}.conv") if kind == "conv" else attention(f"{at}.self_attn")
+        mixer = short_conv(f"{at}.conv") if kind == _SHORT_CONV else attention(f"{at}.self_attn")
         return Layer(at, before, mixer, after, mlp)
 
-    layers = tuple(layer(f"{names.prefix}.layers.{index}", kind) for index, kind in enumerate(_lfm2_kinds(text)))
+    layers = tuple(layer(f"{names.prefix}.layers.{index}", kind) for index, kind in enumerate(_layer_types(text)))
     table, norm = Embedding(f"{names.prefix}.embed_tokens", vocab, hidden), f"{names.prefix}.embedding_norm"
     return Decoder(table, layers, Norm(norm, hidden, eps), Linear(names.head, vocab, hidden))
 
@@ -60,16 +62,10 @@ def _lfm2_inner(text: ConfigReader) -> int:
     return multiple * math.ceil(int(multiplier * int(2 * inner / 3)) / multiple)
 
 
-def _lfm2_kinds(text: ConfigReader) -> list[str]:
-    """Return each layer's kind, `conv` or `full_attention`; without either list all layers are attention."""
-    count = text.size("num_hidden_layers")
-    kinds, full = text.get("layer_types"), text.get("full_attn_idxs", list(range(count)))
-    if kinds is None:
-        if not isinstance(full, list):
-            raise SourceError(f"config.json: {text.name_of('full_attn_idxs')} must be a list of layers, not {full!r}")
-        kinds = ["full_attention" if index in full else "conv" for index in range(count)]
-    if not isinstance(kinds, list) or len(kinds) != count:
-        raise SourceError(f"config.json: {text.name_of('layer_types')} must name the kinds of {count} layers")
-    if unknown := next((kind for kind in kinds if kind not in ("conv", "full_attention")), None):
-        raise UnsupportedError(f"the native route builds no layer of the kind {unknown!r}")
-    return kinds
+def _layer_types(text: ConfigReader) -> list[str]:
+    """Return the type of each layer; without either list all are attention. Raises as `read_layer_types` does."""
+    layers = range(text.size("num_hidden_layers"))
+    full = text.get("full_attn_idxs", list(layers))
+    if not isinstance(full, list):
+        raise SourceError(f"config.json: {text.name_of('full_attn_idxs')} must be a list of layers, not {full!r}")
+    return read_layer_types(text, (_SHORT_CONV, GLOBAL), [GLOBAL if index in full else _SHORT_CONV for index in layers])

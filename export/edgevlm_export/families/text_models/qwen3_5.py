@@ -6,12 +6,14 @@ from functools import partial
 
 from edgevlm.errors import SourceError
 from edgevlm_export.families.base import read_activation
-from edgevlm_export.families.text_models.common import Names, make_decoder
-from edgevlm_export.families.text_models.rotation import MRope
+from edgevlm_export.families.text_models.common import Names, make_decoder, read_layer_types
+from edgevlm_export.families.text_models.rotation import GLOBAL, MRope
 from edgevlm_export.graphs.decoder import Decoder
 from edgevlm_export.graphs.gated_delta_net import GatedDeltaNet
 from edgevlm_export.graphs.modules import DepthwiseConvolution, Linear, Norm, Tensor
 from edgevlm_export.source.config_reader import ConfigReader, UnsupportedError
+
+_DELTA_NET = "linear_attention"
 
 
 def read_qwen3_5(text: ConfigReader, names: Names) -> Decoder:
@@ -31,8 +33,8 @@ def read_qwen3_5(text: ConfigReader, names: Names) -> Decoder:
     bias = text.flag("attention_bias")
     mixers = {
         index: _read_delta_net(text, f"{names.prefix}.layers.{index}.linear_attn")
-        for index, kind in enumerate(_read_layer_types(text))
-        if kind == "linear_attention"
+        for index, kind in enumerate(_layer_types(text))
+        if kind == _DELTA_NET
     }
     mrope = MRope((11, 11, 10), interleaved=True)
     return make_decoder(
@@ -49,19 +51,11 @@ def read_qwen3_5(text: ConfigReader, names: Names) -> Decoder:
     )
 
 
-def _read_layer_types(text: ConfigReader) -> list[str]:
-    """Return what each layer mixes positions with, some of them with attention. Raises `SourceError`."""
+def _layer_types(text: ConfigReader) -> list[str]:
+    """Return the type of each layer: attention in the last of every few. Raises as `read_layer_types` does."""
     count, interval = text.size("num_hidden_layers"), text.size("full_attention_interval", 4)
-    regular = ["linear_attention" if (index + 1) % interval else "full_attention" for index in range(count)]
-    found = text.get("layer_types", regular)
-    kinds = found if isinstance(found, list) and all(isinstance(each, str) for each in found) else []
-    if other := {*kinds} - {"linear_attention", "full_attention"}:
-        raise UnsupportedError(f"the native route does not build layers of type {min(other)}")
-    if len(kinds) != count or "full_attention" not in kinds:
-        raise SourceError(
-            f"config.json: {text.name_of('layer_types')} must be {count} types of layers, full_attention among them"
-        )
-    return kinds
+    usual = [GLOBAL if (index + 1) % interval == 0 else _DELTA_NET for index in range(count)]
+    return read_layer_types(text, (_DELTA_NET, GLOBAL), usual)
 
 
 def _read_delta_net(text: ConfigReader, at: str) -> GatedDeltaNet:
