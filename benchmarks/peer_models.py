@@ -34,7 +34,8 @@ def make(folder: Path, build: Callable[[Path], None]) -> Path:
 def _weights(checkpoint: Path) -> dict[str, np.ndarray]:
     from safetensors.torch import load_file
 
-    return {name: weight.float().numpy() for name, weight in load_file(checkpoint / "model.safetensors").items()}
+    shards = sorted(checkpoint.glob("*.safetensors"))
+    return {name: weight.float().numpy() for shard in shards for name, weight in load_file(shard).items()}
 
 
 def text_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -92,11 +93,11 @@ def onnx_vision(checkpoint: Path, folder: Path) -> None:
     torch.onnx.export(Tile().eval(), (tile,), str(folder / VISION_ONNX), dynamo=False, opset_version=17, **names)
 
 
-def gguf(checkpoint: Path, folder: Path) -> None:
-    """Write `text.gguf` (matrices in Q4_0, embeddings and head in Q8_0) and `mmproj.gguf` (F16)."""
+def gguf(checkpoint: Path, folder: Path, quantized: bool = True) -> None:
+    """Write `text.gguf` (matrices in Q4_0, embeddings and head in Q8_0, or all in F32) and `mmproj.gguf` (F16)."""
     weights = _weights(checkpoint)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    _write_text(weights, config, checkpoint, folder / "text.gguf")
+    _write_text(weights, config, checkpoint, folder / "text.gguf", quantized)
     _write_vision(weights, config, folder / "mmproj.gguf")
     shutil.copyfile(checkpoint / "chat_template.jinja", folder / "chat_template.jinja")
 
@@ -135,7 +136,9 @@ def _layers(
             yield f"{layer}.{names[part]}.{kind}", part, weight
 
 
-def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoint: Path, path: Path) -> None:
+def _write_text(
+    weights: dict[str, np.ndarray], config: dict[str, Any], checkpoint: Path, path: Path, quantized: bool
+) -> None:
     import gguf as format_
 
     text = config["text_config"]
@@ -143,14 +146,15 @@ def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoi
     writer = format_.GGUFWriter(path, "llama")
     add_text(writer, text, checkpoint)
     writer.add_rope_dimension_count(text["head_dim"])
-    q4, q8 = format_.GGMLQuantizationType.Q4_0, format_.GGMLQuantizationType.Q8_0
+    q4, q8 = text_types(quantized)
 
     def add(name: str, weight: np.ndarray, kind: Any = None) -> None:
         data = weight.astype(np.float32) if kind is None else format_.quants.quantize(weight, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
 
     add("token_embd.weight", weights["model.text_model.embed_tokens.weight"], q8)
-    add("output.weight", weights["lm_head.weight"], q8)
+    if "lm_head.weight" in weights:  # or else it is tied
+        add("output.weight", weights["lm_head.weight"], q8)
     add("output_norm.weight", weights["model.text_model.norm.weight"])
     for name, part, weight in _layers(weights, "model.text_model.layers.", TEXT_NAMES):
         turned = weight
@@ -159,6 +163,13 @@ def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoi
             turned = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         add(f"blk.{name}", turned, q4 if weight.ndim == 2 else None)
     close(writer)
+
+
+def text_types(quantized: bool) -> tuple[Any, Any]:
+    """Return the types of a text model's matrices, and of its embeddings and head."""
+    from gguf import GGMLQuantizationType as Type
+
+    return (Type.Q4_0, Type.Q8_0) if quantized else (Type.F32, Type.F32)
 
 
 def add_text(writer: Any, text: dict[str, Any], checkpoint: Path) -> None:
