@@ -48,20 +48,27 @@ TITLES = {
     "detail": "Detail auto: as many tiles as the picture has pixels for",
     "one_tile": "Detail low: one view",
     "image_tokens": "Qwen-VL beside its peers as the image tokens grow",
+    "pages": "Seconds a page: {}",
     "guide": "Four ways to run it",
     "reuse": "Caching",
     "scaling": "How it grows",
     "roofline": "Against the machine's limits",
     "arithmetic": "OpenVINO's settings, against those that edgevlm leaves or chooses",
 }
-"""The sections of a chapter in their order, by kind of result."""
+"""The sections of a chapter in their order, by kind of result; `{}` is the rest of the file's name."""
 NOTES = {
     "image_tokens": """\
 The second question is about the same picture. edgevlm and llama.cpp keep the prompt's beginning in their KV cache;
 optimum-intel keeps nothing between two calls; OpenVINO GenAI is asked in a chat, its own way to go on, and took as long
 as for the first, or twice as long: why was not found out. `optimum` is its own INT4 export with INT8 weights in the
 vision encoder, `genai` runs that, `int4-int8` is the like of edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes,
-`gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder."""
+`gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder.""",
+    "pages": """\
+A page of A4 as `edgevlm convert` rasterizes it, and 500 tokens of answer after the first. All systems read it with the
+same image tokens but `edgevlm-convert`, which has the defaults of `edgevlm convert`: no more views than the page has
+pixels for, and drafts. `edgevlm-drafts` has drafts alone. Of seeded weights every answer soon repeats itself, so drafts
+come true more often than on a page of a real model. `int4` and `int8` are what `edgevlm export` makes, `checkpoint` is
+as published in BF16, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder.""",
 }
 """What a section's tables need to be read."""
 GUIDE_ROWS = {
@@ -85,6 +92,11 @@ class Result(NamedTuple):
     def kind(self) -> str:
         """What it is a result of."""
         return self.name.partition("-")[0]
+
+    @property
+    def title(self) -> str:
+        """The heading of its section."""
+        return TITLES[self.kind].format(self.name.partition("-")[2])
 
     @property
     def is_comparison(self) -> bool:
@@ -123,7 +135,7 @@ def page(results: Sequence[Result]) -> str:
         if own:
             parts += [f"## {title}", "\n".join(overview(own))]
             for each in own:
-                parts += [f"### {TITLES[each.kind]}", *([NOTES[each.kind]] if each.kind in NOTES else [])]
+                parts += [f"### {each.title}", *([NOTES[each.kind]] if each.kind in NOTES else [])]
                 parts.append("\n".join(section(each)))
     return "\n\n".join(parts) + "\n"
 

@@ -146,12 +146,12 @@ def test_a_page_is_read_once_and_not_enlarged_for_conversion(
 ) -> None:
     monkeypatch.chdir(ROOT)
     output, tokens = tmp_path / "rows.jsonl", 4
-    asked: list[object] = ["pages", "granite-docling-258m", output, "--tokens", tokens, "--dpi", 36, "--rounds", 1]
+    asked: list[object] = ["pages", "granite-docling-258m", output, "--tokens", tokens, "--dpi", 18, "--rounds", 1]
     for name in ("edgevlm", "edgevlm-convert"):
         asked += ["--system", name, exported, sys.executable]
     monkeypatch.setattr(sys, "argv", [*map(str, asked), "--threads", "2"])
     pages.main()
-    read = [found for found, _ in read_rows(output) if found.get("case") == "granite-docling-258m, 36 dpi"]
+    read = [found for found, _ in read_rows(output) if found.get("case") == "granite-docling-258m, 18 dpi"]
     assert [each["system"] for each in read] == [f"{name} {exported.name}" for name in ("edgevlm", "edgevlm-convert")]
     for each in read:
         assert each["total_s"] == pytest.approx(each["ttft_s"] + (tokens - 1) / each["tokens_per_s"])
