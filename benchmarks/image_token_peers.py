@@ -175,7 +175,7 @@ def genai(model: Path, threads: int) -> Asker:
 
 
 def llama_cpp(model: Path, threads: int) -> Asker:
-    """llama.cpp on what `benchmarks.qwen_gguf` or `benchmarks.page_gguf` wrote; it keeps the last prompt's KV cache."""
+    """llama.cpp on what `benchmarks.gguf` wrote; it keeps the last prompt's KV cache."""
     llama = LlamaCpp(model, threads)
 
     def once(picture: Path, question: str, tokens: int) -> Answer:

@@ -1,17 +1,20 @@
-"""Qwen-VL on edgevlm beside its peers as the image tokens grow, all in one alternating run.
+"""A checkpoint on edgevlm beside its peers as the image tokens grow, all in one alternating run.
 
     python -m benchmarks.make_seeded_checkpoint qwen3-vl-2b build/qwen3-vl-2b
     edgevlm export build/qwen3-vl-2b --int4 --vision-precision int8 -o build/edgevlm
     optimum-cli export openvino -m build/qwen3-vl-2b --task image-text-to-text --weight-format int4 --group-size 64 \
         build/optimum
+    python -m benchmarks.gguf build/qwen3-vl-2b build/gguf
     python -m benchmarks.image_tokens FILE.jsonl --system optimum build/optimum PYTHON \
-        --system genai build/optimum PYTHON --system edgevlm build/edgevlm PYTHON [--rounds 4] [--image-tokens 64 256]
+        --system genai build/optimum PYTHON --system edgevlm build/edgevlm PYTHON --system llama.cpp build/gguf PYTHON \
+        --system torch-bf16 build/qwen3-vl-2b PYTHON [--rounds 4] [--image-tokens 64 256]
 
 PYTHON is the interpreter of the environment that the system is installed in, beside Pillow and psutil. Pictures are
 square and of `--unit` pixels for each image token, so that all systems make the same number of tokens of them;
-`prompt_tokens` tells. Each round starts every system once, in a process of its own (`benchmarks.image_token_peers`).
-Rounds are added to those in FILE.jsonl; see `benchmarks.rounds` for the order, the ratios, and when there are none. At
-the end, or alone with `--rounds 0`, the medians are printed, the ratios being those to the first system in the file.
+`prompt_tokens` tells. A model that splits pictures into tiles is given their `--sides` in pixels instead. Each round
+starts every system once, in a process of its own (`benchmarks.image_token_peers`). Rounds are added to those in
+FILE.jsonl; see `benchmarks.rounds` for the order, the ratios, and when there are none. At the end, or alone with
+`--rounds 0`, the medians are printed, the ratios being those to the first system in the file.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import argparse
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -30,18 +33,17 @@ from benchmarks.rounds import System, reference, run, table
 from edgevlm.bench.measure import sample_picture
 
 
-def pictures(folder: Path, sizes: Sequence[int], unit: int) -> list[str]:
-    """Write two pictures for each number of image tokens, a square; return the cases as `image_token_peers` reads."""
+def pictures(folder: Path, sides: Mapping[str, int]) -> list[str]:
+    """Write two square pictures for each case, given its side in pixels; return them as `image_token_peers` reads."""
     with Image.open(sample_picture(folder)) as opened:
         sample = opened.convert("RGB")
     found = []
-    for tokens in sizes:
-        side = math.isqrt(tokens) * unit
+    for case, side in sides.items():
         paths = []
         for name, image in (("warm-up", ImageOps.mirror(sample)), ("picture", sample)):
-            paths.append(folder / f"{name}-{tokens}.png")
+            paths.append(folder / f"{name}-{side}.png")
             image.resize((side, side), Image.Resampling.BICUBIC).save(paths[-1])
-        found.append(f"{tokens} image tokens={','.join(map(str, paths))}")
+        found.append(f"{case}={','.join(map(str, paths))}")
     return found
 
 
@@ -76,11 +78,15 @@ def main() -> None:
     add_options(parser, tokens=32)
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024], help="squares of integers")
     parser.add_argument("--unit", type=int, default=32, help="side of an image token in pixels")
+    parser.add_argument("--sides", type=int, nargs="+", help="of square pictures in pixels, in place of --image-tokens")
     arguments = parser.parse_args()
     if wrong := [each for each in arguments.image_tokens if math.isqrt(each) ** 2 != each]:
         parser.error(f"--image-tokens takes squares of integers, not {wrong[0]}")
+    sides = {f"{each} image tokens": math.isqrt(each) * arguments.unit for each in arguments.image_tokens}
+    if arguments.sides:
+        sides = {f"{each}x{each} pixels": each for each in arguments.sides}
     with tempfile.TemporaryDirectory() as scratch:
-        measure(arguments, pictures(Path(scratch), arguments.image_tokens, arguments.unit))
+        measure(arguments, pictures(Path(scratch), sides))
 
 
 if __name__ == "__main__":

@@ -47,30 +47,40 @@ TITLES = {
     "side_by_side": "Beside its peers",
     "detail": "Detail auto: as many tiles as the picture has pixels for",
     "one_tile": "Detail low: one view",
-    "image_tokens": "Qwen-VL beside its peers as the image tokens grow",
-    "pages": "Seconds a page: {}",
+    "image_tokens": "Beside its peers as the image tokens grow",
+    "pages": "Seconds a page",
     "guide": "Four ways to run it",
     "reuse": "Caching",
     "scaling": "How it grows",
     "roofline": "Against the machine's limits",
     "arithmetic": "OpenVINO's settings, against those that edgevlm leaves or chooses",
 }
-"""The sections of a chapter in their order, by kind of result; `{}` is the rest of the file's name."""
+"""The sections of a chapter in their order, by kind of result."""
 NOTES = {
     "image_tokens": """\
 The second question is about the same picture. edgevlm and llama.cpp keep the prompt's beginning in their KV cache;
-optimum-intel keeps nothing between two calls; OpenVINO GenAI is asked in a chat, its own way to go on, and took as long
-as for the first, or twice as long: why was not found out. `optimum` is its own INT4 export with INT8 weights in the
-vision encoder, `genai` runs that, `int4-int8` is the like of edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes,
-`gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder.""",
+optimum-intel and PyTorch keep nothing between two calls; OpenVINO GenAI is asked in a chat, its own way to go on.
+`optimum` is its own INT4 export with INT8 weights in the vision encoder, `genai` runs that, `int4-int8` is the like of
+edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder,
+`torch-bf16` is transformers on the checkpoint itself.""",
     "pages": """\
-A page of A4 as `edgevlm convert` rasterizes it, and 500 tokens of answer after the first. All systems read it with the
-same image tokens but `edgevlm-convert`, which has the defaults of `edgevlm convert`: no more views than the page has
-pixels for, and drafts. `edgevlm-drafts` has drafts alone. Of seeded weights every answer soon repeats itself, so drafts
-come true more often than on a page of a real model. `int4` and `int8` are what `edgevlm export` makes, `checkpoint` is
-as published in BF16, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder.""",
+A page of A4 as `edgevlm convert` rasterizes it at so many dpi (its own choice is 144), and 500 tokens of answer after
+the first. All systems read it with the same image tokens but `edgevlm-convert`, which has the defaults of `edgevlm
+convert`: no more views than the page has pixels for, and drafts. `edgevlm-drafts` has the drafts alone. Seeded weights
+repeat themselves sooner than a real model does, so more drafts come true. `int4` and `int8` are what `edgevlm export`
+makes, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder, `torch-bf16` is transformers on the checkpoint
+itself.""",
+    "image_tokens-lfm2.5-vl-450m": """\
+A picture of 512x512 pixels is one view, one of 1024x1024 four tiles and a thumbnail. PyTorch computes the short
+convolutions with transformers' reference implementation, because `causal_conv1d` needs a GPU. optimum-intel does not
+export LFM2-VL, so it and OpenVINO GenAI are not here.""",
+    "image_tokens-qwen3-vl-2b": """\
+The second question took OpenVINO GenAI as long as the first, or twice as long: why was not found out.""",
+    "image_tokens-qwen3.5-0.8b": """\
+PyTorch computes the linear attention with transformers' reference implementation, because `flash-linear-attention` and
+`causal_conv1d` need a GPU.""",
 }
-"""What a section's tables need to be read."""
+"""What tables need to be read: by the kind of result for all of it, by its name for one result."""
 GUIDE_ROWS = {
     "PyTorch": "PyTorch FP32",
     "OpenVINO": "edgevlm FP32",
@@ -94,9 +104,9 @@ class Result(NamedTuple):
         return self.name.partition("-")[0]
 
     @property
-    def title(self) -> str:
-        """The heading of its section."""
-        return TITLES[self.kind].format(self.name.partition("-")[2])
+    def model(self) -> str:
+        """The model that it is of, where its name tells."""
+        return self.name.partition("-")[2]
 
     @property
     def is_comparison(self) -> bool:
@@ -135,7 +145,8 @@ def page(results: Sequence[Result]) -> str:
         if own:
             parts += [f"## {title}", "\n".join(overview(own))]
             for each in own:
-                parts += [f"### {each.title}", *([NOTES[each.kind]] if each.kind in NOTES else [])]
+                parts.append(f"### {TITLES[each.kind]}" + (f": {each.model}" if each.model else ""))
+                parts += [NOTES[key] for key in (each.kind, each.name) if key in NOTES and NOTES[key] not in parts]
                 parts.append("\n".join(section(each)))
     return "\n\n".join(parts) + "\n"
 
@@ -174,7 +185,8 @@ def _row_figures(result: Result) -> list[list[str]]:
             medians = {figure: each.median for figure, each in spreads.items() if each}
             conditions = [each for row in own.values() if (each := rounds.conditions_of(row))]
             together = Conditions.together(conditions) if conditions else None
-            found.append(_overview_row(f"{name}, {case}", next(iter(own.values())), medians, together))
+            model = f"{result.model}, " if result.model else ""
+            found.append(_overview_row(f"{model}{name}, {case}", next(iter(own.values())), medians, together))
     return found
 
 

@@ -1,7 +1,7 @@
 """Seconds a page: a page of A4 read by a model for documents, on edgevlm beside its peers, in one alternating run.
 
     python -m benchmarks.make_seeded_checkpoint granite-docling-258m build/checkpoint
-    python -m benchmarks.page_gguf build/checkpoint build/gguf
+    python -m benchmarks.gguf build/checkpoint build/gguf
     edgevlm export build/checkpoint --int4 --no-verify -o build/int4
     python -m benchmarks.pages granite-docling-258m FILE.jsonl --system llama.cpp build/gguf PYTHON
         --system torch-bf16 build/checkpoint PYTHON --system edgevlm build/int4 PYTHON [--rounds 4] [--dpi 144]

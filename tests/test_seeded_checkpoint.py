@@ -173,17 +173,12 @@ def test_a_shape_has_as_many_weights_as_the_model(name: str, weights: float, tmp
     assert sum(map(prod, tensor_shapes(tmp_path, shape).values())) == pytest.approx(weights, rel=0.002)
 
 
-def make_small(name: str, folder: Path) -> None:
-    """Write a checkpoint of a shape, with few and small layers."""
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_small_one_is_exported_and_answers(name: str, tmp_path: Path) -> None:
     changes = [
         f"{section}.{key}={json.dumps(value)}" for section, given in SMALL[name].items() for key, value in given.items()
     ]
-    make_checkpoint(folder, read_shape(name, changes), BYTES)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_a_small_one_is_exported_and_answers(name: str, tmp_path: Path) -> None:
-    make_small(name, tmp_path / "checkpoint")
+    make_checkpoint(tmp_path / "checkpoint", read_shape(name, changes), BYTES)
     folder = export(tmp_path / "checkpoint", tmp_path / "export", ExportOptions("fp32", verify=False)).folder
     vlm = VLM(folder, F32)
     answer = vlm.generate(None, "What?", max_new_tokens=2)
