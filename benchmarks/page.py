@@ -58,18 +58,12 @@ TITLES = {
 """The sections of a chapter in their order, by kind of result."""
 NOTES = {
     "image_tokens": """\
-The second question is about the same picture. edgevlm and llama.cpp keep the prompt's beginning in their KV cache;
-optimum-intel and PyTorch keep nothing between two calls; OpenVINO GenAI is asked in a chat, its own way to go on.
-`optimum` is its own INT4 export with INT8 weights in the vision encoder, `genai` runs that, `int4-int8` is the like of
-edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder,
-`torch-bf16` is transformers on the checkpoint itself.""",
-    "pages": """\
-A page of A4 as `edgevlm convert` rasterizes it at so many dpi (its own choice is 144), and 500 tokens of answer after
-the first. All systems read it with the same image tokens but `edgevlm-convert`, which has the defaults of `edgevlm
-convert`: no more views than the page has pixels for, and drafts. `edgevlm-drafts` has the drafts alone. Seeded weights
-repeat themselves sooner than a real model does, so more drafts come true. `int4` and `int8` are what `edgevlm export`
-makes, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder, `torch-bf16` is transformers on the checkpoint
-itself.""",
+The second question is about the same picture. edgevlm and llama.cpp keep the prompt's beginning in their KV cache, but
+llama.cpp keeps a recurrent state (LFM2, Qwen3.5) only at checkpoints, none of which lies between picture and question:
+it reads the picture again. optimum-intel and PyTorch keep nothing between two calls; OpenVINO GenAI is asked in a chat,
+its own way to go on. `optimum` is its own INT4 export with INT8 weights in the vision encoder, `genai` runs that,
+`int4-int8` is the like of edgevlm's, `int4-w8a8` what `edgevlm export --int4` makes, `gguf` is Q4_0 with a Q8_0 head
+and an F16 vision encoder, `torch-bf16` is transformers on the checkpoint itself.""",
     "image_tokens-lfm2.5-vl-450m": """\
 A picture of 512x512 pixels is one view, one of 1024x1024 four tiles and a thumbnail. PyTorch computes the short
 convolutions with transformers' reference implementation, because `causal_conv1d` needs a GPU. optimum-intel does not
@@ -78,7 +72,14 @@ export LFM2-VL, so it and OpenVINO GenAI are not here.""",
 The second question took OpenVINO GenAI as long as the first, or twice as long: why was not found out.""",
     "image_tokens-qwen3.5-0.8b": """\
 PyTorch computes the linear attention with transformers' reference implementation, because `flash-linear-attention` and
-`causal_conv1d` need a GPU.""",
+`causal_conv1d` need a GPU. optimum-intel 2.1.0 exports Qwen3.5 with transformers 5.2.""",
+    "pages": """\
+A page of A4 as `edgevlm convert` rasterizes it at so many dpi (its own choice is 144), and 500 tokens of answer after
+the first. All systems read it with the same image tokens but `edgevlm-convert`, which has the defaults of `edgevlm
+convert`: no more views than the page has pixels for, and drafts. `edgevlm-drafts` has the drafts alone. Seeded weights
+soon repeat a token, so nearly every draft comes true, which on a page of a real model it does not. `int4` and `int8`
+are what `edgevlm export` makes, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder, `torch-bf16` is transformers
+on the checkpoint itself.""",
 }
 """What tables need to be read: by the kind of result for all of it, by its name for one result."""
 GUIDE_ROWS = {

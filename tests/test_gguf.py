@@ -18,12 +18,24 @@ from benchmarks.gguf.qwen import Qwen35
 from benchmarks.make_seeded_checkpoint import make_checkpoint, read_shape
 from tests.test_seeded_checkpoint import BYTES, SMALL
 
+VOCABULARY = 512
+
 
 def small_checkpoint(name: str, folder: Path) -> Path:
+    """Make a checkpoint with few weights and a short vocabulary."""
     changes = [
         f"{section}.{key}={json.dumps(value)}" for section, given in SMALL[name].items() for key, value in given.items()
     ]
-    make_checkpoint(folder / name, read_shape(name, changes), BYTES)
+    shape = read_shape(name, [*changes, f"text_config.vocab_size={VOCABULARY}"])
+    config, first = shape["files"]["config.json"], shape["first_special_token"]
+    if first > VOCABULARY:
+        shape["first_special_token"] = len(BYTES.tokens)
+        for section in (config, config["text_config"]):
+            moved = {
+                key: len(BYTES.tokens) + value - first for key, value in section.items() if key.endswith("_token_id")
+            }
+            section.update(moved)
+    make_checkpoint(folder / name, shape, BYTES)
     return folder / name
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from benchmarks import image_tokens, pages, rounds, side_by_side
 from benchmarks.rounds import Spread, System, cell, in_order, paired, reference, table
@@ -159,6 +160,14 @@ def test_a_page_is_read_once_and_not_enlarged_for_conversion(
     high, auto = read
     assert high["image_tokens"] > auto["image_tokens"] > 0
     assert "| end to end s |" in capsys.readouterr().out
+
+
+def test_pictures_of_a_case_are_two_squares_of_the_side_asked_for(tmp_path: Path) -> None:
+    (found,) = image_tokens.pictures(tmp_path, {"96x96 pixels": 96})
+    case, pair = found.split("=", 1)
+    with Image.open(pair.split(",")[0]) as warm_up, Image.open(pair.split(",")[1]) as picture:
+        assert (case, warm_up.size, picture.size) == ("96x96 pixels", (96, 96), (96, 96))
+        assert warm_up.tobytes() != picture.tobytes()
 
 
 def test_exports_of_one_checkpoint_stand_beside_each_other(
