@@ -23,7 +23,7 @@ import argparse
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -47,38 +47,46 @@ def pictures(folder: Path, sides: Mapping[str, int]) -> list[str]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+def add_options(parser: argparse.ArgumentParser, tokens: int) -> None:
+    """Add the options of a run, whatever it is of; `tokens` is the usual length of an answer."""
     parser.add_argument("output", type=Path, help="JSON Lines, added to")
     parser.add_argument("--system", nargs=3, action="append", default=[], metavar=("NAME", "MODEL", "PYTHON"))
+    parser.add_argument("--rounds", type=int, default=4, help="even, so that each order comes as often")
+    parser.add_argument("--tokens", type=int, default=tokens)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timeout-s", type=float, default=1800, help="of a system in a round")
+
+
+def measure(arguments: argparse.Namespace, given: Sequence[str]) -> None:
+    """Run the systems by turns on the cases, and what else is `given` to each child, and print the table."""
+    if wrong := [name for name, *_ in arguments.system if name not in SYSTEMS]:
+        raise SystemExit(f"--system {wrong[0]}: there are {', '.join(SYSTEMS)}")
+    options = [str(arguments.tokens), str(arguments.threads)]
+    systems = [
+        System(
+            f"{name} {Path(model).name}", [python, "-m", "benchmarks.image_token_peers", name, model, *options, *given]
+        )
+        for name, model, python in arguments.system
+    ]
+    head = {"options": ["--tokens", options[0], "--threads", options[1]]}
+    rows = run(systems, arguments.rounds, arguments.output, head, arguments.timeout_s)
+    print("\n".join(table(rows, reference(rows))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    add_options(parser, tokens=32)
     parser.add_argument("--image-tokens", type=int, nargs="+", default=[64, 256, 576, 1024], help="squares of integers")
     parser.add_argument("--unit", type=int, default=32, help="side of an image token in pixels")
     parser.add_argument("--sides", type=int, nargs="+", help="of square pictures in pixels, in place of --image-tokens")
-    parser.add_argument("--rounds", type=int, default=4, help="even, so that each order comes as often")
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--timeout-s", type=float, default=1800, help="of a system in a round")
     arguments = parser.parse_args()
     if wrong := [each for each in arguments.image_tokens if math.isqrt(each) ** 2 != each]:
         parser.error(f"--image-tokens takes squares of integers, not {wrong[0]}")
-    if wrong := [name for name, *_ in arguments.system if name not in SYSTEMS]:
-        parser.error(f"--system {wrong[0]}: there are {', '.join(SYSTEMS)}")
     sides = {f"{each} image tokens": math.isqrt(each) * arguments.unit for each in arguments.image_tokens}
     if arguments.sides:
         sides = {f"{each}x{each} pixels": each for each in arguments.sides}
-    options = [str(arguments.tokens), str(arguments.threads)]
     with tempfile.TemporaryDirectory() as scratch:
-        named = pictures(Path(scratch), sides)
-        systems = [
-            System(
-                f"{name} {Path(model).name}",
-                [python, "-m", "benchmarks.image_token_peers", name, model, *options, *named],
-            )
-            for name, model, python in arguments.system
-        ]
-        head = {"options": ["--tokens", options[0], "--threads", options[1]]}
-        rows = run(systems, arguments.rounds, arguments.output, head, arguments.timeout_s)
-    print("\n".join(table(rows, reference(rows))))
+        measure(arguments, pictures(Path(scratch), sides))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ TITLES = {
     "detail": "Detail auto: as many tiles as the picture has pixels for",
     "one_tile": "Detail low: one view",
     "image_tokens": "Beside its peers as the image tokens grow",
+    "pages": "Seconds a page",
     "guide": "Four ways to run it",
     "reuse": "Caching",
     "scaling": "How it grows",
@@ -72,6 +73,13 @@ The second question took OpenVINO GenAI as long as the first, or twice as long: 
     "image_tokens-qwen3.5-0.8b": """\
 PyTorch computes the linear attention with transformers' reference implementation, because `flash-linear-attention` and
 `causal_conv1d` need a GPU. optimum-intel 2.1.0 exports Qwen3.5 with transformers 5.2.""",
+    "pages": """\
+A page of A4 as `edgevlm convert` rasterizes it at so many dpi (its own choice is 144), and 500 tokens of answer after
+the first. All systems read it with the same image tokens but `edgevlm-convert`, which has the defaults of `edgevlm
+convert`: no more views than the page has pixels for, and drafts. `edgevlm-drafts` has the drafts alone. Seeded weights
+soon repeat a token, so nearly every draft comes true, which on a page of a real model it does not. `int4` and `int8`
+are what `edgevlm export` makes, `gguf` is Q4_0 with a Q8_0 head and an F16 vision encoder, `torch-bf16` is transformers
+on the checkpoint itself.""",
 }
 """What tables need to be read: by the kind of result for all of it, by its name for one result."""
 GUIDE_ROWS = {

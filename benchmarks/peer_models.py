@@ -10,11 +10,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 VISION_ONNX = "vision.onnx"
 
@@ -29,12 +27,6 @@ def make(folder: Path, build: Callable[[Path], None]) -> Path:
         build(draft)
         draft.rename(folder)
     return folder
-
-
-def _weights(checkpoint: Path) -> dict[str, np.ndarray]:
-    from safetensors.torch import load_file
-
-    return {name: weight.float().numpy() for name, weight in load_file(checkpoint / "model.safetensors").items()}
 
 
 def text_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -92,75 +84,6 @@ def onnx_vision(checkpoint: Path, folder: Path) -> None:
     torch.onnx.export(Tile().eval(), (tile,), str(folder / VISION_ONNX), dynamo=False, opset_version=17, **names)
 
 
-def gguf(checkpoint: Path, folder: Path) -> None:
-    """Write `text.gguf` (matrices in Q4_0, embeddings and head in Q8_0) and `mmproj.gguf` (F16)."""
-    weights = _weights(checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    _write_text(weights, config, checkpoint, folder / "text.gguf")
-    _write_vision(weights, config, folder / "mmproj.gguf")
-    shutil.copyfile(checkpoint / "chat_template.jinja", folder / "chat_template.jinja")
-
-
-TEXT_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-VISION_NAMES = {
-    "layer_norm1": "ln1",
-    "layer_norm2": "ln2",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.out_proj": "attn_out",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-
-
-def _layers(
-    weights: dict[str, np.ndarray], prefix: str, names: dict[str, str]
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Yield layer and part (`3.attn_q.weight`), the part's name in the checkpoint, and its weights."""
-    for name, weight in weights.items():
-        if name.startswith(prefix):
-            layer, rest = name.removeprefix(prefix).split(".", 1)
-            part, kind = rest.rsplit(".", 1)
-            yield f"{layer}.{names[part]}.{kind}", part, weight
-
-
-def _write_text(weights: dict[str, np.ndarray], config: dict[str, Any], checkpoint: Path, path: Path) -> None:
-    import gguf as format_
-
-    text = config["text_config"]
-    heads, kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
-    writer = format_.GGUFWriter(path, "llama")
-    add_text(writer, text, checkpoint)
-    writer.add_rope_dimension_count(text["head_dim"])
-    q4, q8 = format_.GGMLQuantizationType.Q4_0, format_.GGMLQuantizationType.Q8_0
-
-    def add(name: str, weight: np.ndarray, kind: Any = None) -> None:
-        data = weight.astype(np.float32) if kind is None else format_.quants.quantize(weight, kind)
-        writer.add_tensor(name, data, raw_dtype=kind)
-
-    add("token_embd.weight", weights["model.text_model.embed_tokens.weight"], q8)
-    add("output.weight", weights["lm_head.weight"], q8)
-    add("output_norm.weight", weights["model.text_model.norm.weight"])
-    for name, part, weight in _layers(weights, "model.text_model.layers.", TEXT_NAMES):
-        turned = weight
-        if part.endswith(("q_proj", "k_proj")):  # llama.cpp turns neighbouring pairs, transformers halves
-            count = heads if part.endswith("q_proj") else kv_heads
-            turned = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
-        add(f"blk.{name}", turned, q4 if weight.ndim == 2 else None)
-    close(writer)
-
-
 def add_text(writer: Any, text: dict[str, Any], checkpoint: Path) -> None:
     """Add the sizes of a text model and its tokenizer."""
     writer.add_block_count(text["num_hidden_layers"])
@@ -196,43 +119,6 @@ def _add_tokenizer(writer: Any, checkpoint: Path, vocab_size: int) -> None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(False)
-
-
-def _write_vision(weights: dict[str, np.ndarray], config: dict[str, Any], path: Path) -> None:
-    import gguf as format_
-
-    vision = config["vision_config"]
-    writer = format_.GGUFWriter(path, "clip")
-    writer.add_bool("clip.has_vision_encoder", True)
-    writer.add_string("clip.projector_type", "idefics3")
-    writer.add_bool("clip.use_gelu", True)
-    writer.add_uint32("clip.vision.image_size", vision["image_size"])
-    writer.add_uint32("clip.vision.preproc_image_size", 2048)
-    writer.add_uint32("clip.vision.patch_size", vision["patch_size"])
-    writer.add_uint32("clip.vision.embedding_length", vision["hidden_size"])
-    writer.add_uint32("clip.vision.feed_forward_length", vision["intermediate_size"])
-    writer.add_uint32("clip.vision.block_count", vision["num_hidden_layers"])
-    writer.add_uint32("clip.vision.attention.head_count", vision["num_attention_heads"])
-    writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision["layer_norm_eps"])
-    writer.add_uint32("clip.vision.projection_dim", config["text_config"]["hidden_size"])
-    writer.add_uint32("clip.vision.projector.scale_factor", config["scale_factor"])
-    writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
-    writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
-
-    def add(name: str, weight: np.ndarray) -> None:
-        plain = weight.ndim == 1 or "position" in name
-        writer.add_tensor(name, weight.astype(np.float32 if plain else np.float16))
-
-    tower = "model.vision_model."
-    add("v.patch_embd.weight", weights[f"{tower}embeddings.patch_embedding.weight"])
-    add("v.patch_embd.bias", weights[f"{tower}embeddings.patch_embedding.bias"])
-    add("v.position_embd.weight", weights[f"{tower}embeddings.position_embedding.weight"])
-    add("v.post_ln.weight", weights[f"{tower}post_layernorm.weight"])
-    add("v.post_ln.bias", weights[f"{tower}post_layernorm.bias"])
-    add("mm.model.fc.weight", weights["model.connector.modality_projection.proj.weight"])
-    for name, _, weight in _layers(weights, f"{tower}encoder.layers.", VISION_NAMES):
-        add(f"v.blk.{name}", weight)
-    close(writer)
 
 
 def close(writer: Any) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from benchmarks import peer_models
+from benchmarks import gguf, peer_models
 from benchmarks.peers import COLUMNS
 from benchmarks.rounds import System, reference, run, table
 from edgevlm.bench.measure import FILLER, QUESTION, sample_picture
@@ -39,7 +39,7 @@ EDGEVLM = {
     "edgevlm INT4 + W8A8": ["--int4"],
 }
 PARTS: dict[str, tuple[str, Callable[[Path, Path], None]]] = {
-    "llama.cpp Q4_0, F16 vision": ("llama.cpp", peer_models.gguf),
+    "llama.cpp Q4_0, F16 vision": ("llama.cpp", gguf.write),
     "OpenVINO GenAI INT4, text part alone": ("genai-text", peer_models.openvino_text),
     "ONNX Runtime GenAI INT4, text part alone": ("onnx-text", peer_models.onnx_text),
     "ONNX Runtime FP32, vision part alone": ("onnx-vision", peer_models.onnx_vision),

@@ -13,6 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from benchmarks.gguf import write
+from benchmarks.gguf.idefics3 import by_neighbours
 from benchmarks.gguf.qwen import Qwen35
 from benchmarks.make_seeded_checkpoint import make_checkpoint, read_shape
 from tests.test_seeded_checkpoint import BYTES, SMALL
@@ -62,7 +63,10 @@ def read(folder: Path) -> list[gguf.ReaderTensor]:
     return [tensor for name in ("text", "mmproj") for tensor in gguf.GGUFReader(folder / f"{name}.gguf").tensors]
 
 
-@pytest.mark.parametrize("name", ["lfm2.5-vl-450m", "qwen3-vl-2b", "qwen3.5-0.8b"])
+NAMES = ["granite-docling-258m", "lfm2.5-vl-450m", "paddleocr-vl-0.9b", "qwen3-vl-2b", "qwen3.5-0.8b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_is_written_once(name: str, tmp_path: Path) -> None:
     checkpoint = small_checkpoint(name, tmp_path)
     write(checkpoint, tmp_path, float32=True)
@@ -93,3 +97,21 @@ def test_value_heads_are_regrouped_for_broadcasting(tmp_path: Path) -> None:
     kept = made.regrouped("in_proj_qkv.weight", np.arange(16)[:, None])[:, 0].tolist()
     assert kept == [0, 1, 2, 3, *(4 + channels).tolist()]
     assert made.regrouped("norm.weight", np.arange(2)).tolist() == [0, 1]
+
+
+def score(query: np.ndarray, key: np.ndarray, *, neighbours: bool) -> float:
+    """Return the score of a query at place 5 for a key at place 2, rotated by pairs of neighbours or of halves."""
+    angles = np.outer([5, 2], 1e5 ** -np.linspace(0, 1, len(query) // 2, endpoint=False))
+    pairs = [each.reshape(-1, 2).T if neighbours else each.reshape(2, -1) for each in (query, key)]
+    turned = [(one + 1j * other) * np.exp(1j * angle) for (one, other), angle in zip(pairs, angles, strict=True)]
+    return float(np.vdot(*turned).real)
+
+
+def test_a_head_that_turns_neighbours_scores_as_one_that_turns_halves() -> None:
+    width, random = 8, np.random.default_rng(0)
+    weights, hidden = random.standard_normal((2, 2 * width, 16)), random.standard_normal((2, 16))
+    query, key = ((weight @ each)[width:] for weight, each in zip(weights, hidden, strict=True))
+    other = [(by_neighbours(weight, width) @ each)[width:] for weight, each in zip(weights, hidden, strict=True)]
+    wanted = score(query, key, neighbours=False)
+    assert score(*other, neighbours=True) == pytest.approx(wanted)
+    assert score(query, key, neighbours=True) != pytest.approx(wanted, rel=1e-3)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks import image_tokens, rounds, side_by_side
+from benchmarks import image_tokens, pages, rounds, side_by_side
 from benchmarks.rounds import Spread, System, cell, in_order, paired, reference, table
 from edgevlm import OutputError
 from edgevlm.jobs.jsonl import read_rows
@@ -140,6 +140,26 @@ def test_real_systems_alternate_and_a_run_is_continued(
     printed = capsys.readouterr().out
     assert f"| 64 image tokens | {names[1]} |" in printed
     assert "edgevlm nowhere failed" in printed
+
+
+def test_a_page_is_read_once_and_not_enlarged_for_conversion(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    output, tokens = tmp_path / "rows.jsonl", 4
+    asked: list[object] = ["pages", "granite-docling-258m", output, "--tokens", tokens, "--dpi", 18, "--rounds", 1]
+    for name in ("edgevlm", "edgevlm-convert"):
+        asked += ["--system", name, exported, sys.executable]
+    monkeypatch.setattr(sys, "argv", [*map(str, asked), "--threads", "2"])
+    pages.main()
+    read = [found for found, _ in read_rows(output) if found.get("case") == "granite-docling-258m, 18 dpi"]
+    assert [each["system"] for each in read] == [f"{name} {exported.name}" for name in ("edgevlm", "edgevlm-convert")]
+    for each in read:
+        assert each["total_s"] == pytest.approx(each["ttft_s"] + (tokens - 1) / each["tokens_per_s"])
+        assert "second_ttft_s" not in each
+    high, auto = read
+    assert high["image_tokens"] > auto["image_tokens"] > 0
+    assert "| end to end s |" in capsys.readouterr().out
 
 
 def test_pictures_of_a_case_are_two_squares_of_the_side_asked_for(tmp_path: Path) -> None:

@@ -26,6 +26,21 @@ SMALL = {
             "num_attention_heads": 2,
         },
     },
+    "granite-docling-258m": {
+        "text_config": {
+            "hidden_size": 128,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+    },
     "granite-docling-500m": {
         "text_config": {
             "hidden_size": 64,
@@ -140,6 +155,7 @@ SMALL = {
 
 WEIGHTS = {
     "gemma-3-4b": 4300e6,
+    "granite-docling-258m": 258e6,
     "granite-docling-500m": 528e6,
     "internvl3-1b": 938e6,
     "lfm2.5-vl-450m": 449e6,

@@ -13,11 +13,15 @@ import json
 from pathlib import Path
 
 from benchmarks.gguf.conversion import Conversion
+from benchmarks.gguf.idefics3 import Idefics3
 from benchmarks.gguf.lfm2_vl import Lfm2Vl
+from benchmarks.gguf.paddleocr_vl import PaddleOcrVl
 from benchmarks.gguf.qwen import Qwen3Vl, Qwen35
 
 FAMILIES: dict[str, type[Conversion]] = {
+    "idefics3": Idefics3,
     "lfm2_vl": Lfm2Vl,
+    "paddleocr_vl": PaddleOcrVl,
     "qwen3_vl": Qwen3Vl,
     "qwen3_5": Qwen35,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,6 @@ BLOCK = 32
 PROJECTOR_PARTS = 4
 """A projector's parts are numbered like layers."""
 TEXT = "model.language_model."
-"""What the names of the text part's tensors begin with, but for an output head of its own."""
 
 
 class Conversion:
@@ -26,6 +26,10 @@ class Conversion:
     """llama.cpp's name of the text part."""
     projector: ClassVar[str]
     """llama.cpp's name of the vision part."""
+    text_part: ClassVar[str] = TEXT
+    """What the names of the text part's tensors begin with, but for an output head of its own."""
+    mean_and_std: ClassVar[tuple[list[float], list[float]]] = ([0.5] * 3, [0.5] * 3)
+    """Of a picture's pixels."""
     names: ClassVar[dict[str, str]] = {}
     """llama.cpp's names of tensors that `gguf`'s own tables lack, without `.weight` and `.bias`."""
 
@@ -41,6 +45,12 @@ class Conversion:
     def vision_config(self) -> dict[str, Any]:
         """Return the vision part's config with the sizes by the names that SigLIP has for them."""
         return dict(self.config["vision_config"])
+
+    def image_size(self) -> dict[str, int]:
+        """Return `size` of the image processor, whichever file holds it."""
+        paths = [self.checkpoint / name for name in ("preprocessor_config.json", "processor_config.json")]
+        files = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+        return dict(next(held["size"] for each in files if "size" in (held := each.get("image_processor", each))))
 
     def add_text_keys(self, writer: Any) -> None:
         """Add keys of the text part beyond its sizes."""
@@ -68,7 +78,7 @@ class Conversion:
         kind = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         table = gguf.get_tensor_name_map(kind, self.text["num_hidden_layers"])
         for name, values in self.tensors(text=True):
-            place = self.place(table, name.replace(TEXT, "model."))
+            place = self.place(table, name.replace(self.text_part, "model."))
             stored = self.text_type(place, values)
             data = values if stored is None else gguf.quants.quantize(values, stored)
             writer.add_tensor(place, np.ascontiguousarray(data), raw_dtype=stored)
@@ -100,8 +110,8 @@ class Conversion:
         writer.add_uint32("clip.vision.attention.head_count", vision["num_attention_heads"])
         writer.add_float32("clip.vision.attention.layer_norm_epsilon", vision["layer_norm_eps"])
         writer.add_uint32("clip.vision.projection_dim", self.text["hidden_size"])
-        writer.add_array("clip.vision.image_mean", [0.5, 0.5, 0.5])
-        writer.add_array("clip.vision.image_std", [0.5, 0.5, 0.5])
+        for name, values in zip(("mean", "std"), self.mean_and_std, strict=True):
+            writer.add_array(f"clip.vision.image_{name}", values)
         self.add_vision_keys(writer)
         numbers = max(vision["num_hidden_layers"], PROJECTOR_PARTS)
         table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, numbers)
@@ -118,7 +128,7 @@ class Conversion:
         for path in sorted(self.checkpoint.glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118 - not a dictionary
-                    if text is name.startswith((TEXT, "lm_head.")):
+                    if text is name.startswith((self.text_part, "lm_head.")):
                         yield from self.turned(name, file.get_tensor(name).float().numpy())
 
     def place(self, table: Any, name: str) -> str:

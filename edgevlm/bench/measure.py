@@ -222,12 +222,14 @@ class Sample:
         return found
 
 
-def ask(vlm: VLM, image: ImageInput, question: str, budget: ImageBudget, new_tokens: int) -> Sample:
-    """Generate exactly `new_tokens` tokens, end tokens ignored, without drafts."""
+def ask(
+    vlm: VLM, image: ImageInput, question: str, budget: ImageBudget, new_tokens: int, draft_tokens: int = 0
+) -> Sample:
+    """Generate exactly `new_tokens` tokens, end tokens ignored, with drafts of `draft_tokens` at most."""
     watch = Stopwatch()
     prompt = vlm.prepare([user_message(question, 1)], [image], GenerationConfig(), watch, budget)
     with vlm.session(prompt) as session:
-        drafter = PromptLookup((), 0)
+        drafter = PromptLookup(prompt.ids, draft_tokens, vlm.processor.tokenizer.shape)
         made = stream_tokens(session, prompt, TokenSelector(greedy), new_tokens, watch, drafter)
         ids = tuple(each[0] for each in made if not isinstance(each, Step))
     cached = watch.counts.get("cached_tokens", 0)
