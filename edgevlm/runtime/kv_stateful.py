@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.families.base import LanguageInputs
-from edgevlm.runtime.core import import_openvino
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
+from edgevlm.runtime.kv_sliding import SlidingCache, cut
 from edgevlm.runtime.kv_snapshots import Snapshots, is_fixed
 
 _MOST_STALE = 512
@@ -24,7 +24,7 @@ class StatefulSession(Session):
 
     Rewinding masks entries instead of touching the cache, which costs nothing and changes no result, until there are
     `_MOST_STALE` of them and they are removed. Where the decoder has states of a fixed size besides, it goes back to
-    lengths at which it kept copies of them.
+    lengths at which it kept copies of them; where it has layers with a sliding window, to those whose window is cached.
     """
 
     cached_attention_slowdown = 13  # 874 tokens at once take 0.63 s, 128 at a time 1.27 s
@@ -34,6 +34,7 @@ class StatefulSession(Session):
         self._beam = np.zeros(1, np.int32)
         self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry of the KV cache, 0 where it is masked
         self._snapshots = Snapshots(self._request) if decoder.traits.fixed_states else None
+        self._sliding = SlidingCache(self._request, decoder.traits) if decoder.traits.sliding_layers else None
 
     @property
     def takes_drafts(self) -> bool:
@@ -43,9 +44,10 @@ class StatefulSession(Session):
         return self._snapshots.size_bytes <= _MOST_DRAFT_BYTES
 
     def _reachable(self, length: int) -> int:
-        if self._snapshots is None or length >= self.length:
-            return super()._reachable(length)
-        return self._snapshots.longest(length)
+        if length >= self.length:
+            return length
+        length = super()._reachable(length) if self._snapshots is None else self._snapshots.longest(length)
+        return self._sliding.reachable(length) if self._sliding else length
 
     def _keep(self, *, for_draft: bool = False) -> None:
         if self._snapshots and self.length:
@@ -55,11 +57,15 @@ class StatefulSession(Session):
         if length:
             live = np.flatnonzero(self._mask[0])
             self._mask[0, live[length:]] = 0
+            if self._sliding:
+                self._sliding.forget(length)
             if self._snapshots:
                 self._snapshots.restore(length)
         else:
             self._request.reset_state()
             self._mask = np.zeros((1, 0), np.int64)
+            if self._sliding:
+                self._sliding.clear()
             if self._snapshots:
                 self._snapshots.clear()
 
@@ -76,13 +82,10 @@ class StatefulSession(Session):
         return length
 
     def _cut_stale(self) -> None:
-        openvino = import_openvino()
         live = np.flatnonzero(self._mask[0])
         for variable in self._request.query_state():
-            if is_fixed(variable.name):
-                continue
-            assert _is_keys_or_values(variable.name), f"{variable.name} is no KV cache, and cannot be cut"
-            variable.state = openvino.Tensor(np.ascontiguousarray(variable.state.data[:, :, live]))
+            if not is_fixed(variable.name) and not (self._sliding and self._sliding.holds(variable.name)):
+                cut(variable, live)
         self._mask = np.ones((1, len(live)), np.int64)
 
     def _read(
@@ -96,6 +99,7 @@ class StatefulSession(Session):
                 "attention_mask": mask,
                 "position_ids": inputs.positions if len(inputs.positions) == 1 else inputs.positions[:, None],
                 "beam_idx": self._beam,
+                **(self._sliding.grow(count) if self._sliding else {}),
                 LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
                 **{name: array[None] for name, array in inputs.extras.items()},
             },
@@ -103,7 +107,3 @@ class StatefulSession(Session):
         )
         self._mask = mask
         return np.asarray(outputs["logits"][0], np.float32)
-
-
-def _is_keys_or_values(variable: str) -> bool:
-    return ".key" in variable or ".value" in variable

@@ -51,7 +51,7 @@ class Attention:
     window: int | None = None
     """How many of the last tokens a token attends to, itself among them; None is all.
 
-    Paged attention takes every mask for a causal one: `DecoderTraits.atomic_images` keeps decoders with windows out.
+    Paged attention takes every mask for a causal one: `DecoderTraits.sliding_layers` keeps decoders with windows out.
     """
     v_norm: Norm | None = None
     """RMSNorm over each head's channels of the values."""
