@@ -34,25 +34,22 @@ QUICK = ExportOptions("fp32", via="native", verify=False)
 
 
 class Case(NamedTuple):
-    """One family's reference and export, the windows of its local layers."""
+    """One family's reference, export and sliding window."""
 
     reference: Reference
-    exported: Path
+    vlm: VLM
     window: int
-    layers: tuple[int, ...]
 
 
-@pytest.fixture(scope="module", params=[("gemma3", (0, 1)), ("gemma4", (0, 1))], ids=["gemma3", "gemma4"])
+@pytest.fixture(scope="module", params=["gemma3", "gemma4"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Each family with windows. Tests must not change its folder."""
-    name, layers = request.param
-    folder = tmp_path_factory.mktemp(name)
-    checkpoint = BUILDERS[name].variants["saved"](folder)
-    exported = export(checkpoint, folder / "out", QUICK).folder
-    traits = load_manifest(exported).decoder_traits
-    assert traits.sliding_layers == layers
-    assert traits.sliding_window is not None
-    return Case(BUILDERS[name].reference(checkpoint), exported, traits.sliding_window, layers)
+    folder, builder = tmp_path_factory.mktemp(request.param), BUILDERS[request.param]
+    checkpoint = builder.variants["saved"](folder)
+    vlm = VLM(export(checkpoint, folder / "out", QUICK).folder, F32)
+    window = vlm.manifest.decoder_traits.sliding_window
+    assert window is not None
+    return Case(builder.reference(checkpoint), vlm, window)
 
 
 @pytest.fixture
@@ -60,13 +57,13 @@ def vlm(case: Case, monkeypatch: pytest.MonkeyPatch) -> VLM:
     """Its export, whose local layers are cut often."""
     monkeypatch.setattr(edgevlm.runtime.kv_sliding, "MOST_REWOUND", REWOUND)
     monkeypatch.setattr(edgevlm.runtime.kv_sliding, "_MOST_SURPLUS", SURPLUS)
-    return VLM(case.exported, F32)
+    return case.vlm
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fresh(case: Case) -> VLM:
     """A model that keeps nothing of what it was asked before."""
-    return VLM(case.exported, replace(F32, image_cache_bytes=0, kept_sessions=0))
+    return VLM(case.vlm.folder, replace(F32, image_cache_bytes=0, kept_sessions=0))
 
 
 def new_session(vlm: VLM) -> StatefulSession:
@@ -98,9 +95,10 @@ def said(vlm: VLM, messages: list[Message], images: list[np.ndarray]) -> Answer:
 def test_a_long_answer_equals_the_reference_s(case: Case, vlm: VLM) -> None:
     """Token for token past several cuts, about two pictures in a prompt that is longer than the window."""
     images = [photograph("china.jpg"), photograph("flower.jpg")]
-    answer = vlm.generate(images, QUESTION, GenerationConfig(max_new_tokens=120), HIGH)
+    answer = vlm.generate(images, QUESTION, GenerationConfig(max_new_tokens=60), HIGH)
     assert list(answer.token_ids) == case.reference.generate(images, QUESTION, answer.generated_tokens)
-    assert answer.generated_tokens == 120 or answer.finish_reason != "length"
+    assert answer.prompt_tokens > case.window + SURPLUS
+    assert answer.generated_tokens > 3 * (SURPLUS - REWOUND)
 
 
 def test_the_cache_does_not_grow_and_logits_stay_the_reference_s(case: Case, vlm: VLM) -> None:
@@ -145,14 +143,12 @@ def test_a_sequence_goes_back_as_far_as_its_windows_are_held(case: Case, vlm: VL
         np.testing.assert_allclose(session.step(more[2:]), straight.step(more[2:]), atol=1e-4)
 
 
-def test_any_walk_back_and_forth_equals_a_straight_one(
-    case: Case, vlm: VLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_walk_back_and_forth_equals_a_straight_one(case: Case, vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Past entries that were masked and those that were removed, with drafts taken back."""
     monkeypatch.setattr(edgevlm.runtime.kv_stateful, "_MOST_STALE", 40)
     random = np.random.default_rng(3)
     session, straight, reached = new_session(vlm), new_session(vlm), set()
-    for _ in range(60):
+    for _ in range(40):
         chunk = random.integers(50, 250, int(random.integers(1, 30))).tolist()
         drafted = int(random.integers(0, len(chunk)))
         session.step(chunk, drafted=drafted)
@@ -171,7 +167,7 @@ def test_any_walk_back_and_forth_equals_a_straight_one(
             straight.step(session.prefix_keys)
         np.testing.assert_allclose(session.step([60, 61]), straight.step([60, 61]), atol=1e-4)
         assert max(lengths(session)[0]) <= case.window + SURPLUS + 30
-    assert len(reached) > 30
+    assert len(reached) > 20
     assert max(reached) > 5 * case.window
 
 
@@ -201,16 +197,16 @@ def test_choices_are_scored_as_by_a_fresh_model(vlm: VLM, fresh: VLM) -> None:
         assert scores.log_likelihoods[choice] == pytest.approx(alone, abs=1e-3)
 
 
-def test_an_export_of_before_keeps_all(case: Case, vlm: VLM, tmp_path: Path) -> None:
+def test_an_export_of_before_keeps_all(vlm: VLM, tmp_path: Path) -> None:
     """Its graph has one mask, and its manifest says nothing of windows."""
-    folder = copy_export(case.exported, tmp_path / "before")
+    folder = copy_export(vlm.folder, tmp_path / "before")
 
     def forget(data: dict[str, Any]) -> None:
         for name in ("sliding_window", "sliding_layers"):
             data["decoder_traits"].pop(name)
 
     file = folder / load_manifest(folder).submodels[LANGUAGE].file
-    model = read_ir(case.exported / file.name)
+    model = read_ir(vlm.folder / file.name)
     [both] = [each for each in model.get_parameters() if SLIDING_ATTENTION_MASK in each.output(0).get_names()]
     both.output(0).replace(model.input("attention_mask").get_node().output(0))
     model.remove_parameter(both)
