@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +18,8 @@ if TYPE_CHECKING:
 
 MOST_REWOUND = 512
 """Entries before the window that a cut leaves: by so many tokens a sequence can be rewound, whenever it was cut."""
-_MOST_SURPLUS = 1024
-"""Most entries before the window; beyond that the cache is cut, which copies it once."""
+_MOST_GROWTH = 2
+"""A cache grows from what a cut leaves to so many times that: a CPU gives it the memory for it at the first token."""
 _LAYER = re.compile(r"past_key_values\.(\d+)\.")
 
 
@@ -33,6 +35,7 @@ class SlidingCache:
         self._request, self._window, self._layers = request, traits.sliding_window, traits.sliding_layers
         self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry that they hold, 0 where it is masked
         self._dropped = 0  # entries of the sequence before them
+        self._set_from = np.empty(0)
 
     def holds(self, variable: str) -> bool:
         """Tell whether a state is that of a layer with a sliding window, by its name."""
@@ -53,7 +56,7 @@ class SlidingCache:
 
     def grow(self, count: int) -> dict[str, npt.NDArray[np.int64]]:
         """Return the decoder's input for `count` tokens more; first cut the cache if it is too long."""
-        if self._mask.shape[1] > self._window + _MOST_SURPLUS:
+        if self._mask.shape[1] >= _MOST_GROWTH * (self._window + MOST_REWOUND):
             self._cut()
         self._mask = np.concatenate([self._mask, np.ones((1, count), np.int64)], axis=1)
         return {SLIDING_ATTENTION_MASK: self._mask}
@@ -61,14 +64,26 @@ class SlidingCache:
     def _cut(self) -> None:
         live = np.flatnonzero(self._mask[0])
         kept = live[-(self._window + MOST_REWOUND) :]
-        for variable in self._request.query_state():
-            if self.holds(variable.name):
-                cut(variable, kept)
+        self._set_from = cut((each for each in self._request.query_state() if self.holds(each.name)), kept)
         self._mask = np.ones((1, len(kept)), np.int64)
         self._dropped += len(live) - len(kept)
 
 
-def cut(variable: ov.VariableState, kept: npt.NDArray[np.int64]) -> None:
-    """Leave a state of keys or values `(B, heads, T, head_dim)` its entries `kept` alone."""
-    assert ".key" in variable.name or ".value" in variable.name, f"{variable.name} is no KV cache, and cannot be cut"
-    variable.state = import_openvino().Tensor(np.ascontiguousarray(variable.state.data[:, :, kept]))
+def cut(variables: Iterable[ov.VariableState], kept: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Leave states of keys or values `(B, heads, T, head_dim)` their entries `kept` alone.
+
+    Returns the array that they were set from one after another, to be held as long as they are. A state copies what it
+    is set from and keeps the tensor nevertheless: arrays of their own would outweigh the caches.
+    """
+    openvino, buffer = import_openvino(), np.empty(0, np.float32)
+    for variable in variables:
+        assert ".key" in variable.name or ".value" in variable.name, (
+            f"{variable.name} is no KV cache, and cannot be cut"
+        )
+        past = variable.state.data
+        shape = (*past.shape[:2], len(kept), past.shape[3])
+        if buffer.size < math.prod(shape):
+            buffer = np.empty(math.prod(shape), past.dtype)
+        left = np.take(past, kept, axis=2, out=buffer[: math.prod(shape)].reshape(shape), mode="clip")
+        variable.state = openvino.Tensor(left, shared_memory=True)
+    return buffer

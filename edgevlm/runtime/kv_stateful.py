@@ -35,6 +35,7 @@ class StatefulSession(Session):
         self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry of the KV cache, 0 where it is masked
         self._snapshots = Snapshots(self._request) if decoder.traits.fixed_states else None
         self._sliding = SlidingCache(self._request, decoder.traits) if decoder.traits.sliding_layers else None
+        self._set_from = np.empty(0)  # by the states, when entries were last removed
 
     @property
     def takes_drafts(self) -> bool:
@@ -83,9 +84,10 @@ class StatefulSession(Session):
 
     def _cut_stale(self) -> None:
         live = np.flatnonzero(self._mask[0])
-        for variable in self._request.query_state():
-            if not is_fixed(variable.name) and not (self._sliding and self._sliding.holds(variable.name)):
-                cut(variable, live)
+        states = [each for each in self._request.query_state() if not is_fixed(each.name)]
+        if self._sliding:
+            states = [each for each in states if not self._sliding.holds(each.name)]
+        self._set_from = cut(states, live)
         self._mask = np.ones((1, len(live)), np.int64)
 
     def _read(
