@@ -14,10 +14,10 @@ import edgevlm.runtime.kv_sliding
 import edgevlm.runtime.kv_stateful
 from edgevlm import VLM, Answer, GenerationConfig, ImageBudget
 from edgevlm.answer import Piece
-from edgevlm.families.base import SLIDING_ATTENTION_MASK
+from edgevlm.families.base import SLIDING_CACHE_START
 from edgevlm.inputs.messages import Message, text_message, user_message
 from edgevlm.manifest import LANGUAGE, load_manifest
-from edgevlm.runtime.core import read_ir
+from edgevlm.runtime.core import import_openvino, read_ir
 from edgevlm.runtime.kv_stateful import StatefulSession
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.output_folder import save_ir
@@ -202,7 +202,7 @@ def test_choices_are_scored_as_by_a_fresh_model(vlm: VLM, fresh: VLM) -> None:
 
 
 def test_an_export_of_before_keeps_all(vlm: VLM, tmp_path: Path) -> None:
-    """Its graph has one mask, and its manifest says nothing of windows."""
+    """Its graph has no such input, and its manifest says nothing of windows."""
     folder = copy_export(vlm.folder, tmp_path / "before")
 
     def forget(data: dict[str, Any]) -> None:
@@ -211,15 +211,15 @@ def test_an_export_of_before_keeps_all(vlm: VLM, tmp_path: Path) -> None:
 
     file = folder / load_manifest(folder).submodels[LANGUAGE].file
     model = read_ir(vlm.folder / file.name)
-    [both] = [each for each in model.get_parameters() if SLIDING_ATTENTION_MASK in each.output(0).get_names()]
-    both.output(0).replace(model.input("attention_mask").get_node().output(0))
-    model.remove_parameter(both)
+    [start] = [each for each in model.get_parameters() if SLIDING_CACHE_START in each.output(0).get_names()]
+    start.output(0).replace(import_openvino().opset13.constant([0], np.int64).output(0))
+    model.remove_parameter(start)
     save_ir(model, file, "fp32")
     edit_manifest(folder, forget)
     reseal(folder)
     before = VLM(folder, F32)
     ids, session, cut = words(200), new_session(before), new_session(vlm)
-    assert SLIDING_ATTENTION_MASK not in {each.any_name for each in before.language_model._compiled.inputs}
+    assert SLIDING_CACHE_START not in {each.any_name for each in before.language_model._compiled.inputs}
     for start in range(0, 200, 50):
         np.testing.assert_allclose(session.step(ids[start : start + 50]), cut.step(ids[start : start + 50]), atol=1e-4)
     assert {state.state.shape[2] for state in session._request.query_state()} == {200}

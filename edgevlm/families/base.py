@@ -27,8 +27,8 @@ IMAGE_GROUPS = "image_group_ids"
 """Input of a decoder whose image tokens attend to each other: the view of each, counted from 1, and 0 for text."""
 PER_LAYER_IDS = "per_layer_token_ids"
 """Input of a decoder whose layers have tables of token embeddings of their own; at image tokens that of padding."""
-SLIDING_ATTENTION_MASK = "sliding_attention_mask"
-"""Input of a decoder whose layers have sliding windows: as `attention_mask`, of the entries that those layers hold."""
+SLIDING_CACHE_START = "sliding_cache_start"
+"""Input of a decoder whose layers have sliding windows, `(1,)`: how many of the first entries their KV cache lacks."""
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 

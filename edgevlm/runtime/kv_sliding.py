@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.families.base import SLIDING_ATTENTION_MASK, DecoderTraits
+from edgevlm.families.base import DecoderTraits
 from edgevlm.runtime.core import import_openvino
 
 if TYPE_CHECKING:
@@ -24,49 +24,37 @@ _LAYER = re.compile(r"past_key_values\.(\d+)\.")
 
 
 class SlidingCache:
-    """The entries that layers with a sliding window hold: the last ones of the sequence, masked ones among them.
+    """Which entries the layers with a sliding window hold: those of the whole cache from `start` on.
 
-    It is cut between inferences and rarely: within the graph every token would copy it, and the CPU plugin fuses
+    They are cut between inferences and rarely: within the graph every token would copy them, and the CPU plugin fuses
     attention only with a cache that grows.
     """
 
-    def __init__(self, request: ov.InferRequest, traits: DecoderTraits) -> None:
+    def __init__(self, traits: DecoderTraits) -> None:
         assert traits.sliding_window
-        self._request, self._window, self._layers = request, traits.sliding_window, traits.sliding_layers
-        self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry that they hold, 0 where it is masked
-        self._dropped = 0  # entries of the sequence before them
-        self._set_from = np.empty(0)
+        self._window, self._layers = traits.sliding_window, traits.sliding_layers
+        self.start = 0
 
     def holds(self, variable: str) -> bool:
         """Tell whether a state is that of a layer with a sliding window, by its name."""
         layer = _LAYER.match(variable)
         return layer is not None and int(layer[1]) in self._layers
 
-    def reachable(self, length: int) -> int:
-        """Return `length` if the window of the token after so many is held, else 0."""
-        return length if not self._dropped or length - self._dropped >= self._window - 1 else 0
+    def is_long(self, entries: int) -> bool:
+        """Tell whether it should be cut, where the whole cache has so many entries."""
+        return entries - self.start >= _MOST_GROWTH * (self._window + MOST_REWOUND)
 
-    def forget(self, length: int) -> None:
-        """Truncate the sequence to its first `length` entries, which is `reachable`."""
-        self._mask[0, np.flatnonzero(self._mask[0])[length - self._dropped :]] = 0
+    def has_window(self, length: int, mask: npt.NDArray[np.int64]) -> bool:
+        """Tell whether it has what the token after the first `length` attends to; `mask` `(1, T)` is the cache's."""
+        dropped = int(mask[0, : self.start].sum())
+        return not dropped or length - dropped >= self._window - 1
 
-    def clear(self) -> None:
-        """Forget all; the states are reset with all others."""
-        self._mask, self._dropped = self._mask[:, :0], 0
-
-    def grow(self, count: int) -> dict[str, npt.NDArray[np.int64]]:
-        """Return the decoder's input for `count` tokens more; first cut the cache if it is too long."""
-        if self._mask.shape[1] >= _MOST_GROWTH * (self._window + MOST_REWOUND):
-            self._cut()
-        self._mask = np.concatenate([self._mask, np.ones((1, count), np.int64)], axis=1)
-        return {SLIDING_ATTENTION_MASK: self._mask}
-
-    def _cut(self) -> None:
-        live = np.flatnonzero(self._mask[0])
-        kept = live[-(self._window + MOST_REWOUND) :]
-        self._set_from = cut((each for each in self._request.query_state() if self.holds(each.name)), kept)
-        self._mask = np.ones((1, len(kept)), np.int64)
-        self._dropped += len(live) - len(kept)
+    def cut(self, live: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return which of its entries are left when the whole cache keeps those at `live` alone; note them."""
+        held = live[live >= self.start][-(self._window + MOST_REWOUND) :]
+        kept = held - self.start
+        self.start = len(live) - len(held)
+        return kept
 
 
 def cut(variables: Iterable[ov.VariableState], kept: npt.NDArray[np.int64]) -> npt.NDArray[Any]:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.families.base import LanguageInputs
+from edgevlm.families.base import SLIDING_CACHE_START, LanguageInputs
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
 from edgevlm.runtime.kv_sliding import SlidingCache, cut
@@ -34,8 +34,8 @@ class StatefulSession(Session):
         self._beam = np.zeros(1, np.int32)
         self._mask = np.zeros((1, 0), np.int64)  # (1, T): 1 for each entry of the KV cache, 0 where it is masked
         self._snapshots = Snapshots(self._request) if decoder.traits.fixed_states else None
-        self._sliding = SlidingCache(self._request, decoder.traits) if decoder.traits.sliding_layers else None
-        self._set_from = np.empty(0)  # by the states, when entries were last removed
+        self._sliding = SlidingCache(decoder.traits) if decoder.traits.sliding_layers else None
+        self._set_from: dict[str, npt.NDArray[np.float32]] = {}  # what states were set from when they were cut
 
     @property
     def takes_drafts(self) -> bool:
@@ -48,7 +48,7 @@ class StatefulSession(Session):
         if length >= self.length:
             return length
         length = super()._reachable(length) if self._snapshots is None else self._snapshots.longest(length)
-        return self._sliding.reachable(length) if self._sliding else length
+        return length if self._sliding is None or self._sliding.has_window(length, self._mask) else 0
 
     def _keep(self, *, for_draft: bool = False) -> None:
         if self._snapshots and self.length:
@@ -58,15 +58,13 @@ class StatefulSession(Session):
         if length:
             live = np.flatnonzero(self._mask[0])
             self._mask[0, live[length:]] = 0
-            if self._sliding:
-                self._sliding.forget(length)
             if self._snapshots:
                 self._snapshots.restore(length)
         else:
             self._request.reset_state()
             self._mask = np.zeros((1, 0), np.int64)
             if self._sliding:
-                self._sliding.clear()
+                self._sliding.start = 0
             if self._snapshots:
                 self._snapshots.clear()
 
@@ -79,21 +77,30 @@ class StatefulSession(Session):
         """As `Session.reuse_prefix`; also removes masked entries where there are many."""
         length = super().reuse_prefix(keys, inputs, images)
         if self._mask.shape[1] - length > _MOST_STALE:
-            self._cut_stale()
+            self._cut()
         return length
 
-    def _cut_stale(self) -> None:
-        live = np.flatnonzero(self._mask[0])
+    def _cut(self) -> None:
+        """Remove masked entries, and those that no window reaches from layers that have one."""
+        live, sliding = np.flatnonzero(self._mask[0]), self._sliding
         states = [each for each in self._request.query_state() if not is_fixed(each.name)]
-        if self._sliding:
-            states = [each for each in states if not self._sliding.holds(each.name)]
-        self._set_from = cut(states, live)
+        local = [each for each in states if sliding and sliding.holds(each.name)]
+        others = [each for each in states if not (sliding and sliding.holds(each.name))]
+        if sliding:
+            self._set_from["local"] = cut(local, sliding.cut(live))
+        if len(live) < self._mask.shape[1]:
+            self._set_from["others"] = cut(others, live)
         self._mask = np.ones((1, len(live)), np.int64)
 
     def _read(
         self, inputs_embeds: npt.NDArray[np.float32], inputs: LanguageInputs, logits_to_keep: int
     ) -> npt.NDArray[np.float32]:
         count = inputs_embeds.shape[1]
+        sliding = {}
+        if self._sliding:
+            if self._sliding.is_long(self._mask.shape[1]):
+                self._cut()
+            sliding[SLIDING_CACHE_START] = np.array([self._sliding.start], np.int64)
         mask = np.concatenate([self._mask, np.ones((1, count), np.int64)], axis=1)
         outputs = self._infer(
             {
@@ -101,7 +108,7 @@ class StatefulSession(Session):
                 "attention_mask": mask,
                 "position_ids": inputs.positions if len(inputs.positions) == 1 else inputs.positions[:, None],
                 "beam_idx": self._beam,
-                **(self._sliding.grow(count) if self._sliding else {}),
+                **sliding,
                 LOGITS_TO_KEEP: np.array([logits_to_keep], np.int64),
                 **{name: array[None] for name, array in inputs.extras.items()},
             },

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from edgevlm.families.base import IMAGE_GROUPS, PER_LAYER_IDS, SLIDING_ATTENTION_MASK
+from edgevlm.families.base import IMAGE_GROUPS, PER_LAYER_IDS, SLIDING_CACHE_START
 from edgevlm.runtime.core import import_openvino
-from edgevlm_export.graphs.attention import Attention, causal_biases
+from edgevlm_export.graphs.attention import Attention, ReusingAttention, causal_biases
 from edgevlm_export.graphs.constants import Constants, Output, named
 from edgevlm_export.graphs.layers import activation, embedding, linear, rms_norm, scaled, split
 from edgevlm_export.graphs.modules import Embedding, Linear, Norm, Tensor
@@ -126,18 +126,21 @@ class Decoder:
         return any(isinstance(each, FixedState) for each in self.states.values())
 
     @property
-    def windows(self) -> list[int]:
-        """Sizes of the sliding windows that its layers have."""
-        sizes = (getattr(layer.mixer, "window", None) for layer in self.layers)
-        return list(dict.fromkeys(size for size in sizes if size is not None))
+    def windows(self) -> list[int | None]:
+        """The sliding windows of its layers, None where one attends to all."""
+        mixers = [layer.mixer for layer in self.layers]
+        return list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention | ReusingAttention)))
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The longest sliding window, None where there is none."""
+        return max((window for window in self.windows if window is not None), default=None)
 
     @property
     def sliding_layers(self) -> tuple[int, ...]:
         """Indexes of the layers with a sliding window that have a KV cache."""
-        mixers = [layer.mixer for layer in self.layers]
-        return tuple(
-            index for index, mixer in enumerate(mixers) if isinstance(mixer, Attention) and mixer.window is not None
-        )
+        mixers = enumerate(layer.mixer for layer in self.layers)
+        return tuple(i for i, mixer in mixers if isinstance(mixer, Attention) and mixer.window is not None)
 
     @property
     def recurrent(self) -> bool:
@@ -150,8 +153,8 @@ def language_graph(decoder: Decoder) -> Graph:
 
     Its position_ids are `(B, S)`, or `(axes, B, S)` where RoPE has several axes; `deepstack_embeds.K` `(B, S, D)` are
     added after layer K. `image_group_ids` `(B, S)` number the views whose image tokens
-    attend to each other, from 1. `sliding_attention_mask` is what `attention_mask` is, of layers with a sliding window:
-    their cache may hold fewer entries, the last ones.
+    attend to each other, from 1. The cache of layers with a sliding window lacks the first `sliding_cache_start` `(1,)`
+    entries.
     """
     ropes = list({rope.name: rope for layer in decoder.layers if (rope := layer.mixer.rope)}.values())
     start = Stage(partial(rope_and_mask, ropes, decoder.windows, decoder.embedding_multiplier))
@@ -164,11 +167,11 @@ def language_graph(decoder: Decoder) -> Graph:
     axes = max((max(rope.axes) + 1 for rope in ropes if rope.axes), default=None)
     numbers = [IMAGE_GROUPS] if decoder.groups_images else []
     numbers += [PER_LAYER_IDS] if any(layer.per_layer for layer in decoder.layers) else []
-    masks = ["attention_mask", *([SLIDING_ATTENTION_MASK] if decoder.windows else [])]
     inputs = {
-        **dict.fromkeys(masks, ("i64", (-1, -1))),
+        "attention_mask": ("i64", (-1, -1)),
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
         **dict.fromkeys(numbers, ("i64", (-1, -1))),
+        **({SLIDING_CACHE_START: ("i64", (1,))} if decoder.sliding_layers else {}),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
     finish = partial(make_stateful, states=decoder.states)
@@ -187,7 +190,7 @@ def text_embeddings_graph(decoder: Decoder) -> Graph:
 
 def rope_and_mask(
     ropes: Sequence[Rope],
-    windows: Sequence[int],
+    windows: Sequence[int | None],
     multiplier: float,
     values: Values,
     constants: Constants,  # noqa: ARG001
@@ -198,11 +201,10 @@ def rope_and_mask(
     for rope in ropes:
         cos, sin = rope.names
         values[cos], values[sin] = rotations(values["position_ids"], rope)
-    groups = values.outputs.get(IMAGE_GROUPS)
-    for mask, sizes in (("attention_mask", (None,)), (SLIDING_ATTENTION_MASK, windows)):
-        if sizes:
-            for name, bias in causal_biases(values["inputs_embeds"], values[mask], sizes, groups).items():
-                values[name] = bias
+    groups, first = (values.outputs.get(name) for name in (IMAGE_GROUPS, SLIDING_CACHE_START))
+    biases = causal_biases(values["inputs_embeds"], values["attention_mask"], windows, groups, first)
+    for name, bias in biases.items():
+        values[name] = bias
     values.outputs["hidden_states"] = scaled(values["inputs_embeds"], multiplier)
 
 
