@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgevlm.families.base import SLIDING_CACHE_START, LanguageInputs
+from edgevlm.malloc import return_freed_memory
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session
 from edgevlm.runtime.kv_sliding import SlidingCache, cut
@@ -88,6 +89,7 @@ class StatefulSession(Session):
         others = [each for each in states if not (sliding and sliding.holds(each.name))]
         if sliding:
             self._set_from["local"] = cut(local, sliding.cut(live))
+            return_freed_memory()
         if len(live) < self._mask.shape[1]:
             self._set_from["others"] = cut(others, live)
         self._mask = np.ones((1, len(live)), np.int64)
