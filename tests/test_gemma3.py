@@ -204,7 +204,9 @@ def uncached(vlm: VLM, question: str, images: list[np.ndarray]) -> list[int]:
 
 def test_answers_after_reuse_are_those_of_sessions_that_read_all_anew(vlm: VLM) -> None:
     """Pictures are reused whole; another one in the same place, a longer and a shorter prompt, drafts taken back."""
-    assert vlm.manifest.decoder_traits == DecoderTraits(atomic_images=True)
+    assert vlm.manifest.decoder_traits == DecoderTraits(
+        atomic_images=True, sliding_window=tiny.WINDOW, sliding_layers=(0, 1)
+    )
     china, flower = photograph("china.jpg"), photograph("flower.jpg")
     cached = []
     for images, question in (

@@ -27,6 +27,8 @@ IMAGE_GROUPS = "image_group_ids"
 """Input of a decoder whose image tokens attend to each other: the view of each, counted from 1, and 0 for text."""
 PER_LAYER_IDS = "per_layer_token_ids"
 """Input of a decoder whose layers have tables of token embeddings of their own; at image tokens that of padding."""
+SLIDING_CACHE_START = "sliding_cache_start"
+"""Input of a decoder whose layers have sliding windows, `(1,)`: how many of the first entries their KV cache lacks."""
 MAX_PIXELS = 100_000_000
 """A larger picture is refused before it is decoded: RGB at 100 megapixels takes 300 MB."""
 
@@ -158,6 +160,10 @@ class DecoderTraits:
     """False for state that can be continued and not truncated, such as a convolution's."""
     fixed_states: bool = False
     """What cannot be truncated are states of a fixed size, which sessions copy at lengths that they may go back to."""
+    sliding_window: int | None = None
+    """Tokens that a token attends to in layers with a sliding window: no older ones need be in their KV cache."""
+    sliding_layers: tuple[int, ...] = ()
+    """Indexes of the layers whose KV cache that is."""
 
 
 PAGE_PROMPTS = {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from edgevlm.families.base import DecoderTraits
+from edgevlm.families.base import SLIDING_CACHE_START, DecoderTraits
 from edgevlm.runtime.graph_passes import LOGITS_TO_KEEP
 from edgevlm.runtime.kv_paged import KVBlockLayout, KVBlockPool, PagedSession, family_inputs
 from edgevlm.runtime.kv_session import DecoderInfo, Requests, Session, embed
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import openvino as ov
 
 
-_INPUTS = {"inputs_embeds", "attention_mask", "position_ids", "beam_idx", LOGITS_TO_KEEP}
+_INPUTS = {"inputs_embeds", "attention_mask", "position_ids", "beam_idx", LOGITS_TO_KEEP, SLIDING_CACHE_START}
 
 
 class TextEmbeddings:

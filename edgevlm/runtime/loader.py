@@ -81,7 +81,7 @@ class ModelLoader:
         if self.config.kv_cache == "stateful" or not self.device.startswith("CPU"):
             return None
         traits = self.manifest.decoder_traits
-        if traits.atomic_images or not traits.rewindable:
+        if traits.atomic_images or traits.sliding_layers or not traits.rewindable:
             logger.info("no paged attention: the decoder's state is not that of causal attention alone")
             return None
         model = with_paged_attention(self._read(LANGUAGE))

@@ -162,7 +162,8 @@ def choose_route(
             unread = overlooked(found.sections, options.ignore_config_keys)
             weights.expect(found.shapes, found.unused)
             records = describe(weights, checkpoint) if isinstance(weights, MergedWeights) else ()
-            return ChosenRoute("native", partial(native.write_submodels, found, weights), found.traits, records, unread)
+            write = partial(native.write_submodels, found, weights)
+            return ChosenRoute("native", write, found.decoder_traits, records, unread)
         except UnsupportedError as error:
             if family.encode_in_torch is None:
                 raise SourceError(f"{error}, and no other route covers {kind}") from None

@@ -10,6 +10,7 @@ import numpy as np
 from edgevlm.families.base import (
     IMAGE_EMBEDS,
     PIXEL_VALUES,
+    SLIDING_CACHE_START,
     Array,
     Arrays,
     Family,
@@ -24,8 +25,8 @@ from edgevlm.inputs.prompt import join, merge
 from edgevlm.runtime.loader import ModelLoader
 from edgevlm_export.calibration import VISION_PIXELS, VISION_TILES, VISION_WIDTH, Pair, load_pairs, with_questions
 
-DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids")
-"""Inputs of every decoder."""
+DECODER_INPUTS = ("inputs_embeds", "attention_mask", "position_ids", SLIDING_CACHE_START)
+"""Inputs of decoders that are no family's own."""
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,12 @@ class Architecture:
             LANGUAGE: language_graph(self.decoder),
         }
 
+    @property
+    def decoder_traits(self) -> DecoderTraits:
+        """The family's traits, and the sliding windows of its decoder."""
+        window, layers = self.decoder.sliding_window, self.decoder.sliding_layers
+        return replace(self.traits, sliding_window=window, sliding_layers=layers)
+
     def with_merged_tokens(self, ratio: float, kind: str) -> Architecture:
         """Return it with that share of the vision encoder's tokens merged, itself for 0; `kind` names its family.
 

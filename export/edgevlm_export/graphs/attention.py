@@ -51,7 +51,7 @@ class Attention:
     window: int | None = None
     """How many of the last tokens a token attends to, itself among them; None is all.
 
-    Paged attention takes every mask for a causal one: `DecoderTraits.atomic_images` keeps decoders with windows out.
+    Paged attention takes every mask for a causal one: `DecoderTraits.sliding_layers` keeps decoders with windows out.
     """
     v_norm: Norm | None = None
     """RMSNorm over each head's channels of the values."""
@@ -160,12 +160,17 @@ def bias_name(window: int | None) -> str:
 
 
 def causal_biases(
-    inputs_embeds: Output, attention_mask: Output, windows: Iterable[int | None] = (None,), groups: Output | None = None
+    inputs_embeds: Output,
+    attention_mask: Output,
+    windows: Iterable[int | None] = (None,),
+    groups: Output | None = None,
+    start: Output | None = None,
 ) -> dict[str, ov.Node]:
     """Return the mask `(B, 1, S, T)` of attention with each of these sliding windows, by `bias_name`.
 
     Each of S new tokens attends to those of the T cached ones up to itself that are not masked and are in its window;
-    and to those after it that are of its group: `groups` `(B, S)` are numbers, 0 for a token of none.
+    and to those after it that are of its group: `groups` `(B, S)` are numbers, 0 for a token of none. Masks with a
+    window begin with the cached token `start` `(1,)`, which is the first that those layers hold.
 
     Order is that of the cache, not of the position ids: entries that were rewound stay in the cache, masked. A window
     does not count them.
@@ -183,20 +188,31 @@ def causal_biases(
     for window in windows:
         seen = allowed
         if window is not None:
-            seen = opset.logical_and(allowed, in_window(attention_mask, queries, window))
+            counts = opset.cum_sum(attention_mask, np.int64(1))  # (B, T)
+            seen = opset.logical_and(
+                held(allowed, start, 3), in_window(counts, held(counts, start, 1), queries, window)
+            )
         biases[bias_name(window)] = attention_bias(seen)
     return biases
 
 
-def in_window(attention_mask: Output, queries: Output, window: int) -> ov.Node:
+def held(x: Output, start: Output | None, axis: int) -> Output:
+    """Return what `x` has from `start` `(1,)` on, along an axis."""
+    if start is None:
+        return x
+    end, step = np.array([np.iinfo(np.int64).max]), np.array([1])
+    return import_openvino().opset13.slice(x, start, end, step, np.array([axis]))
+
+
+def in_window(counts: Output, held: Output, queries: Output, window: int) -> ov.Node:
     """Return as a boolean `(B, 1, S, T)` which are among the last `window` tokens that are not masked.
 
+    `counts` `(B, T)` say how many tokens up to each are not masked, `held` those of the ones that are asked about.
     `queries` `(S,)` are the places of the new tokens in the cache.
     """
     opset = import_openvino().opset13
-    counts = opset.cum_sum(attention_mask, np.int64(1))  # (B, T)
     begins = opset.subtract(opset.gather(counts, queries, np.int64(1)), np.int64(window))  # (B, S)
-    return opset.greater(opset.unsqueeze(counts, np.array([1, 2])), opset.unsqueeze(begins, np.array([1, 3])))
+    return opset.greater(opset.unsqueeze(held, np.array([1, 2])), opset.unsqueeze(begins, np.array([1, 3])))
 
 
 def same_group(groups: Output, past: Output) -> ov.Node:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from edgevlm.families.base import IMAGE_GROUPS, PER_LAYER_IDS
+from edgevlm.families.base import IMAGE_GROUPS, PER_LAYER_IDS, SLIDING_CACHE_START
 from edgevlm.runtime.core import import_openvino
 from edgevlm_export.graphs.attention import Attention, ReusingAttention, causal_biases
 from edgevlm_export.graphs.constants import Constants, Output, named
@@ -126,6 +126,23 @@ class Decoder:
         return any(isinstance(each, FixedState) for each in self.states.values())
 
     @property
+    def windows(self) -> list[int | None]:
+        """The sliding windows of its layers, None where one attends to all."""
+        mixers = [layer.mixer for layer in self.layers]
+        return list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention | ReusingAttention)))
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The longest sliding window, None where there is none."""
+        return max((window for window in self.windows if window is not None), default=None)
+
+    @property
+    def sliding_layers(self) -> tuple[int, ...]:
+        """Indexes of the layers with a sliding window that have a KV cache."""
+        mixers = enumerate(layer.mixer for layer in self.layers)
+        return tuple(i for i, mixer in mixers if isinstance(mixer, Attention) and mixer.window is not None)
+
+    @property
     def recurrent(self) -> bool:
         """Whether any state is made of itself."""
         return any(isinstance(state, FixedState) and state.recurrent for state in self.states.values())
@@ -136,12 +153,11 @@ def language_graph(decoder: Decoder) -> Graph:
 
     Its position_ids are `(B, S)`, or `(axes, B, S)` where RoPE has several axes; `deepstack_embeds.K` `(B, S, D)` are
     added after layer K. `image_group_ids` `(B, S)` number the views whose image tokens
-    attend to each other, from 1.
+    attend to each other, from 1. The cache of layers with a sliding window lacks the first `sliding_cache_start` `(1,)`
+    entries.
     """
     ropes = list({rope.name: rope for layer in decoder.layers if (rope := layer.mixer.rope)}.values())
-    mixers = [layer.mixer for layer in decoder.layers]
-    windows = list(dict.fromkeys(mixer.window for mixer in mixers if isinstance(mixer, Attention | ReusingAttention)))
-    start = Stage(partial(rope_and_mask, ropes, windows, decoder.embedding_multiplier))
+    start = Stage(partial(rope_and_mask, ropes, decoder.windows, decoder.embedding_multiplier))
     extras = [deepstack_name(index) for index in range(decoder.deepstack)]
     layers: list[Stage] = []
     for index, layer in enumerate(decoder.layers):
@@ -155,6 +171,7 @@ def language_graph(decoder: Decoder) -> Graph:
         "attention_mask": ("i64", (-1, -1)),
         "position_ids": ("i64", (-1, -1) if axes is None else (axes, -1, -1)),
         **dict.fromkeys(numbers, ("i64", (-1, -1))),
+        **({SLIDING_CACHE_START: ("i64", (1,))} if decoder.sliding_layers else {}),
         **dict.fromkeys(["inputs_embeds", *extras], ("f32", (-1, -1, decoder.hidden_size))),
     }
     finish = partial(make_stateful, states=decoder.states)
@@ -184,8 +201,9 @@ def rope_and_mask(
     for rope in ropes:
         cos, sin = rope.names
         values[cos], values[sin] = rotations(values["position_ids"], rope)
-    groups = values.outputs.get(IMAGE_GROUPS)
-    for name, bias in causal_biases(values["inputs_embeds"], values["attention_mask"], windows, groups).items():
+    groups, first = (values.outputs.get(name) for name in (IMAGE_GROUPS, SLIDING_CACHE_START))
+    biases = causal_biases(values["inputs_embeds"], values["attention_mask"], windows, groups, first)
+    for name, bias in biases.items():
         values[name] = bias
     values.outputs["hidden_states"] = scaled(values["inputs_embeds"], multiplier)
 

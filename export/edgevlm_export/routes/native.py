@@ -19,7 +19,7 @@ import numpy as np
 
 import edgevlm
 from edgevlm.errors import SourceError
-from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES
+from edgevlm.families.base import IMAGE_EMBEDS, PIXEL_VALUES, SLIDING_CACHE_START
 from edgevlm.inputs.processor import Processor
 from edgevlm.manifest import LANGUAGE, SUBMODELS, TEXT_EMBEDDINGS, VISION
 from edgevlm.runtime.config import RuntimeConfig
@@ -84,6 +84,7 @@ def write_submodels(architecture: Architecture, weights: Weights, job: ExportJob
         pair: {
             **_zero_extras(architecture.graphs[LANGUAGE], len(sample.ids)),
             **decoder_inputs(processor.family, sample.ids, sample.visuals, embeds[pair], encoded[pair]),
+            SLIDING_CACHE_START: np.zeros(1, np.int64),
         }
         for pair, sample in samples.items()
     }
