@@ -183,7 +183,7 @@ def test_a_document_of_docling_core_has_text_and_tables_in_order() -> None:
     document = as_document("a", [PageText(4, MIXED, (100, 50)), PageText(7, "No table.\n", (300, 20))])
     items = [item for item, _ in document.iterate_items()]
     assert [item.label.value for item in items] == ["text", "table", "text", "table", "text"]
-    assert [item.prov[0].page_no for item in items] == [1, 1, 1, 1, 2]
+    assert [item.prov[0].page_no for item in items] == [4, 4, 4, 4, 7]
     assert items[2].text == "The end."
     assert [items[index].data.num_rows for index in (1, 3)] == [3, 1]
     assert items[4].prov[0].bbox.as_tuple() == (0, 0, 300, 20)
@@ -249,11 +249,22 @@ def test_a_page_of_doclang_becomes_every_format(tmp_path: Path) -> None:
     crop = np.asarray(Image.open(tmp_path / "a_artifacts" / "page-4-figure-1.png").convert("RGB"))
     assert crop.shape == (50, 100, 3) and (crop == (200, 0, 0)).all()
     document = json.loads(made["json"])
-    assert document["pages"]["2"]["size"] == {"width": 100, "height": 200}
+    assert document["pages"]["5"]["size"] == {"width": 100, "height": 200}
     box = document["texts"][0]["prov"][0]["bbox"]
     assert [box[side] for side in "ltrb"] == [0, 50, 100, 100]
     with pytest.raises(OptionError, match="writes DocLang, not DocTags"):
         assemble("a", pages, "doctags", figures, "doclang")
+
+
+@pytest.mark.parametrize("markup", ["doctags", "doclang"])
+def test_pages_keep_the_numbers_of_their_file(markup: Any, no_figures: Figures) -> None:
+    pytest.importorskip("docling_core")
+    texts = {"doctags": [PAGE, "<doctag></text>mixed up", PAGE], "doclang": [DOCLANG, "no markup", DOCLANG]}[markup]
+    pages = [PageText(number, text, (100, 200)) for number, text in zip((4, 7, 8), texts, strict=True)]
+    document = json.loads(assemble("a", pages, "json", no_figures, markup))
+    assert {number: page["page_no"] for number, page in document["pages"].items()} == {"4": 4, "7": 7, "8": 8}
+    places = [place["page_no"] for kind in ("texts", "tables") for item in document[kind] for place in item["prov"]]
+    assert {*places} == {4, 8}  # what is mixed up has no places
 
 
 def test_a_page_of_doclang_that_was_cut_is_read_up_to_there() -> None:

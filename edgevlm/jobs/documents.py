@@ -119,7 +119,17 @@ def _read(name: str, pages: Sequence[PageText], figures: Figures | None, markup:
         read.append(document)
     whole = DoclingDocument.concatenate(read)
     whole.name = name
+    _number_pages(whole, [page.number for page in pages])
     return whole
+
+
+def _number_pages(document: DoclingDocument, numbers: Sequence[int]) -> None:
+    """Number pages as in their file; `concatenate` counts them from 1, whichever were left out."""
+    found = dict(zip(sorted(document.pages), numbers, strict=True))
+    document.pages = {found[n]: page.model_copy(update={"page_no": found[n]}) for n, page in document.pages.items()}
+    lists = (document.texts, document.tables, document.pictures, document.key_value_items, document.form_items)
+    for place in (place for items in lists for item in items for place in item.prov):
+        place.page_no = found[place.page_no]
 
 
 def _of_doctags(name: str, page: PageText, figures: Figures | None) -> DoclingDocument:

@@ -90,12 +90,12 @@ def as_document(name: str, pages: Sequence[PageText]) -> DoclingDocument:
     from docling_core.types.doc.labels import DocItemLabel
 
     document = DoclingDocument(name=name)
-    for number, page in enumerate(pages, 1):
+    for page in pages:
         width, height = page.size
-        document.add_page(number, Size(width=width, height=height))
+        document.add_page(page.number, Size(width=width, height=height))
         whole = BoundingBox(l=0, t=0, r=width, b=height)
         for text, is_table in page.parts:
-            place = ProvenanceItem(page_no=number, bbox=whole, charspan=(0, 0 if is_table else len(text)))
+            place = ProvenanceItem(page_no=page.number, bbox=whole, charspan=(0, 0 if is_table else len(text)))
             if is_table:
                 document.add_table(read_otsl(text), prov=place)
             else:
