@@ -3,6 +3,7 @@
     python -m benchmarks.export_memory --like CHECKPOINT --scratch DIR [--layers 4 12 24] [--routes native optimum]
         [--hidden 2048] [--options="--no-scale-estimation"] [--output FILE.json] [--plot FILE.png]
     python -m benchmarks.export_memory --checkpoint CHECKPOINT --scratch DIR [--routes native] [--output FILE.json]
+        [--curve FILE.png]
 
 For each number of layers a seeded checkpoint is written under DIR: SmolVLM-2.2B's widths (text 2048 wide, 8192 in the
 MLP; vision 1152 wide, 27 layers), BF16, in shards, with CHECKPOINT's tokenizer and preprocessing. Each route exports
@@ -19,16 +20,18 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.results import write_result
 
+_LONG = ("export", "curve")
 SEED = 2
 STD = 0.02
 MIDDLES = {"*norm*weight": 1, "*layer_scalar": 1, "*_min": -8, "*_max": 8}
@@ -105,9 +108,10 @@ def processes(child: psutil.Process) -> Iterator[psutil.Process]:
 
 
 def measure(line: list[str]) -> dict[str, Any]:
-    """Run a command; return its time, peak memory in bytes, and what it printed."""
+    """Run a command; return its time, peak memory in bytes, what it printed, and memory over time as `curve`."""
     started = perf_counter()
     peak = {"anonymous": 0, "resident": 0}
+    curve: list[tuple[float, int, int]] = []
     with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8") as child:
 
         def watch() -> None:
@@ -121,6 +125,7 @@ def measure(line: list[str]) -> dict[str, Any]:
                     resident += memory.rss
                     anonymous += memory.rss - getattr(memory, "shared", 0)
                 peak["anonymous"], peak["resident"] = max(peak["anonymous"], anonymous), max(peak["resident"], resident)
+                curve.append((perf_counter() - started, anonymous, resident))
                 sleep(0.1)
 
         thread = threading.Thread(target=watch)
@@ -131,7 +136,24 @@ def measure(line: list[str]) -> dict[str, Any]:
     if child.returncode:
         last = errors.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
         return {"seconds": round(seconds, 1), **peak, "failed": last[0][:300]}
-    return {"seconds": round(seconds, 1), **peak, "export": json.loads(out)}
+    return {"seconds": round(seconds, 1), **peak, "export": json.loads(out), "curve": curve}
+
+
+def plot_curve(curve: Sequence[tuple[float, float, float]], title: str, path: Path) -> None:
+    """Draw memory in bytes over seconds: what was allocated, and with mapped files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    seconds, anonymous, resident = np.array(curve).T
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    axes.plot(seconds / 60, resident / 1e9, color="0.7", label="with mapped files")
+    axes.plot(seconds / 60, anonymous / 1e9, label="allocated")
+    axes.set(xlabel="minutes", ylabel="memory, GB", title=title, ylim=0)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -165,13 +187,14 @@ def main() -> None:
     parser.add_argument("--options", default="--no-verify", help="further options of edgevlm export")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--curve", type=Path, help="draw the memory of an export of --checkpoint over its time")
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
 
     def export(checkpoint: Path, output: Path, route: str, **size: int) -> None:
         found = measure(command(route, checkpoint, output, arguments.options.split()))
         rows.append({**size, "route": route, "options": arguments.options, **found})
-        print(json.dumps({name: value for name, value in rows[-1].items() if name != "export"}), flush=True)
+        print(json.dumps({name: value for name, value in rows[-1].items() if name not in _LONG}), flush=True)
 
     if arguments.checkpoint:
         for route in arguments.routes:
@@ -183,8 +206,10 @@ def main() -> None:
             export(checkpoint, output, route, layers=layers, weights=weights)
             shutil.rmtree(output, ignore_errors=True)
         shutil.rmtree(checkpoint)
-    kept = [{name: value for name, value in row.items() if name != "export"} for row in rows]
+    kept = [{name: value for name, value in row.items() if name not in _LONG} for row in rows]
     write_result(arguments.output, {"benchmark": "export_memory", "rows": kept})
+    if arguments.curve and arguments.checkpoint and "curve" in rows[0]:
+        plot_curve(rows[0]["curve"], f"edgevlm export {arguments.checkpoint.name} --int4", arguments.curve)
     if arguments.plot and arguments.like:
         plot(rows, arguments.plot)
 

@@ -26,6 +26,27 @@ SMALL = {
             "num_attention_heads": 2,
         },
     },
+    "gemma-4-e4b": {
+        "text_config": {
+            "hidden_size": 32,
+            "hidden_size_per_layer_input": 4,
+            "intermediate_size": 32,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "num_kv_shared_layers": 1,
+            "head_dim": 16,
+            "global_head_dim": 32,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+        },
+    },
     "granite-docling-258m": {
         "text_config": {
             "hidden_size": 128,
@@ -155,6 +176,7 @@ SMALL = {
 
 WEIGHTS = {
     "gemma-3-4b": 4300e6,
+    "gemma-4-e4b": 7632e6,
     "granite-docling-258m": 258e6,
     "granite-docling-500m": 528e6,
     "internvl3-1b": 938e6,
@@ -185,7 +207,7 @@ def test_a_small_one_is_exported_and_answers(name: str, tmp_path: Path) -> None:
     assert answer.generated_tokens >= 1
     picture = Path(__file__).parents[1] / "examples"
     shown = vlm.generate(next(picture.glob("*.png")), "What?", max_new_tokens=2, detail="low")
-    assert shown.image_tokens >= 64
+    assert shown.image_tokens >= (15 if name == "gemma-4-e4b" else 64)  # it does not enlarge a small picture
 
 
 def test_a_change_of_what_is_not_there_is_refused() -> None:
