@@ -13,6 +13,7 @@ import pytest
 from edgevlm import VLM, RuntimeConfig
 from edgevlm.errors import SourceError
 from edgevlm.inputs.chat_template import ChatTemplate, user_message
+from edgevlm.runtime import kv_session
 from edgevlm_export import ExportOptions, export
 from edgevlm_export.families import family_config
 from edgevlm_export.source.checkpoint import Checkpoint
@@ -136,3 +137,15 @@ def test_a_published_text_model_is_refused() -> None:
     checkpoint = Checkpoint(found, found.name, None, read_json(found / "config.json"))
     with pytest.raises(SourceError, match=r"is a text model of Qwen3\.5, without a vision encoder"):
         family_config(checkpoint)
+
+
+def test_a_long_prompt_is_read_in_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which bounds its memory; a step also ends at a mark, and the logits are those of one step."""
+    one, two = (exported(folder, "fp32").language_model.session() for _ in range(2))
+    ids, counts, read = list(range(60, 200)), [], two._read
+    wanted = one.prefill(one.embed(ids), 15, ids)
+    monkeypatch.setattr(kv_session, "LONGEST_STEP", 32)
+    monkeypatch.setattr(two, "_read", lambda embeds, *others: counts.append(embeds.shape[1]) or read(embeds, *others))
+    found = two.prefill(two.embed(ids), 15, ids, marks=[100, 140])
+    assert counts == [32, 32, 32, 4, 28, 12]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)

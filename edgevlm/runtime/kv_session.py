@@ -27,6 +27,11 @@ _MOST_STOP_COST = 1 / 4
 all of it."""
 
 
+LONGEST_STEP = 512
+"""Tokens that a decoder with a recurrent state reads at once. More at once are not faster and take more memory: of
+Qwen3.5-0.8B's shape in INT4, 4,010 tokens take 13.7 s and 1.7 GB in such steps, 19.5 s and 5.4 GB at once."""
+
+
 def embed(request: ov.InferRequest, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
     """Return the embeddings `(1, n, hidden)` of `n` token ids, using a request of the embedding table."""
     tokens = np.asarray(ids, np.int64).reshape(1, -1)
@@ -166,6 +171,8 @@ class Session(ABC):
         return self.length
 
     def _reuse_is_faster(self, common: int, length: int) -> bool:
+        if self._decoder.traits.recurrent:  # from the beginning it would be read in steps, too
+            return True
         rest = length - common
         going_on = rest * (
             1 + self.cached_attention_slowdown * self._key_cost * (self._cached_entries(common) + rest / 2)
@@ -206,18 +213,21 @@ class Session(ABC):
         return logits[0] if len(logits) == 1 else np.concatenate(logits)[-logits_to_keep:]
 
     def _stops(self, marks: Sequence[int], count: int) -> list[int]:
-        """Return the marks within a prefill of `count` tokens at which it is interrupted, to keep states.
+        """Return where a prefill of `count` tokens is interrupted: at marks, to keep states, and after `LONGEST_STEP`.
 
-        What follows attends to cached keys, which is slow: no stop is made that costs too much.
+        What follows attends to cached keys, which is slow where all layers do: there no stop is made that costs too
+        much.
         """
-        if not self._decoder.traits.fixed_states:
+        traits = self._decoder.traits
+        within = {mark for mark in marks if 0 < mark < count}
+        if traits.recurrent:
+            return sorted(within.union(range(LONGEST_STEP, count, LONGEST_STEP)))
+        if not traits.fixed_states:
             return []
         whole = count * (1 + self._key_cost * (self.length + count / 2))
         dearer = self.cached_attention_slowdown * self._key_cost
         return sorted(
-            mark
-            for mark in {*marks}
-            if 0 < mark < count and (count - mark) * dearer * (self.length + mark) <= _MOST_STOP_COST * whole
+            mark for mark in within if (count - mark) * dearer * (self.length + mark) <= _MOST_STOP_COST * whole
         )
 
     def _append(self, keys: Sequence[Hashable], positions: npt.NDArray[np.int64]) -> None:
