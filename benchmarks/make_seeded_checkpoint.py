@@ -4,10 +4,10 @@
 
 A shape is a file in `benchmarks/shapes/`: config.json and the other small files as published, and the special tokens at
 their published ids; those of granite-docling-500m and paddleocr-vl-0.9b are the values of transformers' own classes,
-their tokens in an order made up, and gemma-4-e4b is one of the model's size (7.6 billion weights). Weights are noise, BF16, written shard by shard: time and memory are the model's,
-answers mean nothing. Text is split by SmolLM2's tokenizer (of `benchmarks.make_checkpoint`), whose tokens take the
-other ids; ids left over below the last special token are tokens that no text has. Needs `gguf`, and transformers to
-write the tokenizer.
+their tokens in an order made up, and gemma-4-e4b is one of the model's size (7.6 billion weights). Weights are noise,
+BF16, written shard by shard: time and memory are the model's, answers mean nothing. Text is split by SmolLM2's
+tokenizer (of `benchmarks.make_checkpoint`), whose tokens take the other ids; ids left over below the last special token
+are tokens that no text has. Needs `gguf`, and transformers to write the tokenizer.
 """
 
 from __future__ import annotations
