@@ -191,11 +191,10 @@ class Conversion:
             figures = Figures(
                 None, lambda number: asyncio.run_coroutine_threadsafe(self.sheets.picture(number), loop).result()
             )
-        made: dict[Any, Any] = {**assembled(name, self.pages, options.targets, figures, self._markup)}
-        if "json" in made:
-            document = read_json(made["json"])
-            is_docling = "schema_name" in document
-            made["json"] = document if is_docling else as_document(name, self.pages).export_to_dict()
+        written = [target for target in options.targets if self._markup or target != "json"]
+        made: dict[Any, Any] = {**assembled(name, self.pages, written, figures, self._markup)}
+        if "json" in options.targets:
+            made["json"] = read_json(made["json"]) if self._markup else as_document(name, self.pages).export_to_dict()
         return {_content(short): made[target] for short, target in TARGETS.items() if target in made}
 
     def _tell(self, component: str, category: str, message: str, page: int | None = None) -> None:
