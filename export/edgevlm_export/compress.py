@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgevlm.runtime.core import import_openvino
+from edgevlm_export.graphs.constants import constant, named
 from edgevlm_export.options import UNCOMPRESSED, Int4Recipe, Precision
 from edgevlm_export.signal_stack import signal_stack_kept
+from edgevlm_export.source.safetensors_reader import RawTensor
 from edgevlm_export.verify import Array
 
 if TYPE_CHECKING:
@@ -99,8 +101,8 @@ def _large_tables_in_int8(nncf: Any, model: ov.Model) -> ov.Model:
         step = max(1, BLOCK_WEIGHTS // columns)
         for block in (slice(start, start + step) for start in range(0, rows, step)):
             weights.data[block], scales.data[block] = _rows_in_int8(nncf, table, block)
-        integers = opset.convert(_constant(weights, name), "f16")
-        values = opset.multiply(integers, _constant(scales, f"{name}/scale"))
+        integers, by_row = (openvino.op.Constant(each, True) for each in (weights, scales))
+        values = opset.multiply(opset.convert(named(integers, name), "f16"), named(by_row, f"{name}/scale"))
         for target in table.output(0).get_target_inputs():
             is_16_bit = target.get_node().get_type_name() == "Convert"
             target.replace_source_output((values if is_16_bit else opset.convert(values, "f32")).output(0))
@@ -128,20 +130,12 @@ def _has_scaled_rows(node: ov.Node) -> bool:
 def _rows_in_int8(nncf: Any, table: ov.Node, rows: slice) -> tuple[Array, Array]:
     """Return some rows of a matrix as NNCF compresses them: int8 weights, and a float16 scale for each row."""
     openvino, opset = import_openvino(), import_openvino().opset13
-    values = table.data[rows]  # of bfloat16 the bits
-    constant = openvino.op.Constant(openvino.Tensor(values, list(values.shape), table.get_element_type()), True)
+    values = RawTensor(table.data[rows], table.get_element_type().get_type_name())  # of bfloat16 the bits
     ids = opset.parameter([-1], np.int32)
-    found = opset.gather(opset.convert(constant, "f32"), ids, np.int32(0))
+    found = opset.gather(constant(values, table.get_friendly_name()), ids, np.int32(0))
     model = _to_int8(nncf, openvino.Model([opset.result(found)], [ids]))
     by_type = {node.get_element_type(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
     return np.array(by_type[openvino.Type.i8].data), np.array(by_type[openvino.Type.f16].data)
-
-
-def _constant(values: ov.Tensor, name: str) -> ov.Node:
-    """Return a constant of the memory that a tensor owns."""
-    constant = import_openvino().op.Constant(values, True)
-    constant.set_friendly_name(name)
-    return constant
 
 
 def _advanced() -> Any:

@@ -63,7 +63,7 @@ class Constants:
         if self._upcast:
             tensor = RawTensor(tensor.float32(), "f32")
         self._keep_alive.append(tensor)  # the constant shares the array's memory and does not own it
-        return _constant(tensor, name)
+        return constant(tensor, name)
 
     def release(self) -> None:
         """Give back the memory of all constants made so far; no graph may hold one any more."""
@@ -71,7 +71,8 @@ class Constants:
         self._weights.release()
 
 
-def _constant(tensor: RawTensor, name: str) -> Output:
+def constant(tensor: RawTensor, name: str) -> Output:
+    """Return a constant that shares the memory of a tensor and does not own it, in float32."""
     openvino = import_openvino()
     dtype = getattr(openvino.Type, tensor.dtype)
     node = openvino.op.Constant(openvino.Tensor(tensor.array, list(tensor.array.shape), dtype), True)
