@@ -267,6 +267,15 @@ def test_pages_keep_the_numbers_of_their_file(markup: Any, no_figures: Figures) 
     assert {*places} == {4, 8}  # what is mixed up has no places
 
 
+def test_a_page_break_within_a_page_makes_no_other_page(no_figures: Figures) -> None:
+    pytest.importorskip("docling_core")
+    broken = DOCLANG.replace("</table>", "</table><page_break/>").replace("<text>", f"<text>{HEAD}")
+    pages = [PageText(4, broken, (100, 200)), PageText(7, DOCLANG, (100, 200))]
+    document = json.loads(assemble("a", pages, "json", no_figures, "doclang"))
+    assert {number: page["size"]["height"] for number, page in document["pages"].items()} == {"4": 200, "7": 200}
+    assert [each["prov"][0]["page_no"] for each in document["texts"] if each["prov"]] == [4, 4, 7]
+
+
 def test_a_page_of_doclang_that_was_cut_is_read_up_to_there() -> None:
     for end in range(len("<doclang><he"), len(DOCLANG), 5):
         words = read_doclang(DOCLANG[:end], "a", (100, 200)).export_to_markdown()

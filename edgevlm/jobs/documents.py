@@ -119,12 +119,15 @@ def _read(name: str, pages: Sequence[PageText], figures: Figures | None, markup:
         read.append(document)
     whole = DoclingDocument.concatenate(read)
     whole.name = name
-    _number_pages(whole, [page.number for page in pages])
+    _number_pages(whole, [page.number for page, document in zip(pages, read, strict=True) for _ in document.pages])
     return whole
 
 
 def _number_pages(document: DoclingDocument, numbers: Sequence[int]) -> None:
-    """Number pages as in their file; `concatenate` counts them from 1, whichever were left out."""
+    """Number pages as in their file; `concatenate` counts them from 1, whichever were left out.
+
+    A model may see a page break within a page: both parts have its number.
+    """
     found = dict(zip(sorted(document.pages), numbers, strict=True))
     document.pages = {found[n]: page.model_copy(update={"page_no": found[n]}) for n, page in document.pages.items()}
     lists = (document.texts, document.tables, document.pictures, document.key_value_items, document.form_items)
