@@ -125,7 +125,7 @@ def evaluate(
 def _check_remote(options: Mapping[str, Any]) -> None:
     """Raise `OptionError` for an option on the command line that a server would not be told of."""
     context = click.get_current_context()
-    for name in options.keys() - {"model", "detail"}:
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+    for name in options:
+        if name not in ("model", "detail") and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = next(each.opts[0] for each in context.command.params if each.name == name)
             raise OptionError(f"{option} is for models in this process; leave it out with --url")
