@@ -316,6 +316,8 @@ def reuse(result: Result) -> list[str]:
     """Return the section of vision cache, prefix reuse and prompt-lookup decoding."""
     content = result.content
     told = f"`{content['model']}`, KV cache {content['kv_cache']}; medians, and the range where there is one."
+    rounding = "In BF16 several tokens in one inference round differently than one, and a near tie may go another way"
+    told += f" {rounding} (*same tokens*); in float32 they are the same."
     lines = [told, "", "| | median | range |", "|---|---|---|"]
     for name, values in content["figures"].items():
         if name == "new picture, ratio":  # to itself
